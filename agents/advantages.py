@@ -1,0 +1,136 @@
+"""How good an action was: interchangeable estimators that every algorithm of this package takes.
+
+Seventh stop of the data's path. An estimator reads a finished rollout and returns one advantage a step. DDPO's own is
+`PerPromptAdvantage`: the reward of the final picture, standardised among pictures of the same prompt, for every step of
+the trajectory (Black et al. 2023, section 4.3 and appendix C).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from agents.rollout_buffer import TensorRolloutBuffer
+
+
+class AdvantageEstimator(Protocol):
+    """What an algorithm asks of an estimator."""
+
+    def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
+        """Return advantages `(buffer_size, n_envs)` float32 on the rollout's device."""
+        ...
+
+
+@dataclass
+class PerPromptAdvantage:
+    """Episode returns standardised by the running statistics of their own prompt.
+
+    Each prompt remembers its last `buffer_size` returns, the present rollout's included. Until it knows `min_count` of
+    them, mean and standard deviation of the whole rollout stand in.
+
+    Args:
+        buffer_size: returns remembered a prompt; DDPO uses 16 or 32.
+        min_count: returns of a prompt that its own statistics need, at least 2.
+        clip: advantages are clipped to ± this; 5 in DDPO's PyTorch code, 10 in the original.
+        eps: added to the standard deviation.
+
+    Raises:
+        ValueError: for an argument out of range; when called on a rollout that cuts episodes.
+    """
+
+    buffer_size: int = 32
+    min_count: int = 8
+    clip: float = 5.0
+    eps: float = 1e-6
+    history: dict[Hashable, deque[float]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.min_count <= self.buffer_size:
+            raise ValueError(f"min_count must be between 2 and buffer_size={self.buffer_size}; got {self.min_count}")
+        if not self.clip > 0:
+            raise ValueError(f"clip must be above 0; got {self.clip}")
+
+    def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
+        """Return the advantages; the prompts' statistics move on by this rollout."""
+        returns = _episode_returns(rollout)
+        for prompt, value in zip(rollout.contexts, returns, strict=True):
+            self.history.setdefault(prompt, deque(maxlen=self.buffer_size)).append(float(value))
+        advantages = np.empty_like(returns)
+        for row, prompt in enumerate(rollout.contexts):
+            known = self.history[prompt]
+            sample = np.asarray(known) if len(known) >= self.min_count else returns
+            advantages[row] = (returns[row] - sample.mean()) / (sample.std() + self.eps)
+        return rollout.per_step(advantages.clip(-self.clip, self.clip))
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Return the remembered returns, for a checkpoint."""
+        return {str(prompt): list(values) for prompt, values in self.history.items()}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Bring back what `state_dict` returned."""
+        self.history = {prompt: deque(values, maxlen=self.buffer_size) for prompt, values in state.items()}
+
+
+@dataclass
+class BatchAdvantage:
+    """Episode returns standardised over the rollout, for tasks without prompts.
+
+    Args:
+        clip: advantages are clipped to ± this.
+        eps: added to the standard deviation.
+    """
+
+    clip: float = 5.0
+    eps: float = 1e-6
+
+    def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
+        """Return the advantages."""
+        returns = _episode_returns(rollout)
+        advantages = (returns - returns.mean()) / (returns.std() + self.eps)
+        return rollout.per_step(advantages.clip(-self.clip, self.clip))
+
+
+@dataclass
+class GeneralizedAdvantage:
+    """GAE(λ) with the policy's critic (Schulman et al. 2016, eq. 16), standardised over the rollout.
+
+    Also sets the rollout's `returns`, the critic's targets. `gamma` and `gae_lambda` are the algorithm's.
+
+    Args:
+        normalize: whether to standardise.
+    """
+
+    normalize: bool = True
+
+    def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
+        """Return the advantages."""
+        ends = np.append(rollout.episode_starts[1:], rollout.last_dones[None], axis=0)
+        alive = torch.as_tensor(~ends, dtype=torch.float32, device=rollout.device)
+        rewards = torch.as_tensor(rollout.rewards, device=rollout.device)
+        next_values = torch.cat([rollout.values[1:], rollout.last_values[None]])
+        deltas = rewards + rollout.gamma * next_values * alive - rollout.values
+        advantages = torch.empty_like(deltas)
+        running = torch.zeros_like(deltas[0])
+        for step in reversed(range(rollout.buffer_size)):
+            running = deltas[step] + rollout.gamma * rollout.gae_lambda * alive[step] * running
+            advantages[step] = running
+        rollout.returns = advantages + rollout.values
+        if self.normalize:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        return advantages
+
+
+def _episode_returns(rollout: TensorRolloutBuffer) -> npt.NDArray[np.float64]:
+    if not rollout.complete_segments().all():
+        raise ValueError(
+            f"n_steps={rollout.buffer_size} cuts episodes in two, and this advantage needs whole ones: "
+            "n_steps must be a multiple of the episode's length (num_inference_steps)"
+        )
+    return rollout.segment_returns()

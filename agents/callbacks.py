@@ -1,0 +1,126 @@
+"""What happens beside training: held-out pictures before, during and after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Image as LoggedImage
+
+from agents.diffusion_policy import DiffusionPolicy
+from agents.evaluation import evaluate, evaluation_prompts
+from agents.picture_grid import picture_grid, reward_curve
+from agents.run_folder import RunFolder
+from ddpo_env.vector_env import DenoisingVectorEnv
+
+
+class HeldOutPictures(BaseCallback):
+    """Draws and scores the same prompts from the same held-out seeds, before training and every few iterations.
+
+    Writes `samples/iteration_NNNN.png`, logs the mean reward as `eval/reward_mean` and the grid to TensorBoard, and at
+    the end writes `samples/before_after.png` and `reward.png`.
+
+    Args:
+        env: for the held-out episodes; autoreset off.
+        folder: of the run.
+        samples: pictures that are scored.
+        columns: how many of them are shown in a grid.
+        interval: iterations between evaluations; 0 for before and after only.
+        seed: of the first held-out picture.
+        reward_name: for the curve.
+    """
+
+    def __init__(
+        self,
+        env: DenoisingVectorEnv,
+        folder: RunFolder,
+        samples: int,
+        columns: int,
+        interval: int,
+        seed: int,
+        reward_name: str,
+    ) -> None:
+        """See the class docstring for the arguments."""
+        super().__init__()
+        self.env = env
+        self.folder = folder
+        self.interval = interval
+        self.seed = seed
+        self.reward_name = reward_name
+        self.prompts = evaluation_prompts(env, samples, seed)
+        self.columns = min(columns, samples)
+        self.iteration = 0
+        self.training_rewards: list[float] = []
+        self.evaluations: list[tuple[int, float]] = []
+        self._grids: list[tuple[int, npt.NDArray[np.uint8], float]] = []
+
+    @property
+    def policy(self) -> DiffusionPolicy:
+        """What draws."""
+        assert isinstance(self.model.policy, DiffusionPolicy)
+        return self.model.policy
+
+    def _on_training_start(self) -> None:
+        if not self.evaluations:
+            self._evaluate()
+
+    def _on_rollout_start(self) -> None:
+        if self.interval and self.iteration % self.interval == 0 and self.evaluations[-1][0] != self.iteration:
+            self._evaluate()
+
+    def _on_rollout_end(self) -> None:
+        self.iteration += 1
+        self.training_rewards.append(float(self.model.rollout_buffer.segment_returns().mean()))  # type: ignore[attr-defined]
+
+    def _on_step(self) -> bool:
+        return True
+
+    def finish(self) -> float:
+        """Draw and score the held-out pictures once more, and write the pictures of the whole run.
+
+        Returns:
+            The mean reward after training.
+        """
+        self._evaluate()
+        _, after = self.evaluations[-1]
+        middle = self._grids[len(self._grids) // 2]
+        chosen = {"before": self._grids[0], "during": middle, "after": self._grids[-1]}
+        if len(self._grids) < 3:
+            del chosen["during"]
+        labels = [f"{name}\niteration {iteration}\n{reward:.2f}" for name, (iteration, _, reward) in chosen.items()]
+        sheet = picture_grid([images for _, images, _ in chosen.values()], labels, self.prompts[: self.columns])
+        sheet.save(self.folder.samples / "before_after.png")
+        reward_curve(self.folder.path / "reward.png", self.training_rewards, self.evaluations, self.reward_name)
+        return after
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the curve so far, for a checkpoint; the pictures are in the run's folder."""
+        return {
+            "iteration": self.iteration,
+            "training_rewards": self.training_rewards,
+            "evaluations": [list(pair) for pair in self.evaluations],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the curve that `state_dict` returned."""
+        self.iteration = state["iteration"]
+        self.training_rewards = list(state["training_rewards"])
+        self.evaluations = [(iteration, mean) for iteration, mean in state["evaluations"]]
+
+    def _evaluate(self) -> None:
+        evaluation = evaluate(self.policy, self.env, self.prompts, self.seed)
+        mean = float(evaluation.rewards.mean())
+        self.evaluations.append((self.iteration, mean))
+        self.logger.record("eval/reward_mean", mean)
+        self.logger.record("eval/reward_std", float(evaluation.rewards.std()))
+        images = evaluation.images[: self.columns]
+        shown = float(evaluation.rewards[: self.columns].mean())
+        self._grids.append((self.iteration, images, shown))
+        label = f"iteration {self.iteration}\n{shown:.2f}"
+        sheet = picture_grid([images], [label], self.prompts[: self.columns])
+        sheet.save(self.folder.samples / f"iteration_{self.iteration:04d}.png")
+        pixels = torch.as_tensor(np.array(sheet)).permute(2, 0, 1)
+        self.logger.record("samples", LoggedImage(pixels, "CHW"), exclude=("stdout", "csv"))

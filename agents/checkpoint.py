@@ -1,0 +1,169 @@
+"""Checkpoints of a run: everything that the next iteration depends on, written whole or not at all.
+
+Tensors are safetensors, the rest is JSON: nothing that is read back can execute code. A checkpoint is written to a hidden
+folder and renamed when it is complete, and only then are older ones deleted, so a kill at any moment leaves a good one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections import deque
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from agents.on_policy import TensorOnPolicyAlgorithm
+
+_NAME = re.compile(r"iteration_(\d+)")
+
+
+class Stateful(Protocol):
+    """Anything whose state is plain values (numbers, strings, lists, dictionaries)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a state over."""
+        ...
+
+
+def save_checkpoint(
+    folder: Path, iteration: int, algorithm: TensorOnPolicyAlgorithm, parts: dict[str, Stateful], keep: int
+) -> Path:
+    """Write `folder/iteration_NNNNNN` and delete all but the last `keep` checkpoints.
+
+    Args:
+        folder: the run's `checkpoints`.
+        iteration: iterations that are done.
+        algorithm: between two iterations.
+        parts: what else has a state, by name; the advantage estimator is found on the algorithm.
+        keep: checkpoints to keep, at least 1.
+
+    Returns:
+        The new checkpoint's folder.
+    """
+    target = folder / f"iteration_{iteration:06d}"
+    part = folder / f".{target.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    tensors, state = _algorithm_state(algorithm)
+    state |= {"iteration": iteration, "parts": {name: value.state_dict() for name, value in parts.items()}}
+    save_file(tensors, part / "tensors.safetensors")
+    (part / "state.json").write_text(json.dumps(state))
+    for file in part.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    shutil.rmtree(target, ignore_errors=True)
+    part.rename(target)
+    for old in _checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def latest_checkpoint(folder: Path) -> Path:
+    """Return the newest complete checkpoint.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = _checkpoints(folder)
+    if not found:
+        raise ValueError(f"resume: there is no checkpoint in {str(folder)!r}")
+    return found[-1]
+
+
+def load_checkpoint(checkpoint: Path, algorithm: TensorOnPolicyAlgorithm, parts: dict[str, Stateful]) -> int:
+    """Bring algorithm, environment, random generators and `parts` to where the checkpoint was written.
+
+    Returns:
+        Iterations that are done.
+    """
+    tensors = load_file(checkpoint / "tensors.safetensors")
+    state = json.loads((checkpoint / "state.json").read_text())
+    _load_algorithm_state(algorithm, tensors, state)
+    for name, value in parts.items():
+        value.load_state_dict(state["parts"][name])
+    return int(state["iteration"])
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("iteration_*") if _NAME.fullmatch(path.name))
+
+
+def _algorithm_state(algorithm: TensorOnPolicyAlgorithm) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {f"policy.{name}": value for name, value in algorithm.policy.state_dict().items()}
+    optimizer = algorithm.policy.optimizer.state_dict()
+    for index, values in optimizer["state"].items():
+        for name, value in values.items():
+            tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
+    tensors["random.torch"] = torch.get_rng_state()
+    if algorithm.device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(algorithm.device)
+    advantage_state = getattr(algorithm.advantage, "state_dict", dict)()
+    env_tensors, env_state = _env_state(algorithm)
+    state = {
+        "counters": {name: getattr(algorithm, name) for name in _COUNTERS},
+        "episodes": list(algorithm.ep_info_buffer or []),
+        "optimizer": optimizer["param_groups"],
+        "advantage": advantage_state,
+        "random": {"python": random.getstate(), "numpy": _numpy_state()},
+        "env": env_state,
+    }
+    # Cloned, because safetensors refuses tensors that share memory.
+    return {name: value.detach().cpu().contiguous().clone() for name, value in (tensors | env_tensors).items()}, state
+
+
+def _load_algorithm_state(
+    algorithm: TensorOnPolicyAlgorithm, tensors: dict[str, Tensor], state: dict[str, Any]
+) -> None:
+    def below(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    algorithm.policy.load_state_dict(below("policy."))
+    optimizer_state: dict[int, dict[str, Tensor]] = {}
+    for name, value in below("optimizer.").items():
+        index, key = name.split(".", 1)
+        optimizer_state.setdefault(int(index), {})[key] = value
+    algorithm.policy.optimizer.load_state_dict({"state": optimizer_state, "param_groups": state["optimizer"]})
+    for name, value in state["counters"].items():
+        setattr(algorithm, name, value)
+    algorithm.ep_info_buffer = deque(state["episodes"], maxlen=algorithm._stats_window_size)
+    if state["advantage"]:
+        algorithm.advantage.load_state_dict(state["advantage"])  # type: ignore[attr-defined]
+    env = _batch(algorithm)
+    env.load_state_dict(below("env."), state["env"])
+    algorithm._last_obs = env.observe()  # type: ignore[assignment]
+    algorithm._last_episode_starts = np.ones(env.num_envs, dtype=bool)
+    algorithm.env.reset_infos = [{"prompt": prompt} for prompt in state["env"]["prompts"]]  # type: ignore[union-attr]
+    version, internal, gauss = state["random"]["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(state["random"]["numpy"])
+    torch.set_rng_state(tensors["random.torch"])
+    if "random.cuda" in tensors and algorithm.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random.cuda"], algorithm.device)
+
+
+_COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining")
+
+
+def _numpy_state() -> list[Any]:
+    return [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()]
+
+
+def _batch(algorithm: TensorOnPolicyAlgorithm) -> Any:
+    return algorithm.env.vector_env.unwrapped  # type: ignore[union-attr]
+
+
+def _env_state(algorithm: TensorOnPolicyAlgorithm) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, state = _batch(algorithm).state_dict()
+    return {f"env.{name}": value for name, value in tensors.items()}, state

@@ -1,0 +1,210 @@
+"""Every setting of a training run, grouped as `--help` shows them; what does not fit together is refused here.
+
+Sizes are stated in samples: one sample is one picture, that is one trajectory of `num_inference_steps` transitions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from agents.lora import LoraTargets
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+@dataclass(kw_only=True)
+class RunSettings:
+    """Where the run goes, and what is looked at on the way."""
+
+    run_dir: Path | None = None
+    """Folder of the run. Default: runs/<reward>-<date>-<time>."""
+    resume: Path | None = None
+    """Folder of a run to go on with, from its last checkpoint; every other setting is the run's own, save iterations."""
+    iterations: int = 28
+    """Rounds of sampling and training."""
+    seed: int = 0
+    """Of weights, prompts, noise and batches."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    dtype: Dtype = "auto"
+    """Of the frozen weights: auto is float32 on a CPU and bfloat16 on an accelerator. What learns is float32."""
+    eval_samples: int = 90
+    """Pictures from held-out seeds that are scored before, during and after training."""
+    eval_interval: int = 7
+    """Iterations between evaluations; 0: only before and after."""
+    checkpoint_interval: int = 1
+    """Iterations between checkpoints; 0: only at the end. A stopped run goes on from its last checkpoint."""
+    keep_checkpoints: int = 2
+    """How many checkpoints are kept."""
+
+
+@dataclass(kw_only=True)
+class TaskSettings:
+    """The Markov decision process: which model draws what, and how it is judged."""
+
+    model: str = "tiny"
+    """Bundled name (tiny), a folder in diffusers' layout, or a Hub id such as CompVis/stable-diffusion-v1-4."""
+    reward: str = "jpeg_compressibility"
+    """Built-in name, or module:function of your own."""
+    prompts: str = "simple_animals"
+    """Name of a prompt set, or a text file with a prompt a line."""
+    num_inference_steps: int = 10
+    """Denoising steps, the length of an episode."""
+
+
+@dataclass(kw_only=True)
+class PolicySettings:
+    """The denoiser as a policy: how it samples, and what of it learns."""
+
+    guidance_scale: float = 1.0
+    """Of classifier-free guidance, in sampling and training; 1 is off and halves the cost. DDPO used 5 on SD 1.4."""
+    eta: float = 1.0
+    """Noise of the DDIM steps: 1 is as noisy as DDPM; must be above 0."""
+    min_std: float | None = None
+    """Lower bound on a step's standard deviation, for samplers whose last step is deterministic."""
+    lora_rank: int = 16
+    """Rank of the LoRA adapters; 0 trains every weight."""
+    lora_targets: LoraTargets = "attention+convolutions"
+    """Which layers get an adapter."""
+    log_prob_reduction: Literal["mean", "sum"] = "mean"
+    """Of the log-density over the latent's dimensions; the clip range depends on it."""
+    critic: bool = False
+    """Whether a value network is trained for generalized advantages; DDPO has none."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+
+@dataclass(kw_only=True)
+class TrainingSettings:
+    """One iteration: sampling, advantages, updates."""
+
+    samples_per_iteration: int = 72
+    """Pictures drawn in an iteration."""
+    samples_per_prompt: int = 8
+    """Pictures in a row that share a prompt."""
+    sample_batch_size: int = 72
+    """Pictures drawn at once."""
+    train_batch_size: int = 36
+    """Samples in one call of the denoiser in training; gradients are accumulated over an update's calls."""
+    updates_per_iteration: int = 2
+    """Optimizer steps in an iteration and epoch."""
+    epochs: int = 1
+    """Passes over an iteration's samples."""
+    timestep_fraction: float = 0.5
+    """Share of each trajectory's steps, chosen at random, that is trained on."""
+    clip_range: float = 3e-3
+    """PPO's ε. With log-densities averaged over the latent it is tiny, and depends on the latent's size: see docs."""
+    target_kl: float | None = None
+    """Ends an iteration's updates when the KL from the sampling policy exceeds 1.5 times this."""
+    advantage_clip: float = 5.0
+    """Advantages are clipped to plus/minus this."""
+    stat_buffer_size: int = 32
+    """Rewards remembered a prompt, for its mean and standard deviation."""
+    stat_min_count: int = 8
+    """Rewards of a prompt before its own statistics are used instead of the iteration's."""
+
+
+@dataclass(kw_only=True)
+class OptimizerSettings:
+    """AdamW on what learns."""
+
+    learning_rate: float = 3e-4
+    """Constant learning rate."""
+    adam_beta1: float = 0.9
+    """Decay of the gradient's average."""
+    adam_beta2: float = 0.99
+    """Decay of the squared gradient's average; 0.99 follows short runs."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of the squared gradient's average."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """A whole run of `scripts/train_ppo.py`."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+    task: TaskSettings = field(default_factory=TaskSettings)
+    policy: PolicySettings = field(default_factory=PolicySettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+
+    def check(self) -> None:
+        """Refuse what cannot run, before anything is loaded.
+
+        Raises:
+            ValueError: naming the setting, its value, and what is valid; for sizes that do not divide, the nearest that do.
+        """
+        training = self.training
+        positive = {
+            "iterations": self.run.iterations,
+            "eval_samples": self.run.eval_samples,
+            "keep_checkpoints": self.run.keep_checkpoints,
+            "num_inference_steps": self.task.num_inference_steps,
+            "samples_per_iteration": training.samples_per_iteration,
+            "samples_per_prompt": training.samples_per_prompt,
+            "sample_batch_size": training.sample_batch_size,
+            "train_batch_size": training.train_batch_size,
+            "updates_per_iteration": training.updates_per_iteration,
+            "epochs": training.epochs,
+        }
+        for name, value in positive.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        more_than_zero = {
+            "eta": self.policy.eta,
+            "clip_range": training.clip_range,
+            "learning_rate": self.optimizer.learning_rate,
+            "max_grad_norm": self.optimizer.max_grad_norm,
+            "advantage_clip": training.advantage_clip,
+        }
+        for name, number in more_than_zero.items():
+            if not number > 0:
+                raise ValueError(f"{name} must be above 0; got {number}")
+        total = training.samples_per_iteration
+        _must_divide("sample_batch_size", training.sample_batch_size, "samples_per_iteration", total)
+        _must_divide("samples_per_prompt", training.samples_per_prompt, "sample_batch_size", training.sample_batch_size)
+        _must_divide("updates_per_iteration", training.updates_per_iteration, "samples_per_iteration", total)
+
+    @property
+    def trained_steps(self) -> int:
+        """Steps of each trajectory that are trained on."""
+        return max(1, round(self.training.timestep_fraction * self.task.num_inference_steps))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return every setting in groups of plain values, for `config.yaml`."""
+        groups: dict[str, Any] = asdict(self)
+        for group in groups.values():
+            for name, value in group.items():
+                group[name] = str(value) if isinstance(value, Path) else value
+        return groups
+
+    @classmethod
+    def from_dict(cls, groups: dict[str, Any]) -> TrainConfig:
+        """Return the configuration that `as_dict` wrote."""
+        run = {**groups["run"]}
+        for name in ("run_dir", "resume"):
+            run[name] = Path(run[name]) if run[name] is not None else None
+        return cls(
+            run=RunSettings(**run),
+            task=TaskSettings(**groups["task"]),
+            policy=PolicySettings(**groups["policy"]),
+            training=TrainingSettings(**groups["training"]),
+            optimizer=OptimizerSettings(**groups["optimizer"]),
+        )
+
+
+def _must_divide(name: str, value: int, total_name: str, total: int) -> None:
+    if total % value == 0:
+        return
+    divisors = [d for d in range(1, total + 1) if total % d == 0]
+    nearest = sorted(divisors, key=lambda divisor: abs(divisor - value))[:2]
+    raise ValueError(
+        f"{name} must divide {total_name}={total}; got {value}; the nearest that do are "
+        f"{' and '.join(str(d) for d in sorted(nearest))}"
+    )

@@ -1,0 +1,44 @@
+"""A small value network over the state `(x_t, t, c)`, for algorithms that want a critic.
+
+DDPO itself has none: with one terminal reward and per-prompt statistics there is little for it to do. Stable-Baselines3's
+GAE can use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from diffusers.models.embeddings import Timesteps
+from torch import Tensor, nn
+from torch.nn import functional
+
+_POOLED_SIDE = 8
+_TIMESTEP_CHANNELS = 64
+
+
+class DenoisingCritic(nn.Module):
+    """An MLP on the pooled latent, the sinusoidal timestep embedding and the averaged conditioning."""
+
+    def __init__(
+        self, latent_shape: tuple[int, ...], conditioning_shapes: Mapping[str, tuple[int, ...]], hidden: int = 256
+    ):
+        """Size the MLP for the model's shapes; `hidden` is the width of its two hidden layers."""
+        super().__init__()
+        self.timestep_embedding = Timesteps(_TIMESTEP_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
+        latents = self._pool(torch.zeros(1, *latent_shape)).shape[1]
+        inputs = latents + _TIMESTEP_CHANNELS + sum(shape[-1] for shape in conditioning_shapes.values())
+        self.value = nn.Sequential(
+            nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 1)
+        )
+
+    def forward(self, latents: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """Return values `(batch, 1)` for latents `(batch, ...)` and timesteps `(batch,)`."""
+        context = [tensor.reshape(len(tensor), -1, tensor.shape[-1]).mean(1) for tensor in conditioning.values()]
+        return self.value(torch.cat([self._pool(latents), self.timestep_embedding(timestep), *context], dim=1).float())
+
+    @staticmethod
+    def _pool(latents: Tensor) -> Tensor:
+        if latents.ndim == 4 and latents.shape[-1] > _POOLED_SIDE:
+            latents = functional.adaptive_avg_pool2d(latents, _POOLED_SIDE)
+        return latents.flatten(1)

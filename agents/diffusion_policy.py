@@ -1,0 +1,268 @@
+"""A diffusion model as a Stable-Baselines3 actor-critic policy: denoiser → guidance → one Gaussian step.
+
+Fourth stop of the data's path. The policy owns what learns (LoRA adapters or every weight of the denoiser) and the
+distribution over the next latent; clock, prompts and reward belong to the environment. Its model and its timesteps are
+those that the environment wrote on its observation space, so `PPO(DiffusionPolicy, env)` is complete.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from gymnasium import spaces
+from safetensors.torch import load_file, save_file
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.type_aliases import Schedule
+from torch import Tensor, nn
+
+from agents.critic import DenoisingCritic
+from agents.distribution import DenoisingDistribution
+from agents.lora import LoraTargets, add_lora, copy_for_full_training
+from ddpo_env.models import load_model
+from ddpo_env.spaces import DenoisingObservationSpace, latent_box
+from ddpo_env.transition import GaussianSampler, Reduction
+
+DenoisingObservation: TypeAlias = dict[str, Tensor]
+
+_CONFIG_FILE = "policy.json"
+_WEIGHTS_FILE = "policy.safetensors"
+
+
+class DiffusionPolicy(ActorCriticPolicy):
+    """`π_θ(x_{t-1} | x_t, c) = N(μ_θ(x_t, t, c), σ_t² I)` around a pipeline's denoiser (Black et al. 2023, eq. 3).
+
+    Guidance stays on in training: the guided prediction defines the mean. `forward`, `evaluate_actions`,
+    `predict_values`, `get_distribution` and `predict` mean what they mean in Stable-Baselines3; observations are
+    dictionaries of the environment's tensors, actions are next latents `(batch, *latent_shape)`.
+
+    `predict(deterministic=True)` returns the Gaussian's mean, as in every Stable-Baselines3 policy. Pictures sampled that
+    way lack the noise that the denoiser expects and come out flat; sample with `deterministic=False`.
+
+    Args:
+        observation_space: of the environment.
+        action_space: of the environment, a latent.
+        lr_schedule: learning rate as a function of the remaining progress, 1 → 0.
+        use_sde: must be false (state-dependent exploration; the sampler is stochastic by itself).
+        model: what `ddpo_env.load_model` takes; default: the environment's.
+        num_inference_steps: length of an episode; default: the environment's.
+        device: where the model is loaded; default: the environment's.
+        dtype: of the frozen weights; default: the environment's. What learns is float32.
+        guidance_scale: of classifier-free guidance; 1 is off, which halves the cost.
+        eta: noise of the DDIM step, above 0.
+        min_std: lower bound on the step's standard deviation; needed where the sampler's last step is deterministic.
+        lora_rank: of the adapters; 0 trains every weight.
+        lora_targets: which layers get an adapter, a name in `agents.lora.LORA_TARGETS`.
+        log_prob_reduction: `"mean"` or `"sum"` over the latent's dimensions. `clip_range` depends on it.
+        critic: whether there is a value network; without one every value is 0.
+        gradient_checkpointing: recompute the denoiser's activations in the backward pass, to save memory.
+        optimizer_class: optimizer of what learns.
+        optimizer_kwargs: its arguments; default: DDPO's betas (0.9, 0.999), weight decay 1e-4, eps 1e-8.
+
+    Raises:
+        ValueError: for an argument that is not valid, or a space that is not the model's.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        use_sde: bool = False,
+        *,
+        model: str | Path | DiffusionPipeline | None = None,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        guidance_scale: float = 5.0,
+        eta: float = 1.0,
+        min_std: float | None = None,
+        lora_rank: int = 4,
+        lora_targets: LoraTargets = "attention",
+        log_prob_reduction: Reduction = "mean",
+        critic: bool = False,
+        gradient_checkpointing: bool = False,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        optimizer_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Share the environment's model and put the adapters in; see the class docstring for the arguments."""
+        if use_sde:
+            raise ValueError("use_sde must be False: the sampler's own noise is the exploration; got True")
+        if log_prob_reduction not in ("mean", "sum"):
+            raise ValueError(f"log_prob_reduction must be mean or sum; got {log_prob_reduction!r}")
+        if not np.isfinite(guidance_scale) or guidance_scale < 0:
+            raise ValueError(f"guidance_scale must be at least 0 (1 is off); got {guidance_scale}")
+        optimizer_kwargs = {"betas": (0.9, 0.999), "weight_decay": 1e-4, **(optimizer_kwargs or {})}
+        # ActorCriticPolicy's own constructor would build an MLP; everything that it promises is defined below.
+        BasePolicy.__init__(
+            self, observation_space, action_space, optimizer_class=optimizer_class, optimizer_kwargs=optimizer_kwargs
+        )
+        origin = observation_space if isinstance(observation_space, DenoisingObservationSpace) else None
+        if origin is None and (model is None or num_inference_steps is None):
+            raise ValueError(
+                "model and num_inference_steps must be given in policy_kwargs, because observation_space does not name "
+                f"them: it is a {type(observation_space).__name__}, not a DenoisingObservationSpace"
+            )
+        self.model = load_model(
+            model if model is not None else origin.model,
+            device if device is not None else (origin.device if origin else "auto"),
+            dtype if dtype is not None else (origin.dtype if origin else "auto"),
+        )
+        self._check_spaces()
+        self.num_inference_steps = num_inference_steps or origin.num_inference_steps
+        self.guidance_scale = guidance_scale
+        self.eta = eta
+        self.min_std = min_std
+        self.lora_rank = lora_rank
+        self.lora_targets: LoraTargets = lora_targets
+        self.log_prob_reduction: Reduction = log_prob_reduction
+        self.share_features_extractor = True
+        self.sampler = GaussianSampler.from_scheduler(
+            self.model.scheduler, self.num_inference_steps, eta, min_std=min_std
+        )
+        self.negative_conditioning = self.model.encode_prompts([""])
+        if lora_rank == 0:
+            self.denoiser = copy_for_full_training(self.model.denoiser)
+        else:
+            self.denoiser = add_lora(self.model.denoiser, lora_rank, lora_targets)
+        self.critic = DenoisingCritic(self.model.latent_shape, self.model.conditioning_shapes) if critic else None
+        self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
+        self.to(next(self.denoiser.parameters()).device)
+        self.optimizer = self.optimizer_class(self.trainable_parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What learns: adapters or the whole denoiser, and the critic if there is one."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def forward(self, obs: DenoisingObservation, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Return next latents `(batch, *latent_shape)`, values `(batch, 1)` and log-densities `(batch,)`."""
+        distribution = self.get_distribution(obs)
+        actions = distribution.get_actions(deterministic)
+        return actions, self.predict_values(obs), distribution.log_prob(actions)
+
+    def evaluate_actions(self, obs: DenoisingObservation, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return values `(batch, 1)`, log-densities `(batch,)` and entropies `(batch,)` of given next latents."""
+        distribution = self.get_distribution(obs)
+        return self.predict_values(obs), distribution.log_prob(actions), distribution.entropy()
+
+    def get_distribution(self, obs: DenoisingObservation) -> DenoisingDistribution:
+        """Run the denoiser, with guidance, and return the Gaussian over the next latent."""
+        latents, timestep, conditioning = self._split(obs)
+        if self.sampler.std.device != latents.device:
+            self.sampler = self.sampler.to(latents.device)
+        step_index = self.sampler.step_index_of(timestep)
+        output = self.predict_output(latents, timestep, conditioning)
+        mean = self.sampler.mean(latents, output, step_index)
+        return DenoisingDistribution(self.sampler, mean, step_index, self.log_prob_reduction)
+
+    def predict_output(self, latents: Tensor, timestep: Tensor, conditioning: DenoisingObservation) -> Tensor:
+        """Return the guided output of the denoiser, float32, shaped as `latents`."""
+        if self.guidance_scale == 1:
+            return self.model.predict(self.denoiser, latents, timestep, conditioning).float()
+        doubled = {
+            name: torch.cat([self.negative_conditioning[name].to(value).expand_as(value), value])
+            for name, value in conditioning.items()
+        }
+        output = self.model.predict(self.denoiser, torch.cat([latents] * 2), torch.cat([timestep] * 2), doubled)
+        unconditional, conditional = output.float().chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    def predict_values(self, obs: DenoisingObservation) -> Tensor:
+        """Return values `(batch, 1)`; zeros without a critic."""
+        latents, timestep, conditioning = self._split(obs)
+        if self.critic is None:
+            return torch.zeros(len(latents), 1, device=latents.device)
+        return self.critic(latents, timestep, conditioning)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the tensors that learn; the frozen ones are the model's and are not saved again and again."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        learned = {prefix + name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: value for name, value in state.items() if name in learned}
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:  # type: ignore[override]
+        """Load what `state_dict` returned; with `strict`, exactly the tensors that learn must be there."""
+        expected = set(self.state_dict())
+        if strict and set(state_dict) != expected:
+            raise ValueError(
+                f"state_dict must hold the {len(expected)} tensors that learn; missing {sorted(expected - set(state_dict))[:3]}, "
+                f"unexpected {sorted(set(state_dict) - expected)[:3]}: same lora_rank, lora_targets and critic?"
+            )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def save(self, path: str | Path) -> None:  # type: ignore[override]
+        """Write the policy to a folder: what learns as safetensors, how to build the policy as JSON."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / _WEIGHTS_FILE)
+        settings = {
+            "model": self.model.source,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "eta": self.eta,
+            "min_std": self.min_std,
+            "lora_rank": self.lora_rank,
+            "lora_targets": self.lora_targets,
+            "log_prob_reduction": self.log_prob_reduction,
+            "critic": self.critic is not None,
+            "gradient_checkpointing": self.gradient_checkpointing,
+        }
+        (folder / _CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls, path: str | Path, device: str | torch.device = "auto", model: str | Path | DiffusionPipeline | None = None
+    ) -> DiffusionPolicy:
+        """Read a policy that `save` wrote.
+
+        Args:
+            path: the folder.
+            device: where to put it.
+            model: the pretrained model, if it is not where it was when the policy was saved.
+        """
+        folder = Path(path)
+        settings = json.loads((folder / _CONFIG_FILE).read_text())
+        settings["model"] = model if model is not None else settings["model"]
+        shapes = load_model(settings["model"], device)
+        policy = cls(
+            DenoisingObservationSpace(shapes, settings["num_inference_steps"]),
+            latent_box(shapes.latent_shape),
+            lambda _: 0.0,
+            device=device,
+            **settings,
+        )
+        policy.load_state_dict(load_file(folder / _WEIGHTS_FILE, device=str(policy.device)))
+        return policy
+
+    def save_lora(self, folder: str | Path) -> None:
+        """Write the adapters in diffusers' format: stock `pipe.load_lora_weights(folder)` brings them back."""
+        if self.lora_rank == 0:
+            raise ValueError("save_lora needs lora_rank above 0; this policy trains every weight (lora_rank=0)")
+        self.model.save_lora(self.denoiser, Path(folder))
+
+    def _predict(self, observation: DenoisingObservation, deterministic: bool = False) -> Tensor:  # type: ignore[override]
+        return self.get_distribution(observation).get_actions(deterministic)
+
+    def _split(self, obs: DenoisingObservation) -> tuple[Tensor, Tensor, DenoisingObservation]:
+        conditioning = {name: obs[name] for name in self.model.conditioning_shapes}
+        return obs["latents"], obs["timestep"].flatten(), conditioning
+
+    def _check_spaces(self) -> None:
+        expected = {"latents": self.model.latent_shape, **self.model.conditioning_shapes}
+        found = {
+            name: tuple(space.shape or ())
+            for name, space in getattr(self.observation_space, "spaces", {}).items()
+            if name != "timestep"
+        }
+        if found != expected or self.action_space.shape != self.model.latent_shape:
+            raise ValueError(
+                f"observation_space must be that of model {self.model.source!r}, {expected}; got {found} "
+                f"with action shape {self.action_space.shape}"
+            )

@@ -1,0 +1,91 @@
+"""Pictures of a policy for given prompts and seeds: the same ones before, during and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gymnasium.vector import AutoresetMode
+from stable_baselines3.common.utils import obs_as_tensor
+
+from agents.diffusion_policy import DiffusionPolicy
+from ddpo_env.vector_env import DenoisingVectorEnv
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a policy drew.
+
+    Attributes:
+        images: `(samples, height, width, 3)` uint8.
+        prompts: one a sample.
+        rewards: `(samples,)` float64.
+        details: the reward's details by name, one value a sample.
+    """
+
+    images: npt.NDArray[np.uint8]
+    prompts: list[str]
+    rewards: npt.NDArray[np.float64]
+    details: dict[str, list[Any]]
+
+
+def evaluate(policy: DiffusionPolicy, env: DenoisingVectorEnv, prompts: Sequence[str], seed: int) -> Evaluation:
+    """Draw one picture a prompt with the policy's stochastic sampler, and score it.
+
+    Sample `i` starts from the noise of seed `seed + i`, and the sampler's own noise is seeded too: the same arguments
+    give the same pictures for the same policy. The random state of training is left as it was.
+
+    Args:
+        policy: what draws; it is not changed.
+        env: autoreset must be off; its number of slots is the batch size.
+        prompts: one a picture.
+        seed: of the first picture.
+
+    Raises:
+        ValueError: if `env` resets itself, or there are no prompts.
+    """
+    if env.autoreset_mode is not AutoresetMode.DISABLED:
+        raise ValueError(f"env must have autoreset_mode 'Disabled'; got {env.autoreset_mode.value!r}")
+    if not prompts:
+        raise ValueError("prompts must hold at least one prompt; got none")
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    parts = []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(seed)
+        policy.set_training_mode(False)
+        for start in range(0, len(prompts), env.num_envs):
+            wanted = list(prompts[start : start + env.num_envs])
+            padded = wanted + [wanted[-1]] * (env.num_envs - len(wanted))
+            parts.append(_episode(policy, env, padded, seed + start, len(wanted)))
+    details = {name: [value for part in parts for value in part.details.get(name, [])] for name in parts[0].details}
+    return Evaluation(
+        images=np.concatenate([part.images for part in parts]),
+        prompts=[prompt for part in parts for prompt in part.prompts],
+        rewards=np.concatenate([part.rewards for part in parts]),
+        details=details,
+    )
+
+
+def _episode(policy: DiffusionPolicy, env: DenoisingVectorEnv, prompts: list[str], seed: int, keep: int) -> Evaluation:
+    observation, _ = env.reset(seed=seed, options={"prompts": prompts})
+    infos: dict[str, Any] = {}
+    rewards = np.zeros(env.num_envs)
+    for _ in range(env.num_inference_steps):
+        actions = policy.get_distribution(obs_as_tensor(observation, policy.device)).sample()  # type: ignore[arg-type]
+        observation, rewards, _, _, infos = env.step(actions)
+    details = {name: list(values[:keep]) for name, values in infos.get("reward_details", {}).items() if name[0] != "_"}
+    return Evaluation(infos["image"][:keep], prompts[:keep], rewards[:keep], details)
+
+
+def evaluation_prompts(env: DenoisingVectorEnv, count: int, seed: int) -> list[str]:
+    """Choose the prompts to evaluate on: a finite set in turn, else draws from the distribution."""
+    known = getattr(env.prompts, "prompts", None)
+    if known is None:
+        rng = np.random.default_rng(seed)
+        return [env.prompts.sample(rng)[0] for _ in range(count)]
+    order = np.random.default_rng(seed).permutation(len(known))
+    return [known[order[i % len(known)]] for i in range(count)]

@@ -1,0 +1,68 @@
+"""What of the denoiser learns: low-rank adapters (LoRA, by peft) or every weight.
+
+The denoiser is shared by everybody who loaded the model, so neither way touches it. Adapters go into a copy of the
+module tree that holds the *same* frozen tensors; full fine-tuning works on a copy of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal, TypeVar
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+LoraTargets = Literal["attention", "attention+convolutions"]
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_CONVOLUTIONS = ("conv_in", "conv_out", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": _ATTENTION,
+    "attention+convolutions": _ATTENTION + _CONVOLUTIONS,
+}
+"""Layers that get an adapter, by the end of their name in diffusers' denoisers."""
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def share_weights(module: _Module) -> _Module:
+    """Copy a module tree without copying its tensors: layers can be replaced in the copy, the weights stay one."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, memo)
+
+
+def add_lora(denoiser: _Module, rank: int, targets: LoraTargets) -> _Module:
+    """Return the denoiser with fresh trainable float32 adapters around the shared frozen weights.
+
+    Args:
+        denoiser: the model's network; it is not changed.
+        rank: of the adapters; their scale `alpha / rank` is 1. They start as the identity.
+        targets: a name in `LORA_TARGETS`.
+
+    Raises:
+        ValueError: for a rank below 1, unknown targets, or a denoiser that carries adapters already.
+    """
+    if rank < 1:
+        raise ValueError(f"lora_rank must be at least 1 (0 trains every weight); got {rank}")
+    if targets not in LORA_TARGETS:
+        raise ValueError(f"lora_targets must be one of {', '.join(LORA_TARGETS)}; got {targets!r}")
+    if getattr(denoiser, "peft_config", None):
+        raise ValueError(
+            "model already carries a LoRA, which would be saved apart from the new one: "
+            "merge it first with pipe.fuse_lora() and pipe.unload_lora_weights()"
+        )
+    adapted = share_weights(denoiser)
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS[targets])
+    )
+    inject_adapter_in_model(config, adapted, "default")
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+    return adapted
+
+
+def copy_for_full_training(denoiser: _Module) -> _Module:
+    """Return a float32 copy of the denoiser in which every weight learns."""
+    return copy.deepcopy(denoiser).to(torch.float32).requires_grad_(True)

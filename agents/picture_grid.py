@@ -1,0 +1,66 @@
+"""Grids of pictures with captions, and the reward's curve: what a person looks at after a run."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+_MARGIN = 6
+_FONT_SIZE = 12
+_LINE = 15
+_LABEL_WIDTH = 84
+_SMALLEST_TILE = 112
+
+
+def picture_grid(
+    rows: Sequence[npt.NDArray[np.uint8]], row_labels: Sequence[str], column_labels: Sequence[str]
+) -> Image.Image:
+    """Lay pictures out in labelled rows, small pictures enlarged without smoothing.
+
+    Args:
+        rows: per row, pictures `(columns, height, width, 3)` uint8.
+        row_labels: one a row, at the left; a line break starts a new line.
+        column_labels: one a column, above it.
+    """
+    height, width = rows[0].shape[1:3]
+    scale = max(1, -(-_SMALLEST_TILE // width))
+    tile = (width * scale, height * scale)
+    font = ImageFont.load_default(size=_FONT_SIZE)
+    captions = [textwrap.wrap(label, max(8, tile[0] // 7)) for label in column_labels]
+    left = _LABEL_WIDTH if any(row_labels) else _MARGIN
+    top = _MARGIN + _LINE * max((len(caption) for caption in captions), default=0)
+    size = (left + len(rows[0]) * (tile[0] + _MARGIN), top + len(rows) * (tile[1] + _MARGIN))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, caption in enumerate(captions):
+        x = left + column * (tile[0] + _MARGIN) + tile[0] // 2
+        draw.multiline_text((x, top - 3), "\n".join(caption), "black", font, anchor="md", align="center")
+    for index, (pictures, label) in enumerate(zip(rows, row_labels, strict=True)):
+        y = top + index * (tile[1] + _MARGIN)
+        draw.multiline_text((_MARGIN, y + tile[1] // 2), label, "black", font, anchor="lm")
+        for column, picture in enumerate(pictures):
+            enlarged = Image.fromarray(picture).resize(tile, Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (left + column * (tile[0] + _MARGIN), y))
+    return sheet
+
+
+def reward_curve(
+    path: Path, rewards: Sequence[float], evaluations: Sequence[tuple[int, float]], reward_name: str
+) -> None:
+    """Plot the mean training reward of every iteration, and the evaluations, to a PNG file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(1, len(rewards) + 1), rewards, label="training samples", color="tab:blue")
+    axes.plot(*zip(*evaluations, strict=True), "o--", label="held-out seeds", color="tab:orange")
+    axes.set_xlabel("iteration")
+    axes.set_ylabel(f"{reward_name}, mean")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

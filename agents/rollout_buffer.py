@@ -1,0 +1,224 @@
+"""Trajectories as tensors on the device, each latent and each prompt's conditioning stored once.
+
+Sixth stop of the data's path. Stable-Baselines3's dictionary buffer keeps observation *and* action of every step and
+repeats the conditioning at each; but the next observation's latent is the action, and the conditioning is constant. So a
+trajectory of T steps is T + 1 latents and one conditioning here. Other environments' observations are stored as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import get_obs_shape
+from torch import Tensor
+
+from ddpo_env.spaces import DenoisingObservationSpace
+
+TensorObservation: TypeAlias = Tensor | dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """A batch of transitions out of a `TensorRolloutBuffer`; the first axis of everything is the batch.
+
+    Attributes:
+        observations: as the policy takes them.
+        actions: `(batch, *action_shape)`.
+        log_probs: of the actions when they were taken, `(batch,)`.
+        values: the critic's when they were taken, `(batch,)`.
+        advantages: `(batch,)`.
+        returns: targets of the critic, `(batch,)`.
+    """
+
+    observations: TensorObservation
+    actions: Tensor
+    log_probs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+class TensorRolloutBuffer:
+    """One rollout of `buffer_size` steps in `n_envs` environments.
+
+    Attributes:
+        rewards: `(buffer_size, n_envs)` float32 on the host.
+        episode_starts: `(buffer_size, n_envs)` bool on the host.
+        segments: `(buffer_size, n_envs)` int64 on the host: which part of an episode a step belongs to. Parts are numbered
+            from 0; an episode that crosses the rollout's edge is two parts.
+        contexts: per part, what the episode was about (the prompt), or `None`.
+        values, log_probs, advantages, returns: `(buffer_size, n_envs)` float32 on `device`.
+        actions: `(buffer_size, n_envs, *action_shape)` on `device`.
+
+    Args:
+        buffer_size: steps of one environment.
+        observation_space: of one environment.
+        action_space: of one environment.
+        device: where tensors are kept.
+        gae_lambda: for `agents.advantages.GeneralizedAdvantage`.
+        gamma: discount.
+        n_envs: environments in the batch.
+    """
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        device: torch.device | str = "auto",
+        gae_lambda: float = 1.0,
+        gamma: float = 1.0,
+        n_envs: int = 1,
+    ) -> None:
+        """Allocate what does not depend on the number of episodes; see the class docstring for the arguments."""
+        self.buffer_size = buffer_size
+        self.observation_space = observation_space
+        self.action_space = action_space
+        self.device = torch.device(device)
+        self.gae_lambda = gae_lambda
+        self.gamma = gamma
+        self.n_envs = n_envs
+        grid = (buffer_size, n_envs)
+        self.rewards = np.zeros(grid, np.float32)
+        self.episode_starts = np.zeros(grid, np.bool_)
+        self.segments = np.zeros(grid, np.int64)
+        self.values = torch.zeros(grid, device=self.device)
+        self.log_probs = torch.zeros(grid, device=self.device)
+        self.advantages = torch.zeros(grid, device=self.device)
+        self.returns = torch.zeros(grid, device=self.device)
+        discrete = isinstance(action_space, spaces.Discrete)
+        self.actions = torch.zeros(
+            (*grid, *(action_space.shape or ())), dtype=torch.int64 if discrete else torch.float32, device=self.device
+        )
+        self._denoising = isinstance(observation_space, DenoisingObservationSpace)
+        self._step_observations = {
+            name: torch.zeros((*grid, *shape), device=self.device) for name, shape in self._step_shapes().items()
+        }
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the rollout."""
+        self.pos = 0
+        self.full = False
+        self.contexts: list[Any] = []
+        self.last_values = torch.zeros(self.n_envs, device=self.device)
+        self.last_dones = np.zeros(self.n_envs, np.bool_)
+        self._segment_observations: dict[str, list[Tensor]] = {name: [] for name in self._segment_keys()}
+        self._joined: dict[str, Tensor] = {}
+
+    def add(
+        self,
+        observation: TensorObservation,
+        actions: Tensor,
+        rewards: npt.NDArray[np.floating],
+        episode_starts: npt.NDArray[np.bool_],
+        values: Tensor,
+        log_probs: Tensor,
+        contexts: Sequence[Any],
+    ) -> None:
+        """Append one step of every environment.
+
+        Args:
+            observation: before the step, `(n_envs, ...)`.
+            actions: `(n_envs, *action_shape)`.
+            rewards: `(n_envs,)`.
+            episode_starts: whether `observation` is the first of an episode, `(n_envs,)`.
+            values: `(n_envs, 1)` or `(n_envs,)`.
+            log_probs: `(n_envs,)`.
+            contexts: what each environment's current episode is about.
+        """
+        if self.full:
+            raise ValueError(f"buffer_size={self.buffer_size} steps are stored already: call reset() first")
+        step = self.pos
+        begins = np.asarray(episode_starts, dtype=np.bool_) | (step == 0)
+        if step:
+            self.segments[step] = self.segments[step - 1]
+        self.segments[step, begins] = len(self.contexts) + np.arange(begins.sum())
+        self.contexts += [contexts[slot] for slot in np.flatnonzero(begins)]
+        observation = observation if isinstance(observation, dict) else {"": observation}
+        if begins.any():
+            rows = torch.as_tensor(np.flatnonzero(begins), device=self.device)
+            for name, parts in self._segment_observations.items():
+                parts.append(observation[name].to(self.device)[rows])
+        for name, store in self._step_observations.items():
+            store[step] = observation[name]
+        self.rewards[step] = rewards
+        self.episode_starts[step] = episode_starts
+        self.actions[step] = actions.reshape(self.actions[step].shape)
+        self.values[step] = values.flatten()
+        self.log_probs[step] = log_probs
+        self.pos += 1
+        self.full = self.pos == self.buffer_size
+
+    def finish(self, last_values: Tensor, last_dones: npt.NDArray[np.bool_]) -> None:
+        """Close the rollout: the critic's values `(n_envs,)` after it, and which environments ended with its last step."""
+        self.last_values = last_values.flatten()
+        self.last_dones = np.asarray(last_dones, dtype=np.bool_)
+        self._joined = {name: torch.cat(parts) for name, parts in self._segment_observations.items()}
+        self._segment_observations = {name: [] for name in self._segment_keys()}
+
+    def segment_returns(self) -> npt.NDArray[np.float64]:
+        """Sum of rewards of each part of an episode, `(len(contexts),)`."""
+        return np.bincount(self.segments.ravel(), self.rewards.ravel(), minlength=len(self.contexts))
+
+    def complete_segments(self) -> npt.NDArray[np.bool_]:
+        """Which parts are whole episodes, `(len(contexts),)`."""
+        complete = np.ones(len(self.contexts), np.bool_)
+        complete[self.segments[0][~self.episode_starts[0]]] = False
+        complete[self.segments[-1][~self.last_dones]] = False
+        return complete
+
+    def per_step(self, segment_values: npt.NDArray[np.floating]) -> Tensor:
+        """Give every step the value of its part: `(len(contexts),)` → `(buffer_size, n_envs)` on the device."""
+        return torch.as_tensor(segment_values[self.segments], dtype=torch.float32, device=self.device)
+
+    def __getitem__(self, indices: npt.NDArray[np.int64]) -> Transitions:
+        """Return the transitions at flat indices `step * n_envs + environment`."""
+        chosen = torch.as_tensor(indices, device=self.device)
+        return Transitions(
+            observations=self._observations(np.asarray(indices), chosen),
+            actions=self.actions.flatten(0, 1)[chosen],
+            log_probs=self.log_probs.flatten()[chosen],
+            values=self.values.flatten()[chosen],
+            advantages=self.advantages.flatten()[chosen],
+            returns=self.returns.flatten()[chosen],
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors and arrays that hold the rollout."""
+        tensors = [self.values, self.log_probs, self.advantages, self.returns, self.actions]
+        tensors += [*self._step_observations.values(), *self._joined.values()]
+        tensors += [part for parts in self._segment_observations.values() for part in parts]
+        arrays = (self.rewards, self.episode_starts, self.segments)
+        return sum(t.nbytes for t in tensors) + sum(a.nbytes for a in arrays)
+
+    def _observations(self, indices: npt.NDArray[np.int64], chosen: Tensor) -> TensorObservation:
+        stored = {name: store.flatten(0, 1)[chosen] for name, store in self._step_observations.items()}
+        if not self._denoising:
+            return stored[""] if "" in stored else stored
+        segments = self.segments.ravel()
+        first = np.zeros(segments.shape, np.bool_)
+        first[np.unique(segments, return_index=True)[1]] = True
+        rows = torch.as_tensor(segments[indices], device=self.device)
+        joined = {name: parts[rows] for name, parts in self._joined.items()}
+        previous = self.actions.flatten(0, 1)[(chosen - self.n_envs).clamp(min=0)]
+        begins = torch.as_tensor(first[indices], device=self.device).view(-1, *[1] * (previous.ndim - 1))
+        return {**stored, **joined, "latents": torch.where(begins, joined["latents"], previous)}
+
+    def _segment_keys(self) -> tuple[str, ...]:
+        if isinstance(self.observation_space, DenoisingObservationSpace):
+            return ("latents", *self.observation_space.conditioning_keys)
+        return ()
+
+    def _step_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = get_obs_shape(self.observation_space)
+        if not isinstance(shapes, dict):
+            return {"": shapes}
+        return {name: shape for name, shape in shapes.items() if name not in self._segment_keys()}

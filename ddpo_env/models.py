@@ -1,0 +1,228 @@
+"""Loading of a diffusion model, once per process, and what the rest of the package asks of it.
+
+Second stop of the data's path: a prompt becomes conditioning here, and a final latent becomes a picture. The
+environment uses `encode_prompts` and `decode`; the policy uses `denoiser` and `predict`. Both hold the same object, so
+the weights are in memory once. Each family of pipelines is one file that implements `DiffusionModel`, and one line in
+`FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+from weakref import WeakValueDictionary
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+BUNDLED_MODELS: dict[str, str] = {"tiny": "data/tiny"}
+"""Models that ship inside the package: name → folder below `ddpo_env`."""
+
+FAMILIES: dict[str, str] = {
+    "StableDiffusionPipeline": "ddpo_env.stable_diffusion:StableDiffusionModel",
+}
+"""diffusers pipeline class → the adapter of its family."""
+
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+Conditioning: TypeAlias = Mapping[str, Tensor]
+"""Conditioning tensors by their diffusers names, each `(batch, ...)`."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_loaded: dict[tuple[str, str, str], DiffusionModel] = {}
+_pipelines: WeakValueDictionary[str, DiffusionPipeline] = WeakValueDictionary()
+
+
+@runtime_checkable
+class DiffusionModel(Protocol):
+    """What a family of diffusion models must offer; everything else in the package is written against this."""
+
+    source: str
+    """What `load_model` was given, as a string that finds this model again in this process."""
+    latent_shape: tuple[int, ...]
+    """Shape of one latent, without the batch."""
+    conditioning_shapes: dict[str, tuple[int, ...]]
+    """Shape of each conditioning tensor for one prompt, by its diffusers name."""
+    scheduler: Any
+    """The pipeline's diffusers scheduler; `GaussianSampler.from_scheduler` reads its configuration."""
+    denoiser: nn.Module
+    """The network that is trained. The model itself never changes its weights."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return float32 conditioning `(batch, *conditioning_shapes[name])` on the model's device."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Turn latents `(batch, *latent_shape)` into uint8 pictures `(batch, height, width, 3)`."""
+        ...
+
+    def predict(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """Call `denoiser` on latents `(batch, ...)` at timesteps `(batch,)`; return its output, latent-shaped."""
+        ...
+
+    def save_lora(self, denoiser: nn.Module, folder: Path) -> None:
+        """Write the adapters of `denoiser` such that the pipeline's own `load_lora_weights(folder)` reads them."""
+        ...
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Turn `"auto"` or a device's name into a device that exists.
+
+    Raises:
+        ValueError: if the name is no device, or the device is not on this machine.
+    """
+    available = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    if str(device) == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be auto or one of {', '.join(available)}; got {device!r}") from None
+    if resolved.type == "cuda" and resolved.index is None and torch.cuda.is_available():
+        resolved = torch.device("cuda", torch.cuda.current_device())
+    if str(resolved) not in available:
+        raise ValueError(f"device must be auto or one of {', '.join(available)} on this machine; got {str(device)!r}")
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """Turn `"auto"` (float32 on a CPU, bfloat16 on an accelerator) or a name into the dtype of the frozen weights."""
+    if isinstance(dtype, torch.dtype):
+        if dtype in DTYPES.values():
+            return dtype
+    elif dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    elif dtype in DTYPES:
+        return DTYPES[dtype]
+    raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
+
+
+def resolve_source(model: str | Path) -> str:
+    """Turn a bundled name, folder or Hub id into what diffusers loads, without loading anything.
+
+    Raises:
+        ValueError: for a name that is neither, or a folder that holds no pipeline.
+    """
+    name = str(model)
+    if name in BUNDLED_MODELS:
+        return str(files("ddpo_env") / BUNDLED_MODELS[name])
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"model folder {name!r} holds no diffusers pipeline: it has no model_index.json")
+        return str(folder.resolve())
+    looks_like_path = name.startswith((".", "/", "~")) or isinstance(model, Path)
+    if _HUB_ID.fullmatch(name) and not looks_like_path and not name.startswith("pipeline/"):
+        return name
+    if name.startswith("pipeline/"):
+        raise ValueError(
+            f"model {name!r} stands for a pipeline object that is gone or of another process; pass it again"
+        )
+    raise ValueError(
+        f"model must be a bundled name ({', '.join(BUNDLED_MODELS)}), a folder that exists, a Hub id such as "
+        f"'CompVis/stable-diffusion-v1-4', or a diffusers pipeline; got {name!r}"
+    )
+
+
+def load_model(
+    model: str | Path | DiffusionPipeline,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+) -> DiffusionModel:
+    """Load a diffusion model, or return the one that this process has loaded already.
+
+    Args:
+        model: bundled name (`"tiny"`), folder in diffusers' layout, Hub id, or a pipeline object (which is moved to
+            `device` and `dtype`).
+        device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, ...
+        dtype: of the frozen weights: `"auto"`, `"float32"`, `"float16"`, `"bfloat16"` or the torch dtype.
+
+    Returns:
+        The model's adapter. The same arguments give the same object.
+
+    Raises:
+        ValueError: unknown model, device, dtype or pipeline family.
+        OSError: a Hub id that cannot be downloaded.
+    """
+    resolved_device = resolve_device(device)
+    resolved_dtype = resolve_dtype(dtype, resolved_device)
+    if isinstance(model, DiffusionPipeline):
+        source = f"pipeline/{id(model):x}"
+        _pipelines[source] = model
+    else:
+        source = str(model)
+    pipeline = _pipelines.get(source)
+    location = source if pipeline is not None else resolve_source(source)
+    key = (location, str(resolved_device), str(resolved_dtype))
+    cached = _loaded.get(key)
+    if cached is not None and (pipeline is None or getattr(cached, "pipeline", None) is pipeline):
+        return cached
+    if pipeline is None:
+        family = _family_of(_pipeline_class(location))
+        pipeline = _load_pipeline(location, resolved_dtype, family.loading_options).to(resolved_device)
+    else:
+        family = _family_of(type(pipeline).__name__)
+        if pipeline.dtype != resolved_dtype or pipeline.device != resolved_device:
+            pipeline.to(device=resolved_device, dtype=resolved_dtype)
+    _loaded[key] = family(pipeline, source)
+    return _loaded[key]
+
+
+def unload_models() -> None:
+    """Forget every loaded model, so that its memory can be freed once nobody else holds it."""
+    _loaded.clear()
+
+
+def _pipeline_class(location: str) -> str:
+    try:
+        config = DiffusionPipeline.load_config(location)
+    except OSError as error:
+        raise _download_error(location) from error
+    return str(dict(config)["_class_name"])
+
+
+def _family_of(pipeline_class: str) -> Any:
+    if pipeline_class not in FAMILIES:
+        raise ValueError(f"model must be one of the pipelines {', '.join(FAMILIES)}; got a {pipeline_class}")
+    module, name = FAMILIES[pipeline_class].split(":")
+    return getattr(import_module(module), name)
+
+
+def _load_pipeline(location: str, dtype: torch.dtype, options: Mapping[str, Any]) -> DiffusionPipeline:
+    if Path(location).is_dir():
+        with _without_progress_bars():
+            return DiffusionPipeline.from_pretrained(location, dtype=dtype, use_safetensors=True, **options)
+    try:
+        return DiffusionPipeline.from_pretrained(location, dtype=dtype, use_safetensors=True, **options)
+    except OSError as error:
+        raise _download_error(location) from error
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Bars are for downloads; a folder is read in a moment."""
+    libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()
+
+
+def _download_error(location: str) -> OSError:
+    return OSError(
+        f"model {location!r} could not be downloaded from the Hugging Face Hub. Without a network, download it "
+        f"elsewhere (`hf download {location}`) and pass the folder: model='path/to/folder'"
+    )

@@ -1,0 +1,19 @@
+"""How good is the finished picture: built-in rewards, the protocol that they and a user's own follow, and the check."""
+
+from rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
+from rewards.protocol import Details, Images, Metadata, Reward, evaluate_reward, per_sample, reward_name
+from rewards.registry import BUILTIN_REWARDS, load_reward
+
+__all__ = [
+    "BUILTIN_REWARDS",
+    "Details",
+    "Images",
+    "Metadata",
+    "Reward",
+    "evaluate_reward",
+    "jpeg_compressibility",
+    "jpeg_incompressibility",
+    "load_reward",
+    "per_sample",
+    "reward_name",
+]

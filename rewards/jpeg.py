@@ -1,0 +1,46 @@
+"""JPEG size as a reward: the paper's two tasks that need no model (DDPO, arXiv 2305.13301, section 5.1).
+
+The score is the size of the encoded picture in kB (1000 bytes) at quality 95, with the encoder's default chroma
+subsampling, as in the authors' code; negative where small files are wanted.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from rewards.protocol import Images, Metadata
+
+QUALITY = 95
+
+
+def jpeg_kilobytes(images: Images) -> NDArray[np.float64]:
+    """Return the JPEG size of each picture in kB, (batch,), encoded in parallel threads (Pillow frees the lock)."""
+    with ThreadPoolExecutor(max_workers=min(max(len(images), 1), _available_cores())) as pool:
+        return np.fromiter(pool.map(_kilobytes, images), dtype=np.float64, count=len(images))
+
+
+def jpeg_incompressibility(images: Images, prompts: Sequence[str], metadata: Metadata) -> NDArray[np.float64]:
+    """Reward pictures that do not compress: their size in kB, (batch,)."""
+    return jpeg_kilobytes(images)
+
+
+def jpeg_compressibility(images: Images, prompts: Sequence[str], metadata: Metadata) -> NDArray[np.float64]:
+    """Reward pictures that compress well: minus their size in kB, (batch,)."""
+    return -jpeg_kilobytes(images)
+
+
+def _kilobytes(image: NDArray[np.uint8]) -> float:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="JPEG", quality=QUALITY)
+    return buffer.tell() / 1000
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

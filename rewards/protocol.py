@@ -1,0 +1,149 @@
+"""What a reward is, and the one place where its answer is checked: between the decoded picture and the algorithm.
+
+A reward is a function of a batch of pictures, their prompts and the prompts' metadata. Whatever it returns goes
+through `evaluate_reward`, so that a wrong shape, a NaN or a text is an error that names the reward and never a gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Images: TypeAlias = NDArray[np.uint8]
+"""Pictures, (batch, height, width, 3), 0 to 255, RGB."""
+
+Metadata: TypeAlias = Sequence[Mapping[str, Any]]
+"""One dictionary a picture: what the prompt set knows about the prompt, often nothing."""
+
+Details: TypeAlias = Mapping[str, Sequence[Any]]
+"""Whatever else is worth logging, by name, one value a picture."""
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores a batch of pictures; higher is better. A plain function is a reward."""
+
+    def __call__(
+        self, images: Images, prompts: Sequence[str], metadata: Metadata
+    ) -> ArrayLike | tuple[ArrayLike, Details]:
+        """Return one finite number a picture, (batch,), alone or with details."""
+        ...
+
+
+def per_sample(score: Callable[[NDArray[np.uint8], str, Mapping[str, Any]], Any]) -> Reward:
+    """Make a reward from a function that scores a single picture.
+
+        @per_sample
+        def brightness(image, prompt, metadata):
+            return image.mean() / 255
+
+    Args:
+        score: `(image, prompt, metadata)` to a number, or to a number and a dictionary of details; `image` is
+            (height, width, 3) uint8. Every picture must have the same details.
+    """
+
+    @functools.wraps(score)
+    def batched(images: Images, prompts: Sequence[str], metadata: Metadata) -> ArrayLike | tuple[ArrayLike, Details]:
+        answers = [_split(score(*sample)) for sample in zip(images, prompts, metadata, strict=True)]
+        scores = [one for one, _ in answers]
+        details = [one for _, one in answers]
+        if len({frozenset(one) for one in details}) > 1:
+            raise ValueError(
+                f"reward {reward_name(score)} must return the same details for every picture; got {details}"
+            )
+        return scores, {name: [one[name] for one in details] for name in (details[0] if details else ())}
+
+    # Not `score`: its signature takes one picture, and a signature check would follow the link there.
+    del batched.__wrapped__  # type: ignore[attr-defined]
+    return batched
+
+
+def reward_name(reward: object) -> str:
+    """Return the name of a reward for messages and logs."""
+    return str(getattr(reward, "__name__", type(reward).__name__))
+
+
+def evaluate_reward(
+    reward: Reward, images: Images, prompts: Sequence[str], metadata: Metadata
+) -> tuple[NDArray[np.float64], dict[str, list[Any]]]:
+    """Score a batch of pictures and check the answer.
+
+    Args:
+        reward: Returns scores as an array, a list or a tensor on any device, of floats, integers or booleans.
+        images: (batch, height, width, 3) uint8.
+        prompts: One a picture.
+        metadata: One dictionary a picture.
+
+    Returns:
+        Scores, (batch,) float64, all finite, and the details, by name, each a list of `batch` values.
+
+    Raises:
+        TypeError: The reward returned something other than numbers.
+        ValueError: The pictures are not such an array, or the answer has the wrong length or is not finite.
+    """
+    name = reward_name(reward)
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        shape, dtype = getattr(images, "shape", None), getattr(images, "dtype", type(images).__name__)
+        raise ValueError(f"images must be a uint8 array (batch, height, width, 3); got {dtype} of shape {shape}")
+    batch = len(images)
+    if len(prompts) != batch or len(metadata) != batch:
+        raise ValueError(
+            f"there must be one prompt and one metadata dictionary for each of {batch} images;"
+            f" got {len(prompts)} prompts and {len(metadata)} dictionaries"
+        )
+    raw_scores, raw_details = _split(reward(images, prompts, metadata))
+    scores = _as_numbers(raw_scores, name)
+    if scores.shape != (batch,):
+        raise ValueError(f"reward {name} must return shape ({batch},), one score a picture; got {scores.shape}")
+    invalid = np.flatnonzero(~np.isfinite(scores))
+    if len(invalid):
+        first = int(invalid[0])
+        raise ValueError(
+            f"reward {name} must be finite; got {scores[first]} for prompt {prompts[first]!r}"
+            f" (picture {first} of {batch}, {len(invalid)} in all)"
+        )
+    return scores, {key: _as_list(values, key, name, batch) for key, values in raw_details.items()}
+
+
+def _split(answer: Any) -> tuple[Any, Mapping[str, Any]]:
+    """Separate the details, if there are any, from the scores: a pair of plain numbers is two scores."""
+    if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping):
+        return answer
+    return answer, {}
+
+
+def _off_device(value: Any) -> Any:
+    """Bring a torch tensor to NumPy; torch itself is not imported for it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return (value.double() if value.is_floating_point() else value).numpy()
+    return value
+
+
+def _as_numbers(scores: Any, name: str) -> NDArray[np.float64]:
+    if scores is None:
+        raise TypeError(f"reward {name} must return scores; got None: is a return statement missing?")
+    if isinstance(scores, list | tuple):
+        scores = [_off_device(score) for score in scores]
+    try:
+        array = np.asarray(_off_device(scores))
+    except ValueError as error:
+        raise TypeError(f"reward {name} must return one number a picture; got {scores!r}") from error
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"reward {name} must return one number a picture; got {scores!r}")
+    return array.astype(np.float64)
+
+
+def _as_list(values: Any, key: str, name: str, batch: int) -> list[Any]:
+    values = _off_device(values)
+    if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != batch:
+        raise ValueError(
+            f"reward {name} must return {batch} values of the detail {key!r}, one a picture; got {values!r}"
+        )
+    return list(values)

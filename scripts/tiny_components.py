@@ -1,0 +1,172 @@
+"""The parts of the bundled Stable Diffusion, untrained: tokenizer, text encoder, VAE, denoiser, scheduler, and export.
+
+Sizes are chosen for a CPU: 64x64 pictures, 4x16x16 latents, a denoiser that attends to the text at 8x8 and 4x4 only
+(attention at 16x16 costs more than all the rest) and gets the pooled text in every block through its time embedding.
+"""
+
+import copy
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+TEXT_LENGTH = 16  # Tokens in a prompt, start and end included.
+TEXT_SIZE = 96
+LATENT_SHAPE = (4, 16, 16)
+DEFAULT_GUIDANCE = 2.0  # The guidance scale to sample the bundled model with; chosen by `evaluate_tiny.py`.
+
+
+def build_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
+    """Returns a CLIP tokenizer in which every word of the captions is one token and other words become pieces."""
+    learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    words = pre_tokenizers.Whitespace()
+    learner.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    learner.decoder = decoders.ByteLevel()
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    learner.train_from_iterator(
+        sorted(set(captions)),
+        BpeTrainer(vocab_size=4096, min_frequency=1, show_progress=False, end_of_word_suffix="</w>"),
+    )
+    merges = [tuple(merge) for merge in _merges(learner)]
+    # The order of OpenAI's vocabulary: bytes, bytes that end a word, merges, start, end.
+    tokens = [*characters, *(character + "</w>" for character in characters), *(a + b for a, b in merges)]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=TEXT_LENGTH
+    )
+
+
+def _merges(tokenizer: Tokenizer) -> list[list[str]]:
+    return json.loads(tokenizer.to_str())["model"]["merges"]
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Returns an untrained text encoder for the tokenizer; its output is `(batch, 16, 96)`."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_SIZE,
+        intermediate_size=4 * TEXT_SIZE,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        max_position_embeddings=TEXT_LENGTH,
+        projection_dim=TEXT_SIZE,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def build_vae() -> AutoencoderKL:
+    """Returns an untrained VAE between `(batch, 3, 64, 64)` pictures in [-1, 1] and `(batch, 4, 16, 16)` latents."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=LATENT_SHAPE[0],
+        norm_num_groups=8,
+        sample_size=64,
+        mid_block_add_attention=False,
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """Returns an untrained denoiser of `(batch, 4, 16, 16)` latents, conditioned on `(batch, 16, 96)` text."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_SHAPE[1],
+        layers_per_block=1,
+        block_out_channels=(64, 96, 144),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=16,
+        attention_head_dim=(1, 2, 3),  # diffusers reads this as the number of heads.
+        cross_attention_dim=TEXT_SIZE,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=2,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Returns the noise schedule: Stable Diffusion's, rescaled to end in pure noise, with v-prediction.
+
+    `set_alpha_to_one=False` keeps the last sampling step's standard deviation above zero at eta 1, so that its
+    log-probability exists.
+    """
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def whiten(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Makes each latent channel zero-mean and unit-variance, in the VAE itself, without changing what it decodes.
+
+    Args:
+        vae: Its two 1x1 convolutions around the latent are rewritten in place; `scaling_factor` becomes 1.
+        latents: Latent means of many pictures, `(number, 4, 16, 16)`.
+
+    Returns:
+        The same latents as the changed VAE would encode them.
+    """
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    channels = len(mean)
+    with torch.no_grad():
+        vae.quant_conv.weight[:channels] /= std[:, None, None, None]
+        vae.quant_conv.bias[:channels] = (vae.quant_conv.bias[:channels] - mean) / std
+        vae.quant_conv.bias[channels:] -= 2 * std.log()  # The other half predicts log variances.
+        vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
+        vae.post_quant_conv.weight *= std[None, :, None, None]
+    vae.register_to_config(scaling_factor=1.0)
+    return (latents - mean[:, None, None]) / std[:, None, None]
+
+
+def export(
+    folders: Iterable[Path],
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
+) -> None:
+    """Writes the pipeline as fp16 safetensors into each folder, which is replaced only once its successor is complete."""
+    pipeline = StableDiffusionPipeline(
+        vae=copy.deepcopy(vae).half(),
+        text_encoder=copy.deepcopy(text_encoder).half(),
+        tokenizer=tokenizer,
+        unet=copy.deepcopy(unet).half(),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    for folder in folders:
+        fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+        shutil.rmtree(fresh, ignore_errors=True)
+        pipeline.save_pretrained(fresh)
+        _load_as_float32(fresh / "text_encoder" / "config.json")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _load_as_float32(config: Path) -> None:
+    """transformers loads in the dtype that the config names, diffusers in float32: make the two agree by default."""
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n")
