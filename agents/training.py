@@ -72,7 +72,7 @@ def run_ppo(config: TrainConfig, started: float | None = None) -> RunResult:
     if config.run.run_dir is None:
         config.run.run_dir = Path("runs") / f"{_file_name(config.task.reward)}-{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint = latest_checkpoint(config.run.run_dir / "checkpoints") if resuming else None
-    algorithm, pictures = _build(config, resume=checkpoint is not None)
+    algorithm, pictures = build_ppo(config, resume=checkpoint is not None)
     folder = pictures.folder
     done = 0
     done = load_checkpoint(checkpoint, algorithm, {"pictures": pictures}) if checkpoint is not None else 0
@@ -106,7 +106,8 @@ def _train(algorithm: PPO, pictures: HeldOutPictures, config: TrainConfig, done:
         return None
 
 
-def _build(config: TrainConfig, resume: bool) -> tuple[PPO, HeldOutPictures]:
+def build_ppo(config: TrainConfig, resume: bool = False) -> tuple[PPO, HeldOutPictures]:
+    """Make the environment, the policy, the algorithm and the held-out pictures of a configuration, and the run's folder."""
     task, training, run = config.task, config.training, config.run
     common: dict[str, Any] = {
         "model": task.model,
