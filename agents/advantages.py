@@ -42,7 +42,8 @@ class PerPromptAdvantage:
         eps: added to the standard deviation.
 
     Raises:
-        ValueError: for an argument out of range; when called on a rollout that cuts episodes.
+        ValueError: for an argument out of range; when called on a rollout that cuts episodes, or whose episodes have no
+            prompt.
     """
 
     buffer_size: int = 32
@@ -60,6 +61,11 @@ class PerPromptAdvantage:
     def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
         """Return the advantages; the prompts' statistics move on by this rollout."""
         returns = _episode_returns(rollout)
+        if None in rollout.contexts:
+            raise ValueError(
+                "PerPromptAdvantage needs every episode's prompt, and the environment's reset infos have none: "
+                "name their key with context_key=..., or take BatchAdvantage"
+            )
         for prompt, value in zip(rollout.contexts, returns, strict=True):
             self.history.setdefault(prompt, deque(maxlen=self.buffer_size)).append(float(value))
         advantages = np.empty_like(returns)
@@ -122,7 +128,7 @@ class GeneralizedAdvantage:
             running = deltas[step] + rollout.gamma * rollout.gae_lambda * alive[step] * running
             advantages[step] = running
         rollout.returns = advantages + rollout.values
-        if self.normalize:
+        if self.normalize and advantages.numel() > 1:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         return advantages
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Image as LoggedImage
 
 from agents.diffusion_policy import DiffusionPolicy
 from agents.evaluation import evaluate, evaluation_prompts
-from agents.picture_grid import picture_grid, reward_curve
+from agents.picture_grid import picture_grid, read_strip, reward_curve, write_strip
 from agents.run_folder import RunFolder
 from ddpo_env.vector_env import DenoisingVectorEnv
 
@@ -20,8 +20,8 @@ from ddpo_env.vector_env import DenoisingVectorEnv
 class HeldOutPictures(BaseCallback):
     """Draws and scores the same prompts from the same held-out seeds, before training and every few iterations.
 
-    Writes `samples/iteration_NNNN.png`, logs the mean reward as `eval/reward_mean` and the grid to TensorBoard, and at
-    the end writes `samples/before_after.png` and `reward.png`.
+    Writes `samples/iteration_NNNN.png` and the pictures in it alone, logs the mean reward as `eval/reward_mean` and the
+    grid to TensorBoard, and at the end writes `samples/before_after.png` and `reward.png`.
 
     Args:
         env: for the held-out episodes; autoreset off.
@@ -55,7 +55,7 @@ class HeldOutPictures(BaseCallback):
         self.iteration = 0
         self.training_rewards: list[float] = []
         self.evaluations: list[tuple[int, float]] = []
-        self._grids: list[tuple[int, npt.NDArray[np.uint8], float]] = []
+        self._shown: list[tuple[int, float]] = []
 
     @property
     def policy(self) -> DiffusionPolicy:
@@ -86,13 +86,14 @@ class HeldOutPictures(BaseCallback):
         """
         self._evaluate()
         _, after = self.evaluations[-1]
-        middle = self._grids[len(self._grids) // 2]
-        chosen = {"before": self._grids[0], "during": middle, "after": self._grids[-1]}
-        if len(self._grids) < 3:
+        middle = self._shown[len(self._shown) // 2]
+        chosen = {"before": self._shown[0], "during": middle, "after": self._shown[-1]}
+        if len(self._shown) < 3:
             del chosen["during"]
-        labels = [f"{name}\niteration {iteration}\n{reward:.2f}" for name, (iteration, _, reward) in chosen.items()]
-        sheet = picture_grid([images for _, images, _ in chosen.values()], labels, self.prompts[: self.columns])
-        sheet.save(self.folder.samples / "before_after.png")
+        labels = [f"{name}\niteration {iteration}\n{reward:.2f}" for name, (iteration, reward) in chosen.items()]
+        # Read back rather than kept: a resumed run has not drawn its first pictures itself.
+        rows = [read_strip(self._strip(iteration), self.columns) for iteration, _ in chosen.values()]
+        picture_grid(rows, labels, self._captions).save(self.folder.samples / "before_after.png")
         reward_curve(self.folder.path / "reward.png", self.training_rewards, self.evaluations, self.reward_name)
         return after
 
@@ -101,7 +102,8 @@ class HeldOutPictures(BaseCallback):
         return {
             "iteration": self.iteration,
             "training_rewards": self.training_rewards,
-            "evaluations": [list(pair) for pair in self.evaluations],
+            "evaluations": self.evaluations,
+            "shown": self._shown,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -109,6 +111,14 @@ class HeldOutPictures(BaseCallback):
         self.iteration = state["iteration"]
         self.training_rewards = list(state["training_rewards"])
         self.evaluations = [(iteration, mean) for iteration, mean in state["evaluations"]]
+        self._shown = [(iteration, mean) for iteration, mean in state["shown"]]
+
+    @property
+    def _captions(self) -> list[str]:
+        return [prompt for prompt, _ in self.prompts[: self.columns]]
+
+    def _strip(self, iteration: int) -> Path:
+        return self.folder.pictures / f"iteration_{iteration:04d}.png"
 
     def _evaluate(self) -> None:
         evaluation = evaluate(self.policy, self.env, self.prompts, self.seed)
@@ -118,9 +128,9 @@ class HeldOutPictures(BaseCallback):
         self.logger.record("eval/reward_std", float(evaluation.rewards.std()))
         images = evaluation.images[: self.columns]
         shown = float(evaluation.rewards[: self.columns].mean())
-        self._grids.append((self.iteration, images, shown))
-        label = f"iteration {self.iteration}\n{shown:.2f}"
-        sheet = picture_grid([images], [label], self.prompts[: self.columns])
+        self._shown.append((self.iteration, shown))
+        write_strip(self._strip(self.iteration), images)
+        sheet = picture_grid([images], [f"iteration {self.iteration}\n{shown:.2f}"], self._captions)
         sheet.save(self.folder.samples / f"iteration_{self.iteration:04d}.png")
         pixels = torch.as_tensor(np.array(sheet)).permute(2, 0, 1)
         self.logger.record("samples", LoggedImage(pixels, "CHW"), exclude=("stdout", "csv"))

@@ -1,7 +1,8 @@
 """Checkpoints of a run: everything that the next iteration depends on, written whole or not at all.
 
-Tensors are safetensors, the rest is JSON: nothing that is read back can execute code. A checkpoint is written to a hidden
-folder and renamed when it is complete, and only then are older ones deleted, so a kill at any moment leaves a good one.
+Tensors are safetensors, the rest is JSON: nothing that is read back can execute code. A checkpoint is written to a
+hidden folder and renamed when it is complete, and only then are older ones deleted, from a hidden name too: a kill at
+any moment leaves a good one, and no half of one under a checkpoint's name.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def save_checkpoint(
     """
     target = folder / f"iteration_{iteration:06d}"
     part = folder / f".{target.name}.part"
-    shutil.rmtree(part, ignore_errors=True)
+    for leftover in folder.glob(".iteration_*"):
+        shutil.rmtree(leftover)
     part.mkdir(parents=True)
     tensors, state = _algorithm_state(algorithm)
     state |= {"iteration": iteration, "parts": {name: value.state_dict() for name, value in parts.items()}}
@@ -63,10 +65,11 @@ def save_checkpoint(
     for file in part.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        _delete(target)
     part.rename(target)
     for old in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        _delete(old)
     return target
 
 
@@ -82,18 +85,24 @@ def latest_checkpoint(folder: Path) -> Path:
     return found[-1]
 
 
-def load_checkpoint(checkpoint: Path, algorithm: TensorOnPolicyAlgorithm, parts: dict[str, Stateful]) -> int:
-    """Bring algorithm, environment, random generators and `parts` to where the checkpoint was written.
+def iterations_done(checkpoint: Path | None) -> int:
+    """Return how many iterations a checkpoint has behind it; 0 for none."""
+    return int(checkpoint.name.removeprefix("iteration_")) if checkpoint is not None else 0
 
-    Returns:
-        Iterations that are done.
-    """
+
+def load_checkpoint(checkpoint: Path, algorithm: TensorOnPolicyAlgorithm, parts: dict[str, Stateful]) -> None:
+    """Bring algorithm, environment, random generators and `parts` to where the checkpoint was written."""
     tensors = load_file(checkpoint / "tensors.safetensors")
     state = json.loads((checkpoint / "state.json").read_text())
     _load_algorithm_state(algorithm, tensors, state)
     for name, value in parts.items():
         value.load_state_dict(state["parts"][name])
-    return int(state["iteration"])
+
+
+def _delete(checkpoint: Path) -> None:
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -109,11 +118,12 @@ def _algorithm_state(algorithm: TensorOnPolicyAlgorithm) -> tuple[dict[str, Tens
     tensors["random.torch"] = torch.get_rng_state()
     if algorithm.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(algorithm.device)
-    advantage_state = getattr(algorithm.advantage, "state_dict", dict)()
+    advantage_state: dict[str, Any] = getattr(algorithm.advantage, "state_dict", dict)()
     env_tensors, env_state = _env_state(algorithm)
     state = {
         "counters": {name: getattr(algorithm, name) for name in _COUNTERS},
         "episodes": list(algorithm.ep_info_buffer or []),
+        "successes": list(algorithm.ep_success_buffer or []),
         "optimizer": optimizer["param_groups"],
         "advantage": advantage_state,
         "random": {"python": random.getstate(), "numpy": _numpy_state()},
@@ -138,11 +148,12 @@ def _load_algorithm_state(
     for name, value in state["counters"].items():
         setattr(algorithm, name, value)
     algorithm.ep_info_buffer = deque(state["episodes"], maxlen=algorithm._stats_window_size)
-    if state["advantage"]:
-        algorithm.advantage.load_state_dict(state["advantage"])  # type: ignore[attr-defined]
+    algorithm.ep_success_buffer = deque(state["successes"], maxlen=algorithm._stats_window_size)
+    if hasattr(algorithm.advantage, "load_state_dict"):
+        algorithm.advantage.load_state_dict(state["advantage"])
     env = _batch(algorithm)
     env.load_state_dict(below("env."), state["env"])
-    algorithm._last_obs = env.observe()  # type: ignore[assignment]
+    algorithm._last_obs = env.observe()
     algorithm._last_episode_starts = np.ones(env.num_envs, dtype=bool)
     algorithm.env.reset_infos = [{"prompt": prompt} for prompt in state["env"]["prompts"]]  # type: ignore[union-attr]
     version, internal, gauss = state["random"]["python"]

@@ -5,13 +5,16 @@ Sizes are stated in samples: one sample is one picture, that is one trajectory o
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from agents.lora import LoraTargets
+from agents.lora import LORA_TARGETS, LoraTargets
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+_ITERATIONS = 28
 
 
 @dataclass(kw_only=True)
@@ -21,9 +24,9 @@ class RunSettings:
     run_dir: Path | None = None
     """Folder of the run. Default: runs/<reward>-<date>-<time>."""
     resume: Path | None = None
-    """Folder of a run to go on with, from its last checkpoint; every other setting is the run's own, save iterations."""
-    iterations: int = 28
-    """Rounds of sampling and training."""
+    """Folder of a run to go on with, from its last checkpoint; all other settings but iterations are the run's own."""
+    iterations: int | None = None
+    """Rounds of sampling and training, in all. Default: 28; for a resumed run, as many as it was begun with."""
     seed: int = 0
     """Of weights, prompts, noise and batches."""
     device: str = "auto"
@@ -138,11 +141,21 @@ class TrainConfig:
         """Refuse what cannot run, before anything is loaded.
 
         Raises:
-            ValueError: naming the setting, its value, and what is valid; for sizes that do not divide, the nearest that do.
+            ValueError: naming the setting, its value, and what is valid; for sizes that do not divide, the nearest that
+                do.
         """
+        self._check_ranges()
+        self._check_choices()
         training = self.training
-        positive = {
-            "iterations": self.run.iterations,
+        total = training.samples_per_iteration
+        _must_divide("sample_batch_size", training.sample_batch_size, "samples_per_iteration", total)
+        _must_divide("samples_per_prompt", training.samples_per_prompt, "sample_batch_size", training.sample_batch_size)
+        _must_divide("updates_per_iteration", training.updates_per_iteration, "samples_per_iteration", total)
+
+    def _check_ranges(self) -> None:
+        training, optimizer = self.training, self.optimizer
+        at_least_one = {
+            "iterations": self.iterations,
             "eval_samples": self.run.eval_samples,
             "keep_checkpoints": self.run.keep_checkpoints,
             "num_inference_steps": self.task.num_inference_steps,
@@ -153,23 +166,55 @@ class TrainConfig:
             "updates_per_iteration": training.updates_per_iteration,
             "epochs": training.epochs,
         }
-        for name, value in positive.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
-        more_than_zero = {
+        not_negative = {
+            "seed": self.run.seed,
+            "eval_interval": self.run.eval_interval,
+            "checkpoint_interval": self.run.checkpoint_interval,
+            "guidance_scale": self.policy.guidance_scale,
+            "lora_rank": self.policy.lora_rank,
+            "weight_decay": optimizer.weight_decay,
+        }
+        above_zero = {
             "eta": self.policy.eta,
             "clip_range": training.clip_range,
-            "learning_rate": self.optimizer.learning_rate,
-            "max_grad_norm": self.optimizer.max_grad_norm,
             "advantage_clip": training.advantage_clip,
+            "timestep_fraction": training.timestep_fraction,
+            "learning_rate": optimizer.learning_rate,
+            "adam_epsilon": optimizer.adam_epsilon,
+            "max_grad_norm": optimizer.max_grad_norm,
+            "target_kl": 1.0 if training.target_kl is None else training.target_kl,
         }
-        for name, number in more_than_zero.items():
-            if not number > 0:
+        for name, value in at_least_one.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        for name, number in not_negative.items():
+            if not 0 <= number < math.inf:
+                raise ValueError(f"{name} must be at least 0; got {number}")
+        for name, number in above_zero.items():
+            if not 0 < number < math.inf:
                 raise ValueError(f"{name} must be above 0; got {number}")
-        total = training.samples_per_iteration
-        _must_divide("sample_batch_size", training.sample_batch_size, "samples_per_iteration", total)
-        _must_divide("samples_per_prompt", training.samples_per_prompt, "sample_batch_size", training.sample_batch_size)
-        _must_divide("updates_per_iteration", training.updates_per_iteration, "samples_per_iteration", total)
+
+    def _check_choices(self) -> None:
+        training, optimizer = self.training, self.optimizer
+        if training.timestep_fraction > 1:
+            raise ValueError(f"timestep_fraction must be in (0, 1]; got {training.timestep_fraction}")
+        for name, beta in {"adam_beta1": optimizer.adam_beta1, "adam_beta2": optimizer.adam_beta2}.items():
+            if not 0 <= beta < 1:
+                raise ValueError(f"{name} must be in [0, 1); got {beta}")
+        if self.policy.lora_targets not in LORA_TARGETS:
+            raise ValueError(f"lora_targets must be one of {', '.join(LORA_TARGETS)}; got {self.policy.lora_targets!r}")
+        if self.policy.log_prob_reduction not in ("mean", "sum"):
+            raise ValueError(f"log_prob_reduction must be mean or sum; got {self.policy.log_prob_reduction!r}")
+        if not 2 <= training.stat_min_count <= training.stat_buffer_size:
+            raise ValueError(
+                f"stat_min_count must be between 2 and stat_buffer_size={training.stat_buffer_size}; "
+                f"got {training.stat_min_count}"
+            )
+
+    @property
+    def iterations(self) -> int:
+        """How many there are in all."""
+        return _ITERATIONS if self.run.iterations is None else self.run.iterations
 
     @property
     def trained_steps(self) -> int:
@@ -186,25 +231,30 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, groups: dict[str, Any]) -> TrainConfig:
-        """Return the configuration that `as_dict` wrote."""
-        run = {**groups["run"]}
-        for name in ("run_dir", "resume"):
-            run[name] = Path(run[name]) if run[name] is not None else None
-        return cls(
-            run=RunSettings(**run),
-            task=TaskSettings(**groups["task"]),
-            policy=PolicySettings(**groups["policy"]),
-            training=TrainingSettings(**groups["training"]),
-            optimizer=OptimizerSettings(**groups["optimizer"]),
-        )
+        """Return the configuration that `as_dict` wrote.
+
+        Raises:
+            ValueError: if that is not what it is.
+        """
+        try:
+            run = {**groups["run"]}
+            for name in ("run_dir", "resume"):
+                run[name] = Path(run[name]) if run[name] is not None else None
+            return cls(
+                run=RunSettings(**run),
+                task=TaskSettings(**groups["task"]),
+                policy=PolicySettings(**groups["policy"]),
+                training=TrainingSettings(**groups["training"]),
+                optimizer=OptimizerSettings(**groups["optimizer"]),
+            )
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"settings must be those of this version's TrainConfig: {error}") from error
 
 
 def _must_divide(name: str, value: int, total_name: str, total: int) -> None:
     if total % value == 0:
         return
-    divisors = [d for d in range(1, total + 1) if total % d == 0]
-    nearest = sorted(divisors, key=lambda divisor: abs(divisor - value))[:2]
-    raise ValueError(
-        f"{name} must divide {total_name}={total}; got {value}; the nearest that do are "
-        f"{' and '.join(str(d) for d in sorted(nearest))}"
-    )
+    divisors = [divisor for divisor in range(1, total + 1) if total % divisor == 0]
+    below, above = [d for d in divisors if d < value][-1:], [d for d in divisors if d > value][:1]
+    nearest = " or ".join(str(divisor) for divisor in below + above)
+    raise ValueError(f"{name} must divide {total_name}={total}; got {value}; the nearest valid is {nearest}")

@@ -8,6 +8,7 @@ those that the environment wrote on its observation space, so `PPO(DiffusionPoli
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,7 +18,7 @@ from diffusers import DiffusionPipeline
 from gymnasium import spaces
 from safetensors.torch import load_file, save_file
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from agents.critic import DenoisingCritic
@@ -40,8 +41,8 @@ class DiffusionPolicy(ActorCriticPolicy):
     `predict_values`, `get_distribution` and `predict` mean what they mean in Stable-Baselines3; observations are
     dictionaries of the environment's tensors, actions are next latents `(batch, *latent_shape)`.
 
-    `predict(deterministic=True)` returns the Gaussian's mean, as in every Stable-Baselines3 policy. Pictures sampled that
-    way lack the noise that the denoiser expects and come out flat; sample with `deterministic=False`.
+    `predict(deterministic=True)` returns the Gaussian's mean, as in every Stable-Baselines3 policy. Pictures sampled
+    that way lack the noise that the denoiser expects and come out flat; sample with `deterministic=False`.
 
     Args:
         observation_space: of the environment.
@@ -61,7 +62,7 @@ class DiffusionPolicy(ActorCriticPolicy):
         critic: whether there is a value network; without one every value is 0.
         gradient_checkpointing: recompute the denoiser's activations in the backward pass, to save memory.
         optimizer_class: optimizer of what learns.
-        optimizer_kwargs: its arguments; default: DDPO's betas (0.9, 0.999), weight decay 1e-4, eps 1e-8.
+        optimizer_kwargs: its arguments; default for Adam and AdamW: DDPO's betas (0.9, 0.999), weight decay 1e-4.
 
     Raises:
         ValueError: for an argument that is not valid, or a space that is not the model's.
@@ -96,24 +97,27 @@ class DiffusionPolicy(ActorCriticPolicy):
             raise ValueError(f"log_prob_reduction must be mean or sum; got {log_prob_reduction!r}")
         if not np.isfinite(guidance_scale) or guidance_scale < 0:
             raise ValueError(f"guidance_scale must be at least 0 (1 is off); got {guidance_scale}")
-        optimizer_kwargs = {"betas": (0.9, 0.999), "weight_decay": 1e-4, **(optimizer_kwargs or {})}
+        if num_inference_steps is not None and num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1; got {num_inference_steps}")
+        if issubclass(optimizer_class, torch.optim.Adam | torch.optim.AdamW):
+            optimizer_kwargs = {"betas": (0.9, 0.999), "weight_decay": 1e-4, **(optimizer_kwargs or {})}
         # ActorCriticPolicy's own constructor would build an MLP; everything that it promises is defined below.
         BasePolicy.__init__(
             self, observation_space, action_space, optimizer_class=optimizer_class, optimizer_kwargs=optimizer_kwargs
         )
-        origin = observation_space if isinstance(observation_space, DenoisingObservationSpace) else None
-        if origin is None and (model is None or num_inference_steps is None):
+        if isinstance(observation_space, DenoisingObservationSpace):
+            model = observation_space.model if model is None else model
+            device = observation_space.device if device is None else device
+            dtype = observation_space.dtype if dtype is None else dtype  # type: ignore[assignment]
+            num_inference_steps = num_inference_steps or observation_space.num_inference_steps
+        if model is None or num_inference_steps is None:
             raise ValueError(
                 "model and num_inference_steps must be given in policy_kwargs, because observation_space does not name "
                 f"them: it is a {type(observation_space).__name__}, not a DenoisingObservationSpace"
             )
-        self.model = load_model(
-            model if model is not None else origin.model,
-            device if device is not None else (origin.device if origin else "auto"),
-            dtype if dtype is not None else (origin.dtype if origin else "auto"),
-        )
+        self.model = load_model(model, "auto" if device is None else device, "auto" if dtype is None else dtype)
         self._check_spaces()
-        self.num_inference_steps = num_inference_steps or origin.num_inference_steps
+        self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         self.eta = eta
         self.min_std = min_std
@@ -132,26 +136,30 @@ class DiffusionPolicy(ActorCriticPolicy):
         self.critic = DenoisingCritic(self.model.latent_shape, self.model.conditioning_shapes) if critic else None
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
-            self.denoiser.enable_gradient_checkpointing()
+            self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         self.to(next(self.denoiser.parameters()).device)
-        self.optimizer = self.optimizer_class(self.trainable_parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+        self.optimizer = self.optimizer_class(
+            self.trainable_parameters(),
+            lr=lr_schedule(1),  # type: ignore[call-arg]
+            **self.optimizer_kwargs,
+        )
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What learns: adapters or the whole denoiser, and the critic if there is one."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def forward(self, obs: DenoisingObservation, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Return next latents `(batch, *latent_shape)`, values `(batch, 1)` and log-densities `(batch,)`."""
         distribution = self.get_distribution(obs)
         actions = distribution.get_actions(deterministic)
         return actions, self.predict_values(obs), distribution.log_prob(actions)
 
-    def evaluate_actions(self, obs: DenoisingObservation, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return values `(batch, 1)`, log-densities `(batch,)` and entropies `(batch,)` of given next latents."""
         distribution = self.get_distribution(obs)
         return self.predict_values(obs), distribution.log_prob(actions), distribution.entropy()
 
-    def get_distribution(self, obs: DenoisingObservation) -> DenoisingDistribution:
+    def get_distribution(self, obs: PyTorchObs) -> DenoisingDistribution:
         """Run the denoiser, with guidance, and return the Gaussian over the next latent."""
         latents, timestep, conditioning = self._split(obs)
         if self.sampler.std.device != latents.device:
@@ -173,7 +181,7 @@ class DiffusionPolicy(ActorCriticPolicy):
         unconditional, conditional = output.float().chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
-    def predict_values(self, obs: DenoisingObservation) -> Tensor:
+    def predict_values(self, obs: PyTorchObs) -> Tensor:
         """Return values `(batch, 1)`; zeros without a critic."""
         latents, timestep, conditioning = self._split(obs)
         if self.critic is None:
@@ -187,17 +195,18 @@ class DiffusionPolicy(ActorCriticPolicy):
         learned = {prefix + name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: value for name, value in state.items() if name in learned}
 
-    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what `state_dict` returned; with `strict`, exactly the tensors that learn must be there."""
         expected = set(self.state_dict())
         if strict and set(state_dict) != expected:
+            missing, unexpected = sorted(expected - set(state_dict)), sorted(set(state_dict) - expected)
             raise ValueError(
-                f"state_dict must hold the {len(expected)} tensors that learn; missing {sorted(expected - set(state_dict))[:3]}, "
-                f"unexpected {sorted(set(state_dict) - expected)[:3]}: same lora_rank, lora_targets and critic?"
+                f"state_dict must hold the {len(expected)} tensors that learn; missing {missing[:3]}, "
+                f"unexpected {unexpected[:3]}: same lora_rank, lora_targets and critic?"
             )
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
-    def save(self, path: str | Path) -> None:  # type: ignore[override]
+    def save(self, path: str | Path) -> None:
         """Write the policy to a folder: what learns as safetensors, how to build the policy as JSON."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
@@ -217,8 +226,12 @@ class DiffusionPolicy(ActorCriticPolicy):
         (folder / _CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
     @classmethod
-    def load(  # type: ignore[override]
-        cls, path: str | Path, device: str | torch.device = "auto", model: str | Path | DiffusionPipeline | None = None
+    def load(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "auto",
+        model: str | Path | DiffusionPipeline | None = None,
+        dtype: str | torch.dtype = "auto",
     ) -> DiffusionPolicy:
         """Read a policy that `save` wrote.
 
@@ -226,16 +239,24 @@ class DiffusionPolicy(ActorCriticPolicy):
             path: the folder.
             device: where to put it.
             model: the pretrained model, if it is not where it was when the policy was saved.
+            dtype: of the frozen weights.
+
+        Raises:
+            ValueError: if there is no policy in the folder, or it does not fit `model`.
         """
         folder = Path(path)
+        for name in (_CONFIG_FILE, _WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                raise ValueError(
+                    f"path must be a folder that DiffusionPolicy.save wrote; {str(folder)!r} has no {name}"
+                )
         settings = json.loads((folder / _CONFIG_FILE).read_text())
         settings["model"] = model if model is not None else settings["model"]
-        shapes = load_model(settings["model"], device)
+        base = load_model(settings["model"], device, dtype)
         policy = cls(
-            DenoisingObservationSpace(shapes, settings["num_inference_steps"]),
-            latent_box(shapes.latent_shape),
+            DenoisingObservationSpace(base, settings["num_inference_steps"]),
+            latent_box(base.latent_shape),
             lambda _: 0.0,
-            device=device,
             **settings,
         )
         policy.load_state_dict(load_file(folder / _WEIGHTS_FILE, device=str(policy.device)))
@@ -247,19 +268,18 @@ class DiffusionPolicy(ActorCriticPolicy):
             raise ValueError("save_lora needs lora_rank above 0; this policy trains every weight (lora_rank=0)")
         self.model.save_lora(self.denoiser, Path(folder))
 
-    def _predict(self, observation: DenoisingObservation, deterministic: bool = False) -> Tensor:  # type: ignore[override]
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         return self.get_distribution(observation).get_actions(deterministic)
 
-    def _split(self, obs: DenoisingObservation) -> tuple[Tensor, Tensor, DenoisingObservation]:
+    def _split(self, obs: PyTorchObs) -> tuple[Tensor, Tensor, DenoisingObservation]:
+        assert isinstance(obs, dict)
         conditioning = {name: obs[name] for name in self.model.conditioning_shapes}
         return obs["latents"], obs["timestep"].flatten(), conditioning
 
     def _check_spaces(self) -> None:
-        expected = {"latents": self.model.latent_shape, **self.model.conditioning_shapes}
+        expected = {"latents": self.model.latent_shape, "timestep": (1,), **self.model.conditioning_shapes}
         found = {
-            name: tuple(space.shape or ())
-            for name, space in getattr(self.observation_space, "spaces", {}).items()
-            if name != "timestep"
+            name: tuple(space.shape or ()) for name, space in getattr(self.observation_space, "spaces", {}).items()
         }
         if found != expected or self.action_space.shape != self.model.latent_shape:
             raise ValueError(

@@ -31,7 +31,7 @@ class DenoisingDistribution(Distribution):
         self.step_index = step_index
         self.reduction = reduction
         self.std = sampler.std[step_index].view(-1, *[1] * (mean.ndim - 1)).expand_as(mean)
-        self.distribution = torch.distributions.Normal(mean, self.std, validate_args=False)
+        self.distribution: torch.distributions.Normal = torch.distributions.Normal(mean, self.std, validate_args=False)
 
     def log_prob(self, actions: Tensor) -> Tensor:
         """Return the log-density of `actions` `(batch, ...)`, reduced over the latent: `(batch,)` float32."""
@@ -54,15 +54,15 @@ class DenoisingDistribution(Distribution):
         """Refuse: the network is the denoiser, which `DiffusionPolicy` owns."""
         raise TypeError("DenoisingDistribution has no network of its own; DiffusionPolicy.get_distribution makes it")
 
-    def proba_distribution(self, mean: Tensor, step_index: Tensor) -> DenoisingDistribution:  # type: ignore[override]
+    def proba_distribution(self, mean: Tensor, step_index: Tensor) -> DenoisingDistribution:
         """Return the distribution with other parameters."""
         return DenoisingDistribution(self.sampler, mean, step_index, self.reduction)
 
-    def actions_from_params(self, mean: Tensor, step_index: Tensor, deterministic: bool = False) -> Tensor:  # type: ignore[override]
+    def actions_from_params(self, mean: Tensor, step_index: Tensor, deterministic: bool = False) -> Tensor:
         """Return next latents for other parameters."""
         return self.proba_distribution(mean, step_index).get_actions(deterministic)
 
-    def log_prob_from_params(self, mean: Tensor, step_index: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def log_prob_from_params(self, mean: Tensor, step_index: Tensor) -> tuple[Tensor, Tensor]:
         """Return next latents for other parameters, and their log-density."""
         other = self.proba_distribution(mean, step_index)
         actions = other.sample()

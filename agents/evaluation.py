@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.utils import obs_as_tensor
 
 from agents.diffusion_policy import DiffusionPolicy
+from ddpo_env.prompts import Prompt, PromptSet
 from ddpo_env.vector_env import DenoisingVectorEnv
 
 
@@ -33,7 +34,9 @@ class Evaluation:
     details: dict[str, list[Any]]
 
 
-def evaluate(policy: DiffusionPolicy, env: DenoisingVectorEnv, prompts: Sequence[str], seed: int) -> Evaluation:
+def evaluate(
+    policy: DiffusionPolicy, env: DenoisingVectorEnv, prompts: Sequence[str | Prompt], seed: int
+) -> Evaluation:
     """Draw one picture a prompt with the policy's stochastic sampler, and score it.
 
     Sample `i` starts from the noise of seed `seed + i`, and the sampler's own noise is seeded too: the same arguments
@@ -42,7 +45,8 @@ def evaluate(policy: DiffusionPolicy, env: DenoisingVectorEnv, prompts: Sequence
     Args:
         policy: what draws; it is not changed.
         env: autoreset must be off; its number of slots is the batch size.
-        prompts: one a picture.
+        prompts: one a picture; `(prompt, metadata)` where the reward is to have other metadata than the environment's
+            prompt set knows.
         seed: of the first picture.
 
     Raises:
@@ -54,6 +58,7 @@ def evaluate(policy: DiffusionPolicy, env: DenoisingVectorEnv, prompts: Sequence
         raise ValueError("prompts must hold at least one prompt; got none")
     devices = [policy.device] if policy.device.type == "cuda" else []
     parts = []
+    training = policy.training
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
         policy.set_training_mode(False)
@@ -61,6 +66,7 @@ def evaluate(policy: DiffusionPolicy, env: DenoisingVectorEnv, prompts: Sequence
             wanted = list(prompts[start : start + env.num_envs])
             padded = wanted + [wanted[-1]] * (env.num_envs - len(wanted))
             parts.append(_episode(policy, env, padded, seed + start, len(wanted)))
+    policy.set_training_mode(training)
     details = {name: [value for part in parts for value in part.details.get(name, [])] for name in parts[0].details}
     return Evaluation(
         images=np.concatenate([part.images for part in parts]),
@@ -70,22 +76,24 @@ def evaluate(policy: DiffusionPolicy, env: DenoisingVectorEnv, prompts: Sequence
     )
 
 
-def _episode(policy: DiffusionPolicy, env: DenoisingVectorEnv, prompts: list[str], seed: int, keep: int) -> Evaluation:
+def _episode(
+    policy: DiffusionPolicy, env: DenoisingVectorEnv, prompts: list[str | Prompt], seed: int, keep: int
+) -> Evaluation:
     observation, _ = env.reset(seed=seed, options={"prompts": prompts})
     infos: dict[str, Any] = {}
     rewards = np.zeros(env.num_envs)
     for _ in range(env.num_inference_steps):
-        actions = policy.get_distribution(obs_as_tensor(observation, policy.device)).sample()  # type: ignore[arg-type]
+        actions = policy.get_distribution(obs_as_tensor(observation, policy.device)).sample()
         observation, rewards, _, _, infos = env.step(actions)
     details = {name: list(values[:keep]) for name, values in infos.get("reward_details", {}).items() if name[0] != "_"}
-    return Evaluation(infos["image"][:keep], prompts[:keep], rewards[:keep], details)
+    texts = [prompt if isinstance(prompt, str) else prompt[0] for prompt in prompts[:keep]]
+    return Evaluation(infos["image"][:keep], texts, rewards[:keep], details)
 
 
-def evaluation_prompts(env: DenoisingVectorEnv, count: int, seed: int) -> list[str]:
-    """Choose the prompts to evaluate on: a finite set in turn, else draws from the distribution."""
-    known = getattr(env.prompts, "prompts", None)
-    if known is None:
-        rng = np.random.default_rng(seed)
-        return [env.prompts.sample(rng)[0] for _ in range(count)]
-    order = np.random.default_rng(seed).permutation(len(known))
-    return [known[order[i % len(known)]] for i in range(count)]
+def evaluation_prompts(env: DenoisingVectorEnv, count: int, seed: int) -> list[Prompt]:
+    """Choose prompts, with their metadata, to evaluate on: a finite set in turn, else draws from the distribution."""
+    rng = np.random.default_rng(seed)
+    if not isinstance(env.prompts, PromptSet):
+        return [env.prompts.sample(rng) for _ in range(count)]
+    order = rng.permutation(len(env.prompts))
+    return [env.prompts[order[i % len(order)]] for i in range(count)]

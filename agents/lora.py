@@ -65,4 +65,8 @@ def add_lora(denoiser: _Module, rank: int, targets: LoraTargets) -> _Module:
 
 def copy_for_full_training(denoiser: _Module) -> _Module:
     """Return a float32 copy of the denoiser in which every weight learns."""
-    return copy.deepcopy(denoiser).to(torch.float32).requires_grad_(True)
+    trained = copy.deepcopy(denoiser).requires_grad_(True)
+    for tensor in (*trained.parameters(), *trained.buffers()):
+        if tensor.is_floating_point():  # one by one: diffusers' own `to` warns where there is nothing to warn of
+            tensor.data = tensor.data.to(torch.float32)
+    return trained

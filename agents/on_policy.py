@@ -1,7 +1,8 @@
 """What this package's on-policy algorithms share: rollouts that stay on the device, and whole-iteration logs.
 
 Stable-Baselines3's `OnPolicyAlgorithm` with two methods replaced: `collect_rollouts` (no NumPy round trip where the
-environment speaks tensors) and `learn` (the log of an iteration is written after its update, with its update's numbers).
+environment speaks tensors) and `learn` (the log of an iteration is written after its update, with its update's
+numbers).
 """
 
 from __future__ import annotations
@@ -157,6 +158,9 @@ class TensorOnPolicyAlgorithm(OnPolicyAlgorithm):
 
         Returns:
             False if a callback asked to stop.
+
+        Raises:
+            ValueError: for a reward that is not finite, before it can reach a weight.
         """
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
@@ -164,10 +168,12 @@ class TensorOnPolicyAlgorithm(OnPolicyAlgorithm):
         dones = np.zeros(env.num_envs, np.bool_)
         for _ in range(n_rollout_steps):
             observation = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
-            contexts = [info.get(self.context_key) for info in env.reset_infos]
+            contexts = [info.get(self.context_key) for info in env.unwrapped.reset_infos]  # wrappers do not pass it on
             with torch.no_grad():
                 actions, values, log_probs = self.policy(observation)
             new_observation, rewards, dones, infos = env.step(self._env_actions(actions))
+            if not np.isfinite(rewards).all():
+                raise ValueError(f"rewards must be finite; got {rewards} at timestep {self.num_timesteps}")
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())
             if not callback.on_step():
@@ -175,7 +181,7 @@ class TensorOnPolicyAlgorithm(OnPolicyAlgorithm):
             self._update_info_buffer(infos, dones)
             self._bootstrap_time_limits(rewards, dones, infos)
             starts = np.asarray(self._last_episode_starts, dtype=np.bool_)
-            rollout_buffer.add(observation, actions, rewards, starts, values, log_probs, contexts)  # type: ignore[arg-type]
+            rollout_buffer.add(observation, actions, rewards, starts, values, log_probs, contexts)
             self._last_obs = new_observation  # type: ignore[assignment]
             self._last_episode_starts = dones
         with torch.no_grad():
@@ -191,7 +197,7 @@ class TensorOnPolicyAlgorithm(OnPolicyAlgorithm):
         """What the environment is given: tensors if it speaks them, else arrays within the action space's bounds."""
         if isinstance(self.observation_space, DenoisingObservationSpace):
             # Latents are never clipped: the buffer relies on the environment going on from exactly this action.
-            last = self._last_obs["latents"]  # type: ignore[index, call-overload]
+            last = self._last_obs["latents"]  # type: ignore[index]
             return actions if isinstance(last, Tensor) else actions.cpu().numpy()
         array = actions.cpu().numpy()
         if not isinstance(self.action_space, spaces.Box):
@@ -208,7 +214,7 @@ class TensorOnPolicyAlgorithm(OnPolicyAlgorithm):
             if infos[slot].get("TimeLimit.truncated", False):
                 terminal, _ = self.policy.obs_to_tensor(infos[slot]["terminal_observation"])
                 with torch.no_grad():
-                    rewards[slot] += self.gamma * float(self.policy.predict_values(terminal))  # type: ignore[arg-type]
+                    rewards[slot] += self.gamma * float(self.policy.predict_values(terminal))
 
     def _record_rewards(self, rollout: TensorRolloutBuffer) -> None:
         returns = rollout.segment_returns()[rollout.complete_segments()]

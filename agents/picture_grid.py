@@ -49,6 +49,16 @@ def picture_grid(
     return sheet
 
 
+def write_strip(path: Path, pictures: npt.NDArray[np.uint8]) -> None:
+    """Write pictures `(count, height, width, 3)` uint8 side by side, as they are, to a PNG file."""
+    Image.fromarray(np.concatenate(pictures, axis=1)).save(path)
+
+
+def read_strip(path: Path, count: int) -> npt.NDArray[np.uint8]:
+    """Read the `count` pictures that `write_strip` wrote, `(count, height, width, 3)` uint8."""
+    return np.stack(np.split(np.asarray(Image.open(path).convert("RGB")), count, axis=1))
+
+
 def reward_curve(
     path: Path, rewards: Sequence[float], evaluations: Sequence[tuple[int, float]], reward_name: str
 ) -> None:

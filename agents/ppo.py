@@ -77,9 +77,13 @@ class PPO(TensorOnPolicyAlgorithm):
     ) -> None:
         """See the class docstring for the arguments."""
         sizes = {"n_steps": n_steps, "batch_size": batch_size, "n_epochs": n_epochs}
-        for name, value in {**sizes, "micro_batch_size": micro_batch_size or 1}.items():
+        if micro_batch_size is not None:
+            sizes["micro_batch_size"] = micro_batch_size
+        for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
+        if not callable(clip_range) and not clip_range > 0:
+            raise ValueError(f"clip_range must be above 0; got {clip_range}")
         if not 0 < timestep_fraction <= 1:
             raise ValueError(f"timestep_fraction must be in (0, 1]; got {timestep_fraction}")
         self.batch_size = batch_size
@@ -126,7 +130,7 @@ class PPO(TensorOnPolicyAlgorithm):
     def loss(self, batch: Transitions, clip_range: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of some transitions, and what is to be logged, each averaged over them."""
         actions = batch.actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else batch.actions
-        values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)  # type: ignore[arg-type]
+        values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
         log_ratio = log_prob - batch.log_probs
         ratio = torch.exp(log_ratio)
         unclipped = batch.advantages * ratio
@@ -197,6 +201,6 @@ class PPO(TensorOnPolicyAlgorithm):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/clip_range", clip_range)
         if self.rollout_buffer.returns.any():
-            values = self.rollout_buffer.values.flatten().cpu().numpy()
+            predicted = self.rollout_buffer.values.flatten().cpu().numpy()
             returns = self.rollout_buffer.returns.flatten().cpu().numpy()
-            self.logger.record("train/explained_variance", float(explained_variance(values, returns)))
+            self.logger.record("train/explained_variance", float(explained_variance(predicted, returns)))

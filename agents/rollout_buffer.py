@@ -1,8 +1,9 @@
 """Trajectories as tensors on the device, each latent and each prompt's conditioning stored once.
 
 Sixth stop of the data's path. Stable-Baselines3's dictionary buffer keeps observation *and* action of every step and
-repeats the conditioning at each; but the next observation's latent is the action, and the conditioning is constant. So a
-trajectory of T steps is T + 1 latents and one conditioning here. Other environments' observations are stored as they are.
+repeats the conditioning at each; but the next observation's latent is the action, and the conditioning is constant. So
+a trajectory of T steps is T + 1 latents and one conditioning here. Other environments' observations are stored as they
+are.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class TensorRolloutBuffer:
     Attributes:
         rewards: `(buffer_size, n_envs)` float32 on the host.
         episode_starts: `(buffer_size, n_envs)` bool on the host.
-        segments: `(buffer_size, n_envs)` int64 on the host: which part of an episode a step belongs to. Parts are numbered
-            from 0; an episode that crosses the rollout's edge is two parts.
+        segments: `(buffer_size, n_envs)` int64 on the host: which part of an episode a step belongs to. Parts are
+            numbered from 0; an episode that crosses the rollout's edge is two parts.
         contexts: per part, what the episode was about (the prompt), or `None`.
         values, log_probs, advantages, returns: `(buffer_size, n_envs)` float32 on `device`.
         actions: `(buffer_size, n_envs, *action_shape)` on `device`.
@@ -98,7 +99,8 @@ class TensorRolloutBuffer:
         )
         self._denoising = isinstance(observation_space, DenoisingObservationSpace)
         self._step_observations = {
-            name: torch.zeros((*grid, *shape), device=self.device) for name, shape in self._step_shapes().items()
+            name: torch.zeros((*grid, *shape), dtype=dtype, device=self.device)
+            for name, (shape, dtype) in self._step_layout().items()
         }
         self.reset()
 
@@ -140,14 +142,14 @@ class TensorRolloutBuffer:
         if step:
             self.segments[step] = self.segments[step - 1]
         self.segments[step, begins] = len(self.contexts) + np.arange(begins.sum())
-        self.contexts += [contexts[slot] for slot in np.flatnonzero(begins)]
+        self.contexts += [context for context, new in zip(contexts, begins, strict=True) if new]
         observation = observation if isinstance(observation, dict) else {"": observation}
         if begins.any():
             rows = torch.as_tensor(np.flatnonzero(begins), device=self.device)
             for name, parts in self._segment_observations.items():
                 parts.append(observation[name].to(self.device)[rows])
         for name, store in self._step_observations.items():
-            store[step] = observation[name]
+            store[step] = torch.as_tensor(observation[name], device=self.device).reshape(store[step].shape)
         self.rewards[step] = rewards
         self.episode_starts[step] = episode_starts
         self.actions[step] = actions.reshape(self.actions[step].shape)
@@ -157,7 +159,12 @@ class TensorRolloutBuffer:
         self.full = self.pos == self.buffer_size
 
     def finish(self, last_values: Tensor, last_dones: npt.NDArray[np.bool_]) -> None:
-        """Close the rollout: the critic's values `(n_envs,)` after it, and which environments ended with its last step."""
+        """Close the rollout.
+
+        Args:
+            last_values: the critic's, after the last step, `(n_envs,)` or `(n_envs, 1)`.
+            last_dones: which environments ended with the last step, `(n_envs,)`.
+        """
         self.last_values = last_values.flatten()
         self.last_dones = np.asarray(last_dones, dtype=np.bool_)
         self._joined = {name: torch.cat(parts) for name, parts in self._segment_observations.items()}
@@ -165,7 +172,7 @@ class TensorRolloutBuffer:
 
     def segment_returns(self) -> npt.NDArray[np.float64]:
         """Sum of rewards of each part of an episode, `(len(contexts),)`."""
-        return np.bincount(self.segments.ravel(), self.rewards.ravel(), minlength=len(self.contexts))
+        return np.bincount(self.segments.ravel(), self.rewards.ravel(), len(self.contexts)).astype(np.float64)
 
     def complete_segments(self) -> npt.NDArray[np.bool_]:
         """Which parts are whole episodes, `(len(contexts),)`."""
@@ -202,7 +209,7 @@ class TensorRolloutBuffer:
     def _observations(self, indices: npt.NDArray[np.int64], chosen: Tensor) -> TensorObservation:
         stored = {name: store.flatten(0, 1)[chosen] for name, store in self._step_observations.items()}
         if not self._denoising:
-            return stored[""] if "" in stored else stored
+            return stored.get("", stored)
         segments = self.segments.ravel()
         first = np.zeros(segments.shape, np.bool_)
         first[np.unique(segments, return_index=True)[1]] = True
@@ -217,8 +224,21 @@ class TensorRolloutBuffer:
             return ("latents", *self.observation_space.conditioning_keys)
         return ()
 
-    def _step_shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = get_obs_shape(self.observation_space)
-        if not isinstance(shapes, dict):
-            return {"": shapes}
-        return {name: shape for name, shape in shapes.items() if name not in self._segment_keys()}
+    def _step_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of what is stored at every step, by name; "" is an observation that is no dictionary."""
+        space = self.observation_space
+        parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
+        layout = {}
+        for name, part in parts.items():
+            shape = get_obs_shape(part)
+            if isinstance(shape, dict):
+                raise ValueError(f"observation_space must not nest dictionaries; {name!r} is a {part}")
+            if name not in self._segment_keys():
+                layout[name] = (shape, _torch_dtype(part))
+        return layout
+
+
+def _torch_dtype(space: spaces.Space[Any]) -> torch.dtype:
+    """The dtype in which observations are kept: the space's own, as float32 where it is float64."""
+    dtype = torch.as_tensor(np.empty(0, space.dtype)).dtype
+    return torch.float32 if dtype == torch.float64 else dtype

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import yaml
 from gymnasium.vector import AutoresetMode
-from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from stable_baselines3.common.utils import set_random_seed
 
 import ddpo_env  # noqa: F401  (registers DDPO-SD-v0)
 from agents.advantages import AdvantageEstimator, GeneralizedAdvantage, PerPromptAdvantage
 from agents.callbacks import HeldOutPictures
-from agents.checkpoint import Stateful, latest_checkpoint, load_checkpoint, save_checkpoint
+from agents.checkpoint import Stateful, iterations_done, latest_checkpoint, load_checkpoint, save_checkpoint
 from agents.configuration import TrainConfig
 from agents.console import ConsoleWriter
 from agents.diffusion_policy import DiffusionPolicy
 from agents.ppo import PPO
-from agents.run_folder import RunFolder
+from agents.run_folder import MetricsTable, RunFolder
 from agents.vec_env import VectorEnvAdapter
 from ddpo_env.vector_env import DenoisingVectorEnv
 
@@ -37,15 +37,18 @@ class RunResult:
     """How a run went.
 
     Attributes:
+        config: as resolved; of a resumed run, the run's own.
         folder: where everything is.
-        reward_before: mean on the held-out seeds before training.
+        reward_before: mean on the held-out seeds before training; `None` if the run was stopped in its first
+            iteration.
         reward_after: the same after training; `None` if the run was stopped.
         iterations: that are done.
         wall_clock_seconds: of this process, from the call of `run_ppo` on.
     """
 
+    config: TrainConfig
     folder: RunFolder
-    reward_before: float
+    reward_before: float | None
     reward_after: float | None
     iterations: int
     wall_clock_seconds: float
@@ -55,50 +58,55 @@ def run_ppo(config: TrainConfig, started: float | None = None) -> RunResult:
     """Train a diffusion model with PPO and per-prompt advantages (DDPO-IS), as configured.
 
     Args:
-        config: every setting; see `agents.configuration`.
+        config: every setting, see `agents.configuration`; it is not changed.
         started: `time.perf_counter()` at the start of the program, so that the time includes its imports.
 
     Returns:
-        Reward before and after, and the run's folder. After Ctrl-C, `reward_after` is `None`, and the run can be resumed.
+        Reward before and after, and the run's folder. After Ctrl-C, `reward_after` is `None`, and the run can be
+        resumed from its last finished iteration.
 
     Raises:
         ValueError: if the configuration cannot run; nothing is loaded then.
     """
     started = time.perf_counter() if started is None else started
-    resuming = config.run.resume
-    if resuming is not None:
-        config = _resumed_config(config)
-    config.check()
-    if config.run.run_dir is None:
-        config.run.run_dir = Path("runs") / f"{_file_name(config.task.reward)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    checkpoint = latest_checkpoint(config.run.run_dir / "checkpoints") if resuming else None
+    config, checkpoint = _resolved(config)
     algorithm, pictures = build_ppo(config, resume=checkpoint is not None)
-    folder = pictures.folder
-    done = 0
-    done = load_checkpoint(checkpoint, algorithm, {"pictures": pictures}) if checkpoint is not None else 0
-    folder.write_config(config.as_dict())
-    with _logging(algorithm, folder, config.run.iterations, done):
-        after = _train(algorithm, pictures, config, done)
-    _save_weights(algorithm, folder)
-    result = RunResult(folder, pictures.evaluations[0][1], after, pictures.iteration, time.perf_counter() - started)
+    with _logging(algorithm, pictures.folder, config.iterations, iterations_done(checkpoint)):
+        _begin(algorithm, pictures, config, checkpoint)
+        after = _train(algorithm, pictures, config)
+    _save_weights(algorithm, pictures.folder)
+    before = pictures.evaluations[0][1] if pictures.evaluations else None
+    seconds = time.perf_counter() - started
+    result = RunResult(config, pictures.folder, before, after, pictures.iteration, seconds)
     if after is not None:
-        folder.write_summary(_summary(result, config))
+        pictures.folder.write_summary(_summary(result))
     return result
 
 
-def _train(algorithm: PPO, pictures: HeldOutPictures, config: TrainConfig, done: int) -> float | None:
+def _begin(algorithm: PPO, pictures: HeldOutPictures, config: TrainConfig, checkpoint: Path | None) -> None:
+    """Bring a resumed run to its checkpoint; give a new one its first, so that it can be resumed from anywhere."""
+    folder = pictures.folder
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, algorithm, {"pictures": pictures})
+    algorithm._setup_learn(0, pictures, reset_num_timesteps=checkpoint is None)
+    if checkpoint is None:
+        save_checkpoint(folder.checkpoints, 0, algorithm, {"pictures": pictures}, config.run.keep_checkpoints)
+    folder.write_config(config.as_dict())
+
+
+def _train(algorithm: PPO, callback: HeldOutPictures, config: TrainConfig) -> float | None:
     """Run the iterations that are left and evaluate; after Ctrl-C, go back to the last checkpoint and return `None`."""
-    keep, interval, last = config.run.keep_checkpoints, config.run.checkpoint_interval, config.run.iterations
-    total, callback = algorithm._setup_learn(algorithm.n_steps * algorithm.n_envs * last, pictures, done == 0)
-    parts: dict[str, Stateful] = {"pictures": pictures}
-    checkpoints = pictures.folder.checkpoints
+    keep, interval, last = config.run.keep_checkpoints, config.run.checkpoint_interval, config.iterations
+    total = algorithm.n_steps * algorithm.n_envs * last
+    parts: dict[str, Stateful] = {"pictures": callback}
+    checkpoints = callback.folder.checkpoints
     try:
         callback.on_training_start({}, {})
-        for iteration in range(done + 1, last + 1):
+        for iteration in range(callback.iteration + 1, last + 1):
             algorithm.iterate(callback, iteration, total)
             if iteration == last or (interval and iteration % interval == 0):
                 save_checkpoint(checkpoints, iteration, algorithm, parts, keep)
-        after = pictures.finish()
+        after = callback.finish()
         algorithm.logger.dump(algorithm.num_timesteps)
         return after
     except KeyboardInterrupt:
@@ -107,8 +115,10 @@ def _train(algorithm: PPO, pictures: HeldOutPictures, config: TrainConfig, done:
 
 
 def build_ppo(config: TrainConfig, resume: bool = False) -> tuple[PPO, HeldOutPictures]:
-    """Make the environment, the policy, the algorithm and the held-out pictures of a configuration, and the run's folder."""
+    """Make the environment, the policy and the algorithm of a configuration, its held-out pictures and its folder."""
     task, training, run = config.task, config.training, config.run
+    assert run.run_dir is not None
+    folder = RunFolder(run.run_dir, resume=resume)
     common: dict[str, Any] = {
         "model": task.model,
         "reward": task.reward,
@@ -128,8 +138,7 @@ def build_ppo(config: TrainConfig, resume: bool = False) -> tuple[PPO, HeldOutPi
     )
     eval_slots = min(run.eval_samples, training.sample_batch_size)
     eval_env = DenoisingVectorEnv(eval_slots, autoreset_mode=AutoresetMode.DISABLED, **common)
-    assert run.run_dir is not None
-    folder = RunFolder(run.run_dir, resume=resume)
+    folder.make()
     algorithm = PPO(
         DiffusionPolicy,
         VectorEnvAdapter(env),
@@ -185,10 +194,7 @@ def _policy_arguments(config: TrainConfig) -> dict[str, Any]:
 def _logging(algorithm: PPO, folder: RunFolder, iterations: int, done: int) -> Iterator[None]:
     """Log to TensorBoard, `progress.csv` and the screen; a resumed run keeps the rows of its finished iterations."""
     progress = folder.path / "progress.csv"
-    rows = list(csv.DictReader(progress.open(newline="")))[:done] if done and progress.exists() else []
-    table = CSVOutputFormat(str(progress))
-    for row in rows:
-        table.write({name: value for name, value in row.items() if value}, dict.fromkeys(row, ()))
+    table = MetricsTable(progress, MetricsTable.read(progress)[:done])
     console = ConsoleWriter(iterations, done)
     algorithm.set_logger(Logger(None, [table, TensorBoardOutputFormat(str(folder.tensorboard)), console]))
     try:
@@ -205,7 +211,8 @@ def _save_weights(algorithm: PPO, folder: RunFolder) -> None:
         policy.save_lora(folder.lora)
 
 
-def _summary(result: RunResult, config: TrainConfig) -> dict[str, Any]:
+def _summary(result: RunResult) -> dict[str, Any]:
+    config = result.config
     return {
         "reward": config.task.reward,
         "reward_before": result.reward_before,
@@ -218,17 +225,32 @@ def _summary(result: RunResult, config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _resumed_config(config: TrainConfig) -> TrainConfig:
-    import yaml
+def _resolved(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
+    """Check a configuration and fill its gaps; for a resumed run, return the run's own and the newest checkpoint."""
+    if config.run.resume is not None:
+        return _resumed(config.run.resume, config.run.iterations)
+    config.check()
+    name = f"{_file_name(config.task.reward)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = config.run.run_dir if config.run.run_dir is not None else Path("runs") / name
+    return replace(config, run=replace(config.run, run_dir=run_dir, iterations=config.iterations)), None
 
-    assert config.run.resume is not None
-    path = config.run.resume / "config.yaml"
+
+def _resumed(run_dir: Path, iterations: int | None) -> tuple[TrainConfig, Path]:
+    path = run_dir / "config.yaml"
     if not path.is_file():
-        raise ValueError(f"resume must be the folder of a run, with a config.yaml; got {str(config.run.resume)!r}")
-    resumed = TrainConfig.from_dict(yaml.safe_load(path.read_text()))
-    resumed.run.run_dir = config.run.resume
-    resumed.run.iterations = max(resumed.run.iterations, config.run.iterations)
-    return resumed
+        raise ValueError(f"resume must be the folder of a run, with a config.yaml; got {str(run_dir)!r}")
+    try:
+        config = TrainConfig.from_dict(yaml.safe_load(path.read_text()))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"resume: {str(path)!r} is no run's configuration: {error}") from error
+    config.run.run_dir = run_dir
+    config.run.iterations = config.iterations if iterations is None else iterations
+    config.check()
+    checkpoint = latest_checkpoint(run_dir / "checkpoints")
+    done = iterations_done(checkpoint)
+    if config.iterations < done:
+        raise ValueError(f"iterations must be at least {done}, which the run has done; got {config.iterations}")
+    return config, checkpoint
 
 
 def _file_name(reward: str) -> str:

@@ -19,9 +19,9 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices,
 class VectorEnvAdapter(VecEnv):
     """Wraps any `gymnasium.vector.VectorEnv` whose autoreset mode is same-step.
 
-    Observations pass through as they are, tensors of `backend="torch"` included. At the end of an episode the info holds
-    what Stable-Baselines3 looks for: `terminal_observation`, `TimeLimit.truncated`, and `episode` with return `r`, length
-    `l` and time `t` in seconds, so that no `VecMonitor` is needed.
+    Observations pass through as they are, tensors of `backend="torch"` included. At the end of an episode the info
+    holds what Stable-Baselines3 looks for: `terminal_observation`, `TimeLimit.truncated`, and `episode` with return
+    `r`, length `l` and time `t` in seconds, so that no `VecMonitor` is needed.
 
     Raises:
         ValueError: if the environment resets itself in another way.
@@ -52,7 +52,7 @@ class VectorEnvAdapter(VecEnv):
         self._lengths[:] = 0
         self._reset_seeds()
         self._reset_options()
-        return observation  # type: ignore[no-any-return]
+        return observation
 
     def set_options(self, options: list[dict[str, Any]] | dict[str, Any] | None = None) -> None:
         """Set the options of the next reset: one dictionary for the whole batch, as Gymnasium has it."""
@@ -74,9 +74,7 @@ class VectorEnvAdapter(VecEnv):
         if not dones.any():
             return observation, rewards.astype(np.float32), dones, _split(infos, self.num_envs)
         final_infos = _split(infos["final_info"], self.num_envs)
-        fresh = _split(
-            {name: infos[name] for name in infos if not name.lstrip("_").startswith("final_")}, self.num_envs
-        )
+        fresh = _split({name: infos[name] for name in infos if name not in _FINAL_INFOS}, self.num_envs)
         split = [final if done else info for final, info, done in zip(final_infos, fresh, dones, strict=True)]
         for slot in np.flatnonzero(dones):
             self.reset_infos[slot] = fresh[slot]
@@ -97,7 +95,7 @@ class VectorEnvAdapter(VecEnv):
 
     def get_images(self) -> Sequence[np.ndarray | None]:
         """Return one rendered picture a slot."""
-        return self.vector_env.render() or [None] * self.num_envs
+        return self.vector_env.render() or [None] * self.num_envs  # type: ignore[return-value]
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """Return the batch's attribute, once a slot."""
@@ -129,6 +127,9 @@ class VectorEnvAdapter(VecEnv):
             raise ValueError(
                 f"indices must be None: the batch is one environment with {self.num_envs} slots; got {indices}"
             )
+
+
+_FINAL_INFOS = ("final_obs", "_final_obs", "final_info", "_final_info")
 
 
 def _split(infos: dict[str, Any], num_envs: int) -> list[dict[str, Any]]:

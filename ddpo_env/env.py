@@ -7,9 +7,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
+from ddpo_env.models import with_model_named
+from ddpo_env.reset_options import as_float
 from ddpo_env.vector_env import DenoisingVectorEnv, Latents, Observation
 
 
@@ -19,25 +22,35 @@ class DenoisingEnv(gym.Env[Observation, Latents]):
     Spaces, rewards, starting state, episode end and arguments are those of `ddpo_env.DenoisingVectorEnv`, without the
     batch: an action is one latent, `reset(options={"prompts": "a cat", "latents": latent})` fixes the start. What the
     batch has and one environment cannot have, `num_envs`, `autoreset_mode` and `samples_per_prompt`, may be given and
-    must then be what one environment is: 1, disabled, 1.
+    must then be what one environment is: 1, disabled, 1. With `backend="torch"` pass `disable_env_checker=True` to
+    `gym.make`: Gymnasium's checker knows NumPy arrays only, and says so at the first steps.
 
     Attributes:
         batch: the one-slot `DenoisingVectorEnv` behind this view.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+    _spec: EnvSpec | None = None
 
-    def __init__(self, *, samples_per_prompt: int = 1, **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        num_envs: int = 1,
+        samples_per_prompt: int = 1,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.DISABLED,
+        **arguments: Any,
+    ) -> None:
         """Make the one-slot batch; `arguments` are those of `DenoisingVectorEnv`."""
-        mode = arguments.pop("autoreset_mode", AutoresetMode.DISABLED)
-        if mode != AutoresetMode.DISABLED and mode != AutoresetMode.DISABLED.value:
-            raise ValueError(
-                f"autoreset_mode of one environment must be {AutoresetMode.DISABLED.value!r}: "
-                f"gym.make_vec has the others; got {mode!r}"
-            )
-        self.batch = DenoisingVectorEnv(
-            1, autoreset_mode=AutoresetMode.DISABLED, samples_per_prompt=samples_per_prompt, **arguments
-        )
+        for name, value, only in (
+            ("num_envs", num_envs, (1,)),
+            ("samples_per_prompt", samples_per_prompt, (1,)),
+            ("autoreset_mode", autoreset_mode, (AutoresetMode.DISABLED.value, AutoresetMode.DISABLED)),
+        ):
+            if value not in only:
+                raise ValueError(
+                    f"{name} of one environment must be {only[0]!r}, and gym.make_vec has the others; got {value!r}"
+                )
+        self.batch = DenoisingVectorEnv(1, autoreset_mode=AutoresetMode.DISABLED, **arguments)
         self.observation_space = self.batch.single_observation_space
         self.action_space = self.batch.single_action_space
         self.render_mode = self.batch.render_mode
@@ -55,7 +68,8 @@ class DenoisingEnv(gym.Env[Observation, Latents]):
             The first observation, and an info with the `prompt`.
         """
         super().reset(seed=seed)
-        observation, infos = self.batch.reset(seed=seed, options=options)
+        self.batch.np_random = (self.np_random,)
+        observation, infos = self.batch.reset(options=options)
         return _first(observation), _first_info(infos)
 
     def step(self, action: Latents) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -63,13 +77,23 @@ class DenoisingEnv(gym.Env[Observation, Latents]):
         shape = self.action_space.shape
         if tuple(np.shape(action)) != shape:
             raise ValueError(f"action must have shape {shape}; got {tuple(np.shape(action))}")
-        observation, rewards, terminations, _, infos = self.batch.step(action[None])
+        actions = as_float(action, "action")[None]
+        observation, rewards, terminations, _, infos = self.batch.step(actions)
         return _first(observation), float(rewards[0]), bool(terminations[0]), False, _first_info(infos)
 
-    def render(self) -> npt.NDArray[np.uint8] | None:  # type: ignore[override]
+    def render(self) -> npt.NDArray[np.uint8] | None:
         """Return the decoded current latent, uint8 `(height, width, 3)`."""
         frames = self.batch.render()
         return None if frames is None else frames[0]
+
+    @property
+    def spec(self) -> EnvSpec | None:
+        """What Gymnasium made this environment from; a pipeline object is named there, not held."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        self._spec = with_model_named(spec, self.batch.model)
 
 
 def _first(observation: Observation) -> dict[str, npt.NDArray[np.float32] | Tensor]:

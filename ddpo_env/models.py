@@ -8,9 +8,11 @@ the weights are in memory once. Each family of pipelines is one file that implem
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +22,7 @@ from weakref import WeakValueDictionary
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from gymnasium.envs.registration import EnvSpec
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
@@ -36,6 +39,7 @@ DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.flo
 Conditioning: TypeAlias = Mapping[str, Tensor]
 """Conditioning tensors by their diffusers names, each `(batch, ...)`."""
 
+_IMPORTED_BY = os.getpid()
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _loaded: dict[tuple[str, str, str], DiffusionModel] = {}
 _pipelines: WeakValueDictionary[str, DiffusionPipeline] = WeakValueDictionary()
@@ -86,10 +90,12 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"device must be auto or one of {', '.join(available)}; got {device!r}") from None
     if resolved.type == "cuda" and resolved.index is None and torch.cuda.is_available():
         resolved = torch.device("cuda", torch.cuda.current_device())
+    if resolved.type in ("cpu", "mps"):
+        resolved = torch.device(resolved.type)
     if str(resolved) not in available:
         raise ValueError(f"device must be auto or one of {', '.join(available)} on this machine; got {str(device)!r}")
     return resolved
@@ -100,10 +106,10 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if isinstance(dtype, torch.dtype):
         if dtype in DTYPES.values():
             return dtype
-    elif dtype == "auto":
+    elif str(dtype) == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    elif dtype in DTYPES:
-        return DTYPES[dtype]
+    elif str(dtype) in DTYPES:
+        return DTYPES[str(dtype)]
     raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
 
 
@@ -128,10 +134,7 @@ def resolve_source(model: str | Path) -> str:
         raise ValueError(
             f"model {name!r} stands for a pipeline object that is gone or of another process; pass it again"
         )
-    raise ValueError(
-        f"model must be a bundled name ({', '.join(BUNDLED_MODELS)}), a folder that exists, a Hub id such as "
-        f"'CompVis/stable-diffusion-v1-4', or a diffusers pipeline; got {name!r}"
-    )
+    raise ValueError(f"model must be {_valid_models()}; got {name!r}")
 
 
 def load_model(
@@ -154,28 +157,40 @@ def load_model(
         ValueError: unknown model, device, dtype or pipeline family.
         OSError: a Hub id that cannot be downloaded.
     """
+    if os.getpid() != _IMPORTED_BY:
+        torch.set_num_threads(1)  # a forked process has OpenMP's state without its threads, and would wait for them
     resolved_device = resolve_device(device)
     resolved_dtype = resolve_dtype(dtype, resolved_device)
     if isinstance(model, DiffusionPipeline):
         source = f"pipeline/{id(model):x}"
         _pipelines[source] = model
-    else:
+    elif isinstance(model, str | Path):
         source = str(model)
+    else:
+        raise ValueError(f"model must be {_valid_models()}; got a {type(model).__name__}")
     pipeline = _pipelines.get(source)
-    location = source if pipeline is not None else resolve_source(source)
+    location = resolve_source(model) if pipeline is None else source
     key = (location, str(resolved_device), str(resolved_dtype))
     cached = _loaded.get(key)
-    if cached is not None and (pipeline is None or getattr(cached, "pipeline", None) is pipeline):
-        return cached
     if pipeline is None:
+        if cached is not None:
+            return cached
         family = _family_of(_pipeline_class(location))
         pipeline = _load_pipeline(location, resolved_dtype, family.loading_options).to(resolved_device)
     else:
         family = _family_of(type(pipeline).__name__)
-        if pipeline.dtype != resolved_dtype or pipeline.device != resolved_device:
-            pipeline.to(device=resolved_device, dtype=resolved_dtype)
+        _place(pipeline, resolved_device, resolved_dtype)
+        if cached is not None and getattr(cached, "pipeline", None) is pipeline:
+            return cached
     _loaded[key] = family(pipeline, source)
     return _loaded[key]
+
+
+def with_model_named(spec: EnvSpec | None, model: DiffusionModel) -> EnvSpec | None:
+    """Return the spec with a pipeline object's name in its place: wrappers copy the spec with all that it holds."""
+    if spec is None or not isinstance(spec.kwargs.get("model"), DiffusionPipeline):
+        return spec
+    return replace(spec, kwargs={**spec.kwargs, "model": model.source})
 
 
 def unload_models() -> None:
@@ -183,12 +198,25 @@ def unload_models() -> None:
     _loaded.clear()
 
 
+def _valid_models() -> str:
+    return (
+        f"a bundled name ({', '.join(BUNDLED_MODELS)}), a folder that exists, a Hub id such as "
+        "'CompVis/stable-diffusion-v1-4', or a diffusers pipeline"
+    )
+
+
 def _pipeline_class(location: str) -> str:
+    """Read the pipeline's class off its index, before any weights are touched."""
     try:
         config = DiffusionPipeline.load_config(location)
     except OSError as error:
-        raise _download_error(location) from error
-    return str(dict(config)["_class_name"])
+        if Path(location).is_dir():
+            raise ValueError(f"model folder {location!r} holds no diffusers pipeline: {error}") from error
+        raise _download_error(location, error) from error
+    name = config.get("_class_name") if isinstance(config, Mapping) else None
+    if not isinstance(name, str):
+        raise ValueError(f"model {location!r} holds no diffusers pipeline: its model_index.json names no _class_name")
+    return name
 
 
 def _family_of(pipeline_class: str) -> Any:
@@ -198,6 +226,13 @@ def _family_of(pipeline_class: str) -> Any:
     return getattr(import_module(module), name)
 
 
+def _place(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype) -> None:
+    """Move a pipeline whose parts are not all on the device in the dtype."""
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    if any(weight.device != device or weight.dtype != dtype for part in parts for weight in part.parameters()):
+        pipeline.to(device=device, dtype=dtype)
+
+
 def _load_pipeline(location: str, dtype: torch.dtype, options: Mapping[str, Any]) -> DiffusionPipeline:
     if Path(location).is_dir():
         with _without_progress_bars():
@@ -205,7 +240,7 @@ def _load_pipeline(location: str, dtype: torch.dtype, options: Mapping[str, Any]
     try:
         return DiffusionPipeline.from_pretrained(location, dtype=dtype, use_safetensors=True, **options)
     except OSError as error:
-        raise _download_error(location) from error
+        raise _download_error(location, error) from error
 
 
 @contextmanager
@@ -221,8 +256,10 @@ def _without_progress_bars() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def _download_error(location: str) -> OSError:
+def _download_error(location: str, error: OSError) -> OSError:
+    cause = str(error).partition("\n")[0]
     return OSError(
-        f"model {location!r} could not be downloaded from the Hugging Face Hub. Without a network, download it "
+        f"model {location!r} is no folder here and could not be downloaded from the Hugging Face Hub "
+        f"({cause}). Without a network, download it "
         f"elsewhere (`hf download {location}`) and pass the folder: model='path/to/folder'"
     )

@@ -55,6 +55,7 @@ class SamplerRows(NamedTuple):
     std: Tensor
 
     def with_x0_folded(self) -> SamplerRows:
+        """Return the same sampler with the predicted clean latent spelled out by latent and output."""
         return self._replace(
             sample_to_mean=self.sample_to_mean + self.x0_to_mean * self.sample_to_x0,
             output_to_mean=self.output_to_mean + self.x0_to_mean * self.output_to_x0,
@@ -146,8 +147,8 @@ def _timesteps(scheduler: Any, num_inference_steps: int) -> Tensor:
     if timesteps.max() >= scheduler.config.num_train_timesteps:
         raise ValueError(
             f"num_inference_steps={num_inference_steps} with steps_offset={scheduler.config.steps_offset} asks for"
-            f" timestep {int(timesteps.max())}; the last of {scheduler.config.num_train_timesteps} training timesteps is"
-            f" {scheduler.config.num_train_timesteps - 1}: use fewer steps or a smaller steps_offset"
+            f" timestep {int(timesteps.max())}; the last of {scheduler.config.num_train_timesteps} training timesteps"
+            f" is {scheduler.config.num_train_timesteps - 1}: use fewer steps or a smaller steps_offset"
         )
     return timesteps
 

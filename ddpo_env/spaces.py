@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ddpo_env.models import DiffusionModel
 
 LATENT_BOUND = 100.0
-"""Bound of every latent in the spaces. Latents have unit scale; the bound exists because libraries demand finite ones."""
+"""Bound of every latent in the spaces. Latents have unit scale; libraries demand finite bounds."""
 
 CONDITIONING_BOUND = 1.0e4
 """Bound of the conditioning tensors in the observation space (text embeddings stay well below 100)."""
@@ -50,7 +50,7 @@ class DenoisingObservationSpace(spaces.Dict):
         weight = next(model.denoiser.parameters())
         self.model = model.source
         self.device = str(weight.device)
-        self.dtype = str(weight.dtype).removeprefix("torch.")
+        self.dtype = str(weight.dtype).removeprefix("torch.")  # type: ignore[assignment]  # a Dict has none of its own
         self.num_inference_steps = num_inference_steps
         self.conditioning_keys = tuple(model.conditioning_shapes)
 

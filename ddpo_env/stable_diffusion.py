@@ -60,9 +60,14 @@ class StableDiffusionModel:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents `(batch, 4, h, w)` to uint8 pictures `(batch, height, width, 3)`, a few at a time."""
+        """Decode latents `(batch, 4, h, w)` to uint8 pictures `(batch, height, width, 3)`.
+
+        On an accelerator a few at a time. On a CPU one at a time, so that a picture, and its reward, does not depend on
+        the batch that it came in: there a convolution's last bits do, and a level of a pixel with them.
+        """
         vae = self.pipeline.vae
-        rows = max(1, _PIXELS_A_DECODE // (self.pipeline.vae_scale_factor**2 * latents[0, 0].numel()))
+        pixels = self.pipeline.vae_scale_factor**2 * latents[0, 0].numel()
+        rows = 1 if vae.device.type == "cpu" else max(1, _PIXELS_A_DECODE // pixels)
         scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
         pictures = []
         for chunk in scaled.split(rows):
@@ -79,8 +84,8 @@ class StableDiffusionModel:
     def save_lora(self, denoiser: nn.Module, folder: Path) -> None:
         """Write a LoRA of the UNet in diffusers' format.
 
-        peft's own state dict is saved: converted to diffusers' old key names, a LoRA on attention and convolutions loses
-        its attention half when stock `load_lora_weights` reads it. The scale `alpha / rank` is 1, which is what diffusers
-        takes where a file does not say.
+        peft's own state dict is saved: converted to diffusers' old key names, a LoRA on attention and convolutions
+        loses its attention half when stock `load_lora_weights` reads it. The scale `alpha / rank` is 1, which is what
+        diffusers takes where a file does not say.
         """
         self.pipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(denoiser))

@@ -129,8 +129,8 @@ class GaussianSampler:
     def step_index_of(self, timestep: Tensor) -> Tensor:
         """Map values of `timesteps`, (batch,), to rows, (batch,) int64, without waiting for an accelerator.
 
-        A value that is not in the table is a `ValueError` on a CPU; elsewhere it becomes the index `len(self)`, on which
-        the next look-up fails.
+        A value that is not in the table is a `ValueError` on a CPU; elsewhere it becomes the index `len(self)`, with
+        which the next look-up fails.
         """
         matches = timestep[:, None] == self.timesteps
         found = matches.any(dim=1)

@@ -1,7 +1,16 @@
 """How good is the finished picture: built-in rewards, the protocol that they and a user's own follow, and the check."""
 
 from rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
-from rewards.protocol import Details, Images, Metadata, Reward, evaluate_reward, per_sample, reward_name
+from rewards.protocol import (
+    Details,
+    Images,
+    Metadata,
+    Reward,
+    StatefulReward,
+    evaluate_reward,
+    per_sample,
+    reward_name,
+)
 from rewards.registry import BUILTIN_REWARDS, load_reward
 
 __all__ = [
@@ -10,6 +19,7 @@ __all__ = [
     "Images",
     "Metadata",
     "Reward",
+    "StatefulReward",
     "evaluate_reward",
     "jpeg_compressibility",
     "jpeg_incompressibility",

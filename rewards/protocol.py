@@ -1,15 +1,16 @@
 """What a reward is, and the one place where its answer is checked: between the decoded picture and the algorithm.
 
 A reward is a function of a batch of pictures, their prompts and the prompts' metadata. Whatever it returns goes
-through `evaluate_reward`, so that a wrong shape, a NaN or a text is an error that names the reward and never a gradient.
+through `evaluate_reward`, so that a wrong shape, a NaN or a text is an error that names the reward, never a gradient.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,6 +33,19 @@ class Reward(Protocol):
         self, images: Images, prompts: Sequence[str], metadata: Metadata
     ) -> ArrayLike | tuple[ArrayLike, Details]:
         """Return one finite number a picture, (batch,), alone or with details."""
+        ...
+
+
+@runtime_checkable
+class StatefulReward(Protocol):
+    """A reward whose scores depend on what it has scored before; a checkpoint must hold its state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return that state as plain values for JSON."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
         ...
 
 
@@ -59,7 +73,7 @@ def per_sample(score: Callable[[NDArray[np.uint8], str, Mapping[str, Any]], Any]
         return scores, {name: [one[name] for one in details] for name in (details[0] if details else ())}
 
     # Not `score`: its signature takes one picture, and a signature check would follow the link there.
-    del batched.__wrapped__  # type: ignore[attr-defined]
+    del batched.__wrapped__
     return batched
 
 
@@ -69,7 +83,12 @@ def reward_name(reward: object) -> str:
 
 
 def evaluate_reward(
-    reward: Reward, images: Images, prompts: Sequence[str], metadata: Metadata
+    reward: Reward,
+    images: Images,
+    prompts: Sequence[str],
+    metadata: Metadata,
+    *,
+    non_finite: Literal["raise", "keep"] = "raise",
 ) -> tuple[NDArray[np.float64], dict[str, list[Any]]]:
     """Score a batch of pictures and check the answer.
 
@@ -78,15 +97,19 @@ def evaluate_reward(
         images: (batch, height, width, 3) uint8.
         prompts: One a picture.
         metadata: One dictionary a picture.
+        non_finite: What becomes of NaN and infinity: `raise`, or `keep` for a caller that leaves those pictures out.
+            With `keep` there is a detail `non_finite`, true for each of them, whose sum is their number.
 
     Returns:
-        Scores, (batch,) float64, all finite, and the details, by name, each a list of `batch` values.
+        Scores, (batch,) float64, all finite unless kept, and the details, by name, each a list of `batch` values.
 
     Raises:
         TypeError: The reward returned something other than numbers.
         ValueError: The pictures are not such an array, or the answer has the wrong length or is not finite.
     """
     name = reward_name(reward)
+    if non_finite not in ("raise", "keep"):
+        raise ValueError(f"non_finite must be raise or keep; got {non_finite!r}")
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         shape, dtype = getattr(images, "shape", None), getattr(images, "dtype", type(images).__name__)
         raise ValueError(f"images must be a uint8 array (batch, height, width, 3); got {dtype} of shape {shape}")
@@ -100,14 +123,24 @@ def evaluate_reward(
     scores = _as_numbers(raw_scores, name)
     if scores.shape != (batch,):
         raise ValueError(f"reward {name} must return shape ({batch},), one score a picture; got {scores.shape}")
-    invalid = np.flatnonzero(~np.isfinite(scores))
-    if len(invalid):
-        first = int(invalid[0])
+    details = {key: _as_list(values, key, name, batch) for key, values in raw_details.items()}
+    invalid = ~np.isfinite(scores)
+    if non_finite == "keep":
+        return scores, {**details, "non_finite": invalid.tolist()}
+    if invalid.any():
+        first = int(np.flatnonzero(invalid)[0])
         raise ValueError(
             f"reward {name} must be finite; got {scores[first]} for prompt {prompts[first]!r}"
-            f" (picture {first} of {batch}, {len(invalid)} in all)"
+            f" (picture {first} of {batch}, {invalid.sum()} in all){_culprits(details, first)}"
         )
-    return scores, {key: _as_list(values, key, name, batch) for key, values in raw_details.items()}
+    return scores, details
+
+
+def _culprits(details: Mapping[str, Sequence[Any]], index: int) -> str:
+    """Name the details that are not finite either: the parts of a sum that spoiled it."""
+    values = {key: column[index] for key, column in details.items() if isinstance(column[index], float)}
+    spoiled = [f"{key} is {value}" for key, value in values.items() if not math.isfinite(value)]
+    return f"; {', '.join(spoiled)}" if spoiled else ""
 
 
 def _split(answer: Any) -> tuple[Any, Mapping[str, Any]]:

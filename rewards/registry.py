@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -17,8 +18,16 @@ from rewards.protocol import Reward
 BUILTIN_REWARDS: dict[str, str] = {
     "jpeg_compressibility": "rewards.jpeg:jpeg_compressibility",
     "jpeg_incompressibility": "rewards.jpeg:jpeg_incompressibility",
+    "aesthetic": "rewards.aesthetic:Aesthetic",
+    "clip_score": "rewards.clip_score:ClipScore",
+    "pickscore": "rewards.preference:PickScore",
+    "hps_v2": "rewards.preference:HPSv2",
+    "vlm_alignment": "rewards.vlm_alignment:VlmAlignment",
+    "vlm_vqa": "rewards.vlm_vqa:VlmVqa",
 }
 """Name to `module:attribute`, where the attribute is a reward function, or a class whose instances are rewards."""
+
+_WEIGHTED = re.compile(r".*,.*|.*:\s*[-+.\d][^:]*(:raw)?|.*:raw", re.DOTALL)
 
 
 def load_reward(spec: str | Callable[..., Any], **options: Any) -> Reward:
@@ -26,23 +35,36 @@ def load_reward(spec: str | Callable[..., Any], **options: Any) -> Reward:
 
     Args:
         spec: A name in `BUILTIN_REWARDS`; `"module:attribute"`, looked up on `sys.path` and then in the current
-            folder; or a callable `(images, prompts, metadata) -> scores`, which is returned as it is. A class, named
-            or given, is instantiated.
+            folder; a weighted sum of these, `"name:weight,name:weight:raw"` (`rewards.composite.Composite`); or a
+            callable `(images, prompts, metadata) -> scores`, which is returned as it is. A class, named or given, is
+            instantiated.
         **options: Arguments of that class.
 
     Raises:
         ValueError: There is no such reward, module or attribute, or `options` for a reward that has none.
         TypeError: What is named or given is not callable as a reward, or the class does not take the options.
     """
+    if isinstance(spec, str) and _is_weighted_sum(spec):
+        from rewards.composite import Composite
+
+        return Composite(spec, **options)
     if isinstance(spec, str):
         return _instantiated(_imported(BUILTIN_REWARDS.get(spec, spec), spec), spec, options)
     return _instantiated(spec, repr(spec), options)
 
 
+def _is_weighted_sum(spec: str) -> bool:
+    """Tell a sum from `module:function`: a comma, a number as the last part, or a weight, right or wrong, of a name."""
+    return bool(_WEIGHTED.fullmatch(spec)) or spec.partition(":")[0] in BUILTIN_REWARDS.keys() - {spec}
+
+
 def _imported(target: str, spec: str) -> Any:
     module_name, separator, attribute = target.partition(":")
     if not separator or not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
-        raise ValueError(f"reward must be one of {', '.join(BUILTIN_REWARDS)}; or module:function; got {spec!r}")
+        raise ValueError(
+            f"reward must be one of {', '.join(BUILTIN_REWARDS)}; or module:function; or a weighted sum such as "
+            f"aesthetic:1,clip_score:0.5; got {spec!r}"
+        )
     if spec not in BUILTIN_REWARDS and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -56,7 +78,8 @@ def _imported(target: str, spec: str) -> Any:
     if not hasattr(module, attribute):
         public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise ValueError(
-            f"reward {spec!r}: module {module_name!r} has no {attribute!r}; it has {', '.join(public) or 'no functions'}"
+            f"reward {spec!r}: module {module_name!r} has no {attribute!r}; it has "
+            f"{', '.join(public) or 'no functions'}"
         )
     return getattr(module, attribute)
 

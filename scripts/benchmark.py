@@ -1,7 +1,7 @@
 """Where an iteration's time goes: sampling and training against the bare denoiser calls inside them.
 
-Runs real iterations of `scripts/train_ppo.py`'s algorithm, and between them the same number of denoiser calls of the same
-shapes with nothing around them. Ratios of one run hold on a shared machine; absolute times do not.
+Runs real iterations of `scripts/train_ppo.py`'s algorithm, and between them the same number of denoiser calls of the
+same shapes with nothing around them. Ratios of one run hold on a shared machine; absolute times do not.
 """
 
 import json
@@ -121,7 +121,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     """Return the figures, medians over the repeats."""
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
-        algorithm, pictures = build_ppo(configuration(arguments, Path(folder) / "run"))
+        algorithm, _ = build_ppo(configuration(arguments, Path(folder) / "run"))
         _, callback = algorithm._setup_learn(1, None)
     env, device = algorithm.env, algorithm.device
     assert env is not None

@@ -182,7 +182,7 @@ def _render_chunk(task: tuple[int, int, int, Mixture]) -> tuple[np.ndarray, list
 def render_dataset(
     number: int, seed: int, *, mixture: Mixture | None = None, workers: int = 2
 ) -> tuple[np.ndarray, list[Subject]]:
-    """Returns `number` random pictures, `(number, 64, 64, 3)` uint8 RGB, and what each shows (`.caption` is its prompt).
+    """Returns random pictures, `(number, 64, 64, 3)` uint8 RGB, and what each of them shows (`.caption` is its prompt).
 
     The result depends on the seed and the number alone, not on the number of worker processes.
     """

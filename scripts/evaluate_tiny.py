@@ -57,7 +57,7 @@ class Arguments:
     """Pictures drawn at once."""
     classifier_renderings: int = 24_000
     """Renderings that the classifier learns from."""
-    classifier_epochs: int = 6
+    classifier_epochs: int = 3
     """Passes over them."""
     seed: int = 0
     """Seed of the drawings and of the classifier."""

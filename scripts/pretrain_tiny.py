@@ -9,6 +9,7 @@ is started again with the same arguments. `docs/tiny-model.md` has the command a
 
 import copy
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from tiny_components import (
     export,
     whiten,
 )
-from torch import nn
+from torch import distributed, multiprocessing, nn
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Arguments:
     snr_cap: float = 5.0
     """Cap of the min-SNR loss weighting."""
     threads: int = 2
-    """CPU threads."""
+    """CPU threads; the denoiser's batch is split over as many processes."""
     save_every: float = 300.0
     """Seconds between saves of the training state."""
     export_every: float = 600.0
@@ -185,14 +186,21 @@ class Denoising(nn.Module):
         snr = alphas / (1 - alphas).clamp(min=1e-12)
         self.register_buffer("weight", snr.clamp(max=snr_cap) / (snr + 1), persistent=False)
 
-    def loss(self, latents: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """Returns the weighted v-prediction loss of `(batch, 4, 16, 16)` latents, captioned by `(batch, 16)` ids."""
+    def loss(self, latents: torch.Tensor, token_ids: torch.Tensor, share: slice) -> torch.Tensor:
+        """Returns the weighted v-prediction loss of a share of a batch.
+
+        Args:
+            latents: `(batch, 4, 16, 16)`.
+            token_ids: Their captions, `(batch, 16)`.
+            share: The rows to look at; timesteps and noise are drawn for the whole batch.
+        """
         batch = len(latents)
         # Stratified timesteps: every update covers the whole schedule.
         timesteps = ((torch.arange(batch) + torch.rand(batch)) / batch * len(self.signal)).long()
         signal, noise_level = self.signal[timesteps, None, None, None], self.noise[timesteps, None, None, None]
         noise = torch.randn_like(latents)
         noisy, target = signal * latents + noise_level * noise, signal * noise - noise_level * latents
+        noisy, target, timesteps, token_ids = noisy[share], target[share], timesteps[share], token_ids[share]
         with torch.autocast("cpu", torch.bfloat16):
             text = self.text_encoder(token_ids)[0]
             predicted = self.unet(noisy, timesteps, text).sample
@@ -203,11 +211,13 @@ class Denoising(nn.Module):
 class TrainingState:
     """Everything a run needs to go on: weights, averaged weights, optimizer, step."""
 
-    def __init__(self, model: Denoising, arguments: Arguments) -> None:
+    def __init__(self, arguments: Arguments) -> None:
         self.path = arguments.run_folder / "denoiser.pt"
-        self.model, self.averaged, self.step = model, copy.deepcopy(model).requires_grad_(False), 0
+        self.tokenizer = build_tokenizer(subject.caption for subject in all_subjects())
+        self.model = Denoising(build_text_encoder(self.tokenizer), build_unet(), arguments.snr_cap)
+        self.averaged, self.step = copy.deepcopy(self.model).requires_grad_(False), 0
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
+            self.model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
         )
 
     def load(self) -> None:
@@ -239,29 +249,47 @@ class TrainingState:
         torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
 
 
+def share_gradients(model: nn.Module, replicas: int) -> None:
+    """Averages the gradients over the replicas, in place."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    pieces = (flat / replicas).split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [piece.view_as(g) for piece, g in zip(pieces, gradients, strict=True)])
+
+
 def train_denoiser(
-    arguments: Arguments, state: TrainingState, latents: torch.Tensor, token_ids: torch.Tensor, empty_ids: torch.Tensor
+    arguments: Arguments, rank: int, state: TrainingState, latents: torch.Tensor, token_ids: torch.Tensor
 ) -> Iterator[int]:
-    """Trains in place; yields the number of finished updates after each."""
-    started, losses = time.monotonic(), []
-    first = state.step
+    """Trains in place, on every `arguments.threads`-th row of each batch; yields the number of finished updates.
+
+    Args:
+        arguments: The run's.
+        rank: Which rows are this replica's.
+        state: What is trained.
+        latents: `(pictures, 4, 16, 16)`.
+        token_ids: `(pictures + 1, 16)`; the last row is the empty prompt.
+    """
+    started, first, losses = time.monotonic(), state.step, []
+    share = slice(rank, None, arguments.threads)
+    decay_from = round(arguments.steps * (1 - arguments.decay_share))
     while state.step < arguments.steps:
-        decay_from = round(arguments.steps * (1 - arguments.decay_share))
         factor = learning_rate_factor(state.step, arguments.warmup_steps, decay_from, arguments.steps)
         state.optimizer.param_groups[0]["lr"] = arguments.learning_rate * factor
         indices = torch.from_numpy(batch_indices(arguments, 2, state.step, arguments.batch_size))
-        torch.manual_seed(arguments.seed * 1_000_003 + state.step)
+        torch.manual_seed(arguments.seed * 1_000_003 + state.step)  # The same draws in every replica.
         dropped = torch.rand(len(indices)) < arguments.caption_dropout
-        ids = torch.where(dropped[:, None], empty_ids, token_ids[indices])
-        loss = state.model.loss(latents[indices].float(), ids)
+        ids = token_ids[torch.where(dropped, len(token_ids) - 1, indices)]
         state.optimizer.zero_grad(set_to_none=True)
+        loss = state.model.loss(latents[indices].float(), ids, share)
         loss.backward()
+        share_gradients(state.model, arguments.threads)
         nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
         state.optimizer.step()
         state.step += 1
         state.average(arguments.ema_decay)
         losses.append(loss.item())
-        if state.step % 100 == 0:
+        if state.step % 100 == 0 and rank == 0:
             each = (time.monotonic() - started) / (state.step - first)
             left = each * (arguments.steps - state.step) / 60
             print(
@@ -269,6 +297,41 @@ def train_denoiser(
                 flush=True,
             )
         yield state.step
+
+
+def train_replica(rank: int, arguments: Arguments, latents: torch.Tensor, token_ids: torch.Tensor) -> None:
+    """One of the denoiser's training processes, one thread each; the first one saves and exports.
+
+    Two processes that meet once per update suffer less from a busy machine than two threads that meet in every layer.
+    """
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    rendezvous = (arguments.run_folder / "rendezvous").absolute()
+    distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=arguments.threads)
+    torch.manual_seed(arguments.seed)
+    state = TrainingState(arguments)
+    state.load()
+    saved = time.monotonic()
+    exported = saved - arguments.export_every + 60  # The first export comes after a minute.
+    for _ in train_denoiser(arguments, rank, state, latents, token_ids):
+        now = time.monotonic()
+        if rank == 0 and now - saved > arguments.save_every:
+            state.save()
+            saved = now
+        if rank == 0 and now - exported > arguments.export_every:
+            export_averaged(arguments, state, AutoencoderKL.from_pretrained(arguments.run_folder / "vae"))
+            exported = now
+    if rank == 0:
+        state.save()
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def export_averaged(arguments: Arguments, state: TrainingState, vae: AutoencoderKL) -> None:
+    """Writes the pipeline with the averaged weights."""
+    folders = [arguments.run_folder / "latest", *([arguments.output_folder] if arguments.output_folder else [])]
+    export(folders, state.tokenizer, state.averaged.text_encoder, vae, state.averaged.unet)
+    print(f"exported at step {state.step}", flush=True)
 
 
 def trained_vae(arguments: Arguments, images: np.ndarray) -> tuple[AutoencoderKL, torch.Tensor]:
@@ -293,38 +356,21 @@ def main(arguments: Arguments) -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     arguments.run_folder.mkdir(parents=True, exist_ok=True)
+    (arguments.run_folder / "rendezvous").unlink(missing_ok=True)
     started = time.monotonic()
-    tokenizer = build_tokenizer(subject.caption for subject in all_subjects())
-    model = Denoising(build_text_encoder(tokenizer), build_unet(), arguments.snr_cap)
     images, subjects = render_dataset(arguments.pictures, arguments.seed, workers=arguments.threads)
     print(f"rendered {len(images)} pictures in {time.monotonic() - started:.0f} s", flush=True)
     vae, latents = trained_vae(arguments, images)
 
-    token_ids = tokenizer([s.caption for s in subjects], padding="max_length", return_tensors="pt").input_ids
-    empty_ids = tokenizer("", padding="max_length", return_tensors="pt").input_ids
-    state = TrainingState(model, arguments)
+    state = TrainingState(arguments)
+    captions = [*(subject.caption for subject in subjects), ""]
+    token_ids = state.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+    multiprocessing.spawn(train_replica, (arguments, latents, token_ids), nprocs=arguments.threads)
     state.load()
-    folders = [arguments.run_folder / "latest", *([arguments.output_folder] if arguments.output_folder else [])]
-
-    def export_averaged() -> None:
-        state.save()
-        export(folders, tokenizer, state.averaged.text_encoder, vae, state.averaged.unet)
-        print(f"exported at step {state.step}", flush=True)
-
-    saved = time.monotonic()
-    exported = saved - arguments.export_every + 60  # The first export comes after a minute.
-    for _ in train_denoiser(arguments, state, latents, token_ids, empty_ids):
-        now = time.monotonic()
-        if now - exported > arguments.export_every:
-            export_averaged()
-            exported = saved = now
-        elif now - saved > arguments.save_every:
-            state.save()
-            saved = now
-    export_averaged()
+    export_averaged(arguments, state, vae)
     refine_decoder(arguments, vae, images, latents)
     save_reconstructions(vae, images[:60], arguments.run_folder / "vae_refined.png")
-    export_averaged()
+    export_averaged(arguments, state, vae)
     print(f"finished in {(time.monotonic() - started) / 60:.1f} min", flush=True)
 
 

@@ -1,7 +1,7 @@
 """Draw pictures with a base model or a trained LoRA, by prompt and seed, into one grid file.
 
-Uses nothing but stock diffusers, so the pictures are what anybody gets who loads the LoRA. The same seeds with and without
-`--lora` start from the same noise: `--compare` puts both into one grid.
+Uses nothing but stock diffusers, so the pictures are what anybody gets who loads the LoRA. The same seeds with and
+without `--lora` start from the same noise: `--compare` puts both into one grid.
 """
 
 import sys
@@ -77,7 +77,8 @@ def draw(arguments: Arguments) -> tuple[list[np.ndarray], list[str]]:
         for variant in variants:
             if arguments.lora is not None:
                 (pipe.enable_lora if variant == "trained" else pipe.disable_lora)()
-            generators = [torch.Generator(pipe.device).manual_seed(seed + 1000 * i) for i in range(len(arguments.prompts))]
+            columns = range(len(arguments.prompts))
+            generators = [torch.Generator(pipe.device).manual_seed(seed + 1000 * column) for column in columns]
             pictures = pipe(
                 list(arguments.prompts),
                 num_inference_steps=arguments.num_inference_steps,

@@ -143,7 +143,7 @@ def export(
     vae: AutoencoderKL,
     unet: UNet2DConditionModel,
 ) -> None:
-    """Writes the pipeline as fp16 safetensors into each folder, which is replaced only once its successor is complete."""
+    """Writes the pipeline as fp16 safetensors into each folder, replacing it only once its successor is complete."""
     pipeline = StableDiffusionPipeline(
         vae=copy.deepcopy(vae).half(),
         text_encoder=copy.deepcopy(text_encoder).half(),
@@ -167,6 +167,6 @@ def export(
 
 
 def _load_as_float32(config: Path) -> None:
-    """transformers loads in the dtype that the config names, diffusers in float32: make the two agree by default."""
+    """Transformers loads in the dtype that the config names, diffusers in float32: make the two agree by default."""
     settings = json.loads(config.read_text())
     config.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n")

@@ -1,6 +1,7 @@
 """Fine-tune a diffusion model with PPO and per-prompt advantages (DDPO-IS), from one command.
 
-Without arguments: the bundled tiny Stable Diffusion learns to draw pictures that compress well, in a few minutes on a CPU.
+Without arguments: the bundled tiny Stable Diffusion learns to draw pictures that compress well, in a few minutes on a
+CPU.
 """
 
 import time

@@ -186,7 +186,7 @@ def test_per_sample_function_becomes_a_batched_reward():
 
     images = pictures(4)
     scores, details = evaluate_reward(load_reward(brightness), images, PROMPTS, [{}] * 4)
-    np.testing.assert_allclose(scores, images.mean(axis=(1, 2, 3)) + [5, 5, 6, 5])
+    np.testing.assert_allclose(scores, images.mean(axis=(1, 2, 3)) + np.array([5, 5, 6, 5]))
     assert details == {"prompt": PROMPTS}
     with pytest.raises(ValueError, match="reward brightness must be finite"):
         evaluate_reward(per_sample(named_brightness), images, PROMPTS, [{}] * 4)
@@ -218,11 +218,9 @@ def test_every_built_in_reward_loads():
         assert callable(load_reward(name))
 
 
-@pytest.mark.parametrize(
-    "spec", ["jpg", "", "jpeg compressibility", ":score", "module:", ".module:score", "aesthetic:1"]
-)
+@pytest.mark.parametrize("spec", ["jpg", "", "jpeg compressibility", ":score", "module:", ".module:score"])
 def test_unknown_reward_lists_the_valid_ones(spec):
-    message = "reward must be one of jpeg_compressibility, jpeg_incompressibility; or module:function; got "
+    message = "reward must be one of jpeg_compressibility, .*, vlm_vqa; or module:function; or a weighted sum such as "
     with pytest.raises(ValueError, match=message) as caught:
         load_reward(spec)
     assert str(caught.value).endswith(f"got {spec!r}")
@@ -285,7 +283,7 @@ def test_callable_passes_through_unchanged():
         load_reward(reward, device="cpu")
     with pytest.raises(ValueError, match="jpeg_compressibility takes no options; got device"):
         load_reward("jpeg_compressibility", device="cpu")
-    with pytest.raises(TypeError, match="must be callable as .*; got 3"):
+    with pytest.raises(TypeError, match=r"must be callable as .*; got 3"):
         load_reward(3)
 
 

@@ -1,0 +1,205 @@
+"""Several rewards as one: a weighted sum, each part brought to a common scale by its own running statistics.
+
+On the command line it is spelled `--reward "aesthetic:1,clip_score:0.5"`. Rewards of different units (a rating, a
+cosine, a file size) cannot be added as they are; a part to be taken as it is says so: `jpeg_compressibility:0.1:raw`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rewards.protocol import Details, Images, Metadata, Reward, StatefulReward, evaluate_reward
+
+_RAW = "raw"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One summand.
+
+    Attributes:
+        name: What `load_reward` takes.
+        weight: Its factor, of any sign.
+        raw: Taken as it is, and not standardised.
+    """
+
+    name: str
+    weight: float
+    raw: bool = False
+
+
+@dataclass
+class RunningStatistics:
+    """Mean and variance of everything seen so far (Welford; batches joined as in Chan et al. 1983).
+
+    Attributes:
+        count: How many values.
+        mean: Their mean.
+        squares: Sum of the squared deviations from it.
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    @property
+    def std(self) -> float:
+        """Standard deviation with divisor `count`; 0 before the first value."""
+        return math.sqrt(self.squares / self.count) if self.count else 0.0
+
+    def joined(self, values: NDArray[np.float64]) -> RunningStatistics:
+        """Return the statistics with these values, (batch,), added."""
+        if not len(values):
+            return self
+        count = self.count + len(values)
+        difference = float(values.mean()) - self.mean
+        return RunningStatistics(
+            count,
+            self.mean + difference * len(values) / count,
+            self.squares
+            + float(((values - values.mean()) ** 2).sum())
+            + difference**2 * self.count * len(values) / count,
+        )
+
+    def standardise(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return (value - mean) / std; zeros where there has been no variation."""
+        return (values - self.mean) / self.std if self.std > 0 else np.zeros_like(values)
+
+
+def parse_parts(spec: str) -> tuple[Part, ...]:
+    """Read `name:weight,name:weight:raw,...`; a name may be `module:function`.
+
+    Raises:
+        ValueError: A part has no name or no number, or a name occurs twice; the message quotes the part.
+    """
+    parts = tuple(_parse_part(text.strip(), spec) for text in spec.split(","))
+    names = [part.name for part in parts]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"reward {spec!r} must name each part once; {', '.join(twice)} occurs more often")
+    return parts
+
+
+def _parse_part(text: str, spec: str) -> Part:
+    name, raw = (text[: -len(_RAW) - 1], True) if text.endswith(f":{_RAW}") else (text, False)
+    name, _, number = name.rpartition(":")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not name.strip() or not math.isfinite(weight):
+        raise ValueError(
+            f"each part of reward {spec!r} must be name:weight or name:weight:raw with a finite number, such as "
+            f"aesthetic:1,clip_score:0.5; got {text!r}"
+        )
+    return Part(name.strip(), weight, raw)
+
+
+class Composite:
+    """Weighted sum of rewards; each part's own score, and its details, are among the details."""
+
+    __name__ = "composite"
+
+    def __init__(self, parts: str | Sequence[Part], options: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """Load every part.
+
+        Args:
+            parts: `name:weight,...` as in `parse_parts`, or `Part`s.
+            options: Arguments of each part's class, by name.
+
+        Raises:
+            ValueError: The spelling is wrong, there is no such reward, or options for a part that is not there.
+        """
+        from rewards.registry import load_reward
+
+        options = options or {}
+        self.parts = parse_parts(parts) if isinstance(parts, str) else tuple(parts)
+        if unknown := set(options) - {part.name for part in self.parts}:
+            raise ValueError(f"options must be of {', '.join(p.name for p in self.parts)}; got {', '.join(unknown)}")
+        self.rewards: dict[str, Reward] = {
+            part.name: load_reward(part.name, **options.get(part.name, {})) for part in self.parts
+        }
+        self.statistics = {part.name: RunningStatistics() for part in self.parts if not part.raw}
+        self._is_frozen = False
+
+    def __call__(
+        self, images: Images, prompts: Sequence[str], metadata: Metadata
+    ) -> tuple[NDArray[np.float64], Details]:
+        """Score a batch.
+
+        Statistics take in the batch before they standardise it. A part's score that is not finite makes the sum of that
+        picture so, which is then an error that names the part, and stays out of the statistics.
+
+        Returns:
+            The weighted sum, (batch,), and as details each part's score as it is, by the part's name, and its details
+            as `part/detail`.
+        """
+        total = np.zeros(len(images))
+        details: dict[str, Sequence[Any]] = {}
+        for part in self.parts:
+            scores, own = evaluate_reward(self.rewards[part.name], images, prompts, metadata, non_finite="keep")
+            details[part.name] = scores.tolist()
+            details.update({f"{part.name}/{key}": values for key, values in own.items() if key != "non_finite"})
+            total += part.weight * (scores if part.raw else self._standardised(part.name, scores))
+        return total, details
+
+    def _standardised(self, name: str, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        joined = self.statistics[name].joined(scores[np.isfinite(scores)])
+        if not self._is_frozen:
+            self.statistics[name] = joined
+        statistics = self.statistics[name] if self.statistics[name].count else joined
+        return np.where(np.isfinite(scores), statistics.standardise(scores), np.nan)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Leave the statistics as they are inside this context, as for an evaluation between two iterations."""
+        before, self._is_frozen = self._is_frozen, True
+        try:
+            yield
+        finally:
+            self._is_frozen = before
+
+    def load(self) -> None:
+        """Load the models of all parts now."""
+        for reward in self.rewards.values():
+            getattr(reward, "load", lambda: None)()
+
+    def unload(self) -> None:
+        """Let the models of all parts go."""
+        for reward in self.rewards.values():
+            getattr(reward, "unload", lambda: None)()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the statistics, and the state of parts that have one, as plain values for JSON."""
+        return {
+            "statistics": {
+                name: {"count": one.count, "mean": one.mean, "squares": one.squares}
+                for name, one in self.statistics.items()
+            },
+            "rewards": {
+                name: reward.state_dict() for name, reward in self.rewards.items() if isinstance(reward, StatefulReward)
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` of a composite with the same parts returned.
+
+        Raises:
+            ValueError: It is of other parts.
+        """
+        if set(state["statistics"]) != set(self.statistics):
+            raise ValueError(
+                f"state must have statistics of {', '.join(self.statistics)}; got {', '.join(state['statistics'])}"
+            )
+        self.statistics = {name: RunningStatistics(**state["statistics"][name]) for name in self.statistics}
+        for name, own in state["rewards"].items():
+            reward = self.rewards[name]
+            if isinstance(reward, StatefulReward):
+                reward.load_state_dict(own)

@@ -1,0 +1,111 @@
+"""A judge in this process: any vision-language model that transformers loads as `AutoModelForImageTextToText`.
+
+LLaVA, Qwen-VL, SmolVLM and others differ in how a picture enters the prompt; their processors' chat templates know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from rewards.pretrained import free_memory, resolve_device, resolve_dtype, resolve_source, shared
+
+
+class VisionLanguageModel:
+    """The model and its processor, as `shared` holds them."""
+
+    def __init__(self, source: str, device: torch.device, dtype: torch.dtype) -> None:
+        """Load both; only safetensors, and no code from the repository.
+
+        Raises:
+            ValueError: The processor has no chat template.
+        """
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.processor = AutoProcessor.from_pretrained(source)
+        if not getattr(self.processor, "chat_template", None):
+            raise ValueError(f"model {source!r} has no chat template, so it is not known how to ask it a question")
+        self.processor.tokenizer.padding_side = "left"  # the answer goes on where the question ends
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None, num_beams=1)
+
+    def answer(self, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int) -> list[str]:
+        """Answer greedily."""
+        texts = [self.processor.apply_chat_template(_turn(text), add_generation_prompt=True) for text in questions]
+        inputs = self.processor(images=[[image] for image in images], text=texts, padding=True, return_tensors="pt")
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        with torch.inference_mode():
+            tokens = self.model.generate(**inputs, max_new_tokens=max_new_tokens)
+        answers = tokens[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processor.batch_decode(answers, skip_special_tokens=True)]
+
+
+class JudgeModel:
+    """Answers questions about pictures by a model in this process, loaded by the first question."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        batch_size: int = 8,
+        max_new_tokens: int = 64,
+    ) -> None:
+        """Check the arguments; nothing is loaded yet.
+
+        Args:
+            model: Folder or Hub id.
+            device: `auto`, `cpu`, `cuda:1`, ...; it need not be the denoiser's.
+            dtype: Of the weights; auto: float32 on a CPU, bfloat16 on an accelerator.
+            batch_size: Questions in one call of the model.
+            max_new_tokens: Length of an answer.
+
+        Raises:
+            ValueError: An argument is not valid.
+        """
+        if batch_size < 1 or max_new_tokens < 1:
+            raise ValueError(f"batch_size and max_new_tokens must be at least 1; got {batch_size} and {max_new_tokens}")
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        self.batch_size = batch_size
+        self.max_new_tokens = max_new_tokens
+        self._source = resolve_source(model)
+        self._loaded: VisionLanguageModel | None = None
+
+    @property
+    def loaded(self) -> VisionLanguageModel:
+        """The model, loaded if it is not."""
+        if self._loaded is None:
+            self._loaded = shared(VisionLanguageModel, self._source, self.device, self.dtype)
+        return self._loaded
+
+    def load(self) -> None:
+        """Load the model now."""
+        _ = self.loaded
+
+    def unload(self) -> None:
+        """Let the model go; its memory is free once nobody else uses it."""
+        self._loaded = None
+        free_memory(self.device)
+
+    def ask(self, images: Sequence[NDArray[np.uint8]], questions: Sequence[str]) -> list[str]:
+        """Answer one question about each picture, (height, width, 3) uint8; the answer may be empty."""
+        if len(images) != len(questions):
+            raise ValueError(f"there must be one question a picture; got {len(images)} and {len(questions)}")
+        pictures = [Image.fromarray(image) for image in images]
+        answers: list[str] = []
+        for start in range(0, len(pictures), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            answers += self.loaded.answer(pictures[batch], questions[batch], self.max_new_tokens)
+        return answers
+
+
+def _turn(question: str) -> list[dict[str, object]]:
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]

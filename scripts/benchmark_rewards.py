@@ -1,0 +1,107 @@
+"""How many pictures a second a reward scores: the table of docs/rewards.md, for any reward that is at hand.
+
+Two kinds of pictures, because the cost of some rewards depends on what is in them: `noise`, the worst case for a JPEG
+encoder, and `smooth`, noise of an eighth of the size enlarged. The first call is not timed: it loads the model.
+"""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+
+from rewards import Reward, evaluate_reward, load_reward
+
+METADATA = {"questions": ("How many animals are in this image?",), "answers": ("two",)}
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    """What to measure; the defaults need no download."""
+
+    rewards: tuple[str, ...] = ("jpeg_compressibility",)
+    """Names, module:function or weighted sums."""
+    options: str = "{}"
+    """Arguments of the reward's class as JSON, such as '{"model": "folder", "device": "cuda:1"}'."""
+    sizes: tuple[int, ...] = (64, 512)
+    """Height and width of the pictures."""
+    batch_sizes: tuple[int, ...] = (1, 16, 64)
+    """Pictures in a call."""
+    repeats: int = 7
+    """Timed calls; the median counts."""
+    threads: int = torch.get_num_threads()
+    """CPU threads of PyTorch; the JPEG rewards use every core that the process may use."""
+
+
+def pictures(kind: str, batch: int, size: int) -> NDArray[np.uint8]:
+    """Return (batch, size, size, 3) uint8, the same in every run."""
+    generator = np.random.default_rng(0)
+    small = size if kind == "noise" else max(size // 8, 1)
+    noise = generator.integers(0, 256, (batch, small, small, 3), dtype=np.uint8)
+    return np.stack([np.asarray(Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC)) for one in noise])
+
+
+def images_per_second(reward: Reward, images: NDArray[np.uint8], repeats: int) -> float:
+    """Return the median over the repeats, checks of the answer included."""
+    prompts, metadata = ["two dogs"] * len(images), [METADATA] * len(images)
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        evaluate_reward(reward, images, prompts, metadata)  # returns host memory, so a device has finished
+        times.append(time.perf_counter() - start)
+    return len(images) / statistics.median(times[1:])
+
+
+def processor() -> str:
+    """Return the CPU's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def measure(arguments: Arguments) -> list[str]:
+    """Return the lines of a Markdown table."""
+    torch.set_num_threads(arguments.threads)
+    options: dict[str, Any] = json.loads(arguments.options)
+    heads = [f"batch {batch}" for batch in arguments.batch_sizes]
+    lines = [f"| reward | pictures | {' | '.join(heads)} |", "| --- | --- |" + " --- |" * len(heads)]
+    for name in arguments.rewards:
+        reward = load_reward(name, **options)
+        for size in arguments.sizes:
+            for kind in ("noise", "smooth"):
+                cells = [
+                    f"{images_per_second(reward, pictures(kind, batch, size), arguments.repeats):.0f}"
+                    for batch in arguments.batch_sizes
+                ]
+                lines.append(f"| `{name}` | {size}², {kind} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> int:
+    """Measure and print."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    console = Console()
+    try:
+        lines = measure(arguments)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        return 2
+    versions = ", ".join(f"{name} {version(name)}" for name in ("pillow", "numpy", "torch", "transformers"))
+    threads = f"{arguments.threads} PyTorch threads"
+    print(*lines, f"\nimages/s; {processor()}, {threads}; Python {platform.python_version()}, {versions}", sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

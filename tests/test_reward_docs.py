@@ -1,0 +1,29 @@
+"""What docs/rewards.md promises: its example runs, and every built-in reward has its line."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from rewards import BUILTIN_REWARDS, evaluate_reward
+
+PAGE = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text("utf-8")
+
+
+def test_example_of_a_users_reward_is_one():
+    code = next(block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "def warmth" in block)
+    assert len(code.splitlines()) <= 10
+    names: dict = {}
+    exec(code, names)
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    images[0, ..., 0] = 200
+    scores, details = evaluate_reward(names["warmth"], images, ["a cat", "a dog"], [{}] * 2)
+    assert scores.tolist() == details["red"] == [200, 0]
+
+
+def test_every_built_in_reward_is_documented_and_measured_or_said_not_to_be():
+    for name in BUILTIN_REWARDS:
+        assert f"| `{name}` |" in PAGE
+    measured = PAGE.partition("## Throughput")[2]
+    for name in BUILTIN_REWARDS.keys() - {"jpeg_incompressibility"}:
+        assert f"`{name}`" in measured
