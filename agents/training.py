@@ -54,33 +54,65 @@ class RunResult:
     wall_clock_seconds: float
 
 
-def run_ppo(config: TrainConfig, started: float | None = None) -> RunResult:
-    """Train a diffusion model with PPO and per-prompt advantages (DDPO-IS), as configured.
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run that is ready: everything is loaded and checked, nothing is trained yet.
+
+    Attributes:
+        config: as resolved.
+        algorithm: what trains.
+        pictures: the held-out pictures, and through them the run's folder.
+        checkpoint: where a resumed run goes on.
+    """
+
+    config: TrainConfig
+    algorithm: PPO
+    pictures: HeldOutPictures
+    checkpoint: Path | None
+
+    def train(self, started: float | None = None) -> RunResult:
+        """Run the iterations that are left.
+
+        Args:
+            started: `time.perf_counter()` at the start of the program, so that the time includes imports and loading.
+
+        Returns:
+            Reward before and after, and the run's folder. After Ctrl-C, `reward_after` is `None`, and the run can be
+            resumed from its last finished iteration.
+        """
+        started = time.perf_counter() if started is None else started
+        config, algorithm, pictures = self.config, self.algorithm, self.pictures
+        with _logging(algorithm, pictures.folder, config.iterations, iterations_done(self.checkpoint)):
+            _begin(algorithm, pictures, config, self.checkpoint)
+            after = _train(algorithm, pictures, config)
+        _save_weights(algorithm, pictures.folder)
+        before = pictures.evaluations[0][1] if pictures.evaluations else None
+        seconds = time.perf_counter() - started
+        result = RunResult(config, pictures.folder, before, after, pictures.iteration, seconds)
+        if after is not None:
+            pictures.folder.write_summary(_summary(result))
+        return result
+
+
+def prepare_ppo(config: TrainConfig) -> PreparedRun:
+    """Load what a run of PPO with per-prompt advantages (DDPO-IS) needs.
 
     Args:
         config: every setting, see `agents.configuration`; it is not changed.
-        started: `time.perf_counter()` at the start of the program, so that the time includes its imports.
-
-    Returns:
-        Reward before and after, and the run's folder. After Ctrl-C, `reward_after` is `None`, and the run can be
-        resumed from its last finished iteration.
 
     Raises:
-        ValueError: if the configuration cannot run; nothing is loaded then.
+        ValueError: if the configuration cannot run, as far as possible before anything is loaded.
+        OSError: if a model cannot be downloaded.
     """
-    started = time.perf_counter() if started is None else started
     config, checkpoint = _resolved(config)
     algorithm, pictures = build_ppo(config, resume=checkpoint is not None)
-    with _logging(algorithm, pictures.folder, config.iterations, iterations_done(checkpoint)):
-        _begin(algorithm, pictures, config, checkpoint)
-        after = _train(algorithm, pictures, config)
-    _save_weights(algorithm, pictures.folder)
-    before = pictures.evaluations[0][1] if pictures.evaluations else None
-    seconds = time.perf_counter() - started
-    result = RunResult(config, pictures.folder, before, after, pictures.iteration, seconds)
-    if after is not None:
-        pictures.folder.write_summary(_summary(result))
-    return result
+    return PreparedRun(config, algorithm, pictures, checkpoint)
+
+
+def run_ppo(config: TrainConfig) -> RunResult:
+    """Prepare a run and train it; see `prepare_ppo` for the errors and `PreparedRun.train` for the result."""
+    started = time.perf_counter()
+    return prepare_ppo(config).train(started)
 
 
 def _begin(algorithm: PPO, pictures: HeldOutPictures, config: TrainConfig, checkpoint: Path | None) -> None:

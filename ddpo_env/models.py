@@ -223,7 +223,12 @@ def _family_of(pipeline_class: str) -> Any:
     if pipeline_class not in FAMILIES:
         raise ValueError(f"model must be one of the pipelines {', '.join(FAMILIES)}; got a {pipeline_class}")
     module, name = FAMILIES[pipeline_class].split(":")
-    return getattr(import_module(module), name)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # at its import it warns of a torchvision that nothing here needs
+    try:
+        return getattr(import_module(module), name)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _place(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype) -> None:

@@ -179,7 +179,7 @@ def main() -> int:
     try:
         figures = measure(arguments)
     except (ValueError, OSError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         return 2
     text = json.dumps(figures, indent=2)
     console.print(text, highlight=False, soft_wrap=True)

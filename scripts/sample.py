@@ -100,7 +100,7 @@ def main() -> int:
         arguments.check()
         rows, labels = draw(arguments)
     except (ValueError, OSError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         return 2
     from agents.picture_grid import picture_grid
 

@@ -22,12 +22,13 @@ def main() -> int:
     config = tyro.cli(Annotated[TrainConfig, tyro.conf.OmitArgPrefixes], description=__doc__)
     console = Console()
     try:
-        from agents.training import run_ppo
+        from agents.training import prepare_ppo
 
-        result = run_ppo(config, STARTED)
+        run = prepare_ppo(config)
     except (ValueError, OSError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         return 2
+    result = run.train(STARTED)
     folder = result.folder.path
     if result.reward_after is None:
         console.print(
@@ -38,11 +39,12 @@ def main() -> int:
         )
         return 130
     before, after = result.reward_before, result.reward_after
+    assert before is not None
     change = (after - before) / abs(before) if before else float("nan")
     lines = [
         "",
-        f"Reward ({config.task.reward}), mean of {config.run.eval_samples} pictures from held-out seeds:",
-        f"  before {before:.3f} → after {after:.3f}  ({change:+.1%} of its size)",
+        f"Reward ({result.config.task.reward}), mean of {result.config.run.eval_samples} pictures from held-out seeds:",
+        f"  before {before:.3f} → after {after:.3f}  ({change:+.1%} of |before|)",
         f"  {result.iterations} iterations in {result.wall_clock_seconds:.0f} s, start included",
         "",
         "Look at",
@@ -51,7 +53,7 @@ def main() -> int:
         f"  {folder}/summary.json                these figures, and the versions",
         f"  tensorboard --logdir {folder}/tensorboard",
     ]
-    if config.policy.lora_rank:
+    if result.config.policy.lora_rank:
         lines.append(
             f"Use it: pipe.load_lora_weights({str(folder / 'lora')!r}), or scripts/sample.py --lora {folder}/lora"
         )

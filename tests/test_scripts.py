@@ -78,7 +78,7 @@ def test_training_leaves_weights_pictures_and_a_summary(monkeypatch, capsys, tmp
 )
 def test_bad_arguments_exit_with_the_valid_choices(arguments, message, monkeypatch, capsys, tmp_path):
     code = run_script("train_ppo", [*MINIATURE, f"--run-dir={tmp_path / 'run'}", *arguments], monkeypatch)
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert code == 2
     assert message in shown
     assert not (tmp_path / "run").exists()
@@ -101,7 +101,7 @@ def test_sample_draws_the_same_seeds_with_and_without_a_lora(monkeypatch, tmp_pa
 
 def test_sample_refuses_a_folder_without_a_lora(monkeypatch, capsys, tmp_path):
     assert run_script("sample", [f"--lora={tmp_path}"], monkeypatch) == 2
-    assert "pytorch_lora_weights.safetensors" in capsys.readouterr().out
+    assert "pytorch_lora_weights.safetensors" in capsys.readouterr().err
 
 
 def test_benchmark_reports_ratios_over_the_bare_denoiser(monkeypatch, tmp_path):
