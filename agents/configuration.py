@@ -14,7 +14,7 @@ from agents.lora import LORA_TARGETS, LoraTargets
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
-_ITERATIONS = 28
+_ITERATIONS = 20
 
 
 @dataclass(kw_only=True)
@@ -26,7 +26,7 @@ class RunSettings:
     resume: Path | None = None
     """Folder of a run to go on with, from its last checkpoint; all other settings but iterations are the run's own."""
     iterations: int | None = None
-    """Rounds of sampling and training, in all. Default: 28; for a resumed run, as many as it was begun with."""
+    """Rounds of sampling and training, in all. Default: 20; for a resumed run, as many as it was begun with."""
     seed: int = 0
     """Of weights, prompts, noise and batches."""
     device: str = "auto"
@@ -35,7 +35,7 @@ class RunSettings:
     """Of the frozen weights: auto is float32 on a CPU and bfloat16 on an accelerator. What learns is float32."""
     eval_samples: int = 90
     """Pictures from held-out seeds that are scored before, during and after training."""
-    eval_interval: int = 7
+    eval_interval: int = 5
     """Iterations between evaluations; 0: only before and after."""
     checkpoint_interval: int = 1
     """Iterations between checkpoints; 0: only at the end. A stopped run goes on from its last checkpoint."""
@@ -67,7 +67,7 @@ class PolicySettings:
     """Noise of the DDIM steps: 1 is as noisy as DDPM; must be above 0."""
     min_std: float | None = None
     """Lower bound on a step's standard deviation, for samplers whose last step is deterministic."""
-    lora_rank: int = 16
+    lora_rank: int = 8
     """Rank of the LoRA adapters; 0 trains every weight."""
     lora_targets: LoraTargets = "attention+convolutions"
     """Which layers get an adapter."""
@@ -89,12 +89,14 @@ class TrainingSettings:
     """Pictures in a row that share a prompt."""
     sample_batch_size: int = 72
     """Pictures drawn at once."""
-    train_batch_size: int = 36
+    train_batch_size: int = 45
     """Samples in one call of the denoiser in training; gradients are accumulated over an update's calls."""
-    updates_per_iteration: int = 2
+    updates_per_iteration: int = 4
     """Optimizer steps in an iteration and epoch."""
     epochs: int = 1
     """Passes over an iteration's samples."""
+    timestep_window: tuple[float, float] = (0.0, 0.9)
+    """Part of each trajectory whose steps may be trained on; the last step's gradient is large and says little."""
     timestep_fraction: float = 0.5
     """Share of each trajectory's steps, chosen at random, that is trained on."""
     clip_range: float = 3e-3
@@ -113,8 +115,10 @@ class TrainingSettings:
 class OptimizerSettings:
     """AdamW on what learns."""
 
-    learning_rate: float = 3e-4
-    """Constant learning rate."""
+    learning_rate: float = 5e-3
+    """At the start of the run."""
+    learning_rate_schedule: Literal["constant", "linear"] = "linear"
+    """What becomes of it: linear falls to almost 0 at the last iteration."""
     adam_beta1: float = 0.9
     """Decay of the gradient's average."""
     adam_beta2: float = 0.99
@@ -196,6 +200,12 @@ class TrainConfig:
 
     def _check_choices(self) -> None:
         training, optimizer = self.training, self.optimizer
+        start, end = training.timestep_window
+        if not 0 <= start < end <= 1 or self.trained_steps < 1:
+            raise ValueError(
+                f"timestep_window must be two shares, 0 <= start < end <= 1, with at least one of the "
+                f"{self.task.num_inference_steps} steps between them; got {training.timestep_window}"
+            )
         if training.timestep_fraction > 1:
             raise ValueError(f"timestep_fraction must be in (0, 1]; got {training.timestep_fraction}")
         for name, beta in {"adam_beta1": optimizer.adam_beta1, "adam_beta2": optimizer.adam_beta2}.items():
@@ -219,14 +229,19 @@ class TrainConfig:
     @property
     def trained_steps(self) -> int:
         """Steps of each trajectory that are trained on."""
-        return max(1, round(self.training.timestep_fraction * self.task.num_inference_steps))
+        training, steps = self.training, self.task.num_inference_steps
+        start, end = (round(edge * steps) for edge in training.timestep_window)
+        return min(max(1, round(training.timestep_fraction * steps)), end - start)
 
     def as_dict(self) -> dict[str, Any]:
         """Return every setting in groups of plain values, for `config.yaml`."""
         groups: dict[str, Any] = asdict(self)
         for group in groups.values():
             for name, value in group.items():
-                group[name] = str(value) if isinstance(value, Path) else value
+                if isinstance(value, Path):
+                    group[name] = str(value)
+                elif isinstance(value, tuple):
+                    group[name] = list(value)
         return groups
 
     @classmethod
@@ -240,11 +255,12 @@ class TrainConfig:
             run = {**groups["run"]}
             for name in ("run_dir", "resume"):
                 run[name] = Path(run[name]) if run[name] is not None else None
+            window = tuple(groups["training"]["timestep_window"])
             return cls(
                 run=RunSettings(**run),
                 task=TaskSettings(**groups["task"]),
                 policy=PolicySettings(**groups["policy"]),
-                training=TrainingSettings(**groups["training"]),
+                training=TrainingSettings(**{**groups["training"], "timestep_window": window}),
                 optimizer=OptimizerSettings(**groups["optimizer"]),
             )
         except (TypeError, KeyError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,8 @@ def evaluate(
     """Draw one picture a prompt with the policy's stochastic sampler, and score it.
 
     Sample `i` starts from the noise of seed `seed + i`, and the sampler's own noise is seeded too: the same arguments
-    give the same pictures for the same policy. The random state of training is left as it was.
+    give the same pictures for the same policy. The random state of training, and the statistics of a reward that keeps
+    some, are left as they were.
 
     Args:
         policy: what draws; it is not changed.
@@ -59,7 +61,8 @@ def evaluate(
     devices = [policy.device] if policy.device.type == "cuda" else []
     parts = []
     training = policy.training
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    frozen_reward = getattr(env.reward, "frozen", nullcontext)
+    with frozen_reward(), torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
         policy.set_training_mode(False)
         for start in range(0, len(prompts), env.num_envs):

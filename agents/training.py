@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from agents.ppo import PPO
 from agents.run_folder import MetricsTable, RunFolder
 from agents.vec_env import VectorEnvAdapter
 from ddpo_env.vector_env import DenoisingVectorEnv
+from rewards import StatefulReward, load_reward
 
 _EVAL_SEED_OFFSET = 1_000_000
 """Held-out seeds begin this far above the run's; the training slots' seeds are the ones right above the run's."""
@@ -119,10 +120,10 @@ def _begin(algorithm: PPO, pictures: HeldOutPictures, config: TrainConfig, check
     """Bring a resumed run to its checkpoint; give a new one its first, so that it can be resumed from anywhere."""
     folder = pictures.folder
     if checkpoint is not None:
-        load_checkpoint(checkpoint, algorithm, {"pictures": pictures})
+        load_checkpoint(checkpoint, algorithm, _parts(pictures))
     algorithm._setup_learn(0, pictures, reset_num_timesteps=checkpoint is None)
     if checkpoint is None:
-        save_checkpoint(folder.checkpoints, 0, algorithm, {"pictures": pictures}, config.run.keep_checkpoints)
+        save_checkpoint(folder.checkpoints, 0, algorithm, _parts(pictures), config.run.keep_checkpoints)
     folder.write_config(config.as_dict())
 
 
@@ -130,7 +131,7 @@ def _train(algorithm: PPO, callback: HeldOutPictures, config: TrainConfig) -> fl
     """Run the iterations that are left and evaluate; after Ctrl-C, go back to the last checkpoint and return `None`."""
     keep, interval, last = config.run.keep_checkpoints, config.run.checkpoint_interval, config.iterations
     total = algorithm.n_steps * algorithm.n_envs * last
-    parts: dict[str, Stateful] = {"pictures": callback}
+    parts = _parts(callback)
     checkpoints = callback.folder.checkpoints
     try:
         callback.on_training_start({}, {})
@@ -146,14 +147,21 @@ def _train(algorithm: PPO, callback: HeldOutPictures, config: TrainConfig) -> fl
         return None
 
 
+def _parts(pictures: HeldOutPictures) -> dict[str, Stateful]:
+    """What else a checkpoint holds: the curve, and the statistics of a reward that has any."""
+    reward = pictures.env.reward
+    return {"pictures": pictures, **({"reward": reward} if isinstance(reward, StatefulReward) else {})}
+
+
 def build_ppo(config: TrainConfig, resume: bool = False) -> tuple[PPO, HeldOutPictures]:
     """Make the environment, the policy and the algorithm of a configuration, its held-out pictures and its folder."""
     task, training, run = config.task, config.training, config.run
     assert run.run_dir is not None
     folder = RunFolder(run.run_dir, resume=resume)
+    reward = load_reward(task.reward)
     common: dict[str, Any] = {
         "model": task.model,
-        "reward": task.reward,
+        "reward": reward,  # one object, so that training and evaluation share its models and statistics
         "prompts": task.prompts,
         "num_inference_steps": task.num_inference_steps,
         "device": run.device,
@@ -170,11 +178,13 @@ def build_ppo(config: TrainConfig, resume: bool = False) -> tuple[PPO, HeldOutPi
     )
     eval_slots = min(run.eval_samples, training.sample_batch_size)
     eval_env = DenoisingVectorEnv(eval_slots, autoreset_mode=AutoresetMode.DISABLED, **common)
+    if callable(load := getattr(reward, "load", None)):
+        load()  # what a reward lacks shows now, not after the first pictures
     folder.make()
     algorithm = PPO(
         DiffusionPolicy,
         VectorEnvAdapter(env),
-        learning_rate=config.optimizer.learning_rate,
+        learning_rate=_learning_rate(config),
         n_steps=task.num_inference_steps * training.samples_per_iteration // training.sample_batch_size,
         batch_size=training.samples_per_iteration * config.trained_steps // training.updates_per_iteration,
         micro_batch_size=training.train_batch_size,
@@ -185,6 +195,7 @@ def build_ppo(config: TrainConfig, resume: bool = False) -> tuple[PPO, HeldOutPi
         max_grad_norm=config.optimizer.max_grad_norm,
         target_kl=training.target_kl,
         timestep_fraction=training.timestep_fraction,
+        timestep_window=training.timestep_window,
         advantage=_advantage(config),
         policy_kwargs=_policy_arguments(config),
         stats_window_size=training.samples_per_iteration,
@@ -208,6 +219,14 @@ def _advantage(config: TrainConfig) -> AdvantageEstimator:
         return GeneralizedAdvantage()
     training = config.training
     return PerPromptAdvantage(training.stat_buffer_size, training.stat_min_count, training.advantage_clip)
+
+
+def _learning_rate(config: TrainConfig) -> float | Callable[[float], float]:
+    """Return the rate, or for a falling one a function of the remaining progress, which is 0 in the last iteration."""
+    rate, last = config.optimizer.learning_rate, config.iterations
+    if config.optimizer.learning_rate_schedule == "constant":
+        return rate
+    return lambda progress_remaining: rate * (progress_remaining + 1 / last)
 
 
 def _policy_arguments(config: TrainConfig) -> dict[str, Any]:

@@ -38,9 +38,9 @@ class Arguments:
     """Pictures in an iteration."""
     sample_batch_size: int = 72
     """Pictures drawn at once."""
-    train_batch_size: int = 36
+    train_batch_size: int = 45
     """Samples in one call of the denoiser in training."""
-    updates: int = 2
+    updates: int = 4
     """Optimizer steps in an iteration."""
     num_inference_steps: int = 10
     """Denoising steps."""
@@ -48,7 +48,7 @@ class Arguments:
     """Share of the steps that is trained on."""
     guidance_scale: float = 1.0
     """Of classifier-free guidance; 1 is off."""
-    lora_rank: int = 16
+    lora_rank: int = 8
     """Rank of the LoRA; 0: full training."""
     threads: int = torch.get_num_threads()
     """CPU threads."""
@@ -105,7 +105,7 @@ def bare_calls(algorithm: PPO, arguments: Arguments) -> tuple[Callable[[], None]
             call(algorithm.n_envs)
 
     def training() -> None:
-        steps = max(1, round(arguments.timestep_fraction * arguments.num_inference_steps))
+        steps = configuration(arguments, Path()).trained_steps
         left = [arguments.samples * steps // arguments.updates] * arguments.updates
         for transitions in left:
             while transitions > 0:
@@ -143,7 +143,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         (a + b) / (c + d)
         for a, b, c, d in zip(times["sample"], times["train"], times["bare_sample"], times["bare_train"], strict=True)
     ]
-    pairs = arguments.samples * max(1, round(arguments.timestep_fraction * arguments.num_inference_steps))
+    pairs = arguments.samples * configuration(arguments, Path()).trained_steps
     return {
         "sampling_images_per_second": arguments.samples / median["sample"],
         "training_pairs_per_second": pairs / median["train"],

@@ -49,7 +49,7 @@ class Arguments:
     """Stochasticity of the DDIM steps."""
     samples_per_word: int = 8
     """Pictures of every animal and object."""
-    samples_per_activity: int = 4
+    samples_per_activity: int = 2
     """Pictures of every animal with every activity, and with every count."""
     only_animals: bool = False
     """Measure the 45 animals alone: quick."""

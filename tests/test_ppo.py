@@ -114,6 +114,16 @@ def test_timestep_fraction_trains_exactly_its_share_of_each_episode(micro_pipeli
     assert sum(rows) == 2 * 12 * share, "each chosen step once, doubled by guidance"
 
 
+def test_timestep_window_leaves_the_other_steps_out(micro_pipeline_folder):
+    window = {"timestep_window": (0.2, 0.8), "timestep_fraction": 0.4}
+    model = collected(denoising_ppo(micro_pipeline_folder, n_steps=2 * STEPS, **window))
+    counts = sum(np.bincount(model._chosen_steps(), minlength=2 * 6 * STEPS) for _ in range(50))
+    by_step = counts.reshape(2, STEPS, 6).sum(axis=(0, 2))
+    assert by_step[[0, 4]].sum() == 0
+    assert by_step[1:4].min() > 0
+    assert by_step.sum() == 50 * 12 * 2
+
+
 def test_every_step_is_trained_on_sooner_or_later(micro_pipeline_folder):
     model = collected(denoising_ppo(micro_pipeline_folder, timestep_fraction=0.2))
     counts = sum(np.bincount(model._chosen_steps(), minlength=6 * STEPS) for _ in range(400))
@@ -199,6 +209,7 @@ def test_gradient_that_is_not_finite_is_an_error_and_leaves_the_weights_alone(mi
         ({"n_epochs": -1}, "n_epochs must be at least 1; got -1"),
         ({"timestep_fraction": 0.0}, r"timestep_fraction must be in \(0, 1\]; got 0.0"),
         ({"timestep_fraction": 1.1}, r"timestep_fraction must be in \(0, 1\]; got 1.1"),
+        ({"timestep_window": (0.5, 0.5)}, r"timestep_window must be two shares, 0 <= start < end <= 1; got"),
         ({"clip_range": 0.0}, "clip_range must be above 0; got 0.0"),
     ],
 )

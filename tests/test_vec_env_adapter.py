@@ -110,6 +110,15 @@ def test_dictionaries_and_infos_arrive_slot_by_slot():
     assert infos[1]["episode"]["t"] >= 0
 
 
+def test_episode_that_ends_at_its_time_limit_is_not_truncated():
+    adapter = VectorEnvAdapter(SyncVectorEnv([lambda: Counter(3)], **SAME_STEP))
+    adapter.reset()
+    for _ in range(3):
+        _, _, dones, infos = adapter.step(np.zeros(1, int))
+    assert dones.all()
+    assert not infos[0]["TimeLimit.truncated"]
+
+
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 def test_native_batch_ends_with_picture_prompt_and_last_latents(micro_pipeline_folder, backend):
     adapter = VectorEnvAdapter(micro_env(micro_pipeline_folder, backend=backend, samples_per_prompt=2))
