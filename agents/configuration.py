@@ -85,14 +85,14 @@ class TrainingSettings:
 
     samples_per_iteration: int = 72
     """Pictures drawn in an iteration."""
-    samples_per_prompt: int = 8
-    """Pictures in a row that share a prompt."""
-    sample_batch_size: int = 72
-    """Pictures drawn at once."""
+    samples_per_prompt: int = 0
+    """Pictures in a row that share a prompt. 0: as many as divide the sample batch size, up to 8."""
+    sample_batch_size: int = 0
+    """Pictures drawn at once. 0: as many as divide the samples of an iteration, up to 72."""
     train_batch_size: int = 45
     """Samples in one call of the denoiser in training; gradients are accumulated over an update's calls."""
-    updates_per_iteration: int = 4
-    """Optimizer steps in an iteration and epoch."""
+    updates_per_iteration: int = 0
+    """Optimizer steps in an iteration and epoch. 0: as many as divide the samples of an iteration, up to 4."""
     epochs: int = 1
     """Passes over an iteration's samples."""
     timestep_window: tuple[float, float] = (0.0, 0.9)
@@ -109,6 +109,13 @@ class TrainingSettings:
     """Rewards remembered a prompt, for its mean and standard deviation."""
     stat_min_count: int = 8
     """Rewards of a prompt before its own statistics are used instead of the iteration's."""
+
+    def __post_init__(self) -> None:
+        """Replace the sizes that were left open by numbers that divide."""
+        total = self.samples_per_iteration
+        self.sample_batch_size = self.sample_batch_size or _largest_divisor(total, 72)
+        self.samples_per_prompt = self.samples_per_prompt or _largest_divisor(self.sample_batch_size, 8)
+        self.updates_per_iteration = self.updates_per_iteration or _largest_divisor(total, 4)
 
 
 @dataclass(kw_only=True)
@@ -265,6 +272,10 @@ class TrainConfig:
             )
         except (TypeError, KeyError) as error:
             raise ValueError(f"settings must be those of this version's TrainConfig: {error}") from error
+
+
+def _largest_divisor(total: int, limit: int) -> int:
+    return max((divisor for divisor in range(1, limit + 1) if total % divisor == 0), default=1)
 
 
 def _must_divide(name: str, value: int, total_name: str, total: int) -> None:

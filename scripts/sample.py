@@ -7,7 +7,7 @@ without `--lora` start from the same noise: `--compare` puts both into one grid.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -61,7 +61,6 @@ class Arguments:
 
 def draw(arguments: Arguments) -> tuple[list[np.ndarray], list[str]]:
     """Return a row of pictures `(prompts, height, width, 3)` uint8 for every seed, and the rows' labels."""
-    import torch
     from diffusers import DDIMScheduler
 
     from ddpo_env.models import load_model
@@ -69,10 +68,20 @@ def draw(arguments: Arguments) -> tuple[list[np.ndarray], list[str]]:
     pipe = load_model(arguments.model, arguments.device).pipeline
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    rows, labels = [], []
-    variants = ["base", "trained"] if arguments.compare else ["trained" if arguments.lora else "base"]
     if arguments.lora is not None:
         pipe.load_lora_weights(arguments.lora)
+    try:
+        return _rows(pipe, arguments)
+    finally:  # the process may go on to use the model, which is shared
+        if arguments.lora is not None:
+            pipe.unload_lora_weights()
+
+
+def _rows(pipe: Any, arguments: Arguments) -> tuple[list[np.ndarray], list[str]]:
+    import torch
+
+    rows, labels = [], []
+    variants = ["base", "trained"] if arguments.compare else ["trained" if arguments.lora else "base"]
     for seed in arguments.seeds:
         for variant in variants:
             if arguments.lora is not None:

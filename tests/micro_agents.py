@@ -80,6 +80,7 @@ def micro_config(model: Path | str, run_dir: Path | None, **groups: dict[str, An
             samples_per_prompt=2,
             sample_batch_size=4,
             train_batch_size=5,
+            updates_per_iteration=2,
             stat_min_count=2,
             timestep_fraction=0.7,
         ),

@@ -72,7 +72,7 @@ def test_training_leaves_weights_pictures_and_a_summary(monkeypatch, capsys, tmp
         (["--device=cuda:9"], "cpu"),
         (["--num-inference-steps=0"], "at least 1"),
         (["--eta=0"], "above 0"),
-        (["--sample-batch-size=3"], "2 and 4"),
+        (["--sample-batch-size=3"], "2 or 4"),
         (["--resume=/nowhere"], "config.yaml"),
     ],
 )

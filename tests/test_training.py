@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import agents.checkpoint
 import agents.run_folder
 import ddpo_env.vector_env
-from agents.configuration import RunSettings, TrainConfig
+from agents.configuration import RunSettings, TrainConfig, TrainingSettings
 from agents.console import ConsoleWriter
 from agents.diffusion_policy import DiffusionPolicy
 from agents.ppo import PPO
@@ -78,6 +78,8 @@ def test_metrics_have_a_row_an_iteration(finished):
     assert float(table[0]["eval/reward_mean"]) == finished.reward_before
     assert float(table[3]["eval/reward_mean"]) == finished.reward_after
     assert [row["train/n_updates"] for row in table[:3]] == ["2", "4", "6"]
+    rates = [float(row["train/learning_rate"]) for row in table[:3]]
+    assert rates == pytest.approx([5e-3, 5e-3 * 2 / 3, 5e-3 / 3])
     assert all(float(row["train/ratio_deviation"]) <= 1e-5 for row in table[:3])
     assert list(table[0]) == sorted(table[0])
 
@@ -90,10 +92,9 @@ def test_config_file_is_the_configuration(finished):
 
 
 def test_configuration_survives_the_file_and_is_not_changed_by_a_run(tmp_path):
-    config = TrainConfig(run=RunSettings(run_dir=tmp_path, iterations=None, seed=3))
+    config = TrainConfig(run=RunSettings(run_dir=tmp_path, seed=3))
     text = yaml.safe_dump(config.as_dict())
     assert TrainConfig.from_dict(yaml.safe_load(text)) == config
-    assert config.iterations == 28
     with pytest.raises(ValueError, match="settings must be those of this version's TrainConfig"):
         TrainConfig.from_dict({**config.as_dict(), "optimizer": {"colour": 1}})
 
@@ -192,11 +193,15 @@ def test_run_killed_in_a_save_and_resumed_equals_one_that_was_not(
     assert_same_run(tmp_path / "run", finished.folder.path)
 
 
-def test_finished_run_goes_on_to_more_iterations(finished, micro_pipeline_folder, tmp_path):
-    run_ppo(micro_config(micro_pipeline_folder, tmp_path / "run", run={"iterations": 2}))
+def test_finished_run_goes_on_to_more_iterations(micro_pipeline_folder, tmp_path):
+    constant = {"learning_rate_schedule": "constant"}  # a falling rate depends on how many iterations there are in all
+    for name, iterations in (("run", 2), ("at once", 3)):
+        run_ppo(
+            micro_config(micro_pipeline_folder, tmp_path / name, optimizer=constant, run={"iterations": iterations})
+        )
     longer = run_ppo(TrainConfig(run=RunSettings(resume=tmp_path / "run", iterations=3)))
     assert longer.config.run.iterations == longer.iterations == 3
-    assert_same_run(tmp_path / "run", finished.folder.path)
+    assert_same_run(tmp_path / "run", tmp_path / "at once")
     with pytest.raises(ValueError, match="iterations must be at least 3, which the run has done; got 1"):
         run_ppo(TrainConfig(run=RunSettings(resume=tmp_path / "run", iterations=1)))
 
@@ -330,3 +335,12 @@ def test_console_shows_iteration_reward_kl_and_time_left(terminal):
     assert terminal == ("\x1b[" in shown)
     if not terminal:
         assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("samples", "sizes"), [(72, (72, 8, 4)), (256, (64, 8, 4)), (8, (8, 8, 4)), (10, (10, 5, 2)), (7, (7, 7, 1))]
+)
+def test_sizes_left_open_divide_the_samples_of_an_iteration(samples, sizes):
+    training = TrainingSettings(samples_per_iteration=samples)
+    assert (training.sample_batch_size, training.samples_per_prompt, training.updates_per_iteration) == sizes
+    TrainConfig(training=training).check()
