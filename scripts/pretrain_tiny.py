@@ -52,11 +52,11 @@ class Arguments:
     """Peak learning rate of the VAE."""
     kl_weight: float = 3e-4
     """Weight of the VAE's mean KL divergence per latent dimension."""
-    decoder_steps: int = 2400
+    decoder_steps: int = 1800
     """Updates of the VAE's decoder alone, on the latents that the denoiser learned; last of all, it sharpens."""
     decoder_learning_rate: float = 2e-3
     """Peak learning rate of these."""
-    steps: int = 4500
+    steps: int = 3000
     """Updates of the denoiser and the text encoder."""
     batch_size: int = 64
     """Latents in an update of the denoiser."""

@@ -20,7 +20,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 TEXT_LENGTH = 16  # Tokens in a prompt, start and end included.
 TEXT_SIZE = 96
 LATENT_SHAPE = (4, 16, 16)
-DEFAULT_GUIDANCE = 1.0  # The guidance scale to sample the bundled model with: it draws what it is asked for without any.
+DEFAULT_GUIDANCE = 1.0  # The guidance scale to sample the bundled model with; it needs none.
+DEFAULT_GUIDANCE = 1.0
 
 
 def build_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
