@@ -46,8 +46,8 @@ def evaluate(
 
     Args:
         policy: what draws; it is not changed.
-        env: autoreset must be off; its number of slots is the batch size. The sampler's noise is drawn a batch at a time,
-            so pictures can be compared between evaluations with the same number of slots only.
+        env: autoreset must be off; its number of slots is the batch size. The sampler's noise is drawn a batch at a
+            time, so only evaluations with the same number of slots draw the same pictures.
         prompts: one a picture; `(prompt, metadata)` where the reward is to have other metadata than the environment's
             prompt set knows.
         seed: of the first picture.
