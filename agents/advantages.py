@@ -104,6 +104,71 @@ class BatchAdvantage:
 
 
 @dataclass
+class GroupRelativeAdvantage:
+    """Episode returns standardised among the rollout's episodes of the same prompt (GRPO, Shao et al. 2024, eq. 4.1.2).
+
+    The environment's `samples_per_prompt` sees to it that a prompt has several.
+
+    Args:
+        standardize: whether to divide by the group's standard deviation; without, groups whose returns differ more
+            weigh more (Dr. GRPO, Liu et al. 2025).
+        clip: advantages are clipped to ± this.
+        eps: added to the standard deviation.
+
+    Raises:
+        ValueError: when called on a rollout that cuts episodes, has none of a prompt, or a single one of some prompt.
+    """
+
+    standardize: bool = True
+    clip: float = 5.0
+    eps: float = 1e-6
+
+    def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
+        """Return the advantages."""
+        returns = _episode_returns(rollout)
+        advantages = np.empty_like(returns)
+        for members in _groups(rollout, "GroupRelativeAdvantage"):
+            group = returns[members]
+            scale = group.std() + self.eps if self.standardize else 1.0
+            advantages[members] = (group - group.mean()) / scale
+        return rollout.per_step(advantages.clip(-self.clip, self.clip))
+
+
+@dataclass
+class LeaveOneOutAdvantage:
+    """Episode return less the mean of the rollout's other episodes of the same prompt (RLOO, Kool et al. 2019).
+
+    An unbiased baseline: an episode does not take part in its own. In the reward's unit, so choose `clip` by it.
+
+    Args:
+        clip: advantages are clipped to ± this; infinite by default.
+
+    Raises:
+        ValueError: as `GroupRelativeAdvantage`.
+    """
+
+    clip: float = np.inf
+
+    def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
+        """Return the advantages."""
+        returns = _episode_returns(rollout)
+        advantages = np.empty_like(returns)
+        for members in _groups(rollout, "LeaveOneOutAdvantage"):
+            group = returns[members]
+            advantages[members] = (group - group.mean()) * len(group) / (len(group) - 1)
+        return rollout.per_step(advantages.clip(-self.clip, self.clip))
+
+
+@dataclass
+class RawReturn:
+    """Episode returns as they are: no baseline. DDPO's equations have them; the paper's runs do not."""
+
+    def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
+        """Return the returns, for every step of their episode."""
+        return rollout.per_step(_episode_returns(rollout))
+
+
+@dataclass
 class GeneralizedAdvantage:
     """GAE(λ) with the policy's critic (Schulman et al. 2016, eq. 16), standardised over the rollout.
 
@@ -131,6 +196,22 @@ class GeneralizedAdvantage:
         if self.normalize and advantages.numel() > 1:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         return advantages
+
+
+def _groups(rollout: TensorRolloutBuffer, name: str) -> list[list[int]]:
+    """Return the rollout's episodes by prompt, each group as indices into `rollout.contexts`."""
+    groups: dict[Hashable, list[int]] = {}
+    for episode, prompt in enumerate(rollout.contexts):
+        groups.setdefault(prompt, []).append(episode)
+    if None in groups:
+        raise ValueError(f"{name} needs every episode's prompt, and the environment's reset infos have none")
+    alone = [prompt for prompt, members in groups.items() if len(members) < 2]
+    if alone:
+        raise ValueError(
+            f"{name} needs at least 2 episodes a prompt in a rollout, and {len(alone)} prompts have one, such as "
+            f"{alone[0]!r}: set the environment's samples_per_prompt to 2 or more"
+        )
+    return list(groups.values())
 
 
 def _episode_returns(rollout: TensorRolloutBuffer) -> npt.NDArray[np.float64]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from diffusers import DiffusionPipeline
 from gymnasium import spaces
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from agents.critic import DenoisingCritic
 from agents.distribution import DenoisingDistribution
 from agents.lora import LoraTargets, add_lora, copy_for_full_training
+from agents.rollout_buffer import TensorRolloutBuffer, Transitions
+from ddpo_env.denoising_loss import add_noise, draw_timesteps
 from ddpo_env.models import load_model
 from ddpo_env.spaces import DenoisingObservationSpace, latent_box
 from ddpo_env.transition import GaussianSampler, Reduction
@@ -61,6 +64,8 @@ class DiffusionPolicy(ActorCriticPolicy):
         log_prob_reduction: `"mean"` or `"sum"` over the latent's dimensions. `clip_range` depends on it.
         critic: whether there is a value network; without one every value is 0.
         gradient_checkpointing: recompute the denoiser's activations in the backward pass, to save memory.
+        autocast: `"bfloat16"` or `"float16"`: the denoiser computes in it, what learns and the log-densities stay
+            float32. Default: the dtype of the frozen weights.
         optimizer_class: optimizer of what learns.
         optimizer_kwargs: its arguments; default for Adam and AdamW: DDPO's betas (0.9, 0.999), weight decay 1e-4.
 
@@ -87,6 +92,7 @@ class DiffusionPolicy(ActorCriticPolicy):
         log_prob_reduction: Reduction = "mean",
         critic: bool = False,
         gradient_checkpointing: bool = False,
+        autocast: Literal["bfloat16", "float16"] | None = None,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -97,6 +103,8 @@ class DiffusionPolicy(ActorCriticPolicy):
             raise ValueError(f"log_prob_reduction must be mean or sum; got {log_prob_reduction!r}")
         if not np.isfinite(guidance_scale) or guidance_scale < 0:
             raise ValueError(f"guidance_scale must be at least 0 (1 is off); got {guidance_scale}")
+        if autocast not in (None, "bfloat16", "float16"):
+            raise ValueError(f"autocast must be None, bfloat16 or float16; got {autocast!r}")
         if num_inference_steps is not None and num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1; got {num_inference_steps}")
         if issubclass(optimizer_class, torch.optim.Adam | torch.optim.AdamW):
@@ -124,6 +132,7 @@ class DiffusionPolicy(ActorCriticPolicy):
         self.lora_rank = lora_rank
         self.lora_targets: LoraTargets = lora_targets
         self.log_prob_reduction: Reduction = log_prob_reduction
+        self.autocast = autocast
         self.share_features_extractor = True
         self.sampler = GaussianSampler.from_scheduler(
             self.model.scheduler, self.num_inference_steps, eta, min_std=min_std
@@ -159,27 +168,81 @@ class DiffusionPolicy(ActorCriticPolicy):
         distribution = self.get_distribution(obs)
         return self.predict_values(obs), distribution.log_prob(actions), distribution.entropy()
 
-    def get_distribution(self, obs: PyTorchObs) -> DenoisingDistribution:
-        """Run the denoiser, with guidance, and return the Gaussian over the next latent."""
+    def evaluate_with_reference(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what `evaluate_actions` returns, and the KL divergence from the pretrained policy `(batch,)`.
+
+        Both policies have the sampler's variance, so the divergence is `‖μ_θ − μ_pretrained‖² / 2σ²`, reduced as the
+        log-density is. The pretrained policy costs a forward pass and no memory: it is the model's own denoiser, whose
+        frozen weights the adapters are around.
+        """
+        distribution = self.get_distribution(obs)
+        with torch.no_grad():
+            reference = self.get_distribution(obs, self.model.denoiser)
+        kl = self.sampler.kl_divergence(
+            distribution.mean, reference.mean, distribution.step_index, self.log_prob_reduction
+        )
+        return self.predict_values(obs), distribution.log_prob(actions), distribution.entropy(), kl
+
+    def regression_steps(self, rollout: TensorRolloutBuffer) -> npt.NDArray[np.int64]:
+        """Return the steps whose actions reward-weighted regression imitates: the last ones, the finished latents."""
+        return rollout.final_steps()
+
+    def regression_loss(self, batch: Transitions) -> Tensor:
+        """Return the denoising loss of finished latents, `(batch,)`: mean squared error at a random timestep.
+
+        As in pretraining there is no guidance: the prediction for the prompt is compared with what it should have been.
+        """
+        _, _, conditioning = self._split(batch.observations)
+        latents = batch.actions
+        timestep = draw_timesteps(self.model.scheduler, len(latents), latents.device)
+        noisy, target = add_noise(self.model.scheduler, latents, torch.randn_like(latents), timestep)
+        output = self._predict_with(self.denoiser, noisy, timestep, conditioning)
+        return (output - target).square().flatten(1).mean(1)
+
+    def get_distribution(self, obs: PyTorchObs, denoiser: nn.Module | None = None) -> DenoisingDistribution:
+        """Run the denoiser, with guidance, and return the Gaussian over the next latent.
+
+        Args:
+            obs: observation, batched.
+            denoiser: in the place of the one that learns.
+        """
         latents, timestep, conditioning = self._split(obs)
         if self.sampler.std.device != latents.device:
             self.sampler = self.sampler.to(latents.device)
         step_index = self.sampler.step_index_of(timestep)
-        output = self.predict_output(latents, timestep, conditioning)
+        output = self.predict_output(latents, timestep, conditioning, denoiser)
         mean = self.sampler.mean(latents, output, step_index)
         return DenoisingDistribution(self.sampler, mean, step_index, self.log_prob_reduction)
 
-    def predict_output(self, latents: Tensor, timestep: Tensor, conditioning: DenoisingObservation) -> Tensor:
-        """Return the guided output of the denoiser, float32, shaped as `latents`."""
+    def predict_output(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        conditioning: DenoisingObservation,
+        denoiser: nn.Module | None = None,
+    ) -> Tensor:
+        """Return the guided output of the denoiser (the one that learns unless another is given), float32."""
+        denoiser = self.denoiser if denoiser is None else denoiser
         if self.guidance_scale == 1:
-            return self.model.predict(self.denoiser, latents, timestep, conditioning).float()
+            return self._predict_with(denoiser, latents, timestep, conditioning)
         doubled = {
             name: torch.cat([self.negative_conditioning[name].to(value).expand_as(value), value])
             for name, value in conditioning.items()
         }
-        output = self.model.predict(self.denoiser, torch.cat([latents] * 2), torch.cat([timestep] * 2), doubled)
-        unconditional, conditional = output.float().chunk(2)
+        output = self._predict_with(denoiser, torch.cat([latents] * 2), torch.cat([timestep] * 2), doubled)
+        unconditional, conditional = output.chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the denoiser computes in."""
+        return getattr(torch, self.autocast) if self.autocast else next(self.model.denoiser.parameters()).dtype
+
+    def _predict_with(
+        self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: DenoisingObservation
+    ) -> Tensor:
+        with torch.autocast(latents.device.type, self.compute_dtype, enabled=self.autocast is not None):
+            return self.model.predict(denoiser, latents, timestep, conditioning).float()
 
     def predict_values(self, obs: PyTorchObs) -> Tensor:
         """Return values `(batch, 1)`; zeros without a critic."""
@@ -222,6 +285,7 @@ class DiffusionPolicy(ActorCriticPolicy):
             "log_prob_reduction": self.log_prob_reduction,
             "critic": self.critic is not None,
             "gradient_checkpointing": self.gradient_checkpointing,
+            "autocast": self.autocast,
         }
         (folder / _CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 

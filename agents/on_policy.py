@@ -1,224 +1,340 @@
-"""What this package's on-policy algorithms share: rollouts that stay on the device, and whole-iteration logs.
+"""The update that this package's algorithms share; an algorithm is what it adds, its `loss`.
 
-Stable-Baselines3's `OnPolicyAlgorithm` with two methods replaced: `collect_rollouts` (no NumPy round trip where the
-environment speaks tensors) and `learn` (the log of an iteration is written after its update, with its update's
-numbers).
+Chosen timesteps, batches, micro-batches whose gradients are accumulated, half precision, gradient clipping, the KL
+divergences from the sampling and from the pretrained policy, averaged weights, metrics.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypeVar
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from diffusers.training_utils import EMAModel
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.policies import (
-    ActorCriticCnnPolicy,
-    ActorCriticPolicy,
-    BasePolicy,
-    MultiInputActorCriticPolicy,
-)
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import obs_as_tensor
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.utils import explained_variance
 from torch import Tensor
+from torch.nn import functional
 
-from agents.advantages import AdvantageEstimator, GeneralizedAdvantage
-from agents.rollout_buffer import TensorRolloutBuffer
-from ddpo_env.spaces import DenoisingObservationSpace
+from agents.rollout_buffer import Transitions
+from agents.rollouts import RolloutAlgorithm
+from agents.timesteps import check_timesteps, choose_steps
 
-_Algorithm = TypeVar("_Algorithm", bound="TensorOnPolicyAlgorithm")
+Metrics = defaultdict[str, list[float]]
+
+_DRIFT_ROWS = 16
+"""Transitions on which an iteration's drift is measured, so that it costs next to nothing."""
 
 
-class TensorOnPolicyAlgorithm(OnPolicyAlgorithm):
-    """Base of the algorithms here: collect a rollout, estimate advantages, `train`.
+@dataclass(frozen=True)
+class Evaluation:
+    """What the present policy says of some transitions.
 
-    Args:
-        policy: policy class, or a name in `policy_aliases`.
-        env: vectorized or single environment, or its id.
-        learning_rate: a number, or a function of the remaining progress.
-        n_steps: steps of each environment in a rollout.
-        gamma: discount.
-        gae_lambda: λ of `GeneralizedAdvantage`.
-        ent_coef: weight of the entropy bonus.
-        vf_coef: weight of the critic's loss.
-        max_grad_norm: gradients are clipped to this norm.
-        advantage: estimator; default: `GeneralizedAdvantage`.
-        context_key: name in the reset info under which an episode's context, such as its prompt, is found.
-        policy_kwargs: arguments of the policy.
-        stats_window_size: episodes that `rollout/ep_rew_mean` looks back on.
-        tensorboard_log: folder of TensorBoard logs.
-        verbose: 0 silent, 1 informative.
-        seed: of Python, NumPy, torch and the environment.
-        device: where the policy is; default `"auto"`.
-        _init_setup_model: as in Stable-Baselines3.
+    Attributes:
+        values: the critic's, `(batch,)`.
+        log_prob: of their actions, `(batch,)`.
+        log_ratio: `log_prob` less that of the policy that sampled them, `(batch,)`.
+        entropy: `(batch,)`.
+        reference_kl: KL divergence from the pretrained policy, `(batch,)`; `None` where it was not asked for.
     """
 
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpPolicy": ActorCriticPolicy,
-        "CnnPolicy": ActorCriticCnnPolicy,
-        "MultiInputPolicy": MultiInputActorCriticPolicy,
-    }
-    rollout_buffer: TensorRolloutBuffer  # type: ignore[assignment]
+    values: Tensor
+    log_prob: Tensor
+    log_ratio: Tensor
+    entropy: Tensor
+    reference_kl: Tensor | None
+
+
+class TensorOnPolicyAlgorithm(RolloutAlgorithm):
+    """Base of the algorithms here: implement `loss`.
+
+    Args:
+        policy: policy class, or `"MlpPolicy"`, `"CnnPolicy"`, `"MultiInputPolicy"`.
+        env: environment, vectorized environment or id.
+        batch_size: transitions in one update; default: all that are trained on.
+        micro_batch_size: transitions in one call of the policy; the gradients of an update's calls are added up.
+            Default: `batch_size`.
+        n_epochs: passes over the rollout.
+        target_kl: the iteration's updates end when the estimated KL from the sampling policy exceeds 1.5 times this.
+        kl_coef: weight of the KL divergence from the pretrained policy in the loss; the policy must know it
+            (`DiffusionPolicy` does). Reduced over the latent as the log-density is.
+        timestep_fraction: share of each episode's steps, chosen at random, that is trained on; in (0, 1].
+        timestep_window: part of each episode from which these steps are chosen, as shares of its length. The last step
+            of a denoising trajectory has almost no noise: its gradient is by far the largest, and its effect on the
+            picture the smallest, so `(0.0, 0.9)` can learn much faster.
+        recompute_log_probs: whether the sampling policy's log-densities are computed again before the first update, in
+            the very micro-batches that are trained on. In half precision they depend on the batch's shape, and the
+            ratio would start off 1. Default: in half precision only.
+        ema_decay: decay of an exponential moving average of what learns, see `averaged_weights`; 0 for none.
+        **arguments: of `RolloutAlgorithm`: `learning_rate`, `n_steps`, `gamma`, `advantage`, `policy_kwargs`, ...
+
+    Raises:
+        ValueError: for an argument that is not valid.
+    """
 
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str,
         *,
+        batch_size: int | None,
+        n_epochs: int,
+        micro_batch_size: int | None = None,
+        target_kl: float | None = None,
+        kl_coef: float = 0.0,
+        timestep_fraction: float = 1.0,
+        timestep_window: tuple[float, float] = (0.0, 1.0),
+        recompute_log_probs: bool | None = None,
+        ema_decay: float = 0.0,
         learning_rate: float | Schedule,
         n_steps: int,
-        gamma: float,
-        gae_lambda: float,
-        ent_coef: float,
-        vf_coef: float,
-        max_grad_norm: float,
-        advantage: AdvantageEstimator | None,
-        context_key: str = "prompt",
-        policy_kwargs: dict[str, Any] | None = None,
-        stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
-        device: torch.device | str = "auto",
-        _init_setup_model: bool = True,
+        **arguments: Any,
     ) -> None:
         """See the class docstring for the arguments."""
-        self.advantage: AdvantageEstimator = advantage if advantage is not None else GeneralizedAdvantage()
-        self.context_key = context_key
-        super().__init__(
-            policy,
-            env,
-            learning_rate=learning_rate,
-            n_steps=n_steps,
-            gamma=gamma,
-            gae_lambda=gae_lambda,
-            ent_coef=ent_coef,
-            vf_coef=vf_coef,
-            max_grad_norm=max_grad_norm,
-            use_sde=False,
-            sde_sample_freq=-1,
-            rollout_buffer_class=TensorRolloutBuffer,  # type: ignore[arg-type]
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=_init_setup_model,
-            supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
-        )
+        sizes = {"n_steps": n_steps, "n_epochs": n_epochs, "batch_size": batch_size}
+        for name, value in (sizes | {"micro_batch_size": micro_batch_size}).items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        if not 0 <= kl_coef < np.inf:
+            raise ValueError(f"kl_coef must be at least 0; got {kl_coef}")
+        if target_kl is not None and not target_kl > 0:
+            raise ValueError(f"target_kl must be above 0, or None; got {target_kl}")
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1); got {ema_decay}")
+        check_timesteps(timestep_fraction, timestep_window)
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self.n_epochs = n_epochs
+        self.target_kl = target_kl
+        self.kl_coef = kl_coef
+        self.timestep_fraction = timestep_fraction
+        self.timestep_window = timestep_window
+        self.recompute_log_probs = recompute_log_probs
+        self.ema_decay = ema_decay
+        self.ema: EMAModel | None = None
+        self._n_updates = 0
+        super().__init__(policy, env, learning_rate=learning_rate, n_steps=n_steps, **arguments)
 
-    def learn(
-        self: _Algorithm,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "run",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> _Algorithm:
-        """Train for at least `total_timesteps` environment steps; arguments as in Stable-Baselines3."""
-        total_timesteps, callbacks = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
-        callbacks.on_training_start(locals(), globals())
-        iteration = 0
-        while self.num_timesteps < total_timesteps:
-            iteration += 1
-            if not self.iterate(callbacks, iteration, total_timesteps, log_interval):
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        if self.kl_coef and not hasattr(self.policy, "evaluate_with_reference"):
+            raise ValueError(
+                f"kl_coef must be 0 for a {type(self.policy).__name__}, which knows no pretrained policy "
+                f"(no evaluate_with_reference); got {self.kl_coef}"
+            )
+        compute_dtype = getattr(self.policy, "compute_dtype", torch.float32)
+        if self.recompute_log_probs is None:
+            self.recompute_log_probs = compute_dtype != torch.float32
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=compute_dtype == torch.float16)
+        if self.ema_decay and self.ema is None:
+            self.ema = EMAModel(self._learning_parameters(), decay=self.ema_decay)
+
+    def loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of some transitions, and what is to be logged, each averaged over them."""
+        raise NotImplementedError
+
+    def select_steps(self) -> npt.NDArray[np.int64]:
+        """Return the flat indices of the rollout's steps that an epoch trains on."""
+        return choose_steps(self.rollout_buffer.segments, self.timestep_fraction, self.timestep_window)
+
+    def random_steps(self, count: int) -> npt.NDArray[np.int64]:
+        """Return flat indices of up to `count` of the steps that `timestep_window` lets through, drawn at random."""
+        return np.random.permutation(choose_steps(self.rollout_buffer.segments, 1.0, self.timestep_window))[:count]
+
+    def train(self) -> None:
+        """Update the policy on the rollout: `n_epochs` passes in batches of `batch_size` transitions."""
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        metrics: Metrics = defaultdict(list)
+        for epoch in range(self.n_epochs):
+            indices = np.random.permutation(self.select_steps())
+            if epoch == 0 and self.recompute_log_probs:
+                self._recompute_log_probs(indices)
+            if not self._pass(indices, metrics):
                 break
-        callbacks.on_training_end()
-        return self
+        for name, value in self.drift(self.random_steps(_DRIFT_ROWS)).items():
+            metrics[name].append(value)
+        self._record_training(metrics)
 
-    def iterate(
-        self, callback: BaseCallback, iteration: int, total_timesteps: int, log_interval: int | None = 1
-    ) -> bool:
-        """One iteration: a rollout, its update, its log.
+    def evaluate(self, batch: Transitions, with_reference: bool | None = None) -> Evaluation:
+        """Evaluate transitions under the present policy.
+
+        Args:
+            batch: out of the rollout buffer.
+            with_reference: whether to run the pretrained policy too; default: if there is a penalty.
+        """
+        discrete = isinstance(self.action_space, spaces.Discrete)
+        actions = batch.actions.long().flatten() if discrete else batch.actions
+        reference_kl = None
+        if self.kl_coef > 0 if with_reference is None else with_reference:
+            values, log_prob, entropy, reference_kl = self.policy.evaluate_with_reference(batch.observations, actions)  # type: ignore[operator]
+        else:
+            values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
+        entropy = -log_prob if entropy is None else entropy  # a distribution without a closed form
+        return Evaluation(values.flatten(), log_prob, log_prob - batch.log_probs, entropy, reference_kl)
+
+    def regularized(
+        self, policy_loss: Tensor, policy: Evaluation, batch: Transitions
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return a policy's loss with what every algorithm adds (critic, entropy bonus, KL penalty), and metrics."""
+        loss = policy_loss
+        logged = {"policy_gradient_loss": policy_loss.detach()}
+        if policy.values.requires_grad:
+            value_loss = functional.mse_loss(policy.values, batch.returns)
+            loss = loss + self.vf_coef * value_loss
+            logged["value_loss"] = value_loss.detach()
+        entropy_loss = -policy.entropy.mean()
+        loss = loss + self.ent_coef * entropy_loss
+        logged["entropy_loss"] = entropy_loss.detach()
+        if policy.reference_kl is not None:
+            penalty = policy.reference_kl.mean()
+            loss = loss + self.kl_coef * penalty
+            logged["kl_penalty"] = self.kl_coef * penalty.detach()
+        log_ratio = policy.log_ratio.detach()
+        logged["loss"] = loss.detach()
+        logged["approx_kl"] = approximate_kl(log_ratio)
+        logged["ratio_deviation"] = torch.expm1(log_ratio).abs().max()
+        return loss, logged
+
+    @torch.no_grad()
+    def drift(self, indices: npt.NDArray[np.int64]) -> dict[str, float]:
+        """Measure how far the policy is from the one that sampled the rollout, and from the pretrained one.
+
+        Args:
+            indices: flat indices of the transitions to measure on.
 
         Returns:
-            False if a callback asked to stop.
+            `kl_to_sampling`, Schulman's estimate from log-ratios, and `kl_to_pretrained`, in closed form, if the policy
+            knows a pretrained one. Both are reduced over the latent as the log-density is.
         """
-        assert self.env is not None
-        if not self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps):
-            return False
-        self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-        self.train()
-        if log_interval is not None and iteration % log_interval == 0:
-            self.dump_logs(iteration)
-        return True
+        knows_reference = hasattr(self.policy, "evaluate_with_reference")
+        policy = self.evaluate(self.rollout_buffer[indices], with_reference=knows_reference)
+        drift = {"kl_to_sampling": float(approximate_kl(policy.log_ratio))}
+        if policy.reference_kl is not None:
+            drift["kl_to_pretrained"] = float(policy.reference_kl.mean())
+        return drift
 
-    def collect_rollouts(  # type: ignore[override]
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: TensorRolloutBuffer, n_rollout_steps: int
-    ) -> bool:
-        """Fill the buffer with `n_rollout_steps` steps of every environment and estimate the advantages.
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Put the averaged weights into the policy for a while, if there are any (`ema_decay`)."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self._learning_parameters())
+        self.ema.copy_to(self._learning_parameters())
+        try:
+            yield
+        finally:
+            self.ema.restore(self._learning_parameters())
 
-        Returns:
-            False if a callback asked to stop.
-
-        Raises:
-            ValueError: for a reward that is not finite, before it can reach a weight.
-        """
-        self.policy.set_training_mode(False)
-        rollout_buffer.reset()
-        callback.on_rollout_start()
-        dones = np.zeros(env.num_envs, np.bool_)
-        for _ in range(n_rollout_steps):
-            observation = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
-            contexts = [info.get(self.context_key) for info in env.unwrapped.reset_infos]  # wrappers do not pass it on
-            with torch.no_grad():
-                actions, values, log_probs = self.policy(observation)
-            new_observation, rewards, dones, infos = env.step(self._env_actions(actions))
-            if not np.isfinite(rewards).all():
-                raise ValueError(f"rewards must be finite; got {rewards} at timestep {self.num_timesteps}")
-            self.num_timesteps += env.num_envs
-            callback.update_locals(locals())
-            if not callback.on_step():
+    def _pass(self, indices: npt.NDArray[np.int64], metrics: Metrics) -> bool:
+        """One epoch; False if the KL target stopped it."""
+        size = self.batch_size or len(indices)
+        for start in range(0, len(indices), size):
+            if not self._update(indices[start : start + size], metrics):
                 return False
-            self._update_info_buffer(infos, dones)
-            self._bootstrap_time_limits(rewards, dones, infos)
-            starts = np.asarray(self._last_episode_starts, dtype=np.bool_)
-            rollout_buffer.add(observation, actions, rewards, starts, values, log_probs, contexts)
-            self._last_obs = new_observation  # type: ignore[assignment]
-            self._last_episode_starts = dones
-        with torch.no_grad():
-            last_values = self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
-        rollout_buffer.finish(last_values, dones)
-        rollout_buffer.advantages = self.advantage(rollout_buffer)
-        self._record_rewards(rollout_buffer)
-        callback.update_locals(locals())
-        callback.on_rollout_end()
+        if self.target_kl is None or metrics["approx_kl"]:
+            return True
+        # A loss without log-densities says nothing of the KL: measure it once an epoch.
+        return self.drift(self.random_steps(_DRIFT_ROWS))["kl_to_sampling"] <= 1.5 * self.target_kl
+
+    def _update(self, indices: npt.NDArray[np.int64], metrics: Metrics) -> bool:
+        """One optimizer step on the transitions at `indices`; False if the KL target stopped it."""
+        self.policy.optimizer.zero_grad()
+        logged: defaultdict[str, list[Tensor]] = defaultdict(list)
+        for part in self._micro_batches(indices):
+            weight = len(part) / len(indices)
+            loss, values = self.loss(self.rollout_buffer[part])
+            self.scaler.scale(loss * weight).backward()
+            for name, value in values.items():
+                logged[name].append(value if name == "ratio_deviation" else value * weight)
+        deviations = logged.pop("ratio_deviation", [])
+        if deviations and not metrics["ratio_deviation"]:  # only the first update of an iteration is on-policy
+            metrics["ratio_deviation"].append(float(torch.stack(deviations).max()))
+        for name, parts in logged.items():
+            metrics[name].append(float(torch.stack(parts).sum()))
+        if self.target_kl is not None and metrics["approx_kl"] and metrics["approx_kl"][-1] > 1.5 * self.target_kl:
+            return False
+        self._step(metrics)
         return True
 
-    def _env_actions(self, actions: Tensor) -> Any:
-        """What the environment is given: tensors if it speaks them, else arrays within the action space's bounds."""
-        if isinstance(self.observation_space, DenoisingObservationSpace):
-            # Latents are never clipped: the buffer relies on the environment going on from exactly this action.
-            last = self._last_obs["latents"]  # type: ignore[index]
-            return actions if isinstance(last, Tensor) else actions.cpu().numpy()
-        array = actions.cpu().numpy()
-        if not isinstance(self.action_space, spaces.Box):
-            return array
-        if self.policy.squash_output:
-            return self.policy.unscale_action(array)
-        return np.clip(array, self.action_space.low, self.action_space.high)
+    def _step(self, metrics: Metrics) -> None:
+        """Clip the accumulated gradient and take the optimizer's step."""
+        optimizer = self.policy.optimizer
+        self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        if not torch.isfinite(norm) and self.scaler.get_scale() <= 1:
+            raise FloatingPointError(
+                f"the gradient is not finite after {self._n_updates} updates (loss {metrics['loss'][-1]}): "
+                "lower learning_rate or clip_range, or train in float32"
+            )
+        if torch.isfinite(norm):
+            metrics["grad_norm"].append(float(norm))
+            self._n_updates += 1
+        if self.scaler.is_enabled():
+            metrics["overflowed_updates"].append(float(not torch.isfinite(norm)))
+        self.scaler.step(optimizer)  # skips a step whose gradient overflowed float16, and lowers the scale
+        self.scaler.update()
+        if self.ema is not None and torch.isfinite(norm):
+            self.ema.step(self._learning_parameters())
 
-    def _bootstrap_time_limits(
-        self, rewards: npt.NDArray[np.floating], dones: npt.NDArray[np.bool_], infos: list[dict[str, Any]]
-    ) -> None:
-        """Add the discounted value of the state in which a time limit cut an episode (Pardo et al. 2018)."""
-        for slot in np.flatnonzero(dones):
-            if infos[slot].get("TimeLimit.truncated", False):
-                terminal, _ = self.policy.obs_to_tensor(infos[slot]["terminal_observation"])
-                with torch.no_grad():
-                    rewards[slot] += self.gamma * float(self.policy.predict_values(terminal))
+    def _micro_batches(self, indices: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        size = self.micro_batch_size or self.batch_size or len(indices)
+        return [indices[start : start + size] for start in range(0, len(indices), size)]
 
-    def _record_rewards(self, rollout: TensorRolloutBuffer) -> None:
-        returns = rollout.segment_returns()[rollout.complete_segments()]
-        if len(returns):
-            self.logger.record("rollout/reward_mean", float(returns.mean()))
-            self.logger.record("rollout/reward_std", float(returns.std()))
-            self.logger.record("rollout/episodes", len(returns))
+    @torch.no_grad()
+    def _recompute_log_probs(self, indices: npt.NDArray[np.int64]) -> None:
+        """Compute the log-densities of the sampling policy again, in the batches in which they will be compared."""
+        size = self.batch_size or len(indices)
+        parts = [
+            part
+            for start in range(0, len(indices), size)
+            for part in self._micro_batches(indices[start : start + size])
+        ]
+        if self.n_epochs > 1:  # later epochs may choose other steps
+            everything = np.arange(self.rollout_buffer.segments.size)
+            parts += self._micro_batches(np.setdiff1d(everything, indices))
+        log_probs = self.rollout_buffer.log_probs.flatten()
+        for part in parts:
+            chosen = torch.as_tensor(part, device=self.rollout_buffer.device)
+            log_probs[chosen] = self.evaluate(self.rollout_buffer[part], with_reference=False).log_prob
+        self.rollout_buffer.log_probs = log_probs.view_as(self.rollout_buffer.log_probs)
+
+    def _learning_parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+
+    def _record_training(self, metrics: Metrics) -> None:
+        for name, values in metrics.items():
+            if values:
+                self.logger.record(f"train/{name}", float(np.mean(values)))
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        if (share := self._share_below_epsilon()) is not None:
+            self.logger.record("train/adam_epsilon_share", share)
+        if self.rollout_buffer.values.any():
+            predicted = self.rollout_buffer.values.flatten().cpu().numpy()
+            returns = self.rollout_buffer.returns.flatten().cpu().numpy()
+            self.logger.record("train/explained_variance", float(explained_variance(predicted, returns)))
+
+    def _share_below_epsilon(self) -> float | None:
+        """Share of the weights whose gradients' RMS is below Adam's epsilon, which then sets their step."""
+        optimizer = self.policy.optimizer
+        moments = [state["exp_avg_sq"] for state in optimizer.state.values() if "exp_avg_sq" in state]
+        if not moments:
+            return None
+        squared = torch.cat([moment.flatten() for moment in moments])
+        return float((squared < optimizer.param_groups[0]["eps"] ** 2).float().mean())
+
+
+def approximate_kl(log_ratio: Tensor) -> Tensor:
+    """Return Schulman's estimate of the KL from log-ratios (http://joschu.net/blog/kl-approx.html), a scalar.
+
+    `expm1` keeps its digits near ratio 1.
+    """
+    return (torch.expm1(log_ratio) - log_ratio).mean()

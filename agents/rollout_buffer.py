@@ -170,6 +170,20 @@ class TensorRolloutBuffer:
         self._joined = {name: torch.cat(parts) for name, parts in self._segment_observations.items()}
         self._segment_observations = {name: [] for name in self._segment_keys()}
 
+    def set_monte_carlo_returns(self) -> None:
+        """Set `returns`, the critic's targets, to each step's discounted rewards to come.
+
+        Where the rollout cuts an episode, the critic's last value stands for the rest. Estimators with better targets
+        set their own.
+        """
+        following = np.where(self.last_dones, 0.0, self.last_values.cpu().numpy())
+        returns = np.empty(self.rewards.shape)
+        for step in reversed(range(self.buffer_size)):
+            following = self.rewards[step] + self.gamma * following
+            returns[step] = following
+            following = np.where(self.episode_starts[step], 0.0, following)
+        self.returns = torch.as_tensor(returns, dtype=torch.float32, device=self.device)
+
     def segment_returns(self) -> npt.NDArray[np.float64]:
         """Sum of rewards of each part of an episode, `(len(contexts),)`."""
         return np.bincount(self.segments.ravel(), self.rewards.ravel(), len(self.contexts)).astype(np.float64)
@@ -180,6 +194,11 @@ class TensorRolloutBuffer:
         complete[self.segments[0][~self.episode_starts[0]]] = False
         complete[self.segments[-1][~self.last_dones]] = False
         return complete
+
+    def final_steps(self) -> npt.NDArray[np.int64]:
+        """Flat indices of the last step of every episode that ends in this rollout."""
+        ends = np.append(self.episode_starts[1:], self.last_dones[None], axis=0)
+        return np.flatnonzero(ends)
 
     def per_step(self, segment_values: npt.NDArray[np.floating]) -> Tensor:
         """Give every step the value of its part: `(len(contexts),)` → `(buffer_size, n_envs)` on the device."""

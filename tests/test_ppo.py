@@ -103,13 +103,15 @@ def test_micro_batches_give_the_update_of_one_batch(micro_pipeline_folder, micro
 def test_timestep_fraction_trains_exactly_its_share_of_each_episode(micro_pipeline_folder, fraction, share):
     model = collected(denoising_ppo(micro_pipeline_folder, n_steps=2 * STEPS, timestep_fraction=fraction))
     segments = model.rollout_buffer.segments.ravel()
-    choices = [model._chosen_steps() for _ in range(2)]
+    choices = [model.select_steps() for _ in range(2)]
     for chosen in choices:
         assert len(set(chosen)) == len(chosen)
         assert np.bincount(segments[chosen]).tolist() == [share] * 12
     assert (sorted(choices[0]) == sorted(choices[1])) == (fraction == 1)
     rows = []
-    model.policy.denoiser.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    model.policy.denoiser.register_forward_pre_hook(
+        lambda _, inputs: rows.append(len(inputs[0]) if torch.is_grad_enabled() else 0)
+    )
     model.train()
     assert sum(rows) == 2 * 12 * share, "each chosen step once, doubled by guidance"
 
@@ -117,7 +119,7 @@ def test_timestep_fraction_trains_exactly_its_share_of_each_episode(micro_pipeli
 def test_timestep_window_leaves_the_other_steps_out(micro_pipeline_folder):
     window = {"timestep_window": (0.2, 0.8), "timestep_fraction": 0.4}
     model = collected(denoising_ppo(micro_pipeline_folder, n_steps=2 * STEPS, **window))
-    counts = sum(np.bincount(model._chosen_steps(), minlength=2 * 6 * STEPS) for _ in range(50))
+    counts = sum(np.bincount(model.select_steps(), minlength=2 * 6 * STEPS) for _ in range(50))
     by_step = counts.reshape(2, STEPS, 6).sum(axis=(0, 2))
     assert by_step[[0, 4]].sum() == 0
     assert by_step[1:4].min() > 0
@@ -126,7 +128,7 @@ def test_timestep_window_leaves_the_other_steps_out(micro_pipeline_folder):
 
 def test_every_step_is_trained_on_sooner_or_later(micro_pipeline_folder):
     model = collected(denoising_ppo(micro_pipeline_folder, timestep_fraction=0.2))
-    counts = sum(np.bincount(model._chosen_steps(), minlength=6 * STEPS) for _ in range(400))
+    counts = sum(np.bincount(model.select_steps(), minlength=6 * STEPS) for _ in range(400))
     assert counts.sum() == 400 * 6
     assert counts.min() > 40, "80 are expected of each of the 30 steps"
 
@@ -139,7 +141,7 @@ def test_objective_equals_a_hand_computation():
     returns = torch.tensor([1.0, 0.0, -1.0, 2.0])
     old = log_prob.detach() - ratio.log()
     loss, values_logged = model.loss(
-        Transitions(observations, actions, old, values.flatten(), advantages, returns), clip_range=0.2
+        Transitions(observations, actions, old, values.flatten(), advantages, returns)
     )
     # min(r A, clip(r) A): 1.5·2 against 1.2·2; −1.5 against −1.2; 0.5·3 against 0.8·3; −0.9·4 unclipped
     surrogate = (2.4 - 1.5 + 1.5 - 3.6) / 4

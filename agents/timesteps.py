@@ -1,0 +1,52 @@
+"""Which steps of a rollout an update trains on: a share of each episode's, drawn from a window of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+def check_timesteps(fraction: float, window: tuple[float, float]) -> None:
+    """Refuse a fraction or a window that selects nothing.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"timestep_fraction must be in (0, 1]; got {fraction}")
+    if len(window) != 2 or not 0 <= window[0] < window[1] <= 1:
+        raise ValueError(f"timestep_window must be two shares, 0 <= start < end <= 1; got {window}")
+
+
+def choose_steps(
+    segments: npt.NDArray[np.int64], fraction: float, window: tuple[float, float]
+) -> npt.NDArray[np.int64]:
+    """Draw `fraction` of each episode's steps, at least one, from those inside `window`.
+
+    Args:
+        segments: which episode, or part of one, each step belongs to, in the order of time: `(steps, n_envs)`.
+        fraction: share of the episode's length.
+        window: start and end as shares of the episode's length.
+
+    Returns:
+        Flat indices into `segments`, ascending.
+    """
+    flat = segments.ravel()
+    lengths = np.bincount(flat)
+    start, end = (np.round(edge * lengths)[flat] for edge in window)
+    position = _rank_within(flat, np.arange(len(flat)))
+    candidates = np.flatnonzero((start <= position) & (position < end))
+    quota = np.maximum(1, np.round(fraction * lengths))[flat[candidates]]
+    draw = np.random.random(len(candidates))
+    return candidates[_rank_within(flat[candidates], draw) < quota]
+
+
+def _rank_within(groups: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Rank of each value among those of its group, from 0."""
+    order = np.lexsort((values, groups))
+    sizes = np.bincount(groups)
+    ranks = np.empty(len(groups), np.int64)
+    ranks[order] = np.arange(len(groups)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return ranks
