@@ -12,6 +12,7 @@ from stable_baselines3.common.logger import Image as LoggedImage
 
 from agents.diffusion_policy import DiffusionPolicy
 from agents.evaluation import evaluate, evaluation_prompts
+from agents.on_policy import TensorOnPolicyAlgorithm
 from agents.picture_grid import picture_grid, read_strip, reward_curve, write_strip
 from agents.run_folder import RunFolder
 from ddpo_env.vector_env import DenoisingVectorEnv
@@ -121,7 +122,9 @@ class HeldOutPictures(BaseCallback):
         return self.folder.pictures / f"iteration_{iteration:04d}.png"
 
     def _evaluate(self) -> None:
-        evaluation = evaluate(self.policy, self.env, self.prompts, self.seed)
+        assert isinstance(self.model, TensorOnPolicyAlgorithm)
+        with self.model.averaged_weights():
+            evaluation = evaluate(self.policy, self.env, self.prompts, self.seed)
         mean = float(evaluation.rewards.mean())
         self.evaluations.append((self.iteration, mean))
         self.logger.record("eval/reward_mean", mean)

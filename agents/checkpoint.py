@@ -115,6 +115,9 @@ def _algorithm_state(algorithm: TensorOnPolicyAlgorithm) -> tuple[dict[str, Tens
     for index, values in optimizer["state"].items():
         for name, value in values.items():
             tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
+    averages = algorithm.ema.state_dict() if algorithm.ema is not None else {}
+    for index, value in enumerate(averages.pop("shadow_params", [])):
+        tensors[f"average.{index}"] = value
     tensors["random.torch"] = torch.get_rng_state()
     if algorithm.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(algorithm.device)
@@ -125,6 +128,8 @@ def _algorithm_state(algorithm: TensorOnPolicyAlgorithm) -> tuple[dict[str, Tens
         "episodes": list(algorithm.ep_info_buffer or []),
         "successes": list(algorithm.ep_success_buffer or []),
         "optimizer": optimizer["param_groups"],
+        "average": averages,
+        "scaler": algorithm.scaler.state_dict(),
         "advantage": advantage_state,
         "random": {"python": random.getstate(), "numpy": _numpy_state()},
         "env": env_state,
@@ -145,6 +150,11 @@ def _load_algorithm_state(
         index, key = name.split(".", 1)
         optimizer_state.setdefault(int(index), {})[key] = value
     algorithm.policy.optimizer.load_state_dict({"state": optimizer_state, "param_groups": state["optimizer"]})
+    if algorithm.ema is not None:
+        shadow = below("average.")
+        parameters = [shadow[str(index)].to(algorithm.device) for index in range(len(shadow))]
+        algorithm.ema.load_state_dict({**state["average"], "shadow_params": parameters})
+    algorithm.scaler.load_state_dict(state["scaler"])
     for name, value in state["counters"].items():
         setattr(algorithm, name, value)
     algorithm.ep_info_buffer = deque(state["episodes"], maxlen=algorithm._stats_window_size)

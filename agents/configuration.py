@@ -8,13 +8,32 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 from agents.lora import LORA_TARGETS, LoraTargets
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+Algorithm = Literal["ppo", "reinforce", "rwr", "rwr_sparse"]
+Advantage = Literal["per_prompt", "batch", "group", "leave_one_out", "gae"]
 
 _ITERATIONS = 20
+
+
+class AlgorithmDefaults(NamedTuple):
+    """What a setting is for an algorithm where it is left open."""
+
+    learning_rate: float
+    epochs: int
+    updates_per_iteration: int
+
+
+ALGORITHMS: dict[str, AlgorithmDefaults] = {
+    "ppo": AlgorithmDefaults(5e-3, 1, 4),
+    "reinforce": AlgorithmDefaults(5e-3, 1, 1),
+    "rwr": AlgorithmDefaults(1e-3, 5, 1),
+    "rwr_sparse": AlgorithmDefaults(1e-3, 50, 1),
+}
+"""Learning rates by the search of `scripts/compare_algorithms.py` on the bundled model; epochs as in the paper."""
 
 
 @dataclass(kw_only=True)
@@ -74,15 +93,21 @@ class PolicySettings:
     log_prob_reduction: Literal["mean", "sum"] = "mean"
     """Of the log-density over the latent's dimensions; the clip range depends on it."""
     critic: bool = False
-    """Whether a value network is trained for generalized advantages; DDPO has none."""
+    """Whether a value network is trained, which generalized advantages need; DDPO has none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    autocast: Literal["bfloat16", "float16"] | None = None
+    """Mixed precision of the denoiser's arithmetic. Default: the dtype of the frozen weights."""
 
 
 @dataclass(kw_only=True)
 class TrainingSettings:
     """One iteration: sampling, advantages, updates."""
 
+    algorithm: Algorithm = "ppo"
+    """ppo (DDPO-IS), reinforce (DDPO-SF), or reward-weighted regression: rwr (exponential weights), rwr_sparse."""
+    advantage: Advantage | None = None
+    """How good a picture was. Default: per_prompt (its prompt's running statistics), or gae where there is a critic."""
     samples_per_iteration: int = 72
     """Pictures drawn in an iteration."""
     samples_per_prompt: int = 0
@@ -92,9 +117,9 @@ class TrainingSettings:
     train_batch_size: int = 45
     """Samples in one call of the denoiser in training; gradients are accumulated over an update's calls."""
     updates_per_iteration: int = 0
-    """Optimizer steps in an iteration and epoch. 0: as many as divide the samples of an iteration, up to 4."""
-    epochs: int = 1
-    """Passes over an iteration's samples."""
+    """Optimizer steps in an iteration and epoch. 0: with ppo as many as divide its samples, up to 4; else 1."""
+    epochs: int = 0
+    """Passes over an iteration's samples. 0: the paper's 1, and 5 for rwr, 50 for rwr_sparse."""
     timestep_window: tuple[float, float] = (0.0, 0.9)
     """Part of each trajectory whose steps may be trained on; the last step's gradient is large and says little."""
     timestep_fraction: float = 0.5
@@ -103,6 +128,18 @@ class TrainingSettings:
     """PPO's ε. With log-densities averaged over the latent it is tiny, and depends on the latent's size: see docs."""
     target_kl: float | None = None
     """Ends an iteration's updates when the KL from the sampling policy exceeds 1.5 times this."""
+    kl_coef: float = 0.0
+    """Weight of the KL divergence from the pretrained policy in the loss."""
+    rwr_beta: float = 1.0
+    """Of reward-weighted regression: how much a standard deviation of reward counts, as the weights' exponent."""
+    rwr_percentile: float = 90.0
+    """Of sparse reward-weighted regression: pictures from this percentile on are imitated."""
+    recompute_log_probs: bool | None = None
+    """Whether log-densities are computed again before the first update. Default: in half precision, where they vary."""
+    ema_decay: float = 0.0
+    """Decay of averaged weights, which are then evaluated and saved; 0: none."""
+    overlap_rewards: bool = True
+    """Compute a batch's rewards while the next batch is being sampled."""
     advantage_clip: float = 5.0
     """Advantages are clipped to plus/minus this."""
     stat_buffer_size: int = 32
@@ -115,23 +152,26 @@ class TrainingSettings:
         total = self.samples_per_iteration
         self.sample_batch_size = self.sample_batch_size or _largest_divisor(total, 72)
         self.samples_per_prompt = self.samples_per_prompt or _largest_divisor(self.sample_batch_size, 8)
-        self.updates_per_iteration = self.updates_per_iteration or _largest_divisor(total, 4)
+        defaults = ALGORITHMS.get(self.algorithm, ALGORITHMS["ppo"])
+        most_updates = defaults.updates_per_iteration
+        self.updates_per_iteration = self.updates_per_iteration or _largest_divisor(total, most_updates)
+        self.epochs = self.epochs or defaults.epochs
 
 
 @dataclass(kw_only=True)
 class OptimizerSettings:
     """AdamW on what learns."""
 
-    learning_rate: float = 5e-3
-    """At the start of the run."""
+    learning_rate: float | None = None
+    """At the start of the run. Default: the algorithm's, tuned on the bundled model: 5e-3 for ppo."""
     learning_rate_schedule: Literal["constant", "linear"] = "linear"
     """What becomes of it: linear falls to almost 0 at the last iteration."""
     adam_beta1: float = 0.9
     """Decay of the gradient's average."""
     adam_beta2: float = 0.99
     """Decay of the squared gradient's average; 0.99 follows short runs."""
-    adam_epsilon: float = 1e-8
-    """Added to the root of the squared gradient's average."""
+    adam_epsilon: float = 1e-10
+    """Added to the root of the squared gradient's average, which is below 1e-8 for many weights: see docs."""
     weight_decay: float = 1e-4
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
@@ -155,8 +195,8 @@ class TrainConfig:
             ValueError: naming the setting, its value, and what is valid; for sizes that do not divide, the nearest that
                 do.
         """
-        self._check_ranges()
         self._check_choices()
+        self._check_ranges()
         training = self.training
         total = training.samples_per_iteration
         _must_divide("sample_batch_size", training.sample_batch_size, "samples_per_iteration", total)
@@ -184,13 +224,17 @@ class TrainConfig:
             "guidance_scale": self.policy.guidance_scale,
             "lora_rank": self.policy.lora_rank,
             "weight_decay": optimizer.weight_decay,
+            "kl_coef": training.kl_coef,
+            "rwr_percentile": training.rwr_percentile,
+            "ema_decay": training.ema_decay,
         }
         above_zero = {
             "eta": self.policy.eta,
             "clip_range": training.clip_range,
             "advantage_clip": training.advantage_clip,
             "timestep_fraction": training.timestep_fraction,
-            "learning_rate": optimizer.learning_rate,
+            "learning_rate": self.learning_rate,
+            "rwr_beta": training.rwr_beta,
             "adam_epsilon": optimizer.adam_epsilon,
             "max_grad_norm": optimizer.max_grad_norm,
             "target_kl": 1.0 if training.target_kl is None else training.target_kl,
@@ -205,8 +249,41 @@ class TrainConfig:
             if not 0 < number < math.inf:
                 raise ValueError(f"{name} must be above 0; got {number}")
 
+    def _check_algorithm(self) -> None:
+        training = self.training
+        if training.algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}; got {training.algorithm!r}")
+        if training.advantage not in (None, *get_args(Advantage)):
+            raise ValueError(f"advantage must be one of {', '.join(get_args(Advantage))}; got {training.advantage!r}")
+        if training.advantage == "gae" and not self.policy.critic:
+            raise ValueError("advantage must not be gae without a critic: add --critic")
+        if training.advantage in ("group", "leave_one_out") and training.samples_per_prompt < 2:
+            raise ValueError(
+                f"samples_per_prompt must be at least 2 with advantage {training.advantage}, which compares pictures "
+                f"of a prompt; got {training.samples_per_prompt}"
+            )
+        if training.algorithm == "reinforce" and (training.epochs, training.updates_per_iteration) != (1, 1):
+            raise ValueError(
+                "epochs and updates_per_iteration must be 1 with reinforce, whose gradient is right for the policy "
+                f"that sampled only; got {training.epochs} and {training.updates_per_iteration}"
+            )
+        if training.algorithm == "rwr_sparse" and training.updates_per_iteration != 1:
+            raise ValueError(
+                f"updates_per_iteration must be 1 with rwr_sparse, which imitates few pictures, in many epochs; "
+                f"got {training.updates_per_iteration}"
+            )
+        for name, value, below in (
+            ("rwr_percentile", training.rwr_percentile, 100),
+            ("ema_decay", training.ema_decay, 1),
+        ):
+            if value >= below:
+                raise ValueError(f"{name} must be below {below}; got {value}")
+
     def _check_choices(self) -> None:
         training, optimizer = self.training, self.optimizer
+        self._check_algorithm()
+        if self.policy.autocast not in (None, "bfloat16", "float16"):
+            raise ValueError(f"autocast must be None, bfloat16 or float16; got {self.policy.autocast!r}")
         start, end = training.timestep_window
         if not 0 <= start < end <= 1 or self.trained_steps < 1:
             raise ValueError(
@@ -232,6 +309,12 @@ class TrainConfig:
     def iterations(self) -> int:
         """How many there are in all."""
         return _ITERATIONS if self.run.iterations is None else self.run.iterations
+
+    @property
+    def learning_rate(self) -> float:
+        """At the start of the run."""
+        given = self.optimizer.learning_rate
+        return ALGORITHMS[self.training.algorithm].learning_rate if given is None else given
 
     @property
     def trained_steps(self) -> int:

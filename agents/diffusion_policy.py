@@ -125,6 +125,11 @@ class DiffusionPolicy(ActorCriticPolicy):
             )
         self.model = load_model(model, "auto" if device is None else device, "auto" if dtype is None else dtype)
         self._check_spaces()
+        if guidance_scale != 1 and not self.model.conditioning_shapes:
+            raise ValueError(
+                f"guidance_scale must be 1 with model {self.model.source!r}, which has no conditioning to guide by; "
+                f"got {guidance_scale}"
+            )
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         self.eta = eta

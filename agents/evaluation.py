@@ -23,13 +23,13 @@ class Evaluation:
     """What a policy drew.
 
     Attributes:
-        images: `(samples, height, width, 3)` uint8.
+        images: `(samples, height, width, 3)` uint8, or `(samples, ...)` where the model draws something else.
         prompts: one a sample.
         rewards: `(samples,)` float64.
         details: the reward's details by name, one value a sample.
     """
 
-    images: npt.NDArray[np.uint8]
+    images: npt.NDArray[Any]
     prompts: list[str]
     rewards: npt.NDArray[np.float64]
     details: dict[str, list[Any]]
@@ -53,10 +53,12 @@ def evaluate(
         seed: of the first picture.
 
     Raises:
-        ValueError: if `env` resets itself, or there are no prompts.
+        ValueError: if `env` resets itself or defers its rewards, or there are no prompts.
     """
     if env.autoreset_mode is not AutoresetMode.DISABLED:
         raise ValueError(f"env must have autoreset_mode 'Disabled'; got {env.autoreset_mode.value!r}")
+    if env.deferred_rewards:
+        raise ValueError("env must have deferred_rewards=False: the rewards are read off its steps; got True")
     if not prompts:
         raise ValueError("prompts must hold at least one prompt; got none")
     devices = [policy.device] if policy.device.type == "cuda" else []
@@ -91,7 +93,8 @@ def _episode(
         observation, rewards, _, _, infos = env.step(actions)
     details = {name: list(values[:keep]) for name, values in infos.get("reward_details", {}).items() if name[0] != "_"}
     texts = [prompt if isinstance(prompt, str) else prompt[0] for prompt in prompts[:keep]]
-    return Evaluation(infos["image"][:keep], texts, rewards[:keep], details)
+    drawn = infos["image"] if "image" in infos else infos["sample"]
+    return Evaluation(drawn[:keep], texts, rewards[:keep], details)
 
 
 def evaluation_prompts(env: DenoisingVectorEnv, count: int, seed: int) -> list[Prompt]:

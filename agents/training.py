@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +16,13 @@ from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from stable_baselines3.common.utils import set_random_seed
 
 import ddpo_env  # noqa: F401  (registers DDPO-SD-v0)
-from agents.advantages import AdvantageEstimator, GeneralizedAdvantage, PerPromptAdvantage
+from agents.algorithm import build_algorithm
 from agents.callbacks import HeldOutPictures
 from agents.checkpoint import Stateful, iterations_done, latest_checkpoint, load_checkpoint, save_checkpoint
 from agents.configuration import TrainConfig
 from agents.console import ConsoleWriter
 from agents.diffusion_policy import DiffusionPolicy
-from agents.ppo import PPO
+from agents.on_policy import TensorOnPolicyAlgorithm
 from agents.run_folder import MetricsTable, RunFolder
 from agents.vec_env import VectorEnvAdapter
 from ddpo_env.vector_env import DenoisingVectorEnv
@@ -44,7 +44,7 @@ class RunResult:
             iteration.
         reward_after: the same after training; `None` if the run was stopped.
         iterations: that are done.
-        wall_clock_seconds: of this process, from the call of `run_ppo` on.
+        wall_clock_seconds: of this process, from the call of `run_training` on.
     """
 
     config: TrainConfig
@@ -67,7 +67,7 @@ class PreparedRun:
     """
 
     config: TrainConfig
-    algorithm: PPO
+    algorithm: TensorOnPolicyAlgorithm
     pictures: HeldOutPictures
     checkpoint: Path | None
 
@@ -95,8 +95,8 @@ class PreparedRun:
         return result
 
 
-def prepare_ppo(config: TrainConfig) -> PreparedRun:
-    """Load what a run of PPO with per-prompt advantages (DDPO-IS) needs.
+def prepare_run(config: TrainConfig) -> PreparedRun:
+    """Load what a run needs.
 
     Args:
         config: every setting, see `agents.configuration`; it is not changed.
@@ -106,17 +106,19 @@ def prepare_ppo(config: TrainConfig) -> PreparedRun:
         OSError: if a model cannot be downloaded.
     """
     config, checkpoint = _resolved(config)
-    algorithm, pictures = build_ppo(config, resume=checkpoint is not None)
+    algorithm, pictures = build_run(config, resume=checkpoint is not None)
     return PreparedRun(config, algorithm, pictures, checkpoint)
 
 
-def run_ppo(config: TrainConfig) -> RunResult:
-    """Prepare a run and train it; see `prepare_ppo` for the errors and `PreparedRun.train` for the result."""
+def run_training(config: TrainConfig) -> RunResult:
+    """Prepare a run and train it; see `prepare_run` for the errors and `PreparedRun.train` for the result."""
     started = time.perf_counter()
-    return prepare_ppo(config).train(started)
+    return prepare_run(config).train(started)
 
 
-def _begin(algorithm: PPO, pictures: HeldOutPictures, config: TrainConfig, checkpoint: Path | None) -> None:
+def _begin(
+    algorithm: TensorOnPolicyAlgorithm, pictures: HeldOutPictures, config: TrainConfig, checkpoint: Path | None
+) -> None:
     """Bring a resumed run to its checkpoint; give a new one its first, so that it can be resumed from anywhere."""
     folder = pictures.folder
     if checkpoint is not None:
@@ -127,7 +129,7 @@ def _begin(algorithm: PPO, pictures: HeldOutPictures, config: TrainConfig, check
     folder.write_config(config.as_dict())
 
 
-def _train(algorithm: PPO, callback: HeldOutPictures, config: TrainConfig) -> float | None:
+def _train(algorithm: TensorOnPolicyAlgorithm, callback: HeldOutPictures, config: TrainConfig) -> float | None:
     """Run the iterations that are left and evaluate; after Ctrl-C, go back to the last checkpoint and return `None`."""
     keep, interval, last = config.run.keep_checkpoints, config.run.checkpoint_interval, config.iterations
     total = algorithm.n_steps * algorithm.n_envs * last
@@ -153,7 +155,7 @@ def _parts(pictures: HeldOutPictures) -> dict[str, Stateful]:
     return {"pictures": pictures, **({"reward": reward} if isinstance(reward, StatefulReward) else {})}
 
 
-def build_ppo(config: TrainConfig, resume: bool = False) -> tuple[PPO, HeldOutPictures]:
+def build_run(config: TrainConfig, resume: bool = False) -> tuple[TensorOnPolicyAlgorithm, HeldOutPictures]:
     """Make the environment, the policy and the algorithm of a configuration, its held-out pictures and its folder."""
     task, training, run = config.task, config.training, config.run
     assert run.run_dir is not None
@@ -174,6 +176,7 @@ def build_ppo(config: TrainConfig, resume: bool = False) -> tuple[PPO, HeldOutPi
         num_envs=training.sample_batch_size,
         autoreset_mode=AutoresetMode.SAME_STEP,
         samples_per_prompt=training.samples_per_prompt,
+        deferred_rewards=training.overlap_rewards,
         **common,
     )
     eval_slots = min(run.eval_samples, training.sample_batch_size)
@@ -181,27 +184,7 @@ def build_ppo(config: TrainConfig, resume: bool = False) -> tuple[PPO, HeldOutPi
     if callable(load := getattr(reward, "load", None)):
         load()  # what a reward lacks shows now, not after the first pictures
     folder.make()
-    algorithm = PPO(
-        DiffusionPolicy,
-        VectorEnvAdapter(env),
-        learning_rate=_learning_rate(config),
-        n_steps=task.num_inference_steps * training.samples_per_iteration // training.sample_batch_size,
-        batch_size=training.samples_per_iteration * config.trained_steps // training.updates_per_iteration,
-        micro_batch_size=training.train_batch_size,
-        n_epochs=training.epochs,
-        gamma=1.0,
-        gae_lambda=1.0,
-        clip_range=training.clip_range,
-        max_grad_norm=config.optimizer.max_grad_norm,
-        target_kl=training.target_kl,
-        timestep_fraction=training.timestep_fraction,
-        timestep_window=training.timestep_window,
-        advantage=_advantage(config),
-        policy_kwargs=_policy_arguments(config),
-        stats_window_size=training.samples_per_iteration,
-        seed=run.seed,
-        device=env.unwrapped.device,  # type: ignore[attr-defined]
-    )
+    algorithm = build_algorithm(config, VectorEnvAdapter(env))
     pictures = HeldOutPictures(
         eval_env,
         folder,
@@ -214,35 +197,8 @@ def build_ppo(config: TrainConfig, resume: bool = False) -> tuple[PPO, HeldOutPi
     return algorithm, pictures
 
 
-def _advantage(config: TrainConfig) -> AdvantageEstimator:
-    if config.policy.critic:
-        return GeneralizedAdvantage()
-    training = config.training
-    return PerPromptAdvantage(training.stat_buffer_size, training.stat_min_count, training.advantage_clip)
-
-
-def _learning_rate(config: TrainConfig) -> float | Callable[[float], float]:
-    """Return the rate, or for a falling one a function of the remaining progress, which is 0 in the last iteration."""
-    rate, last = config.optimizer.learning_rate, config.iterations
-    if config.optimizer.learning_rate_schedule == "constant":
-        return rate
-    return lambda progress_remaining: rate * (progress_remaining + 1 / last)
-
-
-def _policy_arguments(config: TrainConfig) -> dict[str, Any]:
-    optimizer = config.optimizer
-    return {
-        **vars(config.policy),
-        "optimizer_kwargs": {
-            "betas": (optimizer.adam_beta1, optimizer.adam_beta2),
-            "eps": optimizer.adam_epsilon,
-            "weight_decay": optimizer.weight_decay,
-        },
-    }
-
-
 @contextmanager
-def _logging(algorithm: PPO, folder: RunFolder, iterations: int, done: int) -> Iterator[None]:
+def _logging(algorithm: TensorOnPolicyAlgorithm, folder: RunFolder, iterations: int, done: int) -> Iterator[None]:
     """Log to TensorBoard, `progress.csv` and the screen; a resumed run keeps the rows of its finished iterations."""
     progress = folder.path / "progress.csv"
     table = MetricsTable(progress, MetricsTable.read(progress)[:done])
@@ -254,17 +210,19 @@ def _logging(algorithm: PPO, folder: RunFolder, iterations: int, done: int) -> I
         algorithm.logger.close()
 
 
-def _save_weights(algorithm: PPO, folder: RunFolder) -> None:
+def _save_weights(algorithm: TensorOnPolicyAlgorithm, folder: RunFolder) -> None:
     policy = algorithm.policy
     assert isinstance(policy, DiffusionPolicy)
-    policy.save(folder.policy)
-    if policy.lora_rank > 0:
-        policy.save_lora(folder.lora)
+    with algorithm.averaged_weights():
+        policy.save(folder.policy)
+        if policy.lora_rank > 0:
+            policy.save_lora(folder.lora)
 
 
 def _summary(result: RunResult) -> dict[str, Any]:
     config = result.config
     return {
+        "algorithm": config.training.algorithm,
         "reward": config.task.reward,
         "reward_before": result.reward_before,
         "reward_after": result.reward_after,
@@ -283,7 +241,11 @@ def _resolved(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
     config.check()
     name = f"{_file_name(config.task.reward)}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = config.run.run_dir if config.run.run_dir is not None else Path("runs") / name
-    return replace(config, run=replace(config.run, run_dir=run_dir, iterations=config.iterations)), None
+    return replace(
+        config,
+        run=replace(config.run, run_dir=run_dir, iterations=config.iterations),
+        optimizer=replace(config.optimizer, learning_rate=config.learning_rate),
+    ), None
 
 
 def _resumed(run_dir: Path, iterations: int | None) -> tuple[TrainConfig, Path]:

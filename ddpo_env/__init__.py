@@ -1,4 +1,4 @@
-"""Denoising as a vectorized Gymnasium MDP: importing this package registers ``DDPO-SD-v0``.
+"""Denoising as a vectorized Gymnasium MDP: importing this package registers ``DDPO-SD-v0`` and ``DDPO-Points-v0``.
 
 Nothing heavy is imported here. torch, diffusers and transformers come in when an environment is made, so
 ``import ddpo_env`` is quick and ``gym.make("ddpo_env:DDPO-SD-v0")`` needs no import at all.
@@ -12,6 +12,7 @@ from gymnasium.envs.registration import register, registry
 from ddpo_env.version import __version__
 
 if TYPE_CHECKING:
+    from ddpo_env.deferred_reward import DeferredReward
     from ddpo_env.env import DenoisingEnv
     from ddpo_env.models import DiffusionModel, load_model
     from ddpo_env.spaces import DenoisingObservationSpace
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ddpo_env.vector_env import DenoisingVectorEnv
 
 _LAZY_EXPORTS = {
+    "DeferredReward": "ddpo_env.deferred_reward",
     "DenoisingEnv": "ddpo_env.env",
     "DenoisingObservationSpace": "ddpo_env.spaces",
     "DenoisingVectorEnv": "ddpo_env.vector_env",
@@ -28,6 +30,7 @@ _LAZY_EXPORTS = {
 }
 
 __all__ = [
+    "DeferredReward",
     "DenoisingEnv",
     "DenoisingObservationSpace",
     "DenoisingVectorEnv",
@@ -42,6 +45,14 @@ if "DDPO-SD-v0" not in registry:
         id="DDPO-SD-v0",
         entry_point="ddpo_env.env:DenoisingEnv",
         vector_entry_point="ddpo_env.vector_env:DenoisingVectorEnv",
+    )
+
+if "DDPO-Points-v0" not in registry:
+    register(
+        id="DDPO-Points-v0",
+        entry_point="ddpo_env.env:DenoisingEnv",
+        vector_entry_point="ddpo_env.vector_env:DenoisingVectorEnv",
+        kwargs={"model": "points", "reward": "points_ring", "prompts": ["a point"], "num_inference_steps": 10},
     )
 
 

@@ -21,9 +21,10 @@ class DenoisingEnv(gym.Env[Observation, Latents]):
 
     Spaces, rewards, starting state, episode end and arguments are those of `ddpo_env.DenoisingVectorEnv`, without the
     batch: an action is one latent, `reset(options={"prompts": "a cat", "latents": latent})` fixes the start. What the
-    batch has and one environment cannot have, `num_envs`, `autoreset_mode` and `samples_per_prompt`, may be given and
-    must then be what one environment is: 1, disabled, 1. With `backend="torch"` pass `disable_env_checker=True` to
-    `gym.make`: Gymnasium's checker knows NumPy arrays only, and says so at the first steps.
+    batch has and one environment cannot have, `num_envs`, `autoreset_mode`, `samples_per_prompt` and
+    `deferred_rewards`, may be given and must then be what one environment is: 1, disabled, 1, false. With
+    `backend="torch"` pass `disable_env_checker=True` to `gym.make`: Gymnasium's checker knows NumPy arrays only, and
+    says so at the first steps.
 
     Attributes:
         batch: the one-slot `DenoisingVectorEnv` behind this view.
@@ -38,6 +39,7 @@ class DenoisingEnv(gym.Env[Observation, Latents]):
         num_envs: int = 1,
         samples_per_prompt: int = 1,
         autoreset_mode: str | AutoresetMode = AutoresetMode.DISABLED,
+        deferred_rewards: bool = False,
         **arguments: Any,
     ) -> None:
         """Make the one-slot batch; `arguments` are those of `DenoisingVectorEnv`."""
@@ -45,6 +47,7 @@ class DenoisingEnv(gym.Env[Observation, Latents]):
             ("num_envs", num_envs, (1,)),
             ("samples_per_prompt", samples_per_prompt, (1,)),
             ("autoreset_mode", autoreset_mode, (AutoresetMode.DISABLED.value, AutoresetMode.DISABLED)),
+            ("deferred_rewards", deferred_rewards, (False,)),
         ):
             if value not in only:
                 raise ValueError(

@@ -26,8 +26,8 @@ from gymnasium.envs.registration import EnvSpec
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-BUNDLED_MODELS: dict[str, str] = {"tiny": "data/tiny"}
-"""Models that ship inside the package: name → folder below `ddpo_env`."""
+BUNDLED_MODELS: dict[str, str] = {"tiny": "data/tiny", "points": "ddpo_env.points:PointsModel"}
+"""Models that ship inside the package: name → folder below `ddpo_env`, or `module:Class` called with device, dtype."""
 
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "ddpo_env.stable_diffusion:StableDiffusionModel",
@@ -43,11 +43,18 @@ _IMPORTED_BY = os.getpid()
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _loaded: dict[tuple[str, str, str], DiffusionModel] = {}
 _pipelines: WeakValueDictionary[str, DiffusionPipeline] = WeakValueDictionary()
+_models: WeakValueDictionary[str, DiffusionModel] = WeakValueDictionary()
 
 
 @runtime_checkable
 class DiffusionModel(Protocol):
-    """What a family of diffusion models must offer; everything else in the package is written against this."""
+    """What a family of diffusion models must offer; everything else in the package is written against this.
+
+    An object of any class with these members is a model that `load_model` takes: a denoiser of your own. Two more are
+    optional. `draws_pictures = False` says that `decode` returns something else than uint8 pictures, and
+    `render(latents)` draws latents `(batch, *latent_shape)` as uint8 pictures `(batch, height, width, 3)` where
+    `decode` does not, or not well.
+    """
 
     source: str
     """What `load_model` was given, as a string that finds this model again in this process."""
@@ -65,7 +72,10 @@ class DiffusionModel(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Turn latents `(batch, *latent_shape)` into uint8 pictures `(batch, height, width, 3)`."""
+        """Turn latents `(batch, *latent_shape)` into uint8 pictures `(batch, height, width, 3)`.
+
+        A model that draws something else returns that, `(batch, ...)` in a dtype that NumPy has.
+        """
         ...
 
     def predict(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
@@ -114,13 +124,15 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def resolve_source(model: str | Path) -> str:
-    """Turn a bundled name, folder or Hub id into what diffusers loads, without loading anything.
+    """Turn a bundled name, folder or Hub id into what is loaded, without loading anything.
 
     Raises:
         ValueError: for a name that is neither, or a folder that holds no pipeline.
     """
     name = str(model)
     if name in BUNDLED_MODELS:
+        if ":" in BUNDLED_MODELS[name]:
+            return name
         return str(files("ddpo_env") / BUNDLED_MODELS[name])
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -138,15 +150,16 @@ def resolve_source(model: str | Path) -> str:
 
 
 def load_model(
-    model: str | Path | DiffusionPipeline,
+    model: str | Path | DiffusionPipeline | DiffusionModel,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
 ) -> DiffusionModel:
     """Load a diffusion model, or return the one that this process has loaded already.
 
     Args:
-        model: bundled name (`"tiny"`), folder in diffusers' layout, Hub id, or a pipeline object (which is moved to
-            `device` and `dtype`).
+        model: bundled name (`"tiny"`, `"points"`), folder in diffusers' layout, Hub id, a pipeline object (which is
+            moved to `device` and `dtype`), or a `DiffusionModel` of your own, which stays where it is and is found
+            again by its `source` as long as somebody holds it.
         device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, ...
         dtype: of the frozen weights: `"auto"`, `"float32"`, `"float16"`, `"bfloat16"` or the torch dtype.
 
@@ -159,6 +172,10 @@ def load_model(
     """
     if os.getpid() != _IMPORTED_BY:
         torch.set_num_threads(1)  # a forked process has OpenMP's state without its threads, and would wait for them
+    if isinstance(model, str) and model in _models:
+        model = _models[model]
+    if isinstance(model, DiffusionModel):
+        return _own_model(model, device, dtype)
     resolved_device = resolve_device(device)
     resolved_dtype = resolve_dtype(dtype, resolved_device)
     if isinstance(model, DiffusionPipeline):
@@ -167,7 +184,9 @@ def load_model(
     elif isinstance(model, str | Path):
         source = str(model)
     else:
-        raise ValueError(f"model must be {_valid_models()}; got a {type(model).__name__}")
+        lacks = [name for name in _MEMBERS if not hasattr(model, name)]
+        without = f" without {', '.join(lacks)}" if len(lacks) < len(_MEMBERS) else ""
+        raise ValueError(f"model must be {_valid_models()}; got a {type(model).__name__}{without}")
     pipeline = _pipelines.get(source)
     location = resolve_source(model) if pipeline is None else source
     key = (location, str(resolved_device), str(resolved_dtype))
@@ -175,6 +194,10 @@ def load_model(
     if pipeline is None:
         if cached is not None:
             return cached
+        if location in BUNDLED_MODELS:
+            module, name = BUNDLED_MODELS[location].split(":")
+            _loaded[key] = getattr(import_module(module), name)(device=resolved_device, dtype=resolved_dtype)
+            return _loaded[key]
         family = _family_of(_pipeline_class(location))
         pipeline = _load_pipeline(location, resolved_dtype, family.loading_options).to(resolved_device)
     else:
@@ -187,8 +210,8 @@ def load_model(
 
 
 def with_model_named(spec: EnvSpec | None, model: DiffusionModel) -> EnvSpec | None:
-    """Return the spec with a pipeline object's name in its place: wrappers copy the spec with all that it holds."""
-    if spec is None or not isinstance(spec.kwargs.get("model"), DiffusionPipeline):
+    """Return the spec with a model object's name in its place: wrappers copy the spec with all that it holds."""
+    if spec is None or not isinstance(spec.kwargs.get("model"), DiffusionPipeline | DiffusionModel):
         return spec
     return replace(spec, kwargs={**spec.kwargs, "model": model.source})
 
@@ -201,8 +224,39 @@ def unload_models() -> None:
 def _valid_models() -> str:
     return (
         f"a bundled name ({', '.join(BUNDLED_MODELS)}), a folder that exists, a Hub id such as "
-        "'CompVis/stable-diffusion-v1-4', or a diffusers pipeline"
+        "'CompVis/stable-diffusion-v1-4', a diffusers pipeline, or a DiffusionModel (by its source while it exists)"
     )
+
+
+_MEMBERS = tuple(name for name in (*DiffusionModel.__annotations__, *vars(DiffusionModel)) if not name.startswith("_"))
+
+
+def _own_model(model: DiffusionModel, device: str | torch.device, dtype: str | torch.dtype) -> DiffusionModel:
+    """Check a user's model, and remember it by its source."""
+    source = model.source
+    is_known = _models.get(source) is model or any(model is one for one in _loaded.values())
+    if not is_known:
+        if not isinstance(source, str) or not source or source in BUNDLED_MODELS or source.startswith("pipeline/"):
+            raise ValueError(
+                f"source of a model must be a name of its own, not one of {', '.join(BUNDLED_MODELS)}; got {source!r}"
+            )
+        if source in _models:
+            raise ValueError(f"source of a model must be its own; another model of this process has {source!r}")
+    places = {(weight.device, weight.dtype) for weight in model.denoiser.parameters()}
+    if len(places) != 1:
+        raise ValueError(f"model {source!r} must have weights on one device in one dtype; got {places or 'none'}")
+    ((found_device, found_dtype),) = places
+    if str(device) != "auto" and resolve_device(device) != found_device:
+        raise ValueError(f"device must be auto or {found_device}, where model {source!r} is; got {str(device)!r}")
+    wanted_dtype = found_dtype if str(dtype) == "auto" else resolve_dtype(dtype, found_device)
+    if found_dtype not in DTYPES.values() or wanted_dtype != found_dtype:
+        raise ValueError(
+            f"dtype must be auto or that of model {source!r}, one of {', '.join(DTYPES)}; got {dtype!r}, and its "
+            f"weights are {found_dtype}"
+        )
+    if not is_known:
+        _models[source] = model
+    return model
 
 
 def _pipeline_class(location: str) -> str:

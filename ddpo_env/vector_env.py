@@ -7,7 +7,6 @@ never called here: it belongs to the policy.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -23,19 +22,19 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from ddpo_env.models import load_model, with_model_named
+from ddpo_env.arguments import autoreset_mode_of, check_counts, check_reward_and_rendering, check_settings
+from ddpo_env.deferred_reward import RewardWorker
+from ddpo_env.models import DiffusionModel, load_model, with_model_named
 from ddpo_env.prompts import Prompt, load_prompts
 from ddpo_env.reset_options import as_float, check_names, given_latents, given_prompts, reset_mask, slot_seeds
 from ddpo_env.scheduler_table import SMALLEST_STD
 from ddpo_env.spaces import DenoisingObservationSpace, latent_box
 from ddpo_env.transition import GaussianSampler
-from rewards import Reward, evaluate_reward, load_reward
+from rewards import Reward, are_images, evaluate_reward, load_reward
 
 Latents: TypeAlias = npt.NDArray[np.float32] | Tensor
 Observation: TypeAlias = dict[str, Any]
 Mask: TypeAlias = npt.NDArray[np.bool_]
-
-BACKENDS = ("numpy", "torch")
 
 
 class _Start(NamedTuple):
@@ -81,15 +80,15 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
 
     ## Episode End
     `terminated` after exactly `num_inference_steps` actions; there is no truncation. The last info then has `image`
-    (uint8, height × width × 3), `prompt`, and `reward_details` if the reward reports any. All three of Gymnasium's
-    autoreset modes are there; the default is next-step.
+    (uint8, height × width × 3; `sample` instead where the model draws something else), `prompt`, and `reward_details`
+    if the reward reports any. All three of Gymnasium's autoreset modes are there; the default is next-step.
 
     ## Arguments
 
     | name | default | meaning |
     | --- | --- | --- |
     | `num_envs` | 1 | slots in the batch |
-    | `model` | `"tiny"` | bundled name, folder, Hub id or diffusers pipeline |
+    | `model` | `"tiny"` | bundled name, folder, Hub id, diffusers pipeline or `DiffusionModel` |
     | `reward` | `"jpeg_compressibility"` | built-in name, `"module:function"` or callable |
     | `prompts` | `"simple_animals"` | named set, text file, list or callable |
     | `num_inference_steps` | 20 | actions in an episode |
@@ -98,9 +97,16 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
     | `backend` | `"numpy"` | `"torch"`: observations are tensors on `device`, rewards and flags stay NumPy |
     | `autoreset_mode` | `"NextStep"` | `gymnasium.vector.AutoresetMode` or its value |
     | `samples_per_prompt` | 1 | how many slots in a row share a prompt |
-    | `render_mode` | `None` | `"rgb_array"`: the decoded current latents |
+    | `deferred_rewards` | `False` | compute rewards in a thread of their own while the environment goes on; see below |
+    | `render_mode` | `None` | `"rgb_array"`: the decoded current latents, or what the model's `render` draws |
 
     With `backend="torch"` nothing is copied for the caller: read the tensors of an observation, do not write to them.
+
+    With `deferred_rewards=True` a step that ends episodes returns before their pictures are judged: their reward is 0
+    there, and the last info has `deferred_reward` (`ddpo_env.deferred_reward.DeferredReward`: `done()`, `result()`,
+    `details()`) in place of `reward_details`. An exception of the reward is raised by `result()`, and by the next step
+    after it happened if nobody has seen it until then. `reset`, `state_dict`, `load_state_dict` and `close` wait for
+    what is pending.
 
     Raises:
         ValueError: for an argument that is not valid, before any model is loaded.
@@ -108,12 +114,13 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10, "autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
     _spec: EnvSpec | None = None
+    _worker: RewardWorker | None = None
 
     def __init__(
         self,
         num_envs: int = 1,
         *,
-        model: str | Path | DiffusionPipeline = "tiny",
+        model: str | Path | DiffusionPipeline | DiffusionModel = "tiny",
         reward: str | Callable[..., Any] = "jpeg_compressibility",
         prompts: Any = "simple_animals",
         num_inference_steps: int = 20,
@@ -122,31 +129,24 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         backend: str = "numpy",
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         samples_per_prompt: int = 1,
+        deferred_rewards: bool = False,
         render_mode: str | None = None,
     ) -> None:
         """Check the arguments, then load the model; see the class docstring for each argument."""
-        for name, count in (
-            ("num_envs", num_envs),
-            ("samples_per_prompt", samples_per_prompt),
-            ("num_inference_steps", num_inference_steps),
-        ):
-            if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
-                raise ValueError(f"{name} must be an integer of at least 1; got {count!r}")
-        if num_envs % samples_per_prompt:
-            raise ValueError(f"samples_per_prompt must divide num_envs={num_envs}; got {samples_per_prompt}")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode must be None or 'rgb_array'; got {render_mode!r}")
-        self.autoreset_mode = _autoreset_mode(autoreset_mode)
+        check_counts(num_envs, samples_per_prompt, num_inference_steps)
+        check_settings(backend, deferred_rewards, render_mode)
+        self.autoreset_mode = autoreset_mode_of(autoreset_mode)
         self.reward: Reward = load_reward(reward)
         self.prompts = load_prompts(prompts)
         self.model = load_model(model, device, dtype)
+        check_reward_and_rendering(self.model, self.reward, render_mode)
         self.device = next(self.model.denoiser.parameters()).device
         self.num_envs = num_envs
         self.num_inference_steps = num_inference_steps
         self.backend = backend
         self.samples_per_prompt = samples_per_prompt
+        self.deferred_rewards = deferred_rewards
+        self._worker = RewardWorker(self.reward) if deferred_rewards else None
         self.render_mode = render_mode
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         clock = GaussianSampler.from_scheduler(self.model.scheduler, num_inference_steps, min_std=SMALLEST_STD)
@@ -181,6 +181,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         for slot, slot_seed in enumerate(slot_seeds(seed, self.num_envs)):
             if slot_seed is not None and mask[slot]:
                 self._generators[slot], self._seeds[slot] = seeding.np_random(slot_seed)
+        self._forget_rewards()
         infos = self._begin(self._draw(mask, prompts, latents), {})
         return self.observe(), infos
 
@@ -199,6 +200,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
                 stall an accelerator, so there with `backend="torch"` only the last latents of an episode are checked.
             Exception: whatever the reward raises. The environment is then where it was, and the step can be repeated.
         """
+        if self._worker is not None:
+            self._worker.raise_failed()
         self._require_reset()
         latents = self._check_actions(actions)
         over = self._step_index == self.num_inference_steps  # in next-step mode alone: to be reset now
@@ -217,14 +220,25 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         return self.observe(), rewards, ending, np.zeros(self.num_envs, dtype=np.bool_), infos
 
     def render(self) -> tuple[npt.NDArray[np.uint8], ...] | None:
-        """Return the decoded current latents, one uint8 picture `(height, width, 3)` a slot."""
+        """Return the current latents, decoded or as the model draws them, one uint8 `(height, width, 3)` a slot."""
         if self.render_mode is None:
             return None
         self._require_reset(ended_is_fine=True)
-        return tuple(self.model.decode(self._latents).cpu().numpy())
+        return tuple(getattr(self.model, "render", self.model.decode)(self._latents).cpu().numpy())
+
+    def wait_for_rewards(self) -> None:
+        """Return when no deferred reward is pending; one that failed is raised by the next step all the same."""
+        if self._worker is not None:
+            self._worker.wait()
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Finish the deferred rewards and end their thread."""
+        if self._worker is not None:
+            self._worker.close()
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return everything that the next step depends on: tensors, and plain values for JSON."""
+        self.wait_for_rewards()
         return {"latents": self._latents}, {
             "prompts": self._prompts.tolist(),
             "metadata": self._prompt_metadata,
@@ -236,6 +250,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         """Go on from what `state_dict` of an environment with the same arguments returned."""
         if len(state["generators"]) != self.num_envs:
             raise ValueError(f"state must be of num_envs={self.num_envs} slots; got {len(state['generators'])}")
+        self._forget_rewards()
         self._latents = tensors["latents"].to(self.device)
         self._prompts = np.array(state["prompts"], dtype=object)
         self._prompt_metadata = list(state["metadata"])
@@ -307,17 +322,28 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         finals = latents[torch.as_tensor(slots, device=self.device)]
         if not bool(torch.isfinite(finals).all()):
             raise ValueError("actions must be finite; the last latents of an episode have NaN or infinite values")
-        images = self.model.decode(finals).cpu().numpy()
-        scores, details = evaluate_reward(
-            self.reward, images, [self._prompts[i] for i in slots], [self._prompt_metadata[i] for i in slots]
-        )
-        infos: dict[str, Any] = {}
-        for row, slot in enumerate(slots):
-            info: dict[str, Any] = {"prompt": self._prompts[slot], "image": images[row]}
+        samples = self.model.decode(finals).cpu().numpy()
+        key = "image" if are_images(samples) else "sample"
+        prompts, metadata = [self._prompts[i] for i in slots], [self._prompt_metadata[i] for i in slots]
+        extras: list[dict[str, Any]] = [{} for _ in slots]
+        scores = np.zeros(len(slots))
+        if self._worker is not None:
+            extras = [{"deferred_reward": one} for one in self._worker.submit(samples, prompts, metadata)]
+        else:
+            scores, details = evaluate_reward(self.reward, samples, prompts, metadata)
             if details:
-                info["reward_details"] = {name: values[row] for name, values in details.items()}
-            infos = self._add_info(infos, info, int(slot))
+                extras = [
+                    {"reward_details": {name: values[row] for name, values in details.items()}}
+                    for row in range(len(slots))
+                ]
+        infos: dict[str, Any] = {}
+        for slot, sample, extra in zip(slots, samples, extras, strict=True):
+            infos = self._add_info(infos, {"prompt": self._prompts[slot], key: sample, **extra}, int(slot))
         return scores, infos
+
+    def _forget_rewards(self) -> None:
+        if self._worker is not None:
+            self._worker.forget()
 
     def _as_final(self, infos: dict[str, Any], ending: Mask) -> dict[str, Any]:
         """Put the last observation and info of the slots in `ending` where same-step autoreset has them."""
@@ -355,11 +381,3 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         if self.backend == "torch":  # nothing is ever written in place, so tensors can be handed out as they are
             return {name: tensor.to(self.device) for name, tensor in state.items()}
         return {name: tensor.cpu().numpy().copy() for name, tensor in state.items()}
-
-
-def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:
-    try:
-        return AutoresetMode(mode)
-    except ValueError:
-        valid = ", ".join(repr(m.value) for m in AutoresetMode)
-        raise ValueError(f"autoreset_mode must be one of {valid}; got {mode!r}") from None

@@ -27,7 +27,7 @@ from rewards.pretrained import (
     resolve_weights,
     shared,
 )
-from rewards.protocol import Images, Metadata
+from rewards.protocol import Images, Metadata, images_only
 
 
 class ClipEmbedder:
@@ -84,6 +84,7 @@ class ClipEmbedder:
             return normalize(features.float(), dim=-1)
 
 
+@images_only
 class ClipReward:
     """Base of the rewards that score pictures by their CLIP embedding; a subclass implements `score`.
 

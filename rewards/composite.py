@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rewards.protocol import Details, Images, Metadata, Reward, StatefulReward, evaluate_reward
+from rewards.protocol import Details, Images, Metadata, Reward, StatefulReward, evaluate_reward, is_images_only
 
 _RAW = "raw"
 
@@ -128,6 +128,11 @@ class Composite:
         }
         self.statistics = {part.name: RunningStatistics() for part in self.parts if not part.raw}
         self._is_frozen = False
+
+    @property
+    def images_only(self) -> bool:
+        """Whether any part is of pictures alone."""
+        return any(is_images_only(reward) for reward in self.rewards.values())
 
     def __call__(
         self, images: Images, prompts: Sequence[str], metadata: Metadata

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rewards.protocol import Images, Metadata
+from rewards.protocol import Images, Metadata, images_only
 
 QUALITY = 95
 
@@ -26,11 +26,13 @@ def jpeg_kilobytes(images: Images) -> NDArray[np.float64]:
         return np.fromiter(pool.map(_kilobytes, images), dtype=np.float64, count=len(images))
 
 
+@images_only
 def jpeg_incompressibility(images: Images, prompts: Sequence[str], metadata: Metadata) -> NDArray[np.float64]:
     """Reward pictures that do not compress: their size in kB, (batch,)."""
     return jpeg_kilobytes(images)
 
 
+@images_only
 def jpeg_compressibility(images: Images, prompts: Sequence[str], metadata: Metadata) -> NDArray[np.float64]:
     """Reward pictures that compress well: minus their size in kB, (batch,)."""
     return -jpeg_kilobytes(images)

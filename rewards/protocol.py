@@ -1,7 +1,8 @@
 """What a reward is, and the one place where its answer is checked: between the decoded picture and the algorithm.
 
-A reward is a function of a batch of pictures, their prompts and the prompts' metadata. Whatever it returns goes
-through `evaluate_reward`, so that a wrong shape, a NaN or a text is an error that names the reward, never a gradient.
+A reward is a function of a batch of pictures (or of whatever else the model draws), their prompts and the prompts'
+metadata. Whatever it returns goes through `evaluate_reward`, so that a wrong shape, a NaN or a text is an error that
+names the reward, never a gradient.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,11 +19,16 @@ from numpy.typing import ArrayLike, NDArray
 Images: TypeAlias = NDArray[np.uint8]
 """Pictures, (batch, height, width, 3), 0 to 255, RGB."""
 
+Samples: TypeAlias = NDArray[Any]
+"""What a model draws: pictures, or any other array whose first axis is the batch, such as points (batch, 2)."""
+
 Metadata: TypeAlias = Sequence[Mapping[str, Any]]
 """One dictionary a picture: what the prompt set knows about the prompt, often nothing."""
 
 Details: TypeAlias = Mapping[str, Sequence[Any]]
 """Whatever else is worth logging, by name, one value a picture."""
+
+_Marked = TypeVar("_Marked", bound=Callable[..., Any])
 
 
 @runtime_checkable
@@ -30,7 +36,7 @@ class Reward(Protocol):
     """Scores a batch of pictures; higher is better. A plain function is a reward."""
 
     def __call__(
-        self, images: Images, prompts: Sequence[str], metadata: Metadata
+        self, images: Samples, prompts: Sequence[str], metadata: Metadata
     ) -> ArrayLike | tuple[ArrayLike, Details]:
         """Return one finite number a picture, (batch,), alone or with details."""
         ...
@@ -82,22 +88,40 @@ def reward_name(reward: object) -> str:
     return str(getattr(reward, "__name__", type(reward).__name__))
 
 
+def are_images(samples: object) -> bool:
+    """Whether samples are pictures: a uint8 array (batch, height, width, 3)."""
+    return (
+        isinstance(samples, np.ndarray) and samples.dtype == np.uint8 and samples.ndim == 4 and samples.shape[-1] == 3
+    )
+
+
+def images_only(reward: _Marked) -> _Marked:
+    """Mark a reward function, or a class of rewards, as one of pictures: `evaluate_reward` gives it nothing else."""
+    reward.images_only = True  # type: ignore[attr-defined]
+    return reward
+
+
+def is_images_only(reward: object) -> bool:
+    """Whether a reward is marked by `images_only`."""
+    return bool(getattr(reward, "images_only", False))
+
+
 def evaluate_reward(
     reward: Reward,
-    images: Images,
+    samples: Samples,
     prompts: Sequence[str],
     metadata: Metadata,
     *,
     non_finite: Literal["raise", "keep"] = "raise",
 ) -> tuple[NDArray[np.float64], dict[str, list[Any]]]:
-    """Score a batch of pictures and check the answer.
+    """Score a batch of samples and check the answer.
 
     Args:
         reward: Returns scores as an array, a list or a tensor on any device, of floats, integers or booleans.
-        images: (batch, height, width, 3) uint8.
-        prompts: One a picture.
-        metadata: One dictionary a picture.
-        non_finite: What becomes of NaN and infinity: `raise`, or `keep` for a caller that leaves those pictures out.
+        samples: Pictures, (batch, height, width, 3) uint8, or what else the reward takes, (batch, ...).
+        prompts: One a sample.
+        metadata: One dictionary a sample.
+        non_finite: What becomes of NaN and infinity: `raise`, or `keep` for a caller that leaves those samples out.
             With `keep` there is a detail `non_finite`, true for each of them, whose sum is their number.
 
     Returns:
@@ -105,21 +129,26 @@ def evaluate_reward(
 
     Raises:
         TypeError: The reward returned something other than numbers.
-        ValueError: The pictures are not such an array, or the answer has the wrong length or is not finite.
+        ValueError: The samples are no array, or not of the kind that the reward takes, or the answer has the wrong
+            length or is not finite.
     """
     name = reward_name(reward)
     if non_finite not in ("raise", "keep"):
         raise ValueError(f"non_finite must be raise or keep; got {non_finite!r}")
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        shape, dtype = getattr(images, "shape", None), getattr(images, "dtype", type(images).__name__)
-        raise ValueError(f"images must be a uint8 array (batch, height, width, 3); got {dtype} of shape {shape}")
-    batch = len(images)
+    shape, dtype = getattr(samples, "shape", None), getattr(samples, "dtype", type(samples).__name__)
+    if not isinstance(samples, np.ndarray) or not samples.ndim:
+        raise ValueError(f"samples must be a NumPy array whose first axis is the batch; got {dtype} of shape {shape}")
+    if is_images_only(reward) and not are_images(samples):
+        raise ValueError(
+            f"reward {name} scores pictures, a uint8 array (batch, height, width, 3); got {dtype} of shape {shape}"
+        )
+    batch = len(samples)
     if len(prompts) != batch or len(metadata) != batch:
         raise ValueError(
-            f"there must be one prompt and one metadata dictionary for each of {batch} images;"
+            f"there must be one prompt and one metadata dictionary for each of {batch} samples;"
             f" got {len(prompts)} prompts and {len(metadata)} dictionaries"
         )
-    raw_scores, raw_details = _split(reward(images, prompts, metadata))
+    raw_scores, raw_details = _split(reward(samples, prompts, metadata))
     scores = _as_numbers(raw_scores, name)
     if scores.shape != (batch,):
         raise ValueError(f"reward {name} must return shape ({batch},), one score a picture; got {scores.shape}")

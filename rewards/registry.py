@@ -24,6 +24,8 @@ BUILTIN_REWARDS: dict[str, str] = {
     "hps_v2": "rewards.preference:HPSv2",
     "vlm_alignment": "rewards.vlm_alignment:VlmAlignment",
     "vlm_vqa": "rewards.vlm_vqa:VlmVqa",
+    "points_ring": "rewards.points:ring",
+    "points_mixture": "rewards.points:mixture",
 }
 """Name to `module:attribute`, where the attribute is a reward function, or a class whose instances are rewards."""
 

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from rewards.answer_log import AnswerLog
 from rewards.bert_score import BertScoreRecall
 from rewards.judge import Judge, load_judge
-from rewards.protocol import Details, Images, Metadata
+from rewards.protocol import Details, Images, Metadata, images_only
 
 QUESTION = "Answer concisely: what is going on in this image?"
 TEMPLATE = "The image contains {prompt}"
 
 
+@images_only
 class VlmAlignment:
     """BERTScore recall of a judge's description against "The image contains {prompt}"."""
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rewards.answer_log import AnswerLog
 from rewards.judge import Judge, load_judge
-from rewards.protocol import Details, Images, Metadata
+from rewards.protocol import Details, Images, Metadata, images_only
 
 if TYPE_CHECKING:
     import inflect
@@ -44,6 +44,7 @@ def answers_match(expected: str, answer: str) -> bool:
     return bool(wanted) and any(given[start : start + len(wanted)] == wanted for start in starts)
 
 
+@images_only
 class VlmVqa:
     """The share of the metadata's `questions` that a judge answers with the word or words of its `answers`."""
 

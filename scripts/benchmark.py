@@ -23,7 +23,7 @@ from rich.console import Console
 from agents.configuration import PolicySettings, RunSettings, TaskSettings, TrainConfig, TrainingSettings
 from agents.diffusion_policy import DiffusionPolicy
 from agents.ppo import PPO
-from agents.training import build_ppo
+from agents.training import build_run
 
 
 @dataclass(kw_only=True)
@@ -121,7 +121,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     """Return the figures, medians over the repeats."""
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
-        algorithm, _ = build_ppo(configuration(arguments, Path(folder) / "run"))
+        algorithm, _ = build_run(configuration(arguments, Path(folder) / "run"))
         _, callback = algorithm._setup_learn(1, None)
     env, device = algorithm.env, algorithm.device
     assert env is not None

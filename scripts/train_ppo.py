@@ -22,9 +22,9 @@ def main() -> int:
     config = tyro.cli(Annotated[TrainConfig, tyro.conf.OmitArgPrefixes], description=__doc__)
     console = Console()
     try:
-        from agents.training import prepare_ppo
+        from agents.training import prepare_run
 
-        run = prepare_ppo(config)
+        run = prepare_run(config)
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         return 2

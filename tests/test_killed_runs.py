@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 from micro_agents import micro_config
 from agents.configuration import RunSettings, TrainConfig
-from agents.training import run_ppo
+from agents.training import run_training
 
 model, folder, resume = sys.argv[1:]
-run_ppo(
+run_training(
     TrainConfig(run=RunSettings(resume=Path(folder)))
     if resume == "resume"
     else micro_config(model, Path(folder), run={"iterations": 5})

@@ -140,9 +140,7 @@ def test_objective_equals_a_hand_computation():
     ratio, advantages = torch.tensor([1.5, 1.5, 0.5, 0.9]), torch.tensor([2.0, -1.0, 3.0, -4.0])
     returns = torch.tensor([1.0, 0.0, -1.0, 2.0])
     old = log_prob.detach() - ratio.log()
-    loss, values_logged = model.loss(
-        Transitions(observations, actions, old, values.flatten(), advantages, returns)
-    )
+    loss, values_logged = model.loss(Transitions(observations, actions, old, values.flatten(), advantages, returns))
     # min(r A, clip(r) A): 1.5·2 against 1.2·2; −1.5 against −1.2; 0.5·3 against 0.8·3; −0.9·4 unclipped
     surrogate = (2.4 - 1.5 + 1.5 - 3.6) / 4
     value_loss = ((values.flatten() - returns) ** 2).mean()

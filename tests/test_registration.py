@@ -33,8 +33,9 @@ def test_environment_is_made_from_a_process_that_did_not_import_the_package(tmp_
     assert run_python(code, tmp_path) == "{'prompt': 'a cat'} DDPO-SD-v0"
 
 
-def test_registered_once_with_both_entry_points() -> None:
-    spec = gym.spec("DDPO-SD-v0")
+@pytest.mark.parametrize("name", ["DDPO-SD-v0", "DDPO-Points-v0"])
+def test_registered_once_with_both_entry_points(name: str) -> None:
+    spec = gym.spec(name)
     assert spec.entry_point == "ddpo_env.env:DenoisingEnv"
     assert spec.vector_entry_point == "ddpo_env.vector_env:DenoisingVectorEnv"
     assert spec.max_episode_steps is None

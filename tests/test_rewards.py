@@ -157,16 +157,34 @@ def test_bad_answer_is_an_error_that_names_the_reward(answer, error, message):
         (pictures(4).astype(np.float32), r"got float32 of shape \(4, 32, 32, 3\)"),
         (pictures(4)[0], r"got uint8 of shape \(32, 32, 3\)"),
         (pictures(4).transpose(0, 3, 1, 2), r"got uint8 of shape \(4, 3, 32, 32\)"),
-        (list(pictures(4)), "got list of shape None"),
+        (np.zeros((4, 2)), r"got float64 of shape \(4, 2\)"),
     ],
 )
-def test_bad_pictures_are_refused(images, message):
-    with pytest.raises(ValueError, match=r"images must be a uint8 array \(batch, height, width, 3\); " + message):
-        evaluate_reward(rewards.jpeg_compressibility, images, PROMPTS, [{}] * 4)
+@pytest.mark.parametrize("spec", ["jpeg_compressibility", "clip_score", "vlm_vqa", "jpeg_compressibility:1:raw"])
+def test_rewards_of_pictures_refuse_everything_else(spec, images, message):
+    reward = load_reward(spec)
+    expected = r"reward \w+ scores pictures, a uint8 array \(batch, height, width, 3\); " + message
+    with pytest.raises(ValueError, match=expected):
+        evaluate_reward(reward, images, PROMPTS, [{}] * 4)
+
+
+@pytest.mark.parametrize("samples", [[[0.0, 1.0]] * 4, torch.zeros(4, 2), np.float32(1)])
+def test_samples_must_be_an_array_with_a_batch_axis(samples):
+    with pytest.raises(ValueError, match=r"samples must be a NumPy array whose first axis is the batch; got .* of sha"):
+        evaluate_reward(lambda samples, prompts, metadata: [0] * 4, samples, PROMPTS, [{}] * 4)
+
+
+def test_a_reward_of_ones_own_takes_whatever_the_model_draws():
+    points = np.arange(8.0).reshape(4, 2)
+    scores, _ = evaluate_reward(lambda samples, prompts, metadata: samples.sum(1), points, PROMPTS, [{}] * 4)
+    assert scores.tolist() == [1, 5, 9, 13]
+    marked = rewards.images_only(lambda samples, prompts, metadata: samples.sum(1))
+    with pytest.raises(ValueError, match="scores pictures"):
+        evaluate_reward(marked, points, PROMPTS, [{}] * 4)
 
 
 def test_prompts_and_metadata_must_match_the_pictures():
-    with pytest.raises(ValueError, match="each of 4 images; got 3 prompts and 4 dictionaries"):
+    with pytest.raises(ValueError, match="each of 4 samples; got 3 prompts and 4 dictionaries"):
         evaluate_reward(rewards.jpeg_compressibility, pictures(4), PROMPTS[:3], [{}] * 4)
 
 
@@ -220,7 +238,9 @@ def test_every_built_in_reward_loads():
 
 @pytest.mark.parametrize("spec", ["jpg", "", "jpeg compressibility", ":score", "module:", ".module:score"])
 def test_unknown_reward_lists_the_valid_ones(spec):
-    message = "reward must be one of jpeg_compressibility, .*, vlm_vqa; or module:function; or a weighted sum such as "
+    message = (
+        "reward must be one of jpeg_compressibility, .*, points_mixture; or module:function; or a weighted sum such as "
+    )
     with pytest.raises(ValueError, match=message) as caught:
         load_reward(spec)
     assert str(caught.value).endswith(f"got {spec!r}")

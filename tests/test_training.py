@@ -26,13 +26,13 @@ from agents.configuration import RunSettings, TrainConfig, TrainingSettings
 from agents.console import ConsoleWriter
 from agents.diffusion_policy import DiffusionPolicy
 from agents.ppo import PPO
-from agents.training import run_ppo
+from agents.training import run_training
 
 
 @pytest.fixture(scope="module")
 def finished(micro_pipeline_folder, tmp_path_factory):
     """A run that nothing stopped."""
-    return run_ppo(micro_config(micro_pipeline_folder, tmp_path_factory.mktemp("runs") / "finished"))
+    return run_training(micro_config(micro_pipeline_folder, tmp_path_factory.mktemp("runs") / "finished"))
 
 
 def test_run_folder_holds_what_its_docstring_says(finished):
@@ -134,12 +134,12 @@ def test_run_stopped_in_sampling_and_resumed_equals_one_that_was_not(
 ):
     with monkeypatch.context() as patch:
         patch.setattr(micro_agents, "brightness", InterruptedReward(call))
-        stopped = run_ppo(micro_config(micro_pipeline_folder, tmp_path / "run"))
+        stopped = run_training(micro_config(micro_pipeline_folder, tmp_path / "run"))
     assert stopped.reward_after is None
     assert stopped.iterations == done
     assert (stopped.reward_before is None) == (done == 0)
     assert not (tmp_path / "run" / "summary.json").exists()
-    resumed = run_ppo(TrainConfig(run=RunSettings(resume=tmp_path / "run")))
+    resumed = run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run")))
     assert_same_run(tmp_path / "run", finished.folder.path)
     assert (resumed.reward_before, resumed.reward_after) == (finished.reward_before, finished.reward_after)
     assert resumed.config.task == finished.config.task
@@ -160,13 +160,13 @@ def test_run_stopped_in_an_update_and_resumed_equals_one_that_was_not(
     original = PPO._update
     with monkeypatch.context() as patch:
         patch.setattr(PPO, "_update", interrupted)
-        stopped = run_ppo(micro_config(micro_pipeline_folder, tmp_path / "run"))
+        stopped = run_training(micro_config(micro_pipeline_folder, tmp_path / "run"))
     assert stopped.iterations == (update - 1) // 2
     saved = load_file(tmp_path / "run" / "policy" / "policy.safetensors")
     checkpoint = agents.checkpoint.latest_checkpoint(tmp_path / "run" / "checkpoints")
     kept = load_file(checkpoint / "tensors.safetensors")
     assert all(torch.equal(value, kept[f"policy.{name}"]) for name, value in saved.items()), "no half iteration is left"
-    run_ppo(TrainConfig(run=RunSettings(resume=tmp_path / "run")))
+    run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run")))
     assert_same_run(tmp_path / "run", finished.folder.path)
 
 
@@ -186,39 +186,39 @@ def test_run_killed_in_a_save_and_resumed_equals_one_that_was_not(
     with monkeypatch.context() as patch:
         patch.setattr(agents.checkpoint, "save_file", full_disk)
         with pytest.raises(OSError, match="no space left"):
-            run_ppo(micro_config(micro_pipeline_folder, tmp_path / "run"))
+            run_training(micro_config(micro_pipeline_folder, tmp_path / "run"))
     assert (tmp_path / "run" / "checkpoints" / ".iteration_000002.part").exists()
     assert len(rows(tmp_path / "run")) == 2, "the iteration whose checkpoint failed is in the table"
-    run_ppo(TrainConfig(run=RunSettings(resume=tmp_path / "run")))
+    run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run")))
     assert_same_run(tmp_path / "run", finished.folder.path)
 
 
 def test_finished_run_goes_on_to_more_iterations(micro_pipeline_folder, tmp_path):
     constant = {"learning_rate_schedule": "constant"}  # a falling rate depends on how many iterations there are in all
     for name, iterations in (("run", 2), ("at once", 3)):
-        run_ppo(
+        run_training(
             micro_config(micro_pipeline_folder, tmp_path / name, optimizer=constant, run={"iterations": iterations})
         )
-    longer = run_ppo(TrainConfig(run=RunSettings(resume=tmp_path / "run", iterations=3)))
+    longer = run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run", iterations=3)))
     assert longer.config.run.iterations == longer.iterations == 3
     assert_same_run(tmp_path / "run", tmp_path / "at once")
     with pytest.raises(ValueError, match="iterations must be at least 3, which the run has done; got 1"):
-        run_ppo(TrainConfig(run=RunSettings(resume=tmp_path / "run", iterations=1)))
+        run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run", iterations=1)))
 
 
 def test_run_without_checkpoints_on_the_way_resumes_from_its_start(micro_pipeline_folder, tmp_path, monkeypatch):
     config = micro_config(micro_pipeline_folder, tmp_path, run={"checkpoint_interval": 0, "iterations": 2})
     with monkeypatch.context() as patch:
         patch.setattr(micro_agents, "brightness", InterruptedReward(6))
-        assert run_ppo(config).iterations == 0
-    assert run_ppo(TrainConfig(run=RunSettings(resume=tmp_path))).iterations == 2
+        assert run_training(config).iterations == 0
+    assert run_training(TrainConfig(run=RunSettings(resume=tmp_path))).iterations == 2
     assert len(rows(tmp_path)) == 3
 
 
 @pytest.mark.parametrize("policy", [{"critic": True}, {"lora_rank": 0}])
 def test_critic_and_full_fine_tuning_run(micro_pipeline_folder, tmp_path, policy):
     config = micro_config(micro_pipeline_folder, tmp_path, policy=policy, run={"iterations": 1, "eval_interval": 0})
-    result = run_ppo(config)
+    result = run_training(config)
     assert (tmp_path / "lora").exists() == ("critic" in policy)
     assert ("train/explained_variance" in rows(tmp_path)[0]) == ("critic" in policy)
     assert DiffusionPolicy.load(tmp_path / "policy").lora_rank == config.policy.lora_rank
@@ -271,7 +271,7 @@ TRAINING, POLICY, RUN, TASK, OPTIMIZER = "training", "policy", "run", "task", "o
 )
 def test_what_cannot_run_is_refused_before_a_model_is_loaded(tmp_path, group, settings, message):
     with pytest.raises(ValueError, match=message):
-        run_ppo(micro_config("tiny", tmp_path / "run", **{group: settings}))
+        run_training(micro_config("tiny", tmp_path / "run", **{group: settings}))
     assert not (tmp_path / "run").exists()
 
 
@@ -279,17 +279,17 @@ def test_what_cannot_run_is_refused_before_a_model_is_loaded(tmp_path, group, se
 def test_folder_that_holds_a_run_is_refused(finished, tmp_path):
     before = (finished.folder.path / "config.yaml").read_bytes()
     with pytest.raises(ValueError, match="holds a run already: name another folder, or resume it"):
-        run_ppo(micro_config("tiny", finished.folder.path, run={"seed": 5}))
+        run_training(micro_config("tiny", finished.folder.path, run={"seed": 5}))
     assert (finished.folder.path / "config.yaml").read_bytes() == before
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="run_dir must be a folder; .* is a file"):
-        run_ppo(micro_config("tiny", tmp_path / "file"))
+        run_training(micro_config("tiny", tmp_path / "file"))
 
 
 @pytest.mark.usefixtures("no_model")
 def test_resuming_what_is_no_run_is_a_clear_error(finished, tmp_path):
     def resume():
-        return run_ppo(TrainConfig(run=RunSettings(resume=tmp_path)))
+        return run_training(TrainConfig(run=RunSettings(resume=tmp_path)))
 
     with pytest.raises(ValueError, match=r"resume must be the folder of a run, with a config.yaml; got"):
         resume()
@@ -306,7 +306,7 @@ def test_default_folder_is_named_after_the_reward(micro_pipeline_folder, tmp_pat
     monkeypatch.chdir(tmp_path)
     config = micro_config(micro_pipeline_folder, None, run={"iterations": 1, "eval_interval": 0, "eval_samples": 2})
     before = replace(config, run=replace(config.run))
-    result = run_ppo(config)
+    result = run_training(config)
     assert config == before
     assert result.folder.path.parent == Path("runs")
     assert result.folder.path.name.startswith("micro_agents-brightness-20")
