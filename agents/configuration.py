@@ -195,8 +195,9 @@ class TrainConfig:
             ValueError: naming the setting, its value, and what is valid; for sizes that do not divide, the nearest that
                 do.
         """
-        self._check_choices()
+        self._check_algorithm()
         self._check_ranges()
+        self._check_choices()
         training = self.training
         total = training.samples_per_iteration
         _must_divide("sample_batch_size", training.sample_batch_size, "samples_per_iteration", total)
@@ -281,7 +282,6 @@ class TrainConfig:
 
     def _check_choices(self) -> None:
         training, optimizer = self.training, self.optimizer
-        self._check_algorithm()
         if self.policy.autocast not in (None, "bfloat16", "float16"):
             raise ValueError(f"autocast must be None, bfloat16 or float16; got {self.policy.autocast!r}")
         start, end = training.timestep_window
