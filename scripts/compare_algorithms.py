@@ -22,7 +22,7 @@ import tyro
 
 LABELS = {"ppo": "DDPO-IS", "reinforce": "DDPO-SF", "rwr": "RWR", "rwr_sparse": "RWR-sparse"}
 COLOURS = {"ppo": "#0b6e99", "reinforce": "#d9730d", "rwr": "#6940a5", "rwr_sparse": "#448361"}
-FIELDS = ("algorithm", "reward", "seed", "learning_rate", "iteration", "reward_queries", "eval_reward")
+FIELDS = ("algorithm", "reward", "seed", "learning_rate", "updates", "iteration", "reward_queries", "eval_reward")
 
 
 @dataclass
@@ -37,8 +37,10 @@ class Arguments:
     """On which rewards."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the runs that are compared."""
-    learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
     """The grid of the search."""
+    ppo_updates: tuple[int, ...] = (4, 2)
+    """Updates an iteration that the search tries for ppo; the others have one (in each of their epochs)."""
     tuning_seed: int = 100
     """Of the search: none of the seeds that are compared."""
     tuning_iterations: int = 8
@@ -64,6 +66,7 @@ class Run(NamedTuple):
     reward: str
     seed: int
     learning_rate: float
+    updates: int
     iterations: int
 
 
@@ -76,23 +79,26 @@ def main() -> None:
     rates_file, results_file = arguments.output / "learning-rates.csv", arguments.output / "algorithms.csv"
     if arguments.stage == "tune":
         runs = [
-            Run(algorithm, arguments.rewards[0], arguments.tuning_seed, rate, arguments.tuning_iterations)
+            Run(algorithm, arguments.rewards[0], arguments.tuning_seed, rate, updates, arguments.tuning_iterations)
             for algorithm in arguments.algorithms
+            for updates in (arguments.ppo_updates if algorithm == "ppo" else (1,))
             for rate in arguments.learning_rates
         ]
         perform(runs, arguments, rates_file)
-        for algorithm, (rate, reward) in best_rates(rates_file).items():
-            print(f"{LABELS[algorithm]:10s} learning rate {rate:g}: {reward:.3f}")
+        for algorithm, best in best_settings(rates_file).items():
+            print(
+                f"{LABELS[algorithm]:10s} learning rate {best.learning_rate:g}, updates {best.updates}: {best.reward:.3f}"
+            )
         return
     if arguments.stage == "compare":
-        rates = best_rates(rates_file)
-        missing = set(arguments.algorithms) - set(rates)
+        best = best_settings(rates_file)
+        missing = set(arguments.algorithms) - set(best)
         if missing:
             sys.exit(
                 f"error: {rates_file} has no learning rate of {', '.join(sorted(missing))}: run --stage tune first"
             )
         runs = [
-            Run(algorithm, reward, seed, rates[algorithm][0], arguments.iterations)
+            Run(algorithm, reward, seed, best[algorithm].learning_rate, best[algorithm].updates, arguments.iterations)
             for seed in arguments.seeds  # so that a comparison that is cut short has all algorithms
             for reward in arguments.rewards
             for algorithm in arguments.algorithms
@@ -104,9 +110,9 @@ def main() -> None:
 
 def perform(runs: Iterable[Run], arguments: Arguments, file: Path) -> None:
     """Run what is not in the file yet, a few at a time, and append the rows of each as it ends."""
-    key = FIELDS[:4]
+    key = FIELDS[:5]
     done = {tuple(row[name] for name in key) for row in read_rows(file)}
-    left = [run for run in runs if tuple(str(value) for value in run[:4]) not in done]
+    left = [run for run in runs if tuple(str(value) for value in run[:5]) not in done]
     file.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         futures = {pool.submit(train, run, arguments): run for run in left}
@@ -142,7 +148,7 @@ def train(run: Run, arguments: Arguments) -> list[dict[str, str]]:
                 checkpoint_interval=0,
             ),
             task=TaskSettings(model=arguments.model, reward=run.reward),
-            training=TrainingSettings(algorithm=run.algorithm),  # type: ignore[arg-type]
+            training=TrainingSettings(algorithm=run.algorithm, updates_per_iteration=run.updates),  # type: ignore[arg-type]
             optimizer=OptimizerSettings(learning_rate=run.learning_rate),
         )
         try:
@@ -154,7 +160,7 @@ def train(run: Run, arguments: Arguments) -> list[dict[str, str]]:
             evaluations = [(run.iterations, float("-inf"))]
     queries = config.training.samples_per_iteration
     return [
-        dict(zip(FIELDS, [*map(str, run[:4]), str(at), str(at * queries), f"{reward:.6f}"], strict=True))
+        dict(zip(FIELDS, [*map(str, run[:5]), str(at), str(at * queries), f"{reward:.6f}"], strict=True))
         for at, reward in evaluations
     ]
 
@@ -167,14 +173,25 @@ def read_rows(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(table))
 
 
-def best_rates(file: Path) -> dict[str, tuple[float, float]]:
-    """Return each algorithm's best learning rate and the reward that it reached, from the rows of a search."""
-    best: dict[str, tuple[float, float]] = {}
-    last = max((int(row["iteration"]) for row in read_rows(file)), default=0)
-    for row in read_rows(file):
-        reward = float(row["eval_reward"])
-        if int(row["iteration"]) == last and reward > best.get(row["algorithm"], (0.0, float("-inf")))[1]:
-            best[row["algorithm"]] = (float(row["learning_rate"]), reward)
+class Best(NamedTuple):
+    """An algorithm's best settings, and the held-out reward that they reached in the search."""
+
+    learning_rate: float
+    updates: int
+    reward: float
+
+
+def best_settings(file: Path) -> dict[str, Best]:
+    """Return each algorithm's best settings from the rows of a search."""
+    best: dict[str, Best] = {}
+    rows = read_rows(file)
+    last = max((int(row["iteration"]) for row in rows), default=0)
+    for row in rows:
+        found = Best(float(row["learning_rate"]), int(row["updates"]), float(row["eval_reward"]))
+        if int(row["iteration"]) == last and (
+            row["algorithm"] not in best or found.reward > best[row["algorithm"]].reward
+        ):
+            best[row["algorithm"]] = found
     return best
 
 
