@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -80,11 +81,16 @@ def _advantage(config: TrainConfig) -> AdvantageEstimator:
 
 
 def _learning_rate(config: TrainConfig) -> float | Callable[[float], float]:
-    """Return the rate, or for a falling one a function of the remaining progress, which is 0 in the last iteration."""
+    """Return the rate, or for a falling one a function of the remaining progress, which is 0 in the last iteration.
+
+    Iteration `i` of `n`, counted from 1, has progress `1 - i / n` left, so the first one gets the whole rate.
+    """
     rate, last = config.learning_rate, config.iterations
     if config.optimizer.learning_rate_schedule == "constant":
         return rate
-    return lambda progress_remaining: rate * (progress_remaining + 1 / last)
+    if config.optimizer.learning_rate_schedule == "cosine":
+        return lambda remaining: rate * (1 - math.cos(math.pi * (remaining + 1 / last))) / 2
+    return lambda remaining: rate * (remaining + 1 / last)
 
 
 def _policy_arguments(config: TrainConfig) -> dict[str, Any]:

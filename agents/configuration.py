@@ -16,6 +16,8 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Algorithm = Literal["ppo", "reinforce", "rwr", "rwr_sparse"]
 Advantage = Literal["per_prompt", "batch", "group", "leave_one_out", "gae"]
 
+Schedule = Literal["constant", "linear", "cosine"]
+
 _ITERATIONS = 20
 
 
@@ -164,8 +166,8 @@ class OptimizerSettings:
 
     learning_rate: float | None = None
     """At the start of the run. Default: the algorithm's, tuned on the bundled model: 5e-3 for ppo."""
-    learning_rate_schedule: Literal["constant", "linear"] = "linear"
-    """What becomes of it: linear falls to almost 0 at the last iteration."""
+    learning_rate_schedule: Schedule = "linear"
+    """What becomes of it: linear and cosine fall to almost 0 at the last iteration."""
     adam_beta1: float = 0.9
     """Decay of the gradient's average."""
     adam_beta2: float = 0.99
@@ -292,6 +294,11 @@ class TrainConfig:
             )
         if training.timestep_fraction > 1:
             raise ValueError(f"timestep_fraction must be in (0, 1]; got {training.timestep_fraction}")
+        if optimizer.learning_rate_schedule not in get_args(Schedule):
+            raise ValueError(
+                f"learning_rate_schedule must be one of {', '.join(get_args(Schedule))}; "
+                f"got {optimizer.learning_rate_schedule!r}"
+            )
         for name, beta in {"adam_beta1": optimizer.adam_beta1, "adam_beta2": optimizer.adam_beta2}.items():
             if not 0 <= beta < 1:
                 raise ValueError(f"{name} must be in [0, 1); got {beta}")

@@ -85,10 +85,9 @@ def main() -> None:
             for rate in arguments.learning_rates
         ]
         perform(runs, arguments, rates_file)
-        for algorithm, best in best_settings(rates_file).items():
-            print(
-                f"{LABELS[algorithm]:10s} learning rate {best.learning_rate:g}, updates {best.updates}: {best.reward:.3f}"
-            )
+        for algorithm, found in best_settings(rates_file).items():
+            settings = f"learning rate {found.learning_rate:g}, updates {found.updates}"
+            print(f"{LABELS[algorithm]:10s} {settings}: {found.reward:.3f}")
         return
     if arguments.stage == "compare":
         best = best_settings(rates_file)

@@ -1,4 +1,4 @@
-"""Fine-tune a diffusion model with PPO and per-prompt advantages (DDPO-IS), from one command.
+"""Fine-tune a diffusion model with PPO and per-prompt advantages (DDPO-IS), or another algorithm, from one command.
 
 Without arguments: the bundled tiny Stable Diffusion learns to draw pictures that compress well, in a few minutes on a
 CPU.
@@ -22,9 +22,11 @@ def main() -> int:
     config = tyro.cli(Annotated[TrainConfig, tyro.conf.OmitArgPrefixes], description=__doc__)
     console = Console()
     try:
+        from agents.plan import describe_plan
         from agents.training import prepare_run
 
         run = prepare_run(config)
+        console.print("\n".join(describe_plan(run.config)), highlight=False, soft_wrap=True)
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         return 2
