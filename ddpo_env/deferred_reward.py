@@ -68,17 +68,16 @@ class DeferredReward:
 class RewardWorker:
     """Calls a reward in one thread, so that calls never overlap and keep their order: a reward may have a state."""
 
-    def __init__(self, reward: Reward) -> None:
+    def __init__(self) -> None:
         """Start with nothing to do."""
-        self._reward = reward
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="deferred-reward")
         self._answers: list[Future[_Answer]] = []
 
     def submit(
-        self, samples: npt.NDArray[Any], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+        self, reward: Reward, samples: npt.NDArray[Any], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> list[DeferredReward]:
         """Queue a batch, as `evaluate_reward` takes it, and return one promise a sample."""
-        answer = self._executor.submit(_evaluate, self._reward, samples, prompts, metadata)
+        answer = self._executor.submit(_evaluate, reward, samples, prompts, metadata)
         self._answers.append(answer)
         return [DeferredReward(answer, row) for row in range(len(samples))]
 

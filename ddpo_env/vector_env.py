@@ -146,7 +146,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         self.backend = backend
         self.samples_per_prompt = samples_per_prompt
         self.deferred_rewards = deferred_rewards
-        self._worker = RewardWorker(self.reward) if deferred_rewards else None
+        self._worker = RewardWorker() if deferred_rewards else None
         self.render_mode = render_mode
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         clock = GaussianSampler.from_scheduler(self.model.scheduler, num_inference_steps, min_std=SMALLEST_STD)
@@ -328,7 +328,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         extras: list[dict[str, Any]] = [{} for _ in slots]
         scores = np.zeros(len(slots))
         if self._worker is not None:
-            extras = [{"deferred_reward": one} for one in self._worker.submit(samples, prompts, metadata)]
+            extras = [{"deferred_reward": one} for one in self._worker.submit(self.reward, samples, prompts, metadata)]
         else:
             scores, details = evaluate_reward(self.reward, samples, prompts, metadata)
             if details:

@@ -174,15 +174,7 @@ def test_an_algorithm_is_its_loss():
     class Nothing(TensorOnPolicyAlgorithm):
         pass
 
-    settings = {
-        "gamma": 1.0,
-        "gae_lambda": 1.0,
-        "ent_coef": 0.0,
-        "vf_coef": 0.0,
-        "max_grad_norm": 1.0,
-        "advantage": None,
-    }
-    model = Nothing("MlpPolicy", "CartPole-v1", batch_size=4, n_epochs=1, n_steps=4, learning_rate=1e-3, **settings)
+    model = Nothing("MlpPolicy", "CartPole-v1", n_steps=4, learning_rate=1e-3)
     assert isinstance(model.env, DummyVecEnv)
     with pytest.raises(NotImplementedError):
         model.learn(4)
