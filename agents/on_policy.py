@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -71,13 +71,16 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
             picture the smallest, so `(0.0, 0.9)` can learn much faster.
         recompute_log_probs: whether the sampling policy's log-densities are computed again before the first update, in
             the very micro-batches that are trained on. In half precision they depend on the batch's shape, and the
-            ratio would start off 1. Default: in half precision only.
+            ratio would start off 1. Default: in half precision only, and where the loss has a ratio.
         ema_decay: decay of an exponential moving average of what learns, see `averaged_weights`; 0 for none.
         **arguments: of `RolloutAlgorithm`: `learning_rate`, `n_steps`, `gamma`, `advantage`, `policy_kwargs`, ...
 
     Raises:
         ValueError: for an argument that is not valid.
     """
+
+    compares_with_sampling: ClassVar[bool] = True
+    """Whether the loss compares the policy with the one that sampled, by the log-densities that the rollout holds."""
 
     def __init__(
         self,
@@ -131,7 +134,7 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
             )
         compute_dtype = getattr(self.policy, "compute_dtype", torch.float32)
         if self.recompute_log_probs is None:
-            self.recompute_log_probs = compute_dtype != torch.float32
+            self.recompute_log_probs = self.compares_with_sampling and compute_dtype != torch.float32
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=compute_dtype == torch.float16)
         if self.ema_decay and self.ema is None:
             self.ema = EMAModel(self._learning_parameters(), decay=self.ema_decay)
@@ -259,7 +262,7 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         if deviations and not metrics["ratio_deviation"]:  # only the first update of an iteration is on-policy
             metrics["ratio_deviation"].append(float(torch.stack(deviations).max()))
         for name, parts in logged.items():
-            metrics[name].append(float(torch.stack(parts).sum()))
+            metrics[name].append(float(sum(parts)))
         if self.target_kl is not None and metrics["approx_kl"] and metrics["approx_kl"][-1] > 1.5 * self.target_kl:
             return False
         self._step(metrics)
@@ -271,8 +274,9 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         if not torch.isfinite(norm) and self.scaler.get_scale() <= 1:
+            loss = metrics["loss"][-1] if metrics["loss"] else "not logged"
             raise FloatingPointError(
-                f"the gradient is not finite after {self._n_updates} updates (loss {metrics['loss'][-1]}): "
+                f"the gradient is not finite after {self._n_updates} updates (loss {loss}): "
                 "lower learning_rate or clip_range, or train in float32"
             )
         if torch.isfinite(norm):

@@ -42,6 +42,8 @@ class REINFORCE(TensorOnPolicyAlgorithm):
         ValueError: for an argument that is not valid.
     """
 
+    compares_with_sampling = False
+
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],

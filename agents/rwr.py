@@ -70,6 +70,8 @@ class RWR(TensorOnPolicyAlgorithm):
         ValueError: for an argument that is not valid.
     """
 
+    compares_with_sampling = False
+
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],

@@ -5,6 +5,7 @@ import pytest
 import torch
 from micro_agents import micro_env, micro_policy, stir, weights
 from test_ppo import collected, denoising_ppo, logged
+from test_reinforce import denoising_reinforce
 
 CLIP_RANGE = 3e-3
 """The default of scripts/train_ppo.py, for the bundled model's latents."""
@@ -60,7 +61,9 @@ def test_every_epoch_is_compared_with_recomputed_log_densities(micro_pipeline_fo
 
 def test_float32_recomputes_nothing(micro_pipeline_folder):
     assert denoising_ppo(micro_pipeline_folder).recompute_log_probs is False
-    assert denoising_ppo(micro_pipeline_folder, policy={"autocast": "bfloat16"}).recompute_log_probs is True
+    half = {"policy": {"autocast": "bfloat16"}}
+    assert denoising_ppo(micro_pipeline_folder, **half).recompute_log_probs is True
+    assert denoising_reinforce(micro_pipeline_folder, **half).recompute_log_probs is False, "its loss has no ratio"
 
 
 def test_what_learns_and_what_is_scored_stay_float32(micro_pipeline_folder):
