@@ -31,9 +31,9 @@ class AlgorithmDefaults(NamedTuple):
 
 ALGORITHMS: dict[str, AlgorithmDefaults] = {
     "ppo": AlgorithmDefaults(5e-3, 1, 4),
-    "reinforce": AlgorithmDefaults(5e-3, 1, 1),
-    "rwr": AlgorithmDefaults(1e-3, 5, 1),
-    "rwr_sparse": AlgorithmDefaults(1e-3, 50, 1),
+    "reinforce": AlgorithmDefaults(1e-2, 1, 1),
+    "rwr": AlgorithmDefaults(2e-3, 5, 1),
+    "rwr_sparse": AlgorithmDefaults(5e-4, 50, 1),
 }
 """Learning rates by the search of `scripts/compare_algorithms.py` on the bundled model; epochs as in the paper."""
 
