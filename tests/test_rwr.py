@@ -169,7 +169,7 @@ def test_cartpole_improves_in_seconds(weighting):
 def test_cartpole_is_learned(weighting, seed):
     mean = mean_cartpole_return(cartpole_rwr(weighting, seed).learn(20_000), 100)
     print(f"RWR, {weighting}, CartPole-v1, seed {seed}: {mean:.0f}")
-    assert mean > 100
+    assert mean > 66, "three times a random policy's 22"
 
 
 @pytest.mark.slow
