@@ -21,6 +21,22 @@ def brightness(images: np.ndarray, prompts: list[str], metadata: list[dict[str, 
     return images.mean(axis=(1, 2, 3)) / 255
 
 
+class InterruptedReward:
+    """Brightness, but its `n`-th call is where Ctrl-C comes."""
+
+    _reward = staticmethod(brightness)  # this one, whatever takes its place in the module
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+        self.__name__ = "brightness"
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return self._reward(images, prompts, metadata)
+
+
 def micro_env(model: Any, num_envs: int = 4, **arguments: Any) -> DenoisingVectorEnv:
     """The native batch as the algorithms take it: same-step reset, tensors."""
     settings: dict[str, Any] = {

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
-from micro_agents import brightness, files_below, micro_config
+from micro_agents import InterruptedReward, files_below, micro_config
 from PIL import Image
 from rich.console import Console
 from run_comparison import assert_same_run, rows
@@ -111,20 +111,6 @@ def test_written_lora_and_policy_draw_alike(finished, micro_pipeline_folder):
         base = policy.model.denoiser(*inputs).sample
     torch.testing.assert_close(theirs, mine, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(mine, base, rtol=0, atol=1e-5)
-
-
-class InterruptedReward:
-    """The reward, but its `n`-th call is where Ctrl-C comes."""
-
-    def __init__(self, n):
-        self.left = n
-        self.__name__ = "brightness"
-
-    def __call__(self, images, prompts, metadata):
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-        return brightness(images, prompts, metadata)
 
 
 # Calls of the reward: 2 before training, then 2 an iteration, 2 more before the third and 2 at the end.

@@ -6,7 +6,7 @@ import micro_agents
 import numpy as np
 import pytest
 import yaml
-from micro_agents import brightness, micro_config
+from micro_agents import InterruptedReward, brightness, micro_config
 from run_comparison import assert_same_run, rows
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -24,20 +24,6 @@ def config_of(model, folder, algorithm="ppo", **settings):
     return micro_config(model, folder, training={"algorithm": algorithm, **updates, **settings})
 
 
-class Stopped:
-    """The reward, but its `n`-th call is where Ctrl-C comes."""
-
-    def __init__(self, n):
-        self.left = n
-        self.__name__ = "brightness"
-
-    def __call__(self, images, prompts, metadata):
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-        return brightness(images, prompts, metadata)
-
-
 @pytest.mark.parametrize(
     ("algorithm", "settings"),
     [
@@ -52,7 +38,7 @@ def test_stopped_and_resumed_run_equals_one_that_was_not(
 ):
     run_training(config_of(micro_pipeline_folder, tmp_path / "whole", algorithm, **settings))
     with monkeypatch.context() as patch:
-        patch.setattr(micro_agents, "brightness", Stopped(7))
+        patch.setattr(micro_agents, "brightness", InterruptedReward(7))
         stopped = run_training(config_of(micro_pipeline_folder, tmp_path / "stopped", algorithm, **settings))
     assert stopped.iterations == 2
     run_training(TrainConfig(run=RunSettings(resume=tmp_path / "stopped")))
