@@ -105,7 +105,7 @@ class BatchAdvantage:
 
 @dataclass
 class GroupRelativeAdvantage:
-    """Episode returns standardised among the rollout's episodes of the same prompt (GRPO, Shao et al. 2024, eq. 4.1.2).
+    """Episode returns standardised among the rollout's episodes of the same prompt (GRPO, Shao et al. 2024, §4.1).
 
     The environment's `samples_per_prompt` sees to it that a prompt has several.
 

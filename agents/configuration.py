@@ -143,7 +143,7 @@ class TrainingSettings:
     overlap_rewards: bool = True
     """Compute a batch's rewards while the next batch is being sampled."""
     advantage_clip: float = 5.0
-    """Advantages are clipped to plus/minus this."""
+    """Standardised advantages (per_prompt, batch, group) are clipped to plus/minus this."""
     stat_buffer_size: int = 32
     """Rewards remembered a prompt, for its mean and standard deviation."""
     stat_min_count: int = 8

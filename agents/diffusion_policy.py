@@ -97,16 +97,7 @@ class DiffusionPolicy(ActorCriticPolicy):
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Share the environment's model and put the adapters in; see the class docstring for the arguments."""
-        if use_sde:
-            raise ValueError("use_sde must be False: the sampler's own noise is the exploration; got True")
-        if log_prob_reduction not in ("mean", "sum"):
-            raise ValueError(f"log_prob_reduction must be mean or sum; got {log_prob_reduction!r}")
-        if not np.isfinite(guidance_scale) or guidance_scale < 0:
-            raise ValueError(f"guidance_scale must be at least 0 (1 is off); got {guidance_scale}")
-        if autocast not in (None, "bfloat16", "float16"):
-            raise ValueError(f"autocast must be None, bfloat16 or float16; got {autocast!r}")
-        if num_inference_steps is not None and num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1; got {num_inference_steps}")
+        _check_arguments(use_sde, num_inference_steps, guidance_scale, log_prob_reduction, autocast)
         if issubclass(optimizer_class, torch.optim.Adam | torch.optim.AdamW):
             optimizer_kwargs = {"betas": (0.9, 0.999), "weight_decay": 1e-4, **(optimizer_kwargs or {})}
         # ActorCriticPolicy's own constructor would build an MLP; everything that it promises is defined below.
@@ -124,12 +115,7 @@ class DiffusionPolicy(ActorCriticPolicy):
                 f"them: it is a {type(observation_space).__name__}, not a DenoisingObservationSpace"
             )
         self.model = load_model(model, "auto" if device is None else device, "auto" if dtype is None else dtype)
-        self._check_spaces()
-        if guidance_scale != 1 and not self.model.conditioning_shapes:
-            raise ValueError(
-                f"guidance_scale must be 1 with model {self.model.source!r}, which has no conditioning to guide by; "
-                f"got {guidance_scale}"
-            )
+        self._check_model(guidance_scale)
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         self.eta = eta
@@ -345,7 +331,13 @@ class DiffusionPolicy(ActorCriticPolicy):
         conditioning = {name: obs[name] for name in self.model.conditioning_shapes}
         return obs["latents"], obs["timestep"].flatten(), conditioning
 
-    def _check_spaces(self) -> None:
+    def _check_model(self, guidance_scale: float) -> None:
+        """Refuse spaces that are not the model's, and guidance where there is nothing to guide by."""
+        if guidance_scale != 1 and not self.model.conditioning_shapes:
+            raise ValueError(
+                f"guidance_scale must be 1 with model {self.model.source!r}, which has no conditioning to guide by; "
+                f"got {guidance_scale}"
+            )
         expected = {"latents": self.model.latent_shape, "timestep": (1,), **self.model.conditioning_shapes}
         found = {
             name: tuple(space.shape or ()) for name, space in getattr(self.observation_space, "spaces", {}).items()
@@ -355,3 +347,19 @@ class DiffusionPolicy(ActorCriticPolicy):
                 f"observation_space must be that of model {self.model.source!r}, {expected}; got {found} "
                 f"with action shape {self.action_space.shape}"
             )
+
+
+def _check_arguments(
+    use_sde: bool, num_inference_steps: int | None, guidance_scale: float, log_prob_reduction: str, autocast: str | None
+) -> None:
+    """Refuse what needs no model to be refused."""
+    if use_sde:
+        raise ValueError("use_sde must be False: the sampler's own noise is the exploration; got True")
+    if num_inference_steps is not None and num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps must be at least 1; got {num_inference_steps}")
+    if not np.isfinite(guidance_scale) or guidance_scale < 0:
+        raise ValueError(f"guidance_scale must be at least 0 (1 is off); got {guidance_scale}")
+    if log_prob_reduction not in ("mean", "sum"):
+        raise ValueError(f"log_prob_reduction must be mean or sum; got {log_prob_reduction!r}")
+    if autocast not in (None, "bfloat16", "float16"):
+        raise ValueError(f"autocast must be None, bfloat16 or float16; got {autocast!r}")

@@ -52,6 +52,12 @@ def add_lora(denoiser: _Module, rank: int, targets: LoraTargets) -> _Module:
             "model already carries a LoRA, which would be saved apart from the new one: "
             "merge it first with pipe.fuse_lora() and pipe.unload_lora_weights()"
         )
+    names = [name for name, _ in denoiser.named_modules()]
+    if not any(name == target or name.endswith(f".{target}") for name in names for target in LORA_TARGETS[targets]):
+        raise ValueError(
+            f"lora_targets={targets!r} names no layer of this {type(denoiser).__name__}: "
+            "train every weight with lora_rank=0"
+        )
     adapted = share_weights(denoiser)
     config = LoraConfig(
         r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS[targets])

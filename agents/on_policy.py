@@ -6,6 +6,7 @@ divergences from the sampling and from the pretrained policy, averaged weights, 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -139,9 +140,9 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         if self.ema_decay and self.ema is None:
             self.ema = EMAModel(self._learning_parameters(), decay=self.ema_decay)
 
+    @abstractmethod
     def loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of some transitions, and what is to be logged, each averaged over them."""
-        raise NotImplementedError
 
     def select_steps(self) -> npt.NDArray[np.int64]:
         """Return the flat indices of the rollout's steps that an epoch trains on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ class PendingRewards:
         """Begin with nothing pending."""
         self.rollout = rollout
         self.details: dict[str, list[Any]] = defaultdict(list)
-        self._pending: list[tuple[int, int, dict[str, Any]]] = []
+        self._pending: deque[tuple[int, int, dict[str, Any]]] = deque()
 
     def add(self, step: int, dones: npt.NDArray[np.bool_], infos: list[dict[str, Any]]) -> None:
         """Take note of the episodes that end with this step."""
@@ -46,7 +46,7 @@ class PendingRewards:
             Exception: whatever the reward raised.
         """
         while self._pending and (wait or self._pending[0][2]["deferred_reward"].done()):
-            step, slot, info = self._pending.pop(0)
+            step, slot, info = self._pending.popleft()
             deferred = info.pop("deferred_reward")
             score = deferred.result()
             self.rollout.rewards[step, slot] += score

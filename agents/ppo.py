@@ -15,7 +15,6 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
-from agents.advantages import AdvantageEstimator
 from agents.on_policy import TensorOnPolicyAlgorithm
 from agents.rollout_buffer import Transitions
 
@@ -31,18 +30,11 @@ class PPO(TensorOnPolicyAlgorithm):
         learning_rate: a number, or a function of the remaining progress.
         n_steps: steps of each environment in a rollout.
         batch_size: transitions in one update.
-        micro_batch_size: transitions in one call of the policy; default: `batch_size`.
         n_epochs: passes over the rollout.
-        gamma: discount; 1 for DDPO.
-        gae_lambda: λ of `GeneralizedAdvantage`.
         clip_range: ε, or a function of the remaining progress. With log-densities averaged over the latent, as DDPO has
             them, it is tiny: 1e-4 at 16,384 dimensions.
-        ent_coef: weight of the entropy bonus.
-        vf_coef: weight of the critic's loss.
-        max_grad_norm: gradients are clipped to this norm.
-        advantage: estimator; default: `GeneralizedAdvantage`.
-        **arguments: of `TensorOnPolicyAlgorithm`: `target_kl`, `kl_coef`, `timestep_fraction`, `timestep_window`,
-            `ema_decay`, ...; and of `RolloutAlgorithm`: `policy_kwargs`, `verbose`, `seed`, `device`, ...
+        **arguments: of `TensorOnPolicyAlgorithm`: `micro_batch_size`, `target_kl`, `kl_coef`, `timestep_fraction`, ...;
+            and of `RolloutAlgorithm`: `gamma`, `gae_lambda`, `advantage`, `policy_kwargs`, `seed`, `device`, ...
 
     Raises:
         ValueError: for an argument that is not valid.
@@ -55,15 +47,8 @@ class PPO(TensorOnPolicyAlgorithm):
         learning_rate: float | Schedule = 3e-4,
         n_steps: int = 2048,
         batch_size: int = 64,
-        micro_batch_size: int | None = None,
         n_epochs: int = 10,
-        gamma: float = 0.99,
-        gae_lambda: float = 0.95,
         clip_range: float | Schedule = 0.2,
-        ent_coef: float = 0.0,
-        vf_coef: float = 0.5,
-        max_grad_norm: float = 0.5,
-        advantage: AdvantageEstimator | None = None,
         **arguments: Any,
     ) -> None:
         """See the class docstring for the arguments."""
@@ -76,14 +61,7 @@ class PPO(TensorOnPolicyAlgorithm):
             learning_rate=learning_rate,
             n_steps=n_steps,
             batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
             n_epochs=n_epochs,
-            gamma=gamma,
-            gae_lambda=gae_lambda,
-            ent_coef=ent_coef,
-            vf_coef=vf_coef,
-            max_grad_norm=max_grad_norm,
-            advantage=advantage,
             **arguments,
         )
 

@@ -13,7 +13,6 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import Tensor
 
-from agents.advantages import AdvantageEstimator
 from agents.on_policy import TensorOnPolicyAlgorithm
 from agents.rollout_buffer import Transitions
 
@@ -28,15 +27,8 @@ class REINFORCE(TensorOnPolicyAlgorithm):
         env: environment, vectorized environment or id.
         learning_rate: a number, or a function of the remaining progress.
         n_steps: steps of each environment in a rollout.
-        micro_batch_size: transitions in one call of the policy; default: the rollout.
-        gamma: discount; 1 for DDPO.
-        gae_lambda: λ of `GeneralizedAdvantage`.
-        ent_coef: weight of the entropy bonus.
-        vf_coef: weight of the critic's loss.
-        max_grad_norm: gradients are clipped to this norm.
-        advantage: estimator; default: `GeneralizedAdvantage`.
-        **arguments: of `TensorOnPolicyAlgorithm`: `kl_coef`, `timestep_fraction`, `timestep_window`, `ema_decay`, ...;
-            and of `RolloutAlgorithm`: `policy_kwargs`, `verbose`, `seed`, `device`, ...
+        **arguments: of `TensorOnPolicyAlgorithm`: `micro_batch_size`, `kl_coef`, `timestep_fraction`, `ema_decay`, ...;
+            and of `RolloutAlgorithm`: `gamma`, `gae_lambda`, `advantage`, `policy_kwargs`, `seed`, `device`, ...
 
     Raises:
         ValueError: for an argument that is not valid.
@@ -50,31 +42,11 @@ class REINFORCE(TensorOnPolicyAlgorithm):
         env: GymEnv | str,
         learning_rate: float | Schedule = 7e-4,
         n_steps: int = 32,
-        micro_batch_size: int | None = None,
-        gamma: float = 0.99,
-        gae_lambda: float = 1.0,
-        ent_coef: float = 0.0,
-        vf_coef: float = 0.5,
-        max_grad_norm: float = 0.5,
-        advantage: AdvantageEstimator | None = None,
         **arguments: Any,
     ) -> None:
         """See the class docstring for the arguments."""
         super().__init__(
-            policy,
-            env,
-            learning_rate=learning_rate,
-            n_steps=n_steps,
-            batch_size=None,
-            micro_batch_size=micro_batch_size,
-            n_epochs=1,
-            gamma=gamma,
-            gae_lambda=gae_lambda,
-            ent_coef=ent_coef,
-            vf_coef=vf_coef,
-            max_grad_norm=max_grad_norm,
-            advantage=advantage,
-            **arguments,
+            policy, env, learning_rate=learning_rate, n_steps=n_steps, batch_size=None, n_epochs=1, **arguments
         )
 
     def loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:

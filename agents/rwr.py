@@ -21,7 +21,6 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import Tensor
 from torch.nn import functional
 
-from agents.advantages import AdvantageEstimator
 from agents.on_policy import TensorOnPolicyAlgorithm
 from agents.rollout_buffer import TensorRolloutBuffer, Transitions
 
@@ -52,19 +51,13 @@ class RWR(TensorOnPolicyAlgorithm):
         env: environment, vectorized environment or id.
         learning_rate: a number, or a function of the remaining progress.
         n_steps: steps of each environment in a rollout.
-        batch_size: imitated steps (for a diffusion policy: pictures) in one update; default: all.
-        micro_batch_size: of them in one call of the policy; default: `batch_size`.
         n_epochs: passes over the rollout; the paper has 5, and 50 with the percentile.
         weighting: `"exponential"` (RWR) or `"percentile"` (RWR-sparse).
         beta: of the exponential weights, in 1 / (the advantage's unit).
         percentile: of the advantages, from which on a step counts, in [0, 100).
-        gamma: discount; 1 for the paper's task.
-        gae_lambda: λ of `GeneralizedAdvantage`.
-        vf_coef: weight of the critic's loss.
-        max_grad_norm: gradients are clipped to this norm.
-        advantage: estimator; default: `GeneralizedAdvantage`.
-        **arguments: of `TensorOnPolicyAlgorithm` and of `RolloutAlgorithm`; `timestep_fraction` and `timestep_window`
-            say nothing to a policy that chooses its own steps.
+        **arguments: of `TensorOnPolicyAlgorithm`: `batch_size` and `micro_batch_size` (in imitated steps, for a
+            diffusion policy pictures), `kl_coef`, ...; of `RolloutAlgorithm`: `gamma`, `advantage`, ...
+            `timestep_fraction` and `timestep_window` say nothing to a policy that chooses its own steps.
 
     Raises:
         ValueError: for an argument that is not valid.
@@ -78,17 +71,10 @@ class RWR(TensorOnPolicyAlgorithm):
         env: GymEnv | str,
         learning_rate: float | Schedule = 1e-3,
         n_steps: int = 256,
-        batch_size: int | None = None,
-        micro_batch_size: int | None = None,
         n_epochs: int = 5,
         weighting: Weighting = "exponential",
         beta: float = 1.0,
         percentile: float = 90.0,
-        gamma: float = 0.99,
-        gae_lambda: float = 0.95,
-        vf_coef: float = 0.5,
-        max_grad_norm: float = 0.5,
-        advantage: AdvantageEstimator | None = None,
         **arguments: Any,
     ) -> None:
         """See the class docstring for the arguments."""
@@ -102,20 +88,7 @@ class RWR(TensorOnPolicyAlgorithm):
         self.beta = beta
         self.percentile = percentile
         super().__init__(
-            policy,
-            env,
-            learning_rate=learning_rate,
-            n_steps=n_steps,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            n_epochs=n_epochs,
-            gamma=gamma,
-            gae_lambda=gae_lambda,
-            ent_coef=0.0,
-            vf_coef=vf_coef,
-            max_grad_norm=max_grad_norm,
-            advantage=advantage,
-            **arguments,
+            policy, env, learning_rate=learning_rate, n_steps=n_steps, n_epochs=n_epochs, ent_coef=0.0, **arguments
         )
 
     def _setup_model(self) -> None:

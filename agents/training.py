@@ -16,7 +16,7 @@ from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from stable_baselines3.common.utils import set_random_seed
 
 import ddpo_env  # noqa: F401  (registers DDPO-SD-v0)
-from agents.algorithm import build_algorithm
+from agents.build import build_algorithm
 from agents.callbacks import HeldOutPictures
 from agents.checkpoint import Stateful, iterations_done, latest_checkpoint, load_checkpoint, save_checkpoint
 from agents.configuration import TrainConfig

@@ -6,6 +6,7 @@ score does not depend on what else is installed.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ class ClipEmbedder:
 
 
 @images_only
-class ClipReward:
+class ClipReward(ABC):
     """Base of the rewards that score pictures by their CLIP embedding; a subclass implements `score`.
 
     The model is loaded by the first call or by `load`, shared with every reward that uses the same one, and let go by
@@ -145,9 +146,9 @@ class ClipReward:
         """Turn the array into pictures for the image processor."""
         return [Image.fromarray(image) for image in images]
 
+    @abstractmethod
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score embeddings, (batch, dimensions) float32 of length 1, and their prompts: (batch,) float32."""
-        raise NotImplementedError
 
     def cosine(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the cosine of each picture with its prompt, (batch,); equal prompts are embedded once."""

@@ -45,7 +45,7 @@ class Arguments:
     """Of the search: none of the seeds that are compared."""
     tuning_iterations: int = 8
     """Length of a run of the search, on the first of the rewards."""
-    iterations: int = 15
+    iterations: int = 12
     """Length of a run that is compared, of 72 reward queries each."""
     eval_samples: int = 45
     """Held-out pictures of an evaluation: one of each animal."""

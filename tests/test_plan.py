@@ -2,7 +2,7 @@
 
 import pytest
 
-from agents.algorithm import _learning_rate
+from agents.build import _learning_rate
 from agents.configuration import OptimizerSettings, RunSettings, TrainConfig, TrainingSettings
 from agents.plan import describe_plan
 

@@ -18,7 +18,7 @@ import rewards
 from agents import PPO, REINFORCE, RWR, DiffusionPolicy, PerPromptAdvantage, RawReturn, VectorEnvAdapter
 from agents.evaluation import evaluate
 from agents.on_policy import TensorOnPolicyAlgorithm
-from agents.rollout_buffer import TensorRolloutBuffer
+from agents.rollout_buffer import TensorRolloutBuffer, Transitions
 from ddpo_env import DenoisingVectorEnv, GaussianSampler, load_model, models
 from ddpo_env.models import DiffusionModel, unload_models
 from ddpo_env.points import PointsModel, points_scheduler
@@ -137,7 +137,9 @@ def test_what_needs_a_prompt_or_attention_is_refused(tmp_path: Path) -> None:
     spaces = (env.single_observation_space, env.single_action_space)
     with pytest.raises(ValueError, match=r"guidance_scale must be 1 with model 'points'.*got 5\.0"):
         DiffusionPolicy(*spaces, lambda _: 0.0, lora_rank=0)
-    with pytest.raises(ValueError, match="Target modules .* not found"):
+    with pytest.raises(
+        ValueError, match="lora_targets='attention' names no layer of this PointsDenoiser: .*lora_rank=0"
+    ):
         DiffusionPolicy(*spaces, lambda _: 0.0, lora_rank=4, guidance_scale=1.0)
     policy = DiffusionPolicy(*spaces, lambda _: 0.0, **SCRATCH)  # type: ignore[arg-type]
     for save in (policy.save_lora, lambda folder: policy.model.save_lora(policy.denoiser, folder)):
@@ -360,6 +362,16 @@ def test_gradient_of_the_loss_is_the_closed_form_policy_gradient(
     np.testing.assert_array_less(np.abs(gradient - exact), tolerance)
 
 
+def regression_gradient(algorithm: RWR) -> tuple[np.ndarray, np.ndarray, Transitions]:
+    """One rollout of one-step episodes: minus the loss's gradient in mu, mu, and the rollout."""
+    _, callback = algorithm._setup_learn(SLOTS)
+    algorithm.collect_rollouts(algorithm.env, callback, algorithm.rollout_buffer, 1)
+    batch = algorithm.rollout_buffer[np.arange(SLOTS)]
+    mu = algorithm.policy.denoiser.bias
+    (gradient,) = torch.autograd.grad(algorithm.loss(batch)[0], mu)
+    return -gradient.numpy(), mu.detach().numpy(), batch
+
+
 @pytest.mark.parametrize("beta", [0.5, 2.0])
 def test_gradient_of_weighted_regression_is_the_closed_form(constant: ConstantModel, beta: float) -> None:
     """Samples of N(mu, std² I) with weights exp(-β|x - g|²) are those of another Gaussian, whose mean is known.
@@ -368,16 +380,29 @@ def test_gradient_of_weighted_regression_is_the_closed_form(constant: ConstantMo
     """
     env = make_vec(SLOTS, model=constant, reward=distance, num_inference_steps=1)
     algorithm = one_step(RWR, VectorEnvAdapter(env), {}, beta=beta, advantage=RawReturn())
-    _, callback = algorithm._setup_learn(SLOTS)
-    algorithm.collect_rollouts(algorithm.env, callback, algorithm.rollout_buffer, 1)
-    batch = algorithm.rollout_buffer[np.arange(SLOTS)]
-    mu = algorithm.policy.denoiser.bias
-    loss, _ = algorithm.loss(batch)
-    (gradient,) = torch.autograd.grad(loss, mu)
-    start = mu.detach().numpy()
+    gradient, start, batch = regression_gradient(algorithm)
     precision = 1 / 0.5**2
     tilted = (precision * start + 2 * beta * GOAL) / (precision + 2 * beta)
     samples = batch.advantages[:, None] * (batch.actions - torch.as_tensor(tilted).float())
     tolerance = 4 * (samples.std(0) / SLOTS**0.5).numpy()
     assert (tolerance < np.abs(tilted - start) / 3).all(), "a wrong sign, or a factor of 1.5 either way, must not pass"
-    np.testing.assert_array_less(np.abs(-gradient.numpy() - (tilted - start)), tolerance)
+    np.testing.assert_array_less(np.abs(gradient - (tilted - start)), tolerance)
+
+
+def to_the_right(points: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+    return points[:, 0]
+
+
+@pytest.mark.parametrize("percentile", [50.0, 90.0])
+def test_gradient_of_sparse_regression_is_the_closed_form(constant: ConstantModel, percentile: float) -> None:
+    """The best share of N(mu, std² I) along an axis is a truncated Gaussian: inverse Mills ratio."""
+    env = make_vec(SLOTS, model=constant, reward=to_the_right, num_inference_steps=1)
+    arguments = {"weighting": "percentile", "percentile": percentile, "advantage": RawReturn()}
+    gradient, _, _ = regression_gradient(one_step(RWR, VectorEnvAdapter(env), {}, **arguments))
+    normal = torch.distributions.Normal(0.0, 1.0)
+    threshold = normal.icdf(torch.tensor(percentile / 100))
+    mills = normal.log_prob(threshold).exp() / (1 - percentile / 100)
+    expected = np.array([0.5 * float(mills), 0.0])
+    standard_error = 0.5 / (SLOTS * (1 - percentile / 100)) ** 0.5
+    assert 4 * standard_error < expected[0] / 3, "a wrong sign, or a factor of 1.5 either way, must not pass"
+    np.testing.assert_array_less(np.abs(gradient - expected), 4 * standard_error)
