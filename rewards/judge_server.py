@@ -13,7 +13,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -110,16 +110,15 @@ class JudgeServer:
         self._opening = threading.Lock()
 
     def load(self) -> None:
-        """See whether the server is there, and which model it serves if none was named.
+        """Find the model's name if none was given, and see whether a question about a grey picture is answered.
+
+        Only a question shows a wrong name or a model without eyes: some servers list what they could serve, or nothing.
 
         Raises:
-            JudgeServerError: It does not answer, or serves several models.
+            JudgeServerError: The server does not answer, refuses the question, or does not serve exactly one model.
         """
-        listing = self._exchange("GET", "/models", None, _model_names, threading.Event())
-        if self.model is None:
-            if len(listing) != 1:
-                raise JudgeServerError(f"judge server {self.url} serves {', '.join(listing)}: name one with model=")
-            self.model = listing[0]
+        self._find_model()
+        self._ask_one(np.full((64, 64, 3), 128, np.uint8), "What is in this image?", threading.Event(), _content)
 
     def unload(self) -> None:
         """Close the connections; the next question opens new ones."""
@@ -140,12 +139,11 @@ class JudgeServer:
         Raises:
             JudgeServerError: A question has no usable answer after all attempts; questions under way are given up.
         """
-        if self.model is None:
-            self.load()
+        self._find_model()
         stop = threading.Event()
         with ThreadPoolExecutor(max_workers=self.concurrency) as pool:
             futures = [
-                pool.submit(self._ask_one, image, question, stop)
+                pool.submit(self._ask_one, image, question, stop, _answer_text)
                 for image, question in zip(images, questions, strict=True)
             ]
             try:
@@ -155,7 +153,18 @@ class JudgeServer:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _ask_one(self, image: NDArray[np.uint8], question: str, stop: threading.Event) -> str:
+    def _find_model(self) -> None:
+        if self.model is None:
+            listing = self._exchange("GET", "/models", None, _model_names, threading.Event())
+            if len(listing) != 1:
+                raise JudgeServerError(
+                    f"judge server {self.url} lists {', '.join(listing) or 'no model'}: name one with model="
+                )
+            self.model = listing[0]
+
+    def _ask_one(
+        self, image: NDArray[np.uint8], question: str, stop: threading.Event, read: Callable[[Any], str]
+    ) -> str:
         picture = f"data:image/jpeg;base64,{base64.b64encode(encode_jpeg(image)).decode()}"
         content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": question}]
         request = {
@@ -164,7 +173,7 @@ class JudgeServer:
             "max_tokens": self.max_tokens,
             "temperature": 0,
         }
-        return self._exchange("POST", "/chat/completions", request, _answer_text, stop)
+        return self._exchange("POST", "/chat/completions", request, read, stop)
 
     def _exchange(self, method: str, path: str, request: Any, read: Any, stop: threading.Event) -> Any:
         """Send a request until `read` can make something of the response."""
@@ -239,17 +248,22 @@ class JudgeServer:
             return self._client
 
 
-def _answer_text(response: Any) -> str:
-    """Take the text out of a chat completion."""
+def _content(response: Any) -> str:
+    """Take the text out of a chat completion; it may be empty."""
     try:
-        content = response["choices"][0]["message"]["content"]
-    except (TypeError, KeyError, IndexError):
+        content = response["choices"][0]["message"].get("content")  # some servers leave an empty one out
+    except (TypeError, KeyError, IndexError, AttributeError):
         raise _FailureError(f"the response is no chat completion: {str(response)[:300]}") from None
     if isinstance(content, list):
-        content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
-    if not isinstance(content, str) or not content.strip():
+        content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return content.strip() if isinstance(content, str) else ""
+
+
+def _answer_text(response: Any) -> str:
+    text = _content(response)
+    if not text:
         raise _FailureError(f"the answer is empty: {str(response)[:300]}")
-    return content.strip()
+    return text
 
 
 def _model_names(response: Any) -> list[str]:

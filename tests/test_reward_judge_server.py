@@ -61,6 +61,8 @@ class ChatHandler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
+        if self.server.models is None:
+            return self.send({"error": "no cache"}, 500)
         self.send({"data": [{"id": name} for name in self.server.models]})
 
     def do_POST(self):
@@ -105,6 +107,11 @@ def dies_midway(handler):
 def hangs_up(handler):
     handler.close_connection = True
     handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def answers_and_hangs_up(handler):
+    handler.send(completion("goodbye"))
+    hangs_up(handler)
 
 
 def slow(handler):
@@ -172,14 +179,43 @@ def test_connections_are_kept_and_limited(server):
     assert len(server.connections) <= 3
 
 
+def test_connection_that_the_server_closed_meanwhile_costs_no_attempt(server):
+    judge = JudgeServer(server.url, "tiny", attempts=1, timeout=1)
+    server.faults = [answers_and_hangs_up]
+    assert judge.ask(list(pictures(1)), ["?"]) == ["goodbye"]
+    time.sleep(0.1)
+    assert judge.ask(list(pictures(1)), ["?"]) == ["a fox riding a bike"]
+    assert len(server.connections) == 2
+    judge.unload()
+
+
 def test_sole_model_of_a_server_is_found(server):
     judge = JudgeServer(server.url.removesuffix("/v1"), **FAST)
     assert judge.ask(list(pictures(1)), ["?"]) == ["a fox riding a bike"]
     assert server.requests[0][2]["model"] == "tiny"
     judge.unload()
     server.models = ["small", "large"]
-    with pytest.raises(JudgeServerError, match="serves small, large: name one with model="):
+    with pytest.raises(JudgeServerError, match="lists small, large: name one with model="):
         JudgeServer(server.url, **FAST).load()
+    server.models = []
+    with pytest.raises(JudgeServerError, match="lists no model: name one with model="):
+        JudgeServer(server.url, **FAST).load()
+    server.models = None
+    with pytest.raises(JudgeServerError, match="GET /models in 3 of 3 attempts .*HTTP 500"):
+        JudgeServer(server.url, **FAST).load()
+
+
+def test_loading_asks_a_question_and_no_list_where_the_model_is_named(server, judge):
+    server.models = None
+    server.faults = [replies(completion(""))]
+    judge.load()
+    assert len(server.requests) == 1, "an empty answer shows that the server is there, and is not asked for again"
+    server.faults = [status(404)]
+    with pytest.raises(JudgeServerError, match="POST /chat/completions in 1 of 3 attempts .*HTTP 404"):
+        judge.load()
+    server.always = status(503)
+    with pytest.raises(JudgeServerError, match="in 3 of 3 attempts .*HTTP 503"):
+        judge.load()
 
 
 @pytest.mark.parametrize(
@@ -189,7 +225,14 @@ def test_sole_model_of_a_server_is_found(server):
         *(truncated_json, dies_midway, hangs_up, huge, dripping, slow),
         *(
             replies(body)
-            for body in (completion(""), completion(" \n"), completion(None), {"choices": []}, [], b"\xff")
+            for body in (
+                completion(""),
+                completion(" \n"),
+                completion(None),
+                {"choices": []},
+                {"choices": [0]},
+                b"\xff",
+            )
         ),
     ],
     ids=lambda fault: getattr(fault, "__name__", None),
@@ -234,8 +277,10 @@ def test_absent_server_is_an_error_after_bounded_retries():
     judge = JudgeServer(f"http://127.0.0.1:{port}", "tiny", **FAST)
     with pytest.raises(JudgeServerError, match=rf"127\.0\.0\.1:{port}/v1 .* in 3 of 3 attempts .*ConnectError"):
         judge.ask(list(pictures(20)), ["?"] * 20)
-    with pytest.raises(JudgeServerError, match="GET /models in 3 of 3 attempts"):
+    with pytest.raises(JudgeServerError, match="POST /chat/completions in 3 of 3 attempts"):
         judge.load()
+    with pytest.raises(JudgeServerError, match="GET /models in 3 of 3 attempts"):
+        JudgeServer(f"http://127.0.0.1:{port}", **FAST).load()
 
 
 @pytest.mark.parametrize("code", [400, 401, 404, 413, 301])
