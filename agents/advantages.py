@@ -155,7 +155,7 @@ class LeaveOneOutAdvantage:
         advantages = np.empty_like(returns)
         for members in _groups(rollout, "LeaveOneOutAdvantage"):
             group = returns[members]
-            advantages[members] = (group - group.mean()) * len(group) / (len(group) - 1)
+            advantages[members] = (group - group.mean()) * len(group) / max(1, len(group) - 1)
         return rollout.per_step(advantages.clip(-self.clip, self.clip))
 
 
@@ -193,19 +193,24 @@ class GeneralizedAdvantage:
             running = deltas[step] + rollout.gamma * rollout.gae_lambda * alive[step] * running
             advantages[step] = running
         rollout.returns = advantages + rollout.values
-        if self.normalize and advantages.numel() > 1:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        kept = advantages.flatten()[torch.as_tensor(rollout.kept_steps(), device=rollout.device)]
+        if self.normalize and kept.numel() > 1:
+            advantages = (advantages - kept.mean()) / (kept.std() + 1e-8)
         return advantages
 
 
 def _groups(rollout: TensorRolloutBuffer, name: str) -> list[list[int]]:
-    """Return the rollout's episodes by prompt, each group as indices into `rollout.contexts`."""
+    """Return the rollout's episodes by prompt, each group as indices into `rollout.contexts`.
+
+    A group has two or more, unless all but one of its episodes were dropped.
+    """
     groups: dict[Hashable, list[int]] = {}
     for episode, prompt in enumerate(rollout.contexts):
         groups.setdefault(prompt, []).append(episode)
     if None in groups:
         raise ValueError(f"{name} needs every episode's prompt, and the environment's reset infos have none")
-    alone = [prompt for prompt, members in groups.items() if len(members) < 2]
+    lonely = {prompt for prompt, members in groups.items() if len(members) < 2}
+    alone = [prompt for prompt in groups if prompt in lonely - set(rollout.dropped_contexts)]
     if alone:
         raise ValueError(
             f"{name} needs at least 2 episodes a prompt in a rollout, and {len(alone)} prompts have one, such as "

@@ -42,6 +42,7 @@ def build_algorithm(config: TrainConfig, env: VecEnv) -> TensorOnPolicyAlgorithm
         "recompute_log_probs": training.recompute_log_probs,
         "ema_decay": training.ema_decay,
         "advantage": _advantage(config),
+        "non_finite_rewards": training.non_finite_rewards,
         "policy_kwargs": _policy_arguments(config),
         "stats_window_size": total,
         "seed": config.run.seed,

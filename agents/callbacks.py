@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Image as LoggedImage
@@ -22,7 +24,8 @@ class HeldOutPictures(BaseCallback):
     """Draws and scores the same prompts from the same held-out seeds, before training and every few iterations.
 
     Writes `samples/iteration_NNNN.png` and the pictures in it alone, logs the mean reward as `eval/reward_mean` and the
-    grid to TensorBoard, and at the end writes `samples/before_after.png` and `reward.png`.
+    grid to TensorBoard, and at the end writes `samples/before_after.png` and `reward.png`. Where the environment keeps
+    rewards that are NaN or infinite, the mean is that of the others, and `eval/dropped_samples` is their number.
 
     Args:
         env: for the held-out episodes; autoreset off.
@@ -125,15 +128,24 @@ class HeldOutPictures(BaseCallback):
         assert isinstance(self.model, TensorOnPolicyAlgorithm)
         with self.model.averaged_weights():
             evaluation = evaluate(self.policy, self.env, self.prompts, self.seed)
-        mean = float(evaluation.rewards.mean())
+        rewards = evaluation.finite_rewards()
+        mean = float(rewards.mean())
         self.evaluations.append((self.iteration, mean))
         self.logger.record("eval/reward_mean", mean)
-        self.logger.record("eval/reward_std", float(evaluation.rewards.std()))
+        self.logger.record("eval/reward_std", float(rewards.std()))
+        if self.env.non_finite_rewards == "keep":
+            self.logger.record("eval/dropped_samples", evaluation.dropped_samples)
         images = evaluation.images[: self.columns]
-        shown = float(evaluation.rewards[: self.columns].mean())
+        shown = _finite_mean(evaluation.rewards[: self.columns])
         self._shown.append((self.iteration, shown))
         write_strip(self._strip(self.iteration), images)
         sheet = picture_grid([images], [f"iteration {self.iteration}\n{shown:.2f}"], self._captions)
         sheet.save(self.folder.samples / f"iteration_{self.iteration:04d}.png")
         pixels = torch.as_tensor(np.array(sheet)).permute(2, 0, 1)
         self.logger.record("samples", LoggedImage(pixels, "CHW"), exclude=("stdout", "csv"))
+
+
+def _finite_mean(rewards: npt.NDArray[np.float64]) -> float:
+    """Mean of the finite ones; NaN if there are none."""
+    finite = rewards[np.isfinite(rewards)]
+    return float(finite.mean()) if len(finite) else math.nan

@@ -13,6 +13,7 @@ import random
 import re
 import shutil
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +39,47 @@ class Stateful(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds, in memory: a copy, which later iterations do not change.
+
+    Attributes:
+        iteration: iterations that are done.
+        tensors: copies on the host.
+        state: the rest, as JSON.
+    """
+
+    iteration: int
+    tensors: dict[str, Tensor]
+    state: str
+
+    @classmethod
+    def of(cls, iteration: int, algorithm: TensorOnPolicyAlgorithm, parts: dict[str, Stateful]) -> Snapshot:
+        """Copy the state of an algorithm between two iterations, and of what else has one; see `save_checkpoint`."""
+        tensors, state = _algorithm_state(algorithm)
+        state |= {"iteration": iteration, "parts": {name: value.state_dict() for name, value in parts.items()}}
+        return cls(iteration, tensors, json.dumps(state))
+
+    def write(self, folder: Path, keep: int) -> Path:
+        """Write `folder/iteration_NNNNNN`, delete all but the last `keep` checkpoints, and return the new one."""
+        target = folder / f"iteration_{self.iteration:06d}"
+        part = folder / f".{target.name}.part"
+        for leftover in folder.glob(".iteration_*"):
+            shutil.rmtree(leftover)
+        part.mkdir(parents=True)
+        save_file(self.tensors, part / "tensors.safetensors")
+        (part / "state.json").write_text(self.state)
+        for file in part.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        if target.exists():
+            _delete(target)
+        part.rename(target)
+        for old in _checkpoints(folder)[:-keep]:
+            _delete(old)
+        return target
+
+
 def save_checkpoint(
     folder: Path, iteration: int, algorithm: TensorOnPolicyAlgorithm, parts: dict[str, Stateful], keep: int
 ) -> Path:
@@ -53,24 +95,49 @@ def save_checkpoint(
     Returns:
         The new checkpoint's folder.
     """
-    target = folder / f"iteration_{iteration:06d}"
-    part = folder / f".{target.name}.part"
-    for leftover in folder.glob(".iteration_*"):
-        shutil.rmtree(leftover)
-    part.mkdir(parents=True)
-    tensors, state = _algorithm_state(algorithm)
-    state |= {"iteration": iteration, "parts": {name: value.state_dict() for name, value in parts.items()}}
-    save_file(tensors, part / "tensors.safetensors")
-    (part / "state.json").write_text(json.dumps(state))
-    for file in part.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    if target.exists():
-        _delete(target)
-    part.rename(target)
-    for old in _checkpoints(folder)[:-keep]:
-        _delete(old)
-    return target
+    return Snapshot.of(iteration, algorithm, parts).write(folder, keep)
+
+
+class Checkpoints:
+    """A run's checkpoints: every few iterations one is written, and the last iteration can always be gone back to.
+
+    Of an iteration without a checkpoint a snapshot is kept in memory, until the next iteration is done.
+
+    Args:
+        folder: the run's `checkpoints`, which holds at least one.
+        algorithm: what trains.
+        parts: what else has a state, by name.
+        interval: iterations between checkpoints; 0 for none.
+        keep: checkpoints to keep, at least 1.
+    """
+
+    def __init__(
+        self, folder: Path, algorithm: TensorOnPolicyAlgorithm, parts: dict[str, Stateful], interval: int, keep: int
+    ) -> None:
+        """See the class docstring for the arguments."""
+        self.folder = folder
+        self.algorithm = algorithm
+        self.parts = parts
+        self.interval = interval
+        self.keep = keep
+        self._unwritten: Snapshot | None = None
+
+    def finished(self, iteration: int) -> None:
+        """Take note that an iteration is done, and write its checkpoint if it is due."""
+        self._unwritten = Snapshot.of(iteration, self.algorithm, self.parts)
+        if self.interval and iteration % self.interval == 0:
+            self.write()
+
+    def write(self) -> None:
+        """Write the checkpoint of the last finished iteration, if there is none yet."""
+        if self._unwritten is not None:
+            self._unwritten.write(self.folder, self.keep)
+            self._unwritten = None
+
+    def go_back(self) -> None:
+        """Bring everything to where the last finished iteration left it; there is a checkpoint of it then."""
+        self.write()
+        load_checkpoint(latest_checkpoint(self.folder), self.algorithm, self.parts)
 
 
 def latest_checkpoint(folder: Path) -> Path:
@@ -91,12 +158,22 @@ def iterations_done(checkpoint: Path | None) -> int:
 
 
 def load_checkpoint(checkpoint: Path, algorithm: TensorOnPolicyAlgorithm, parts: dict[str, Stateful]) -> None:
-    """Bring algorithm, environment, random generators and `parts` to where the checkpoint was written."""
+    """Bring algorithm, environment, random generators and `parts` to where the checkpoint was written.
+
+    Raises:
+        ValueError: if the checkpoint lacks something, as one of an older version may.
+    """
     tensors = load_file(checkpoint / "tensors.safetensors")
     state = json.loads((checkpoint / "state.json").read_text())
-    _load_algorithm_state(algorithm, tensors, state)
-    for name, value in parts.items():
-        value.load_state_dict(state["parts"][name])
+    try:
+        _load_algorithm_state(algorithm, tensors, state)
+        for name, value in parts.items():
+            value.load_state_dict(state["parts"][name])
+    except KeyError as error:
+        raise ValueError(
+            f"checkpoint {str(checkpoint)!r} lacks {error}: it was written by an older version, with which the run can "
+            "go on"
+        ) from error
 
 
 def _delete(checkpoint: Path) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from agents.lora import LORA_TARGETS, LoraTargets
+from agents.rollouts import NonFiniteRewards
+from rewards import parse_options
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Algorithm = Literal["ppo", "reinforce", "rwr", "rwr_sparse"]
@@ -59,7 +61,7 @@ class RunSettings:
     eval_interval: int = 5
     """Iterations between evaluations; 0: only before and after."""
     checkpoint_interval: int = 1
-    """Iterations between checkpoints; 0: only at the end. A stopped run goes on from its last checkpoint."""
+    """Iterations between checkpoints; 0: only at the end. A run that stops, by Ctrl-C or an error, writes one too."""
     keep_checkpoints: int = 2
     """How many checkpoints are kept."""
 
@@ -71,7 +73,9 @@ class TaskSettings:
     model: str = "tiny"
     """Bundled name (tiny), a folder in diffusers' layout, or a Hub id such as CompVis/stable-diffusion-v1-4."""
     reward: str = "jpeg_compressibility"
-    """Built-in name, or module:function of your own."""
+    """Built-in name, module:function of your own, or a weighted sum."""
+    reward_options: tuple[str, ...] = ()
+    """Its arguments as key=value, such as device=cpu judge_options.timeout=30; of a weighted sum, part.key=value."""
     prompts: str = "simple_animals"
     """Name of a prompt set, or a text file with a prompt a line."""
     num_inference_steps: int = 10
@@ -142,6 +146,8 @@ class TrainingSettings:
     """Decay of averaged weights, which are then evaluated and saved; 0: none."""
     overlap_rewards: bool = True
     """Compute a batch's rewards while the next batch is being sampled."""
+    non_finite_rewards: NonFiniteRewards = "raise"
+    """A reward that is NaN or infinite is an error (raise), or its sample is left out and counted (drop)."""
     advantage_clip: float = 5.0
     """Standardised advantages (per_prompt, batch, group) are clipped to plus/minus this."""
     stat_buffer_size: int = 32
@@ -284,6 +290,10 @@ class TrainConfig:
 
     def _check_choices(self) -> None:
         training, optimizer = self.training, self.optimizer
+        parse_options(self.task.reward_options)
+        if training.non_finite_rewards not in get_args(NonFiniteRewards):
+            valid = ", ".join(get_args(NonFiniteRewards))
+            raise ValueError(f"non_finite_rewards must be one of {valid}; got {training.non_finite_rewards!r}")
         if self.policy.autocast not in (None, "bfloat16", "float16"):
             raise ValueError(f"autocast must be None, bfloat16 or float16; got {self.policy.autocast!r}")
         start, end = training.timestep_window
@@ -353,9 +363,10 @@ class TrainConfig:
             for name in ("run_dir", "resume"):
                 run[name] = Path(run[name]) if run[name] is not None else None
             window = tuple(groups["training"]["timestep_window"])
+            options = tuple(groups["task"].get("reward_options", ()))
             return cls(
                 run=RunSettings(**run),
-                task=TaskSettings(**groups["task"]),
+                task=TaskSettings(**{**groups["task"], "reward_options": options}),
                 policy=PolicySettings(**groups["policy"]),
                 training=TrainingSettings(**{**groups["training"], "timestep_window": window}),
                 optimizer=OptimizerSettings(**groups["optimizer"]),

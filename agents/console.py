@@ -9,11 +9,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from stable_baselines3.common.logger import KVWriter
 
-_SHOWN = (("rollout/reward_mean", "reward", ".3f"), ("train/approx_kl", "KL", ".1e"))
+_SHOWN = (
+    ("rollout/reward_mean", "reward", ".3f"),
+    ("train/approx_kl", "KL", ".1e"),
+    ("rollout/dropped_samples", "dropped", "d"),
+)
 
 
 class ConsoleWriter(KVWriter):
-    """An output format of Stable-Baselines3's logger that shows iteration, reward, KL and the time left.
+    """An output format of Stable-Baselines3's logger that shows reward, KL, dropped samples and time left.
 
     Args:
         iterations: how many there will be.

@@ -25,7 +25,7 @@ class Evaluation:
     Attributes:
         images: `(samples, height, width, 3)` uint8, or `(samples, ...)` where the model draws something else.
         prompts: one a sample.
-        rewards: `(samples,)` float64.
+        rewards: `(samples,)` float64; where the environment keeps such scores, NaN or infinite for some.
         details: the reward's details by name, one value a sample.
     """
 
@@ -33,6 +33,22 @@ class Evaluation:
     prompts: list[str]
     rewards: npt.NDArray[np.float64]
     details: dict[str, list[Any]]
+
+    @property
+    def dropped_samples(self) -> int:
+        """How many rewards are NaN or infinite."""
+        return int((~np.isfinite(self.rewards)).sum())
+
+    def finite_rewards(self) -> npt.NDArray[np.float64]:
+        """Return the rewards that say something.
+
+        Raises:
+            ValueError: if none does.
+        """
+        finite = self.rewards[np.isfinite(self.rewards)]
+        if not len(finite):
+            raise ValueError(f"all {len(self.rewards)} rewards of the held-out pictures are NaN or infinite")
+        return finite
 
 
 def evaluate(

@@ -6,6 +6,7 @@ divergences from the sampling and from the pretrained policy, averaged weights, 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
@@ -240,9 +241,8 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
 
     def _pass(self, indices: npt.NDArray[np.int64], metrics: Metrics) -> bool:
         """One epoch; False if the KL target stopped it."""
-        size = self.batch_size or len(indices)
-        for start in range(0, len(indices), size):
-            if not self._update(indices[start : start + size], metrics):
+        for batch in self._batches(indices):
+            if not self._update(batch, metrics):
                 return False
         if self.target_kl is None or metrics["approx_kl"]:
             return True
@@ -290,6 +290,19 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         if self.ema is not None and torch.isfinite(norm):
             self.ema.step(self._learning_parameters())
 
+    def _batches(self, indices: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        """Cut an epoch's steps into the batches of its updates.
+
+        Where samples were dropped there are as many updates as there would have been with them, of about the same size:
+        no remainder of a few steps gets an update of its own.
+        """
+        size = self.batch_size or len(indices)
+        rollout = self.rollout_buffer
+        if self.batch_size is None or not rollout.dropped_contexts:
+            return [indices[start : start + size] for start in range(0, len(indices), size)]
+        updates = math.ceil(len(indices) * rollout.segments.size / (len(rollout.kept_steps()) * size))
+        return np.array_split(indices, min(updates, len(indices)))
+
     def _micro_batches(self, indices: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
         size = self.micro_batch_size or self.batch_size or len(indices)
         return [indices[start : start + size] for start in range(0, len(indices), size)]
@@ -297,15 +310,9 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
     @torch.no_grad()
     def _recompute_log_probs(self, indices: npt.NDArray[np.int64]) -> None:
         """Compute the log-densities of the sampling policy again, in the batches in which they will be compared."""
-        size = self.batch_size or len(indices)
-        parts = [
-            part
-            for start in range(0, len(indices), size)
-            for part in self._micro_batches(indices[start : start + size])
-        ]
+        parts = [part for batch in self._batches(indices) for part in self._micro_batches(batch)]
         if self.n_epochs > 1:  # later epochs may choose other steps
-            everything = np.arange(self.rollout_buffer.segments.size)
-            parts += self._micro_batches(np.setdiff1d(everything, indices))
+            parts += self._micro_batches(np.setdiff1d(self.rollout_buffer.kept_steps(), indices))
         log_probs = self.rollout_buffer.log_probs.flatten()
         for part in parts:
             chosen = torch.as_tensor(part, device=self.rollout_buffer.device)
@@ -323,8 +330,9 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         if (share := self._share_below_epsilon()) is not None:
             self.logger.record("train/adam_epsilon_share", share)
         if self.rollout_buffer.values.any():
-            predicted = self.rollout_buffer.values.flatten().cpu().numpy()
-            returns = self.rollout_buffer.returns.flatten().cpu().numpy()
+            kept = self.rollout_buffer.kept_steps()
+            predicted = self.rollout_buffer.values.flatten().cpu().numpy()[kept]
+            returns = self.rollout_buffer.returns.flatten().cpu().numpy()[kept]
             self.logger.record("train/explained_variance", float(explained_variance(predicted, returns)))
 
     def _share_below_epsilon(self) -> float | None:

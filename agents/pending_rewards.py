@@ -1,4 +1,4 @@
-"""Rewards that arrive after their step: the environment went on sampling while they were being computed."""
+"""Episodes whose reward arrives after their last step: the environment went on sampling while it was being computed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from agents.rollout_buffer import TensorRolloutBuffer
 
 
 class PendingRewards:
-    """The rewards of one rollout that an environment with `deferred_rewards=True` still owes.
+    """The episodes of one rollout that have ended, until their reward is known.
+
+    That is at once, unless the environment has `deferred_rewards=True`.
 
     Attributes:
-        details: what the reward reported beside its scores, by name, one value an episode; of rewards that were not
-            deferred too.
+        details: what the reward reported beside its scores, by name, one value an episode whose reward is finite.
 
     Args:
         rollout: whose `rewards` are to be completed.
@@ -29,31 +30,39 @@ class PendingRewards:
         self._pending: deque[tuple[int, int, dict[str, Any]]] = deque()
 
     def add(self, step: int, dones: npt.NDArray[np.bool_], infos: list[dict[str, Any]]) -> None:
-        """Take note of the episodes that end with this step."""
-        for slot in np.flatnonzero(dones):
-            if "deferred_reward" in infos[slot]:
-                self._pending.append((step, int(slot), infos[slot]))
-            else:
-                self._note(infos[slot].get("reward_details", {}))
+        """Take note of the episodes that end with this step, which the rollout holds already."""
+        self._pending.extend((step, int(slot), infos[slot]) for slot in np.flatnonzero(dones))
 
-    def collect(self, wait: bool = False) -> None:
+    def collect(self, wait: bool = False) -> list[dict[str, Any]]:
         """Put the rewards that are there where they belong, in the order of their episodes.
 
         Args:
             wait: for those that are not there yet.
 
+        Returns:
+            The last infos of the episodes whose reward is known since the last call, and finite.
+
         Raises:
             Exception: whatever the reward raised.
         """
-        while self._pending and (wait or self._pending[0][2]["deferred_reward"].done()):
+        known = []
+        while self._pending and (wait or _is_known(self._pending[0][2])):
             step, slot, info = self._pending.popleft()
-            deferred = info.pop("deferred_reward")
-            score = deferred.result()
-            self.rollout.rewards[step, slot] += score
-            if "episode" in info:
-                info["episode"]["r"] += score
-            self._note(deferred.details())
+            details = info.get("reward_details", {})
+            if "deferred_reward" in info:
+                deferred = info.pop("deferred_reward")
+                score = deferred.result()
+                self.rollout.rewards[step, slot] += score
+                if "episode" in info:
+                    info["episode"]["r"] += score
+                details = deferred.details()
+            if not np.isfinite([self.rollout.rewards[step, slot], info.get("episode", {}).get("r", 0.0)]).all():
+                continue
+            for name, value in details.items():
+                self.details[name].append(value)
+            known.append(info)
+        return known
 
-    def _note(self, details: dict[str, Any]) -> None:
-        for name, value in details.items():
-            self.details[name].append(value)
+
+def _is_known(info: dict[str, Any]) -> bool:
+    return "deferred_reward" not in info or info["deferred_reward"].done()

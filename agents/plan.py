@@ -36,7 +36,15 @@ def describe_plan(config: TrainConfig) -> list[str]:
         f"in all     {config.iterations} iterations, {queries:,} reward queries, "
         f"{config.iterations * training.epochs * updates:,} updates at most"
     )
-    return [sampling, training_line, whole]
+    return [*_reward(config), sampling, training_line, whole]
+
+
+def _reward(config: TrainConfig) -> list[str]:
+    """What is worth saying of the reward: its options, and that samples without a score are dropped."""
+    said = list(config.task.reward_options)
+    if config.training.non_finite_rewards == "drop":
+        said.append("samples whose score is NaN or infinite are dropped")
+    return [f"reward     {config.task.reward}: {', '.join(said)}"] if said else []
 
 
 def _count(number: int, one: str, many: str) -> str:

@@ -23,6 +23,9 @@ from ddpo_env.spaces import DenoisingObservationSpace
 
 TensorObservation: TypeAlias = Tensor | dict[str, Tensor]
 
+DROPPED = -1
+"""The part number of steps that `drop_non_finite` has taken out."""
+
 
 @dataclass(frozen=True)
 class Transitions:
@@ -52,8 +55,9 @@ class TensorRolloutBuffer:
         rewards: `(buffer_size, n_envs)` float32 on the host.
         episode_starts: `(buffer_size, n_envs)` bool on the host.
         segments: `(buffer_size, n_envs)` int64 on the host: which part of an episode a step belongs to. Parts are
-            numbered from 0; an episode that crosses the rollout's edge is two parts.
+            numbered from 0; an episode that crosses the rollout's edge is two parts. `DROPPED` for what was taken out.
         contexts: per part, what the episode was about (the prompt), or `None`.
+        dropped_contexts: the same of the parts that were taken out.
         values, log_probs, advantages, returns: `(buffer_size, n_envs)` float32 on `device`.
         actions: `(buffer_size, n_envs, *action_shape)` on `device`.
 
@@ -109,6 +113,7 @@ class TensorRolloutBuffer:
         self.pos = 0
         self.full = False
         self.contexts: list[Any] = []
+        self.dropped_contexts: list[Any] = []
         self.last_values = torch.zeros(self.n_envs, device=self.device)
         self.last_dones = np.zeros(self.n_envs, np.bool_)
         self._segment_observations: dict[str, list[Tensor]] = {name: [] for name in self._segment_keys()}
@@ -170,6 +175,29 @@ class TensorRolloutBuffer:
         self._joined = {name: torch.cat(parts) for name, parts in self._segment_observations.items()}
         self._segment_observations = {name: [] for name in self._segment_keys()}
 
+    def drop_non_finite(self) -> None:
+        """Take the parts of episodes with a NaN or infinite reward out, as if they had not been sampled.
+
+        The other parts are numbered anew. The grid keeps the steps of those that are gone, with reward 0 and as part
+        `DROPPED`: nothing that goes by parts, or by `kept_steps`, meets them.
+        """
+        spoiled = np.unique(self.segments[~np.isfinite(self.rewards)])
+        if not len(spoiled):
+            return
+        kept = np.setdiff1d(np.arange(len(self.contexts)), spoiled)
+        numbers = np.full(len(self.contexts), DROPPED)
+        numbers[kept] = np.arange(len(kept))
+        self.segments = numbers[self.segments]
+        self.rewards[self.segments == DROPPED] = 0
+        self.dropped_contexts = [self.contexts[part] for part in spoiled]
+        self.contexts = [self.contexts[part] for part in kept]
+        rows = torch.as_tensor(kept, device=self.device)
+        self._joined = {name: parts[rows] for name, parts in self._joined.items()}
+
+    def kept_steps(self) -> npt.NDArray[np.int64]:
+        """Flat indices of all steps but those that were taken out, ascending."""
+        return np.flatnonzero(self.segments != DROPPED)
+
     def set_monte_carlo_returns(self) -> None:
         """Set `returns`, the critic's targets, to each step's discounted rewards to come.
 
@@ -186,23 +214,29 @@ class TensorRolloutBuffer:
 
     def segment_returns(self) -> npt.NDArray[np.float64]:
         """Sum of rewards of each part of an episode, `(len(contexts),)`."""
-        return np.bincount(self.segments.ravel(), self.rewards.ravel(), len(self.contexts)).astype(np.float64)
+        kept = self.kept_steps()
+        sums = np.bincount(self.segments.ravel()[kept], self.rewards.ravel()[kept], len(self.contexts))
+        return sums.astype(np.float64)
 
     def complete_segments(self) -> npt.NDArray[np.bool_]:
         """Which parts are whole episodes, `(len(contexts),)`."""
         complete = np.ones(len(self.contexts), np.bool_)
-        complete[self.segments[0][~self.episode_starts[0]]] = False
-        complete[self.segments[-1][~self.last_dones]] = False
+        cut = np.append(self.segments[0][~self.episode_starts[0]], self.segments[-1][~self.last_dones])
+        complete[cut[cut != DROPPED]] = False
         return complete
 
     def final_steps(self) -> npt.NDArray[np.int64]:
-        """Flat indices of the last step of every episode that ends in this rollout."""
+        """Flat indices of the last step of every episode that ends in this rollout and was not taken out."""
         ends = np.append(self.episode_starts[1:], self.last_dones[None], axis=0)
-        return np.flatnonzero(ends)
+        return np.flatnonzero(ends & (self.segments != DROPPED))
 
     def per_step(self, segment_values: npt.NDArray[np.floating]) -> Tensor:
-        """Give every step the value of its part: `(len(contexts),)` → `(buffer_size, n_envs)` on the device."""
-        return torch.as_tensor(segment_values[self.segments], dtype=torch.float32, device=self.device)
+        """Give every step the value of its part: `(len(contexts),)` → `(buffer_size, n_envs)` on the device.
+
+        Steps that were taken out get 0.
+        """
+        values = np.append(segment_values, 0.0)  # at the end, which is where `DROPPED` points
+        return torch.as_tensor(values[self.segments], dtype=torch.float32, device=self.device)
 
     def __getitem__(self, indices: npt.NDArray[np.int64]) -> Transitions:
         """Return the transitions at flat indices `step * n_envs + environment`."""

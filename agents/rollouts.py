@@ -7,7 +7,7 @@ computed; `learn` writes the log of an iteration after its update, with its upda
 from __future__ import annotations
 
 import numbers
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,8 @@ from agents.pending_rewards import PendingRewards
 from agents.rollout_buffer import TensorRolloutBuffer
 from ddpo_env.spaces import DenoisingObservationSpace
 
+NonFiniteRewards = Literal["raise", "drop"]
+
 _Algorithm = TypeVar("_Algorithm", bound="RolloutAlgorithm")
 
 
@@ -48,6 +50,9 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         vf_coef: weight of the critic's loss.
         max_grad_norm: gradients are clipped to this norm.
         advantage: estimator; default: `GeneralizedAdvantage`.
+        non_finite_rewards: `"raise"`: a reward that is NaN or infinite is an error. `"drop"`: all goes on as if its
+            episode had not been sampled, and `rollout/dropped_samples` is how many there were; the environment must not
+            raise by itself (`DenoisingVectorEnv(non_finite_rewards="keep")`).
         context_key: name in the reset info under which an episode's context, such as its prompt, is found.
         policy_kwargs: arguments of the policy.
         stats_window_size: episodes that `rollout/ep_rew_mean` looks back on.
@@ -56,6 +61,9 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         seed: of Python, NumPy, torch and the environment.
         device: where the policy is; default `"auto"`.
         _init_setup_model: as in Stable-Baselines3.
+
+    Raises:
+        ValueError: for an argument that is not valid.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -78,6 +86,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         vf_coef: float = 0.5,
         max_grad_norm: float = 0.5,
         advantage: AdvantageEstimator | None = None,
+        non_finite_rewards: NonFiniteRewards = "raise",
         context_key: str = "prompt",
         policy_kwargs: dict[str, Any] | None = None,
         stats_window_size: int = 100,
@@ -88,6 +97,10 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         _init_setup_model: bool = True,
     ) -> None:
         """See the class docstring for the arguments."""
+        if non_finite_rewards not in get_args(NonFiniteRewards):
+            valid = ", ".join(get_args(NonFiniteRewards))
+            raise ValueError(f"non_finite_rewards must be one of {valid}; got {non_finite_rewards!r}")
+        self.non_finite_rewards: NonFiniteRewards = non_finite_rewards
         self.advantage: AdvantageEstimator = advantage if advantage is not None else GeneralizedAdvantage()
         self.context_key = context_key
         super().__init__(
@@ -161,7 +174,8 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             False if a callback asked to stop.
 
         Raises:
-            ValueError: for a reward that is not finite, before it can reach a weight.
+            ValueError: for a reward that is not finite, before it can reach a weight; where they are dropped, if none
+                is left.
             Exception: whatever the reward raises; of a reward that is computed meanwhile, at the next step.
         """
         self.policy.set_training_mode(False)
@@ -175,24 +189,24 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             with torch.no_grad():
                 actions, values, log_probs = self.policy(observation)
             new_observation, rewards, dones, infos = env.step(self._env_actions(actions))
-            if not np.isfinite(rewards).all():
-                raise ValueError(f"rewards must be finite; got {rewards} at timestep {self.num_timesteps}")
+            if self.non_finite_rewards == "raise":
+                self._require_finite(rewards)
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
-            self._update_info_buffer(infos, dones)
-            pending.add(step, dones, infos)
             self._bootstrap_time_limits(rewards, dones, infos)
             starts = np.asarray(self._last_episode_starts, dtype=np.bool_)
             rollout_buffer.add(observation, actions, rewards, starts, values, log_probs, contexts)
-            pending.collect()
+            pending.add(step, dones, infos)
+            self._note_episodes(pending.collect())
             self._last_obs = new_observation  # type: ignore[assignment]
             self._last_episode_starts = dones
         with torch.no_grad():
             last_values = self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
         rollout_buffer.finish(last_values, dones)
-        pending.collect(wait=True)
+        self._note_episodes(pending.collect(wait=True))
+        self._drop_or_raise(rollout_buffer)
         rollout_buffer.set_monte_carlo_returns()
         rollout_buffer.advantages = self.credit(rollout_buffer)
         self._record_rewards(rollout_buffer)
@@ -200,6 +214,25 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
+
+    def _note_episodes(self, infos: list[dict[str, Any]]) -> None:
+        """Take the last infos of finished episodes into the statistics that Stable-Baselines3 logs."""
+        self._update_info_buffer(infos, np.ones(len(infos), np.bool_))
+
+    def _require_finite(self, rewards: npt.NDArray[np.floating]) -> None:
+        if not np.isfinite(rewards).all():
+            raise ValueError(f"rewards must be finite; got {rewards} at timestep {self.num_timesteps}")
+
+    def _drop_or_raise(self, rollout: TensorRolloutBuffer) -> None:
+        """Deal with rewards that are not finite, now that all are known."""
+        if self.non_finite_rewards == "raise":
+            self._require_finite(rollout.rewards)
+            return
+        rollout.drop_non_finite()
+        count = len(rollout.dropped_contexts)
+        if not rollout.contexts:
+            raise ValueError(f"all {count} rewards of the rollout are NaN or infinite: nothing is left to train on")
+        self.logger.record("rollout/dropped_samples", count)
 
     def credit(self, rollout: TensorRolloutBuffer) -> Tensor:
         """Return what each step's part of the loss is multiplied by, `(buffer_size, n_envs)`: its advantage."""
@@ -238,5 +271,5 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
     def _record_details(self, details: dict[str, list[Any]]) -> None:
         """Log the mean of every numeric detail that the reward reports, such as the parts of a weighted sum."""
         for name, values in details.items():
-            if all(isinstance(value, numbers.Real) for value in values):
+            if name != "non_finite" and all(isinstance(value, numbers.Real) for value in values):
                 self.logger.record(f"reward/{name}", float(np.mean(values)))

@@ -9,6 +9,8 @@ runs/<name>/
     lora/pytorch_lora_weights.safetensors     for `pipe.load_lora_weights("runs/<name>/lora")`
     policy/                                   for `agents.DiffusionPolicy.load`
     checkpoints/                              for `--resume`
+    judge/                                    what a judge saw and said, for rewards that keep a log of it
+    error.txt                                 why the run stopped, if an error did; gone when it goes on
     summary.json                              reward before and after, time, versions
 """
 
@@ -19,6 +21,7 @@ import io
 import json
 import os
 import platform
+import traceback
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -64,6 +67,8 @@ class RunFolder:
         self.policy = self.path / "policy"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
+        self.judge = self.path / "judge"
+        self.error = self.path / "error.txt"
 
     def make(self) -> None:
         """Make the folder and its parts."""
@@ -72,6 +77,14 @@ class RunFolder:
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write `config.yaml`."""
         write_atomically(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+
+    def write_error(self, error: BaseException) -> None:
+        """Write `error.txt`: the traceback, with its causes."""
+        write_atomically(self.error, "".join(traceback.format_exception(error)))
+
+    def forget_error(self) -> None:
+        """Delete `error.txt`, if there is one."""
+        self.error.unlink(missing_ok=True)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`, with the machine and the library versions added."""

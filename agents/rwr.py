@@ -31,8 +31,8 @@ class LikelihoodRegression:
     """Imitation by likelihood, for policies that have no way of their own; `RWR` mixes it into them."""
 
     def regression_steps(self, rollout: TensorRolloutBuffer) -> npt.NDArray[np.int64]:
-        """Return the flat indices of the steps whose actions are imitated: all."""
-        return np.arange(rollout.segments.size)
+        """Return the flat indices of the steps whose actions are imitated: all that were not dropped."""
+        return rollout.kept_steps()
 
     def regression_loss(self, batch: Transitions) -> Tensor:
         """Return the negative log-likelihood of the actions, `(batch,)`."""

@@ -26,21 +26,23 @@ def choose_steps(
     """Draw `fraction` of each episode's steps, at least one, from those inside `window`.
 
     Args:
-        segments: which episode, or part of one, each step belongs to, in the order of time: `(steps, n_envs)`.
+        segments: which episode, or part of one, each step belongs to, in the order of time: `(steps, n_envs)`. Negative
+            for steps that are not to be drawn.
         fraction: share of the episode's length.
         window: start and end as shares of the episode's length.
 
     Returns:
         Flat indices into `segments`, ascending.
     """
-    flat = segments.ravel()
+    kept = np.flatnonzero(segments >= 0)
+    flat = segments.ravel()[kept]
     lengths = np.bincount(flat)
     start, end = (np.round(edge * lengths)[flat] for edge in window)
     position = _rank_within(flat, np.arange(len(flat)))
     candidates = np.flatnonzero((start <= position) & (position < end))
     quota = np.maximum(1, np.round(fraction * lengths))[flat[candidates]]
     draw = np.random.random(len(candidates))
-    return candidates[_rank_within(flat[candidates], draw) < quota]
+    return kept[candidates[_rank_within(flat[candidates], draw) < quota]]
 
 
 def _rank_within(groups: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:

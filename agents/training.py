@@ -18,7 +18,14 @@ from stable_baselines3.common.utils import set_random_seed
 import ddpo_env  # noqa: F401  (registers DDPO-SD-v0)
 from agents.build import build_algorithm
 from agents.callbacks import HeldOutPictures
-from agents.checkpoint import Stateful, iterations_done, latest_checkpoint, load_checkpoint, save_checkpoint
+from agents.checkpoint import (
+    Checkpoints,
+    Stateful,
+    iterations_done,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from agents.configuration import TrainConfig
 from agents.console import ConsoleWriter
 from agents.diffusion_policy import DiffusionPolicy
@@ -26,7 +33,7 @@ from agents.on_policy import TensorOnPolicyAlgorithm
 from agents.run_folder import MetricsTable, RunFolder
 from agents.vec_env import VectorEnvAdapter
 from ddpo_env.vector_env import DenoisingVectorEnv
-from rewards import StatefulReward, load_reward
+from rewards import StatefulReward, configured_reward, parse_options
 
 _EVAL_SEED_OFFSET = 1_000_000
 """Held-out seeds begin this far above the run's; the training slots' seeds are the ones right above the run's."""
@@ -74,19 +81,28 @@ class PreparedRun:
     def train(self, started: float | None = None) -> RunResult:
         """Run the iterations that are left.
 
+        Whatever stops a run, it can be resumed from its last finished iteration.
+
         Args:
             started: `time.perf_counter()` at the start of the program, so that the time includes imports and loading.
 
         Returns:
-            Reward before and after, and the run's folder. After Ctrl-C, `reward_after` is `None`, and the run can be
-            resumed from its last finished iteration.
+            Reward before and after, and the run's folder. After Ctrl-C, `reward_after` is `None`.
+
+        Raises:
+            Exception: whatever the reward raises, with a note that names it, or training does; its traceback is in the
+                folder's `error.txt` too.
         """
         started = time.perf_counter() if started is None else started
         config, algorithm, pictures = self.config, self.algorithm, self.pictures
-        with _logging(algorithm, pictures.folder, config.iterations, iterations_done(self.checkpoint)):
-            _begin(algorithm, pictures, config, self.checkpoint)
-            after = _train(algorithm, pictures, config)
-        _save_weights(algorithm, pictures.folder)
+        try:
+            with _logging(algorithm, pictures.folder, config.iterations, iterations_done(self.checkpoint)):
+                _begin(algorithm, pictures, config, is_new=self.checkpoint is None)
+                after = _train(algorithm, pictures, config)
+            _save_weights(algorithm, pictures.folder)
+        except Exception as error:
+            pictures.folder.write_error(error)
+            raise
         before = pictures.evaluations[0][1] if pictures.evaluations else None
         seconds = time.perf_counter() - started
         result = RunResult(config, pictures.folder, before, after, pictures.iteration, seconds)
@@ -94,19 +110,32 @@ class PreparedRun:
             pictures.folder.write_summary(_summary(result))
         return result
 
+    @property
+    def saved_iterations(self) -> int | None:
+        """Iterations after which `--resume` goes on; `None` if there is no checkpoint yet."""
+        try:
+            return iterations_done(latest_checkpoint(self.pictures.folder.checkpoints))
+        except ValueError:
+            return None
+
 
 def prepare_run(config: TrainConfig) -> PreparedRun:
-    """Load what a run needs.
+    """Load what a run needs, and bring a resumed one to its checkpoint.
 
     Args:
         config: every setting, see `agents.configuration`; it is not changed.
 
     Raises:
         ValueError: if the configuration cannot run, as far as possible before anything is loaded.
+        TypeError: if the reward does not take its options.
+        ImportError: if a package is missing that the reward needs.
         OSError: if a model cannot be downloaded.
+        RuntimeError: if the reward asks a server, and that does not answer.
     """
     config, checkpoint = _resolved(config)
     algorithm, pictures = build_run(config, resume=checkpoint is not None)
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, algorithm, _parts(pictures))
     return PreparedRun(config, algorithm, pictures, checkpoint)
 
 
@@ -116,37 +145,42 @@ def run_training(config: TrainConfig) -> RunResult:
     return prepare_run(config).train(started)
 
 
-def _begin(
-    algorithm: TensorOnPolicyAlgorithm, pictures: HeldOutPictures, config: TrainConfig, checkpoint: Path | None
-) -> None:
-    """Bring a resumed run to its checkpoint; give a new one its first, so that it can be resumed from anywhere."""
+def _begin(algorithm: TensorOnPolicyAlgorithm, pictures: HeldOutPictures, config: TrainConfig, is_new: bool) -> None:
+    """Get ready to iterate; a new run gets its first checkpoint, so that it can be resumed from anywhere."""
     folder = pictures.folder
-    if checkpoint is not None:
-        load_checkpoint(checkpoint, algorithm, _parts(pictures))
-    algorithm._setup_learn(0, pictures, reset_num_timesteps=checkpoint is None)
-    if checkpoint is None:
+    algorithm._setup_learn(0, pictures, reset_num_timesteps=is_new)
+    if is_new:
         save_checkpoint(folder.checkpoints, 0, algorithm, _parts(pictures), config.run.keep_checkpoints)
     folder.write_config(config.as_dict())
+    folder.forget_error()
 
 
 def _train(algorithm: TensorOnPolicyAlgorithm, callback: HeldOutPictures, config: TrainConfig) -> float | None:
-    """Run the iterations that are left and evaluate; after Ctrl-C, go back to the last checkpoint and return `None`."""
-    keep, interval, last = config.run.keep_checkpoints, config.run.checkpoint_interval, config.iterations
-    total = algorithm.n_steps * algorithm.n_envs * last
-    parts = _parts(callback)
-    checkpoints = callback.folder.checkpoints
+    """Run the iterations that are left and evaluate; after Ctrl-C, go back to the last finished one and return `None`.
+
+    After an error, the last finished iteration has a checkpoint too.
+    """
+    assert algorithm.env is not None
+    interval, keep = config.run.checkpoint_interval, config.run.keep_checkpoints
+    total = algorithm.n_steps * algorithm.n_envs * config.iterations
+    checkpoints = Checkpoints(callback.folder.checkpoints, algorithm, _parts(callback), interval, keep)
     try:
         callback.on_training_start({}, {})
-        for iteration in range(callback.iteration + 1, last + 1):
+        for iteration in range(callback.iteration + 1, config.iterations + 1):
             algorithm.iterate(callback, iteration, total)
-            if iteration == last or (interval and iteration % interval == 0):
-                save_checkpoint(checkpoints, iteration, algorithm, parts, keep)
+            checkpoints.finished(iteration)
+        checkpoints.write()
         after = callback.finish()
         algorithm.logger.dump(algorithm.num_timesteps)
         return after
     except KeyboardInterrupt:
-        load_checkpoint(latest_checkpoint(checkpoints), algorithm, parts)
+        algorithm.env.env_method("cancel_rewards")
+        checkpoints.go_back()
         return None
+    except Exception:
+        algorithm.env.env_method("cancel_rewards")
+        checkpoints.write()
+        raise
 
 
 def _parts(pictures: HeldOutPictures) -> dict[str, Stateful]:
@@ -160,7 +194,7 @@ def build_run(config: TrainConfig, resume: bool = False) -> tuple[TensorOnPolicy
     task, training, run = config.task, config.training, config.run
     assert run.run_dir is not None
     folder = RunFolder(run.run_dir, resume=resume)
-    reward = load_reward(task.reward)
+    reward = configured_reward(task.reward, parse_options(task.reward_options))
     common: dict[str, Any] = {
         "model": task.model,
         "reward": reward,  # one object, so that training and evaluation share its models and statistics
@@ -169,6 +203,7 @@ def build_run(config: TrainConfig, resume: bool = False) -> tuple[TensorOnPolicy
         "device": run.device,
         "dtype": run.dtype,
         "backend": "torch",
+        "non_finite_rewards": "keep" if training.non_finite_rewards == "drop" else "raise",
     }
     set_random_seed(run.seed)
     env = gym.make_vec(
@@ -183,6 +218,8 @@ def build_run(config: TrainConfig, resume: bool = False) -> tuple[TensorOnPolicy
     eval_env = DenoisingVectorEnv(eval_slots, autoreset_mode=AutoresetMode.DISABLED, **common)
     if callable(load := getattr(reward, "load", None)):
         load()  # what a reward lacks shows now, not after the first pictures
+    if callable(log_to := getattr(reward, "log_to", None)):
+        log_to(folder.judge)
     folder.make()
     algorithm = build_algorithm(config, VectorEnvAdapter(env))
     pictures = HeldOutPictures(

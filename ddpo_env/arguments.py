@@ -6,11 +6,12 @@ Every function raises a `ValueError` that names the argument, what is valid and 
 from __future__ import annotations
 
 import numbers
+from typing import get_args
 
 from gymnasium.vector import AutoresetMode
 
 from ddpo_env.models import DiffusionModel
-from rewards import Reward, is_images_only, reward_name
+from rewards import NonFinite, Reward, is_images_only, reward_name
 
 BACKENDS = ("numpy", "torch")
 
@@ -29,12 +30,16 @@ def check_counts(num_envs: int, samples_per_prompt: int, num_inference_steps: in
         raise ValueError(f"samples_per_prompt must divide num_envs={num_envs}; got {samples_per_prompt}")
 
 
-def check_settings(backend: str, deferred_rewards: bool, render_mode: str | None) -> None:
+def check_settings(backend: str, deferred_rewards: bool, non_finite_rewards: str, render_mode: str | None) -> None:
     """Refuse values that are none of the valid ones."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if not isinstance(deferred_rewards, bool):
         raise ValueError(f"deferred_rewards must be True or False; got {deferred_rewards!r}")
+    if non_finite_rewards not in get_args(NonFinite):
+        raise ValueError(
+            f"non_finite_rewards must be one of {', '.join(get_args(NonFinite))}; got {non_finite_rewards!r}"
+        )
     if render_mode not in (None, "rgb_array"):
         raise ValueError(f"render_mode must be None or 'rgb_array'; got {render_mode!r}")
 

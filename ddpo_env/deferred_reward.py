@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rewards import Reward, evaluate_reward
+from rewards import NonFinite, Reward, evaluate_reward
 
 
 @dataclass
@@ -68,8 +68,9 @@ class DeferredReward:
 class RewardWorker:
     """Calls a reward in one thread, so that calls never overlap and keep their order: a reward may have a state."""
 
-    def __init__(self) -> None:
-        """Start with nothing to do."""
+    def __init__(self, non_finite: NonFinite = "raise") -> None:
+        """Start with nothing to do; `non_finite` is `evaluate_reward`'s."""
+        self._non_finite = non_finite
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="deferred-reward")
         self._answers: list[Future[_Answer]] = []
 
@@ -77,7 +78,7 @@ class RewardWorker:
         self, reward: Reward, samples: npt.NDArray[Any], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> list[DeferredReward]:
         """Queue a batch, as `evaluate_reward` takes it, and return one promise a sample."""
-        answer = self._executor.submit(_evaluate, reward, samples, prompts, metadata)
+        answer = self._executor.submit(_evaluate, reward, samples, prompts, metadata, self._non_finite)
         self._answers.append(answer)
         return [DeferredReward(answer, row) for row in range(len(samples))]
 
@@ -93,6 +94,10 @@ class RewardWorker:
         """Return when nothing is queued or running; failures are kept for `raise_failed`."""
         wait(self._answers)
 
+    def cancel(self) -> None:
+        """Give up what is queued; a call under way goes on."""
+        self._answers = [answer for answer in self._answers if not answer.cancel()]
+
     def forget(self) -> None:
         """Wait, and keep no failures; a `DeferredReward` still raises its own."""
         self.wait()
@@ -105,9 +110,13 @@ class RewardWorker:
 
 
 def _evaluate(
-    reward: Reward, samples: npt.NDArray[Any], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    reward: Reward,
+    samples: npt.NDArray[Any],
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]],
+    non_finite: NonFinite,
 ) -> _Answer:
     try:
-        return _Answer(*evaluate_reward(reward, samples, prompts, metadata))
+        return _Answer(*evaluate_reward(reward, samples, prompts, metadata, non_finite=non_finite))
     except BaseException as error:  # it belongs to whoever asks, not to this thread
         return _Answer(np.zeros(0), {}, error, error.__traceback__)

@@ -7,7 +7,7 @@ never called here: it belongs to the policy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -30,7 +30,7 @@ from ddpo_env.reset_options import as_float, check_names, given_latents, given_p
 from ddpo_env.scheduler_table import SMALLEST_STD
 from ddpo_env.spaces import DenoisingObservationSpace, latent_box
 from ddpo_env.transition import GaussianSampler
-from rewards import Reward, are_images, evaluate_reward, load_reward
+from rewards import NonFinite, Reward, are_images, configured_reward, evaluate_reward
 
 Latents: TypeAlias = npt.NDArray[np.float32] | Tensor
 Observation: TypeAlias = dict[str, Any]
@@ -68,7 +68,9 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
     | `prompt_embeds`, ... | the text encoder's | the prompt's conditioning, constant in an episode |
 
     ## Rewards
-    0 until the last step, then `reward(decode(x_0), prompt)`.
+    0 until the last step, then `reward(decode(x_0), prompt)`. A score that is NaN or infinite is an error. With
+    `non_finite_rewards="keep"` it is the step's reward as it came, and `reward_details` has `non_finite`, true for such
+    an episode: only for an algorithm that drops these episodes, as those of `agents` do with `"drop"`.
 
     ## Starting State
     `x_T ~ N(0, I)` and then a prompt from `prompts`, both drawn by the slot's own generator: slot `i` of a batch that
@@ -90,6 +92,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
     | `num_envs` | 1 | slots in the batch |
     | `model` | `"tiny"` | bundled name, folder, Hub id, diffusers pipeline or `DiffusionModel` |
     | `reward` | `"jpeg_compressibility"` | built-in name, `"module:function"` or callable |
+    | `reward_options` | `None` | arguments of the class that `reward` names; of a weighted sum, by its parts' names |
     | `prompts` | `"simple_animals"` | named set, text file, list or callable |
     | `num_inference_steps` | 20 | actions in an episode |
     | `device` | `"auto"` | where text encoder and decoder run |
@@ -98,6 +101,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
     | `autoreset_mode` | `"NextStep"` | `gymnasium.vector.AutoresetMode` or its value |
     | `samples_per_prompt` | 1 | how many slots in a row share a prompt |
     | `deferred_rewards` | `False` | compute rewards in a thread of their own while the environment goes on; see below |
+    | `non_finite_rewards` | `"raise"` | `"keep"`: NaN and infinite scores are rewards, and not an error |
     | `render_mode` | `None` | `"rgb_array"`: the decoded current latents, or what the model's `render` draws |
 
     With `backend="torch"` nothing is copied for the caller: read the tensors of an observation, do not write to them.
@@ -122,6 +126,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         *,
         model: str | Path | DiffusionPipeline | DiffusionModel = "tiny",
         reward: str | Callable[..., Any] = "jpeg_compressibility",
+        reward_options: Mapping[str, Any] | None = None,
         prompts: Any = "simple_animals",
         num_inference_steps: int = 20,
         device: str | torch.device = "auto",
@@ -130,13 +135,14 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         samples_per_prompt: int = 1,
         deferred_rewards: bool = False,
+        non_finite_rewards: NonFinite = "raise",
         render_mode: str | None = None,
     ) -> None:
         """Check the arguments, then load the model; see the class docstring for each argument."""
         check_counts(num_envs, samples_per_prompt, num_inference_steps)
-        check_settings(backend, deferred_rewards, render_mode)
+        check_settings(backend, deferred_rewards, non_finite_rewards, render_mode)
         self.autoreset_mode = autoreset_mode_of(autoreset_mode)
-        self.reward: Reward = load_reward(reward)
+        self.reward: Reward = configured_reward(reward, reward_options or {})
         self.prompts = load_prompts(prompts)
         self.model = load_model(model, device, dtype)
         check_reward_and_rendering(self.model, self.reward, render_mode)
@@ -146,7 +152,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         self.backend = backend
         self.samples_per_prompt = samples_per_prompt
         self.deferred_rewards = deferred_rewards
-        self._worker = RewardWorker() if deferred_rewards else None
+        self.non_finite_rewards: NonFinite = non_finite_rewards
+        self._worker = RewardWorker(non_finite_rewards) if deferred_rewards else None
         self.render_mode = render_mode
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         clock = GaussianSampler.from_scheduler(self.model.scheduler, num_inference_steps, min_std=SMALLEST_STD)
@@ -230,6 +237,11 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         """Return when no deferred reward is pending; one that failed is raised by the next step all the same."""
         if self._worker is not None:
             self._worker.wait()
+
+    def cancel_rewards(self) -> None:
+        """Give up the deferred rewards whose computation has not begun; asking for one raises `CancelledError`."""
+        if self._worker is not None:
+            self._worker.cancel()
 
     def close_extras(self, **kwargs: Any) -> None:
         """Finish the deferred rewards and end their thread."""
@@ -330,7 +342,9 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         if self._worker is not None:
             extras = [{"deferred_reward": one} for one in self._worker.submit(self.reward, samples, prompts, metadata)]
         else:
-            scores, details = evaluate_reward(self.reward, samples, prompts, metadata)
+            scores, details = evaluate_reward(
+                self.reward, samples, prompts, metadata, non_finite=self.non_finite_rewards
+            )
             if details:
                 extras = [
                     {"reward_details": {name: values[row] for name, values in details.items()}}

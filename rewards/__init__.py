@@ -1,10 +1,12 @@
 """How good is the finished picture: built-in rewards, the protocol that they and a user's own follow, and the check."""
 
 from rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
+from rewards.options import parse_options
 from rewards.protocol import (
     Details,
     Images,
     Metadata,
+    NonFinite,
     Reward,
     Samples,
     StatefulReward,
@@ -15,23 +17,26 @@ from rewards.protocol import (
     per_sample,
     reward_name,
 )
-from rewards.registry import BUILTIN_REWARDS, load_reward
+from rewards.registry import BUILTIN_REWARDS, configured_reward, load_reward
 
 __all__ = [
     "BUILTIN_REWARDS",
     "Details",
     "Images",
     "Metadata",
+    "NonFinite",
     "Reward",
     "Samples",
     "StatefulReward",
     "are_images",
+    "configured_reward",
     "evaluate_reward",
     "images_only",
     "is_images_only",
     "jpeg_compressibility",
     "jpeg_incompressibility",
     "load_reward",
+    "parse_options",
     "per_sample",
     "reward_name",
 ]

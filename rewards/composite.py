@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,27 +141,39 @@ class Composite:
         """Score a batch.
 
         Statistics take in the batch before they standardise it. A part's score that is not finite makes the sum of that
-        picture so, which is then an error that names the part, and stays out of the statistics.
+        picture so, which is then an error that names the part; where such pictures are kept, to be dropped, they stay
+        out of every part's statistics.
 
         Returns:
             The weighted sum, (batch,), and as details each part's score as it is, by the part's name, and its details
             as `part/detail`.
         """
-        total = np.zeros(len(images))
+        columns: list[NDArray[np.float64]] = []
         details: dict[str, Sequence[Any]] = {}
         for part in self.parts:
             scores, own = evaluate_reward(self.rewards[part.name], images, prompts, metadata, non_finite="keep")
+            columns.append(scores)
             details[part.name] = scores.tolist()
             details.update({f"{part.name}/{key}": values for key, values in own.items() if key != "non_finite"})
-            total += part.weight * (scores if part.raw else self._standardised(part.name, scores))
+        finite = np.isfinite(columns).all(axis=0)
+        total = np.where(finite, 0.0, np.nan)
+        for part, scores in zip(self.parts, columns, strict=True):
+            total[finite] += part.weight * (
+                scores[finite] if part.raw else self._standardised(part.name, scores[finite])
+            )
         return total, details
 
     def _standardised(self, name: str, scores: NDArray[np.float64]) -> NDArray[np.float64]:
-        joined = self.statistics[name].joined(scores[np.isfinite(scores)])
+        joined = self.statistics[name].joined(scores)
         if not self._is_frozen:
             self.statistics[name] = joined
         statistics = self.statistics[name] if self.statistics[name].count else joined
-        return np.where(np.isfinite(scores), statistics.standardise(scores), np.nan)
+        return statistics.standardise(scores)
+
+    def log_to(self, folder: Path) -> None:
+        """Let every part that keeps a log keep it in a folder of its own, unless it has one already."""
+        for name, reward in self.rewards.items():
+            getattr(reward, "log_to", lambda _: None)(folder / name.replace(":", "-"))
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

@@ -28,6 +28,9 @@ Metadata: TypeAlias = Sequence[Mapping[str, Any]]
 Details: TypeAlias = Mapping[str, Sequence[Any]]
 """Whatever else is worth logging, by name, one value a picture."""
 
+NonFinite: TypeAlias = Literal["raise", "keep"]
+"""What becomes of scores that are NaN or infinite: an error, or the caller's business."""
+
 _Marked = TypeVar("_Marked", bound=Callable[..., Any])
 
 
@@ -112,7 +115,7 @@ def evaluate_reward(
     prompts: Sequence[str],
     metadata: Metadata,
     *,
-    non_finite: Literal["raise", "keep"] = "raise",
+    non_finite: NonFinite = "raise",
 ) -> tuple[NDArray[np.float64], dict[str, list[Any]]]:
     """Score a batch of samples and check the answer.
 
@@ -128,6 +131,7 @@ def evaluate_reward(
         Scores, (batch,) float64, all finite unless kept, and the details, by name, each a list of `batch` values.
 
     Raises:
+        Exception: Whatever the reward raises, with a note that names the reward.
         TypeError: The reward returned something other than numbers.
         ValueError: The samples are no array, or not of the kind that the reward takes, or the answer has the wrong
             length or is not finite.
@@ -148,7 +152,12 @@ def evaluate_reward(
             f"there must be one prompt and one metadata dictionary for each of {batch} samples;"
             f" got {len(prompts)} prompts and {len(metadata)} dictionaries"
         )
-    raw_scores, raw_details = _split(reward(samples, prompts, metadata))
+    try:
+        answer = reward(samples, prompts, metadata)
+    except Exception as error:
+        error.add_note(f"raised by the reward {name}, asked about {batch} samples")
+        raise
+    raw_scores, raw_details = _split(answer)
     scores = _as_numbers(raw_scores, name)
     if scores.shape != (batch,):
         raise ValueError(f"reward {name} must return shape ({batch},), one score a picture; got {scores.shape}")

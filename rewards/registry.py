@@ -9,7 +9,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, cast
 
@@ -53,6 +53,28 @@ def load_reward(spec: str | Callable[..., Any], **options: Any) -> Reward:
     if isinstance(spec, str):
         return _instantiated(_imported(BUILTIN_REWARDS.get(spec, spec), spec), spec, options)
     return _instantiated(spec, repr(spec), options)
+
+
+def configured_reward(spec: str | Callable[..., Any], options: Mapping[str, Any]) -> Reward:
+    """Return the reward that `spec` names, with its options in one dictionary, as a configuration has them.
+
+    Args:
+        spec: As for `load_reward`.
+        options: Arguments of the reward's class; of a weighted sum, those of each part by its name.
+
+    Raises:
+        ValueError: As `load_reward`; for options of a function or of a reward object, which take none; and for options
+            of a weighted sum that are of no part.
+        TypeError: As `load_reward`.
+    """
+    if not (isinstance(spec, str) and _is_weighted_sum(spec)):
+        return load_reward(spec, **options)
+    if of_no_part := [name for name, value in options.items() if not isinstance(value, Mapping)]:
+        raise ValueError(
+            f"reward_options of the weighted sum {spec!r} must begin with a part's name, such as clip_score.device; "
+            f"got {', '.join(of_no_part)}"
+        )
+    return load_reward(spec, options=options)
 
 
 def _is_weighted_sum(spec: str) -> bool:

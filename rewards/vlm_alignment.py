@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from rewards.answer_log import AnswerLog
-from rewards.bert_score import BertScoreRecall
+from rewards.bert_score import DEFAULT_ENCODER, BertScoreRecall
 from rewards.judge import Judge, load_judge
+from rewards.pretrained import TINY
 from rewards.protocol import Details, Images, Metadata, images_only
 
 QUESTION = "Answer concisely: what is going on in this image?"
@@ -37,7 +38,7 @@ class VlmAlignment:
         judge_options: Mapping[str, Any] | None = None,
         question: str = QUESTION,
         template: str = TEMPLATE,
-        text_model: str | Path = "microsoft/deberta-xlarge-mnli",
+        text_model: str | Path | None = None,
         text_layer: int | None = None,
         device: str | torch.device = "auto",
         log_folder: str | Path | None = None,
@@ -46,14 +47,16 @@ class VlmAlignment:
         """Check the arguments; nothing is loaded and nobody is asked yet.
 
         Args:
-            model: The judge: folder or Hub id of a vision-language model, None: LLaVA 1.5 7B; or an object of your own
-                (`rewards.judge.Judge`). With a server the served model's name, None: the only one.
+            model: The judge: folder or Hub id of a vision-language model, `"tiny"`: the bundled one, None: LLaVA 1.5
+                7B; or an object of your own (`rewards.judge.Judge`). With a server the served model's name, None: the
+                only one.
             server: URL of an OpenAI-compatible server; None: the judge runs in this process.
             judge_options: Further arguments of `JudgeServer` (`timeout`, `attempts`, `concurrency`, ...) or of
                 `JudgeModel` (`dtype`, `batch_size`, ...).
             question: What the judge is asked.
             template: What its answer is compared with; must contain `{prompt}`.
-            text_model: Folder or Hub id of BERTScore's text encoder.
+            text_model: Folder or Hub id of BERTScore's text encoder, or `"tiny"`; None: that of the DDPO paper, DeBERTa
+                xlarge, or the bundled one where the judge is.
             text_layer: Its layer; None: the recommended one.
             device: Of the models in this process.
             log_folder: Where to keep a sample of pictures and answers; None: nowhere.
@@ -68,8 +71,15 @@ class VlmAlignment:
         self.question = question
         self.template = template
         self.judge = load_judge(model, server, judge_options, device=device)
+        if text_model is None:
+            text_model = TINY if model == TINY and server is None else DEFAULT_ENCODER
         self.recall = BertScoreRecall(text_model, text_layer, device=device)
         self._log = None if log_folder is None else AnswerLog(log_folder, log_per_call)
+        self._log_per_call = log_per_call
+
+    def log_to(self, folder: Path) -> None:
+        """Keep a sample of pictures and answers in this folder from now on, unless there is a `log_folder`."""
+        self._log = self._log or AnswerLog(folder, self._log_per_call)
 
     def load(self) -> None:
         """Load the models and look for the server now."""

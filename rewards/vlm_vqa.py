@@ -76,6 +76,11 @@ class VlmVqa:
         """
         self.judge = load_judge(model, server, judge_options, device=device)
         self._log = None if log_folder is None else AnswerLog(log_folder, log_per_call)
+        self._log_per_call = log_per_call
+
+    def log_to(self, folder: Path) -> None:
+        """Keep a sample of pictures and answers in this folder from now on, unless there is a `log_folder`."""
+        self._log = self._log or AnswerLog(folder, self._log_per_call)
 
     def load(self) -> None:
         """Load the model or look for the server now."""

@@ -4,63 +4,112 @@ Without arguments: the bundled tiny Stable Diffusion learns to draw pictures tha
 CPU.
 """
 
+from __future__ import annotations
+
+import shlex
+import sys
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+if TYPE_CHECKING:  # what takes seconds is imported in `prepare`: a user waits for it, and may press Ctrl-C
+    from agents.training import PreparedRun, RunResult
 
 STARTED = time.perf_counter()
-
-import sys  # noqa: E402  (the clock starts before the imports, which are part of what a user waits for)
-from typing import Annotated  # noqa: E402
-
-import tyro  # noqa: E402
-from rich.console import Console  # noqa: E402
-
-from agents.configuration import TrainConfig  # noqa: E402
+FAILED, BAD_ARGUMENTS, INTERRUPTED = 1, 2, 130
 
 
 def main() -> int:
-    """Parse the command line, train, and print a summary."""
-    config = tyro.cli(Annotated[TrainConfig, tyro.conf.OmitArgPrefixes], description=__doc__)
-    console = Console()
+    """Parse the command line, train, and print a summary; return the exit code."""
     try:
-        from agents.plan import describe_plan
-        from agents.training import prepare_run
+        run = prepare()
+        return BAD_ARGUMENTS if run is None else train(run)
+    except KeyboardInterrupt:  # before or after training, which ends by itself
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
 
+
+def prepare() -> PreparedRun | None:
+    """Load what the command line asks for and print the plan; print why, if that cannot be."""
+    import tyro
+
+    from agents.configuration import TrainConfig
+
+    config = tyro.cli(Annotated[TrainConfig, tyro.conf.OmitArgPrefixes], description=__doc__)
+    from agents.plan import describe_plan
+    from agents.training import prepare_run
+
+    try:
         run = prepare_run(config)
-        console.print("\n".join(describe_plan(run.config)), highlight=False, soft_wrap=True)
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        return 2
-    result = run.train(STARTED)
-    folder = result.folder.path
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+        complain(str(error))
+        return None
+    print("\n".join(describe_plan(run.config)))
+    return run
+
+
+def train(run: PreparedRun) -> int:
+    """Train, say how it went, and return the exit code."""
+    try:
+        result = run.train(STARTED)
+    except Exception as error:
+        folder = run.pictures.folder
+        complain(described(error))
+        print(f"The traceback is in {folder.error}.")
+        if run.saved_iterations is not None:
+            print(f"The run is saved after {run.saved_iterations} iterations. To go on:\n{command(folder.path)}")
+        return FAILED
     if result.reward_after is None:
-        console.print(
-            f"\nStopped after {result.iterations} iterations; the run is saved. To go on:\n"
-            f"  {sys.executable} scripts/train_ppo.py --resume {folder}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        return 130
+        print(f"\nStopped after {result.iterations} iterations; the run is saved. To go on:")
+        print(command(result.folder.path))
+        return INTERRUPTED
+    print(summary(result))
+    return 0
+
+
+def complain(message: str) -> None:
+    """Print an error."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    Console(stderr=True).print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+def described(error: Exception) -> str:
+    """Return what went wrong, in one line."""
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    return " ".join(f"{type(error).__name__}: {error}{notes}".split())
+
+
+def command(folder: Path) -> str:
+    """Return the command that goes on with a run."""
+    return f"  {shlex.join([sys.executable, sys.argv[0], '--resume', str(folder)])}"
+
+
+def summary(result: RunResult) -> str:
+    """Return what a finished run says of itself."""
+    folder, config = result.folder, result.config
     before, after = result.reward_before, result.reward_after
     assert before is not None
+    assert after is not None
     change = (after - before) / abs(before) if before else float("nan")
     lines = [
         "",
-        f"Reward ({result.config.task.reward}), mean of {result.config.run.eval_samples} pictures from held-out seeds:",
+        f"Reward ({config.task.reward}), mean of {config.run.eval_samples} pictures from held-out seeds:",
         f"  before {before:.3f} → after {after:.3f}  ({change:+.1%} of |before|)",
         f"  {result.iterations} iterations in {result.wall_clock_seconds:.0f} s, start included",
         "",
         "Look at",
-        f"  {folder}/samples/before_after.png    the same prompts and seeds before, during and after",
-        f"  {folder}/reward.png                  the curve",
-        f"  {folder}/summary.json                these figures, and the versions",
-        f"  tensorboard --logdir {folder}/tensorboard",
+        f"  {folder.path}/samples/before_after.png    the same prompts and seeds before, during and after",
+        f"  {folder.path}/reward.png                  the curve",
+        f"  {folder.path}/summary.json                these figures, and the versions",
+        f"  tensorboard --logdir {folder.path}/tensorboard",
     ]
-    if result.config.policy.lora_rank:
-        lines.append(
-            f"Use it: pipe.load_lora_weights({str(folder / 'lora')!r}), or scripts/sample.py --lora {folder}/lora"
-        )
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
-    return 0
+    if folder.judge.is_dir():
+        lines.append(f"  {folder.judge}/                      some pictures of every call as the judge saw them")
+    if config.policy.lora_rank:
+        lines.append(f"Use it: pipe.load_lora_weights({str(folder.lora)!r}), or scripts/sample.py --lora {folder.lora}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

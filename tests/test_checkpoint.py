@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import agents.checkpoint
 from agents.advantages import PerPromptAdvantage
-from agents.checkpoint import iterations_done, latest_checkpoint, load_checkpoint, save_checkpoint
+from agents.checkpoint import Checkpoints, iterations_done, latest_checkpoint, load_checkpoint, save_checkpoint
 from agents.diffusion_policy import DiffusionPolicy
 from agents.ppo import PPO
 from agents.vec_env import VectorEnvAdapter
@@ -207,6 +207,38 @@ def test_checkpoint_of_the_same_iteration_is_replaced_whole(micro_pipeline_folde
     saved = load_file(latest_checkpoint(tmp_path) / "tensors.safetensors")
     for name, value in weights(model.policy).items():
         assert torch.equal(saved[f"policy.{name}"], value)
+
+
+@pytest.mark.parametrize("lost", ["scaler", "env", "parts"])
+def test_checkpoint_of_an_older_version_is_a_clear_error(micro_pipeline_folder, tmp_path, lost):
+    model = new_algorithm(micro_pipeline_folder)
+    file = save_checkpoint(tmp_path, 0, model, {"curve": Curve()}, keep=1) / "state.json"
+    state = json.loads(file.read_text())
+    del state[lost]
+    file.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=rf"checkpoint .*iteration_000000' lacks '{lost}': .*an older version"):
+        load_checkpoint(file.parent, model, {"curve": Curve()})
+
+
+def test_last_finished_iteration_is_kept_in_memory_until_it_is_needed(micro_pipeline_folder, tmp_path):
+    model, curve = new_algorithm(micro_pipeline_folder), Curve()
+    save_checkpoint(tmp_path, 0, model, {"curve": curve}, keep=1)
+    checkpoints = Checkpoints(tmp_path, model, {"curve": curve}, interval=3, keep=1)
+    for iteration in (1, 2):
+        iterate(model, 1)
+        curve.values.append(iteration)
+        checkpoints.finished(iteration)
+    after_two = weights(model.policy)
+    iterate(model, 1)
+    curve.values.append(3)
+    assert latest_checkpoint(tmp_path).name == "iteration_000000"
+    checkpoints.go_back()
+    assert latest_checkpoint(tmp_path).name == "iteration_000002"
+    assert curve.values == [1, 2]
+    assert all(torch.equal(value, after_two[name]) for name, value in weights(model.policy).items())
+    iterate(model, 1)
+    checkpoints.finished(3)
+    assert latest_checkpoint(tmp_path).name == "iteration_000003"
 
 
 def test_checkpoint_of_another_batch_is_refused(micro_pipeline_folder, tmp_path):

@@ -3,6 +3,7 @@
 import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,20 @@ def test_close_with_a_pending_reward_ends_the_thread(make: Any) -> None:
     env.close()
     assert infos["deferred_reward"][2].result() == infos["image"][2].mean()
     assert not gate.threads & {thread.ident for thread in threading.enumerate()}
+
+
+def test_cancelled_rewards_are_never_computed(make: Any) -> None:
+    gate = Gate()
+    env = make(gate)
+    ends = episodes(env, 3)
+    assert gate.entered.wait(TIMEOUT)
+    env.cancel_rewards()
+    gate.open.set()
+    env.reset()
+    assert len(gate.prompts) == 1, "only the call that was under way"
+    for _, infos in ends[1:]:
+        with pytest.raises(CancelledError):
+            infos["deferred_reward"][0].result()
 
 
 def test_state_of_a_composite_reward_is_the_same(make: Any) -> None:
