@@ -18,7 +18,10 @@ from torch import Tensor
 
 from rewards.pretrained import free_memory, require, resolve_device, resolve_dtype, resolve_source, shared
 
-LAYERS: dict[str, int] = {"microsoft/deberta-xlarge-mnli": 40}
+DEFAULT_ENCODER = "microsoft/deberta-xlarge-mnli"
+"""The encoder of the DDPO paper; about 3 GB to download."""
+
+LAYERS: dict[str, int] = {DEFAULT_ENCODER: 40}
 """The layer that agrees best with people, from the `bert_score` package's table; other models: the last one."""
 
 _PAIRS = 2
@@ -58,7 +61,7 @@ class BertScoreRecall:
 
     def __init__(
         self,
-        model: str | Path = "microsoft/deberta-xlarge-mnli",
+        model: str | Path = DEFAULT_ENCODER,
         layer: int | None = None,
         *,
         device: str | torch.device = "auto",
@@ -68,7 +71,7 @@ class BertScoreRecall:
         """Check the arguments; nothing is loaded yet.
 
         Args:
-            model: Folder or Hub id of a text encoder.
+            model: Folder or Hub id of a text encoder, or `"tiny"`: the bundled one, for its vocabulary.
             layer: Index into its hidden states, 0 for the embeddings; None: that of `LAYERS`, else the last.
             device: Where it computes.
             dtype: Of its weights.
@@ -85,7 +88,7 @@ class BertScoreRecall:
         self.dtype = resolve_dtype(dtype, self.device)
         self.layer = LAYERS.get(str(model), -1) if layer is None else layer
         self.batch_size = batch_size
-        self._source = resolve_source(model)
+        self._source = resolve_source(model, "text_encoder")
         self._encoder: TextEncoder | None = None
 
     @property

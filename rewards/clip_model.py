@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -91,7 +91,12 @@ class ClipReward(ABC):
 
     The model is loaded by the first call or by `load`, shared with every reward that uses the same one, and let go by
     `unload`; the next call loads it again.
+
+    Attributes:
+        purpose: Which of the bundled models `model="tiny"` is; empty: none.
     """
+
+    purpose: ClassVar[str] = ""
 
     def __init__(
         self,
@@ -121,7 +126,7 @@ class ClipReward(ABC):
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
         self.batch_size = batch_size
-        self._source = resolve_source(model)
+        self._source = resolve_source(model, self.purpose)
         self._processor = self._source if processor is None else resolve_source(processor)
         self._weights = None if weights is None else resolve_weights(weights)
         self._clip: ClipEmbedder | None = None

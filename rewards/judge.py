@@ -44,8 +44,8 @@ def load_judge(
     """Return the judge that a reward's arguments describe; nothing is loaded and nobody is called yet.
 
     Args:
-        model: Folder or Hub id of a vision-language model, or a judge of the user's own; with a server the name under
-            which it serves the model, None: the only one that it serves.
+        model: Folder or Hub id of a vision-language model, `"tiny"` for the bundled one, or a judge of the user's own;
+            with a server the name under which it serves the model, None: the only one that it serves.
         server: URL of an OpenAI-compatible server; None: a model in this process.
         options: Further arguments of `JudgeServer` or `JudgeModel`.
         **in_process: Arguments of `JudgeModel` that a server has no use for.

@@ -23,8 +23,15 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-BUNDLED_MODELS: dict[str, str] = {}
-"""Models that ship inside the package: name to folder below `rewards`."""
+TINY = "tiny"
+"""The name of the models that ship inside the package, trained on the bundled Stable Diffusion's vocabulary."""
+
+BUNDLED_MODELS: dict[str, str] = {
+    "clip": "data/tiny_clip",
+    "judge": "data/tiny_llava",
+    "text_encoder": "data/tiny_text_encoder",
+}
+"""What they are for, to folder below `rewards`."""
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -80,25 +87,30 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     return DTYPES[str(dtype)]
 
 
-def resolve_source(model: str | Path) -> str:
+def resolve_source(model: str | Path, purpose: str = "") -> str:
     """Turn a bundled name, a folder or a Hub id into what `from_pretrained` takes; nothing is loaded.
+
+    Args:
+        model: `"tiny"` where `purpose` is one of `BUNDLED_MODELS`, a folder or a Hub id.
+        purpose: What the model is for.
 
     Raises:
         ValueError: It is none of them.
     """
     name = str(model)
-    if name in BUNDLED_MODELS:
-        return str(files("rewards") / BUNDLED_MODELS[name])
+    if name == TINY and purpose in BUNDLED_MODELS:
+        return str(files("rewards") / BUNDLED_MODELS[purpose])
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"model folder {name!r} holds no transformers model: it has no config.json")
         return str(folder.resolve())
     if isinstance(model, Path) or name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
-        bundled = f"a bundled name ({', '.join(BUNDLED_MODELS)}), " if BUNDLED_MODELS else ""
+        bundled = f"{TINY!r} for the bundled one, " if purpose in BUNDLED_MODELS else ""
+        missing = "" if bundled or name != TINY else ": only clip_score, vlm_alignment and vlm_vqa have a miniature"
         raise ValueError(
             f"model must be {bundled}a folder that exists, or a Hub id such as 'openai/clip-vit-large-patch14'; "
-            f"got {name!r}"
+            f"got {name!r}{missing}"
         )
     return name
 

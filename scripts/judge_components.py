@@ -1,0 +1,182 @@
+"""The parts of the bundled judges, untrained: tokenizers, CLIP, LLaVA, BERT, and how each is written to its folder.
+
+Sizes are chosen for a CPU and for the bundled Stable Diffusion's pictures: 64x64 in patches of 8x8, vision towers of
+width 128. LLaVA's is built like CLIP's, so that it can begin with CLIP's weights.
+"""
+
+import copy
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from tiny_components import TEXT_LENGTH, build_tokenizer
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
+
+IMAGE_SIZE, PATCH_SIZE = 64, 8
+IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2 + 1  # The class token counts.
+WIDTH = 128
+VISION = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 4 * WIDTH,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH_SIZE,
+}
+CHAT_TEMPLATE = (
+    "{% for turn in messages %}{{ turn['role'] | upper }}: "
+    "{% for part in turn['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% for part in turn['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %} "
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+"""The one of LLaVA 1.5."""
+
+
+def build_image_processor() -> CLIPImageProcessorPil:
+    """Returns CLIP's preprocessing at 64x64: shortest side to 64, the middle, OpenAI's mean and standard deviation."""
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    )
+
+
+def build_clip(captions: Iterable[str]) -> tuple[CLIPModel, CLIPTokenizer]:
+    """Returns an untrained CLIP of 64x64 pictures and 16 tokens, and a tokenizer that knows the captions' words."""
+    tokenizer = build_tokenizer(captions)
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 96,
+        "intermediate_size": 384,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "max_position_embeddings": TEXT_LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=96)), tokenizer
+
+
+def build_language_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Returns a byte-level BPE tokenizer in which every word of the texts is one token, with LLaVA's special tokens."""
+    learner = Tokenizer(BPE())
+    learner.normalizer = normalizers.Lowercase()
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    learner.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<image>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    learner.train_from_iterator(
+        sorted(set(texts)),
+        BpeTrainer(vocab_size=4096, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=learner,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+        extra_special_tokens={"image_token": "<image>"},
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_llava(tokenizer: PreTrainedTokenizerFast) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Returns an untrained LLaVA, a vision tower, a projector and a small Llama, and its processor."""
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    language = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=336,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        **ids,
+    )
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=language,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=IMAGE_TOKENS,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+        **ids,
+    )
+    processor = LlavaProcessor(
+        build_image_processor(),
+        tokenizer,
+        patch_size=PATCH_SIZE,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config.min_new_tokens = 1  # It knows no picture that nothing is to be said about.
+    return model, processor
+
+
+def vision_tower(llava: LlavaForConditionalGeneration) -> CLIPVisionModel:
+    """Returns the part of a LLaVA that sees."""
+    return llava.model.vision_tower
+
+
+def build_text_encoder(words: Iterable[str], folder: Path) -> tuple[BertModel, BertTokenizer]:
+    """Returns an untrained BERT and a WordPiece tokenizer with a token for every word; other words fall into letters.
+
+    Args:
+        words: In lower case, without punctuation.
+        folder: Where the vocabulary is written.
+    """
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1) if not chr(code).isupper()]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    known = [*special, *letters, *(f"##{letter}" for letter in letters if letter.isalnum()), *sorted(set(words))]
+    vocabulary = list(dict.fromkeys(known))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    tokenizer = BertTokenizer(vocab=str(folder / "vocab.txt"), model_max_length=64)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=192,
+        intermediate_size=576,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return BertModel(config), tokenizer
+
+
+def export(folder: Path, model: PreTrainedModel, *processors: ProcessorMixin | PreTrainedTokenizerFast) -> None:
+    """Writes a model as fp16 safetensors and what goes before it; the folder is replaced by a complete one."""
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    copy.deepcopy(model).half().save_pretrained(fresh)
+    for processor in processors:
+        processor.save_pretrained(fresh)
+    config = fresh / "config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
