@@ -169,7 +169,8 @@ def evaluate_reward(
         first = int(np.flatnonzero(invalid)[0])
         raise ValueError(
             f"reward {name} must be finite; got {scores[first]} for prompt {prompts[first]!r}"
-            f" (picture {first} of {batch}, {invalid.sum()} in all){_culprits(details, first)}"
+            f" (picture {first} of {batch}, {invalid.sum()} in all){_culprits(details, first)};"
+            " the option non_finite_rewards can leave such samples out"
         )
     return scores, details
 

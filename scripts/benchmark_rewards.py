@@ -4,7 +4,6 @@ Two kinds of pictures, because the cost of some rewards depends on what is in th
 encoder, and `smooth`, noise of an eighth of the size enlarged. The first call is not timed: it loads the model.
 """
 
-import json
 import platform
 import statistics
 import sys
@@ -12,7 +11,6 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
-from rewards import Reward, evaluate_reward, load_reward
+from rewards import Reward, configured_reward, evaluate_reward, parse_options
 
 METADATA = {"questions": ("How many animals are in this image?",), "answers": ("two",)}
 
@@ -32,8 +30,8 @@ class Arguments:
 
     rewards: tuple[str, ...] = ("jpeg_compressibility",)
     """Names, module:function or weighted sums."""
-    options: str = "{}"
-    """Arguments of the reward's class as JSON, such as '{"model": "folder", "device": "cuda:1"}'."""
+    reward_options: tuple[str, ...] = ()
+    """Arguments of the reward's class as key=value, such as model=tiny device=cpu."""
     sizes: tuple[int, ...] = (64, 512)
     """Height and width of the pictures."""
     batch_sizes: tuple[int, ...] = (1, 16, 64)
@@ -73,11 +71,11 @@ def processor() -> str:
 def measure(arguments: Arguments) -> list[str]:
     """Return the lines of a Markdown table."""
     torch.set_num_threads(arguments.threads)
-    options: dict[str, Any] = json.loads(arguments.options)
+    options = parse_options(arguments.reward_options)
     heads = [f"batch {batch}" for batch in arguments.batch_sizes]
     lines = [f"| reward | pictures | {' | '.join(heads)} |", "| --- | --- |" + " --- |" * len(heads)]
     for name in arguments.rewards:
-        reward = load_reward(name, **options)
+        reward = configured_reward(name, options)
         for size in arguments.sizes:
             for kind in ("noise", "smooth"):
                 cells = [

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import tyro
 from diffusers import StableDiffusionPipeline
-from emoji_renderings import Subject, all_subjects, render, render_dataset
+from emoji_renderings import Subject, all_subjects, grid, render, render_dataset
 from judge_lessons import HOW_MANY, MIXTURE, WHICH, answer, through_jpeg
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -172,11 +172,16 @@ def drawings(arguments: Arguments) -> tuple[np.ndarray, list[Subject]]:
 
 
 def save_mistakes(path: Path, images: np.ndarray, wanted: Sequence[Subject], found: Sequence[Subject]) -> None:
-    """Writes the first drawings that the judge read otherwise than they were asked for, with what it said."""
+    """Writes the first drawings that the judge read otherwise than they were asked for: wanted → read."""
     wrong = [index for index, pair in enumerate(zip(wanted, found, strict=True)) if pair[0] != pair[1]][:40]
-    labels = [f"{wanted[i].caption[:22]} | {found[i].caption[:22]}" for i in wrong]
+    labels = [f"{brief(wanted[index])} → {brief(found[index])}" for index in wrong]
     if wrong:
-        evaluate_tiny.save_sheet(path, images[wrong], labels, columns=5)
+        grid(list(images[wrong]), 8, labels, scale=3).save(path, optimize=True)
+
+
+def brief(subject: Subject) -> str:
+    """Returns a short text for a subject: "fox, bike", "two foxes"."""
+    return f"{subject.word}, {subject.activity.split()[-1]}" if subject.activity else subject.caption
 
 
 def save_test_sheet(path: Path) -> None:

@@ -141,20 +141,17 @@ def vision_tower(llava: LlavaForConditionalGeneration) -> CLIPVisionModel:
     return llava.model.vision_tower
 
 
-def build_text_encoder(words: Iterable[str], folder: Path) -> tuple[BertModel, BertTokenizer]:
+def build_text_encoder(words: Iterable[str]) -> tuple[BertModel, BertTokenizer]:
     """Returns an untrained BERT and a WordPiece tokenizer with a token for every word; other words fall into letters.
 
     Args:
         words: In lower case, without punctuation.
-        folder: Where the vocabulary is written.
     """
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1) if not chr(code).isupper()]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     known = [*special, *letters, *(f"##{letter}" for letter in letters if letter.isalnum()), *sorted(set(words))]
-    vocabulary = list(dict.fromkeys(known))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    tokenizer = BertTokenizer(vocab=str(folder / "vocab.txt"), model_max_length=64)
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(known))}
+    tokenizer = BertTokenizer(vocab=vocabulary, model_max_length=64)
     config = BertConfig(
         vocab_size=len(vocabulary),
         hidden_size=192,

@@ -114,7 +114,7 @@ def train(arguments: Arguments, teacher: WordStates, learned: list[str]) -> None
     """Trains the encoder and writes it."""
     folder = arguments.output_folder / "tiny_text_encoder"
     words = {word for frame in FRAMES for phrase in learned for word in frame.format(phrase).lower().split()}
-    student = WordStates(*build_text_encoder(words, arguments.output_folder / "vocabulary"))
+    student = WordStates(*build_text_encoder(words))
     optimizer = torch.optim.AdamW(
         student.model.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay, fused=True
     )

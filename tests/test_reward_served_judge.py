@@ -1,4 +1,4 @@
-"""The HTTP judge against a server that others wrote: `transformers serve`, started here with a very small model.
+"""The HTTP judge against a server that others wrote: `transformers serve`, started here with the bundled LLaVA.
 
 It loads the model from a Hub cache, as for a user who downloaded it, and must answer what the same model answers in
 this process about the pictures as JPEG leaves them.
@@ -17,32 +17,19 @@ from itertools import pairwise
 import httpx2
 import numpy as np
 import pytest
+from held_out_renderings import load_renderings
 from PIL import Image
-from random_judges import save_random_bert, save_random_llava
 
 from rewards import evaluate_reward, load_reward
 from rewards.judge_model import JudgeModel
 from rewards.judge_server import JudgeServer, JudgeServerError
+from rewards.pretrained import resolve_source
+from rewards.vlm_alignment import QUESTION
 
 NAME = "tiny/judge"
-LENGTH = 5
-QUESTIONS = ("what ?", "how many dog ?")
+LENGTH = 12
+QUESTIONS = (QUESTION, "How many animals are in this image?")
 START = 150.0
-
-
-@pytest.fixture(scope="module")
-def judge_folder(tmp_path_factory):
-    """The judge that is served, and that answers in this process."""
-    folder = tmp_path_factory.mktemp("models") / "judge"
-    save_random_llava(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "bert"
-    save_random_bert(folder)
-    return folder
 
 
 class TransformersServe:
@@ -112,11 +99,11 @@ class TransformersServe:
 
 
 @pytest.fixture(scope="module")
-def serve(judge_folder, tmp_path_factory):
+def serve(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
     repository = folder / "hub" / f"models--{NAME.replace('/', '--')}"
     commit = "0" * 40
-    shutil.copytree(judge_folder, repository / "snapshots" / commit)
+    shutil.copytree(resolve_source("tiny", "judge"), repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     server = TransformersServe(folder, NAME)
@@ -137,11 +124,13 @@ pytestmark = pytest.mark.usefixtures("log_on_failure")
 
 
 def pictures(batch):
-    """Coarse patterns in two sizes."""
+    """Renderings as they are and, at odd places, noise of another size, which JPEG spoils."""
     random = np.random.default_rng(0)
-    coarse = [Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8)) for _ in range(batch)]
-    sizes = ((30, 20), (32, 48))
-    return [np.asarray(picture.resize(sizes[index % 2], 0)) for index, picture in enumerate(coarse)]
+    renderings, _ = load_renderings()
+    return [
+        random.integers(0, 256, (80, 48, 3), dtype=np.uint8) if index % 2 else renderings[index * 37 % len(renderings)]
+        for index in range(batch)
+    ]
 
 
 def after_jpeg(images):
@@ -152,8 +141,8 @@ def after_jpeg(images):
 
 
 @pytest.fixture(scope="module")
-def in_process(judge_folder):
-    return JudgeModel(judge_folder, device="cpu", max_new_tokens=LENGTH)
+def in_process():
+    return JudgeModel("tiny", device="cpu", max_new_tokens=LENGTH)
 
 
 def test_load_finds_the_model_that_is_served(serve):
@@ -176,12 +165,12 @@ def test_served_answers_are_those_in_process_whatever_the_concurrency(serve, in_
         judge.unload()
 
 
-def test_alignment_by_server_is_alignment_in_process(serve, judge_folder, text_folder):
-    options = {"text_model": text_folder, "device": "cpu"}
-    here = load_reward("vlm_alignment", model=judge_folder, judge_options={"max_new_tokens": LENGTH}, **options)
+def test_alignment_by_server_is_alignment_in_process(serve):
+    options = {"text_model": "tiny", "device": "cpu"}
+    here = load_reward("vlm_alignment", model="tiny", judge_options={"max_new_tokens": LENGTH}, **options)
     there = load_reward("vlm_alignment", server=serve.url, judge_options={"max_tokens": LENGTH}, **options)
     there.load()
-    images, prompts = pictures(8)[::2], ["a fox", "a cat", "two dog", "chess"]
+    images, prompts = pictures(8)[::2], ["a fox", "a cat", "two dogs", "a cow playing chess"]
     expected, said = evaluate_reward(here, np.stack(after_jpeg(images)), prompts, [{}] * 4)
     scores, details = evaluate_reward(there, np.stack(images), prompts, [{}] * 4)
     np.testing.assert_allclose(scores, expected, atol=1e-6)
@@ -190,11 +179,11 @@ def test_alignment_by_server_is_alignment_in_process(serve, judge_folder, text_f
     there.unload()
 
 
-def test_questions_by_server_are_questions_in_process(serve, judge_folder, in_process):
-    images = pictures(8)[1::2]
+def test_questions_by_server_are_questions_in_process(serve, in_process):
+    images = pictures(8)[::2]
     right = in_process.ask(after_jpeg(images[:1] * 2), QUESTIONS)
-    metadata = [{"questions": QUESTIONS, "answers": tuple(re.search("[a-z]{3,}", answer)[0] for answer in right)}] * 4
-    here = load_reward("vlm_vqa", model=judge_folder, device="cpu", judge_options={"max_new_tokens": LENGTH})
+    metadata = [{"questions": QUESTIONS, "answers": tuple(right)}] * 4
+    here = load_reward("vlm_vqa", model="tiny", device="cpu", judge_options={"max_new_tokens": LENGTH})
     there = load_reward("vlm_vqa", model=NAME, server=serve.url, judge_options={"max_tokens": LENGTH})
     expected, said = evaluate_reward(here, np.stack(after_jpeg(images)), ["dogs"] * 4, metadata)
     scores, details = evaluate_reward(there, np.stack(images), ["dogs"] * 4, metadata)
@@ -208,7 +197,7 @@ def test_questions_by_server_are_questions_in_process(serve, judge_folder, in_pr
 def test_unknown_model_is_an_error_at_once(serve):
     judge = JudgeServer(serve.url, "tiny/jugde", attempts=5, backoff=60)
     began = time.monotonic()
-    for ask in (judge.load, lambda: judge.ask(pictures(4), ["what ?"] * 4)):
+    for ask in (judge.load, lambda: judge.ask(pictures(4), [QUESTION] * 4)):
         with pytest.raises(JudgeServerError, match="in 1 of 5 attempts .*HTTP 400 .*requested .*tiny/jugde"):
             ask()
     assert time.monotonic() - began < 10
@@ -221,13 +210,13 @@ def test_killed_server_is_an_error_for_who_gives_up_and_survived_by_who_waits(se
     gives_up = load_reward(
         "vlm_vqa", model=NAME, server=serve.url, judge_options={"attempts": 3, "backoff": 0.1, **asked}
     )
-    metadata = [{"questions": ("what ?",), "answers": ("dog",)}] * 60
+    metadata = [{"questions": (QUESTION,), "answers": ("a dog",)}] * 60
     before = serve.answered()
     with ThreadPoolExecutor(2) as pool:
         failing = pool.submit(
             evaluate_reward, gives_up, np.stack(images[::2]), ["dogs"] * 60, metadata, non_finite="keep"
         )
-        surviving = pool.submit(waits.ask, images[:24], ["what ?"] * 24)
+        surviving = pool.submit(waits.ask, images[:24:2], [QUESTION] * 12)
         while serve.answered() < before + 6:
             assert not failing.done()
             time.sleep(0.01)
@@ -240,6 +229,6 @@ def test_killed_server_is_an_error_for_who_gives_up_and_survived_by_who_waits(se
         assert time.monotonic() - killed < 10
         assert not surviving.done()
         serve.start()
-        assert surviving.result(timeout=120) == in_process.ask(after_jpeg(images[:24]), ["what ?"] * 24)
+        assert surviving.result(timeout=120) == in_process.ask(after_jpeg(images[:24:2]), [QUESTION] * 12)
     waits.unload()
     gives_up.unload()

@@ -1,7 +1,6 @@
 """The bundled judges: what stock transformers makes of their folders, and what they read off held-out pictures.
 
-The pictures are 96 renderings of emoji (`tests/data/held_out_renderings.png`, by `scripts/evaluate_judges.py
---test-sheet`): each of the 45 animals, 15 of them with each activity, and six counts.
+The pictures are those of `tests/held_out_renderings.py`.
 """
 
 from importlib.util import find_spec
@@ -11,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from held_out_renderings import load_renderings
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, CLIPModel
 
@@ -23,19 +23,11 @@ from rewards.pretrained import BUNDLED_MODELS
 from rewards.vlm_alignment import QUESTION
 
 FOLDERS = {purpose: Path(rewards.__file__).parent / folder for purpose, folder in BUNDLED_MODELS.items()}
-SHEET = Path(__file__).parent / "data" / "held_out_renderings.png"
-SIDE = 64
 
 
 @pytest.fixture(scope="module")
 def renderings():
-    """Pictures, (96, 64, 64, 3) uint8, and their captions."""
-    with Image.open(SHEET) as sheet:
-        pixels, captions = np.asarray(sheet.convert("RGB")), sheet.text["captions"].split("\n")
-    rows, columns = pixels.shape[0] // SIDE, pixels.shape[1] // SIDE
-    pictures = pixels.reshape(rows, SIDE, columns, SIDE, 3).swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3)
-    assert len(pictures) == len(captions)
-    return np.ascontiguousarray(pictures), captions
+    return load_renderings()
 
 
 @pytest.fixture(scope="module")
