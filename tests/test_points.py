@@ -1,7 +1,6 @@
 """`DDPO-Points-v0`: training from scratch in seconds, models of one's own, and the exact policy gradient."""
 
 import gc
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,26 +9,17 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from gymnasium.utils.env_checker import check_env
-from torch import Tensor, nn
+from points_models import SCRATCH, ConstantModel, make_vec
+from torch import nn
 
 import rewards
-from agents import PPO, REINFORCE, RWR, DiffusionPolicy, PerPromptAdvantage, RawReturn, VectorEnvAdapter
+from agents import PPO, DiffusionPolicy, PerPromptAdvantage, VectorEnvAdapter
 from agents.evaluation import evaluate
-from agents.on_policy import TensorOnPolicyAlgorithm
-from agents.rollout_buffer import TensorRolloutBuffer, Transitions
 from ddpo_env import DenoisingVectorEnv, GaussianSampler, load_model, models
 from ddpo_env.models import DiffusionModel, unload_models
 from ddpo_env.points import PointsModel, points_scheduler
 from rewards import evaluate_reward, load_reward
-
-SCRATCH = {"lora_rank": 0, "guidance_scale": 1.0}
-
-
-def make_vec(num_envs: int, **arguments: Any) -> Any:
-    settings: dict[str, Any] = {"backend": "torch", "autoreset_mode": "SameStep", "device": "cpu"}
-    return gym.make_vec("DDPO-Points-v0", num_envs=num_envs, **settings | arguments)
 
 
 def test_environment_is_a_gymnasium_environment() -> None:
@@ -184,51 +174,6 @@ def test_critic_and_saving_work_without_conditioning(tmp_path: Path) -> None:
         assert torch.equal(again.state_dict()[name], value)
 
 
-class Constant(nn.Module):
-    """A denoiser that says the same point whatever it sees: its bias is the mean of a one-step policy."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.tensor([0.3, -0.2]))
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.bias.expand_as(latents)
-
-
-class ConstantModel:
-    """The smallest `DiffusionModel` of one's own. DDPM's one step of it is N(bias, 0.5² I)."""
-
-    draws_pictures = False
-    latent_shape = (2,)
-    conditioning_shapes: dict[str, tuple[int, ...]] = {}  # noqa: RUF012
-    scheduler = DDPMScheduler(
-        num_train_timesteps=2,
-        trained_betas=[0.1, 1 / 6],  # ᾱ = 0.75
-        prediction_type="sample",
-        variance_type="fixed_large",
-        clip_sample=False,
-        timestep_spacing="trailing",
-    )
-
-    _numbers = itertools.count()
-
-    def __init__(self) -> None:
-        self.source = f"constant-{next(self._numbers)}"
-        self.denoiser: nn.Module = Constant()
-
-    def encode_prompts(self, prompts: Any) -> dict[str, Tensor]:
-        return {}
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents
-
-    def predict(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Any) -> Tensor:
-        return denoiser(latents)
-
-    def save_lora(self, denoiser: nn.Module, folder: Path) -> None:
-        raise ValueError("no LoRA")
-
-
 @pytest.fixture
 def constant() -> ConstantModel:
     return ConstantModel()
@@ -303,106 +248,3 @@ def test_unloading_makes_new_points() -> None:
         assert load_model("points", "cpu") is not first
     finally:
         models._loaded.update(loaded)
-
-
-# The exact policy gradient of one step, N(mu, std² I): for r(x) = -|x - g|², d E[r] / d mu = 2 (g - mu).
-
-GOAL = np.array([1.0, 0.6])
-SLOTS = 8192
-
-
-def distance(points: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
-    return -((points - GOAL) ** 2).sum(1)
-
-
-def centred(rollout: TensorRolloutBuffer) -> Tensor:
-    """Return less the mean return: the baseline that changes no expectation."""
-    returns = torch.as_tensor(rollout.rewards)
-    return returns - returns.mean()
-
-
-def one_step(
-    kind: type[TensorOnPolicyAlgorithm], env: VectorEnvAdapter, policy: dict[str, Any], **arguments: Any
-) -> Any:
-    return kind(DiffusionPolicy, env, n_steps=1, gamma=1.0, policy_kwargs=SCRATCH | policy, seed=0, **arguments)
-
-
-def ppo(env: VectorEnvAdapter, **policy_kwargs: Any) -> PPO:
-    return one_step(PPO, env, policy_kwargs, batch_size=SLOTS, advantage=centred)
-
-
-def reinforce(env: VectorEnvAdapter, **policy_kwargs: Any) -> REINFORCE:
-    return one_step(REINFORCE, env, policy_kwargs, advantage=centred)
-
-
-def policy_gradient(algorithm: TensorOnPolicyAlgorithm) -> tuple[np.ndarray, np.ndarray]:
-    """One rollout of one-step episodes: the reward's gradient in mu by `loss`, (2,), and its standard error."""
-    _, callback = algorithm._setup_learn(SLOTS)
-    algorithm.collect_rollouts(algorithm.env, callback, algorithm.rollout_buffer, 1)
-    batch = algorithm.rollout_buffer[np.arange(SLOTS)]
-    mu = algorithm.policy.denoiser.bias
-    loss, _ = algorithm.loss(batch)
-    (gradient,) = torch.autograd.grad(loss, mu)
-    samples = batch.advantages[:, None] * (batch.actions - mu.detach()) / 0.5**2
-    return -gradient.numpy(), (samples.std(0) / SLOTS**0.5).numpy()
-
-
-@pytest.mark.parametrize("make_algorithm", [ppo, reinforce])
-@pytest.mark.parametrize(("reduction", "scale"), [("sum", 1.0), ("mean", 0.5)])
-def test_gradient_of_the_loss_is_the_closed_form_policy_gradient(
-    constant: ConstantModel, make_algorithm: Callable[..., Any], reduction: str, scale: float
-) -> None:
-    env = make_vec(SLOTS, model=constant, reward=distance, num_inference_steps=1)
-    algorithm = make_algorithm(VectorEnvAdapter(env), log_prob_reduction=reduction)
-    assert algorithm.policy.sampler.std.tolist() == pytest.approx([0.5])
-    exact = scale * 2 * (GOAL - algorithm.policy.denoiser.bias.detach().numpy())
-    gradient, error = policy_gradient(algorithm)
-    tolerance = 4 * scale * error
-    assert (tolerance < np.abs(exact) / 3).all(), "a wrong sign, or a factor of 1.5 either way, must not pass"
-    np.testing.assert_array_less(np.abs(gradient - exact), tolerance)
-
-
-def regression_gradient(algorithm: RWR) -> tuple[np.ndarray, np.ndarray, Transitions]:
-    """One rollout of one-step episodes: minus the loss's gradient in mu, mu, and the rollout."""
-    _, callback = algorithm._setup_learn(SLOTS)
-    algorithm.collect_rollouts(algorithm.env, callback, algorithm.rollout_buffer, 1)
-    batch = algorithm.rollout_buffer[np.arange(SLOTS)]
-    mu = algorithm.policy.denoiser.bias
-    (gradient,) = torch.autograd.grad(algorithm.loss(batch)[0], mu)
-    return -gradient.numpy(), mu.detach().numpy(), batch
-
-
-@pytest.mark.parametrize("beta", [0.5, 2.0])
-def test_gradient_of_weighted_regression_is_the_closed_form(constant: ConstantModel, beta: float) -> None:
-    """Samples of N(mu, std² I) with weights exp(-β|x - g|²) are those of another Gaussian, whose mean is known.
-
-    The model answers mu at every timestep, so the denoising loss is |mu - x|² / 2 and its gradient mu less that mean.
-    """
-    env = make_vec(SLOTS, model=constant, reward=distance, num_inference_steps=1)
-    algorithm = one_step(RWR, VectorEnvAdapter(env), {}, beta=beta, advantage=RawReturn())
-    gradient, start, batch = regression_gradient(algorithm)
-    precision = 1 / 0.5**2
-    tilted = (precision * start + 2 * beta * GOAL) / (precision + 2 * beta)
-    samples = batch.advantages[:, None] * (batch.actions - torch.as_tensor(tilted).float())
-    tolerance = 4 * (samples.std(0) / SLOTS**0.5).numpy()
-    assert (tolerance < np.abs(tilted - start) / 3).all(), "a wrong sign, or a factor of 1.5 either way, must not pass"
-    np.testing.assert_array_less(np.abs(gradient - (tilted - start)), tolerance)
-
-
-def to_the_right(points: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
-    return points[:, 0]
-
-
-@pytest.mark.parametrize("percentile", [50.0, 90.0])
-def test_gradient_of_sparse_regression_is_the_closed_form(constant: ConstantModel, percentile: float) -> None:
-    """The best share of N(mu, std² I) along an axis is a truncated Gaussian: inverse Mills ratio."""
-    env = make_vec(SLOTS, model=constant, reward=to_the_right, num_inference_steps=1)
-    arguments = {"weighting": "percentile", "percentile": percentile, "advantage": RawReturn()}
-    gradient, _, _ = regression_gradient(one_step(RWR, VectorEnvAdapter(env), {}, **arguments))
-    normal = torch.distributions.Normal(0.0, 1.0)
-    threshold = normal.icdf(torch.tensor(percentile / 100))
-    mills = normal.log_prob(threshold).exp() / (1 - percentile / 100)
-    expected = np.array([0.5 * float(mills), 0.0])
-    standard_error = 0.5 / (SLOTS * (1 - percentile / 100)) ** 0.5
-    assert 4 * standard_error < expected[0] / 3, "a wrong sign, or a factor of 1.5 either way, must not pass"
-    np.testing.assert_array_less(np.abs(gradient - expected), 4 * standard_error)
