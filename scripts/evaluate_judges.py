@@ -172,9 +172,9 @@ def drawings(arguments: Arguments) -> tuple[np.ndarray, list[Subject]]:
 
 
 def save_mistakes(path: Path, images: np.ndarray, wanted: Sequence[Subject], found: Sequence[Subject]) -> None:
-    """Writes the first drawings that the judge read otherwise than they were asked for: wanted → read."""
+    """Writes the first drawings that the judge read otherwise than they were asked for: wanted | read."""
     wrong = [index for index, pair in enumerate(zip(wanted, found, strict=True)) if pair[0] != pair[1]][:40]
-    labels = [f"{brief(wanted[index])} → {brief(found[index])}" for index in wrong]
+    labels = [f"{brief(wanted[index])} | {brief(found[index])}" for index in wrong]
     if wrong:
         grid(list(images[wrong]), 8, labels, scale=3).save(path, optimize=True)
 
