@@ -178,7 +178,10 @@ def test_tokenizer_and_image_processor_may_be_another_models(clip_folder, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "/no/such/folder"}, "model must be a folder that exists, or a Hub id .*; got '/no/such/folder'"),
+        (
+            {"model": "/no/such/folder"},
+            "model must be 'tiny' for the bundled one, a folder that exists, or a Hub id .*; got '/no/such/folder'",
+        ),
         ({"model": "clip"}, "model must be .* got 'clip'"),
         ({"model": Path("a/b")}, "model must be .* got 'a/b'"),
         ({"device": "gpu"}, "device must be auto or one of cpu.*; got 'gpu'"),
