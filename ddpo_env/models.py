@@ -31,8 +31,12 @@ BUNDLED_MODELS: dict[str, str] = {"tiny": "data/tiny", "points": "ddpo_env.point
 
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "ddpo_env.stable_diffusion:StableDiffusionModel",
+    "StableDiffusionXLPipeline": "ddpo_env.stable_diffusion_xl:StableDiffusionXLModel",
+    "StableDiffusion3Pipeline": "ddpo_env.stable_diffusion_3:StableDiffusion3Model",
+    "FluxPipeline": "ddpo_env.flux:FluxModel",
+    "DDPMPipeline": "ddpo_env.ddpm:DDPMModel",
 }
-"""diffusers pipeline class → the adapter of its family."""
+"""diffusers pipeline class → the adapter of its family, `module:Class` called with the pipeline and its source."""
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -50,10 +54,17 @@ _models: WeakValueDictionary[str, DiffusionModel] = WeakValueDictionary()
 class DiffusionModel(Protocol):
     """What a family of diffusion models must offer; everything else in the package is written against this.
 
-    An object of any class with these members is a model that `load_model` takes: a denoiser of your own. Two more are
-    optional. `draws_pictures = False` says that `decode` returns something else than uint8 pictures, and
-    `render(latents)` draws latents `(batch, *latent_shape)` as uint8 pictures `(batch, height, width, 3)` where
-    `decode` does not, or not well.
+    An object of any class with these members is a model that `load_model` takes: a denoiser of your own. More are
+    optional:
+
+    * `draws_pictures = False`: `decode` returns something else than uint8 pictures.
+    * `render(latents)` draws latents `(batch, *latent_shape)` as uint8 pictures `(batch, height, width, 3)` where
+      `decode` does not, or not well.
+    * `negative_conditioning()`: what guidance leads away from, each tensor `(1, ...)`; default: the empty prompt's.
+    * `guidance_embeds = True`: the denoiser takes the guidance scale as an input and is called once a step;
+      `predict` then finds it in `conditioning["guidance"]`, `(batch,)`.
+    * `sampler_options(num_inference_steps)`: keywords for `GaussianSampler.from_scheduler`, such as `sigmas`, `mu`.
+    * `loading_options`, of a family's class: keywords for its pipeline's `from_pretrained`.
     """
 
     source: str
@@ -198,8 +209,11 @@ def load_model(
             module, name = BUNDLED_MODELS[location].split(":")
             _loaded[key] = getattr(import_module(module), name)(device=resolved_device, dtype=resolved_dtype)
             return _loaded[key]
-        family = _family_of(_pipeline_class(location))
-        pipeline = _load_pipeline(location, resolved_dtype, family.loading_options).to(resolved_device)
+        index = _pipeline_index(location)
+        family = _family_of(index["_class_name"])
+        absent = {name: None for name, where in index.items() if where == [None, None]}
+        options = absent | getattr(family, "loading_options", {})
+        pipeline = _load_pipeline(location, resolved_dtype, options).to(resolved_device)
     else:
         family = _family_of(type(pipeline).__name__)
         _place(pipeline, resolved_device, resolved_dtype)
@@ -259,18 +273,17 @@ def _own_model(model: DiffusionModel, device: str | torch.device, dtype: str | t
     return model
 
 
-def _pipeline_class(location: str) -> str:
-    """Read the pipeline's class off its index, before any weights are touched."""
+def _pipeline_index(location: str) -> Mapping[str, Any]:
+    """Read the pipeline's index, with its class and its components, before any weights are touched."""
     try:
         config = DiffusionPipeline.load_config(location)
     except OSError as error:
         if Path(location).is_dir():
             raise ValueError(f"model folder {location!r} holds no diffusers pipeline: {error}") from error
         raise _download_error(location, error) from error
-    name = config.get("_class_name") if isinstance(config, Mapping) else None
-    if not isinstance(name, str):
+    if not isinstance(config, Mapping) or not isinstance(config.get("_class_name"), str):
         raise ValueError(f"model {location!r} holds no diffusers pipeline: its model_index.json names no _class_name")
-    return name
+    return config
 
 
 def _family_of(pipeline_class: str) -> Any:

@@ -101,6 +101,16 @@ def read_scheduler(
     return rows, clip
 
 
+def resolution_shift(scheduler: Any, image_tokens: int) -> float:
+    """Return the shift `mu` of the flow times for pictures of so many tokens: larger pictures want more noise.
+
+    Linear between the two sizes that the scheduler's configuration names, as in diffusers' `calculate_shift`.
+    """
+    config = scheduler.config
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return float(config.base_shift + slope * (image_tokens - config.base_image_seq_len))
+
+
 def _check_scheduler(scheduler: Any, name: str) -> None:
     supported = (*_DDIM_FAMILY, *_DDPM_FAMILY, *_FLOW_FAMILY)
     if name not in supported or not hasattr(scheduler, "config"):
