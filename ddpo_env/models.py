@@ -44,6 +44,10 @@ Conditioning: TypeAlias = Mapping[str, Tensor]
 """Conditioning tensors by their diffusers names, each `(batch, ...)`."""
 
 _IMPORTED_BY = os.getpid()
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_CONVERSION = (
+    "Where you trust the file, load the pipeline with diffusers and write it again: pipe.save_pretrained(folder)"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _loaded: dict[tuple[str, str, str], DiffusionModel] = {}
 _pipelines: WeakValueDictionary[str, DiffusionPipeline] = WeakValueDictionary()
@@ -178,8 +182,8 @@ def load_model(
         The model's adapter. The same arguments give the same object.
 
     Raises:
-        ValueError: unknown model, device, dtype or pipeline family.
-        OSError: a Hub id that cannot be downloaded.
+        ValueError: unknown model, device, dtype or pipeline family; a folder whose weights are pickled.
+        OSError: a Hub id that cannot be downloaded, or has no safetensors weights.
     """
     if os.getpid() != _IMPORTED_BY:
         torch.set_num_threads(1)  # a forked process has OpenMP's state without its threads, and would wait for them
@@ -213,6 +217,7 @@ def load_model(
         family = _family_of(index["_class_name"])
         absent = {name: None for name, where in index.items() if where == [None, None]}
         options = absent | getattr(family, "loading_options", {})
+        _refuse_pickles(Path(location), [name for name in index if name not in options])
         pipeline = _load_pipeline(location, resolved_dtype, options).to(resolved_device)
     else:
         family = _family_of(type(pipeline).__name__)
@@ -305,6 +310,17 @@ def _place(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype
         pipeline.to(device=device, dtype=dtype)
 
 
+def _refuse_pickles(folder: Path, components: Sequence[str]) -> None:
+    """Refuse a folder that has weights which only unpickling would read: a pickle can run any code."""
+    for name in components:
+        pickled = sorted(path for kind in _PICKLES for path in (folder / name).glob(kind))
+        if pickled and not any((folder / name).glob("*.safetensors")):
+            raise ValueError(
+                f"model folder {str(folder)!r} must hold safetensors; {name} has only {pickled[0].name}, a pickle, "
+                f"which is not loaded. {_CONVERSION}"
+            )
+
+
 def _load_pipeline(location: str, dtype: torch.dtype, options: Mapping[str, Any]) -> DiffusionPipeline:
     if Path(location).is_dir():
         with _without_progress_bars():
@@ -330,8 +346,12 @@ def _without_progress_bars() -> Iterator[None]:
 
 def _download_error(location: str, error: OSError) -> OSError:
     cause = str(error).partition("\n")[0]
+    if "`safetensors` weights" in cause:
+        return OSError(
+            f"model {location!r} has no safetensors weights on the Hub, and pickles are not loaded. {_CONVERSION}"
+        )
     return OSError(
         f"model {location!r} is no folder here and could not be downloaded from the Hugging Face Hub "
-        f"({cause}). Without a network, download it "
-        f"elsewhere (`hf download {location}`) and pass the folder: model='path/to/folder'"
+        f"({cause}). Without a network, download it elsewhere (`hf download {location} --exclude '*.bin' --exclude "
+        "'*.ckpt' --local-dir path/to/folder`), copy the folder here, and pass it: model='path/to/folder'"
     )
