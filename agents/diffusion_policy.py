@@ -133,7 +133,8 @@ class DiffusionPolicy(ActorCriticPolicy):
             self.model, self.num_inference_steps, eta, noise_level=noise_level, min_std=min_std
         )
         self.guidance_embeds: bool = getattr(self.model, "guidance_embeds", False)
-        self.negative_conditioning = _negative_conditioning(self.model)
+        guides = guidance_scale != 1 and not self.guidance_embeds
+        self.negative_conditioning = _negative_conditioning(self.model) if guides else {}
         if lora_rank == 0:
             self.denoiser = copy_for_full_training(self.model.denoiser)
         else:
@@ -219,7 +220,7 @@ class DiffusionPolicy(ActorCriticPolicy):
     ) -> Tensor:
         """Return the guided output of the denoiser (the one that learns unless another is given), float32."""
         denoiser = self.denoiser if denoiser is None else denoiser
-        if self.guidance_scale == 1 or self.guidance_embeds:
+        if not self.negative_conditioning:
             return self._predict_with(denoiser, latents, timestep, conditioning)
         doubled = {
             name: torch.cat([self.negative_conditioning[name].to(value).expand_as(value), value])

@@ -1,8 +1,8 @@
 """Stable Diffusion 1.4 itself, but for its weights: the published architecture and folder, loaded and trained.
 
 The configurations are those of `CompVis/stable-diffusion-v1-4` on the Hugging Face Hub (`unet/config.json` and so on).
-The numbers of weights are the ones that its authors' code reports (859.52 M, 83.65 M, 123.06 M), to the last. The weights
-are random, and the tokenizer knows letters only: nothing here says how well the trained model learns.
+The numbers of weights are the published ones (859.52 M, 83.65 M, 123.06 M), to the last. The weights themselves are
+random, and the tokenizer knows letters only: nothing here says how well the trained model learns.
 """
 
 import gc
@@ -16,7 +16,8 @@ import pytest
 import torch
 from conftest import character_tokenizer
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
-from micro_agents import weights
+from micro_agents import micro_env, stir, weights
+from test_families import lora_tensors
 from test_ppo import collected, denoising_ppo, logged
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -144,13 +145,16 @@ def test_published_architecture_loads_and_trains(folder: Path, tmp_path: Path) -
     assert sum(not torch.equal(after[name], before[name]) for name in after) > len(after) / 2
     assert all(torch.isfinite(value).all() for value in after.values())
 
-    model.policy.save_lora(tmp_path / "lora")
-    latents, timestep = torch.randn(1, 4, SIDE, SIDE), torch.tensor([801])
-    conditioning = model.policy.model.encode_prompts(["a cat"])
+    policy = stir(model.policy, 0.02)
+    policy.save_lora(tmp_path / "lora")
     pipeline.load_lora_weights(tmp_path / "lora")  # into the very pipeline, to have the weights in memory once
+    trained, loaded = lora_tensors(policy.denoiser), lora_tensors(pipeline.unet)
+    assert trained.keys() == loaded.keys()
+    assert all(torch.equal(value, loaded[name]) for name, value in trained.items())
+    observation, _ = micro_env(folder, num_envs=2).reset(seed=0)
     with torch.no_grad():
-        mine, theirs = (
-            model.policy.model.predict(denoiser, latents, timestep, conditioning)
-            for denoiser in (model.policy.denoiser, pipeline.unet)
-        )
-    assert torch.equal(mine, theirs)
+        mine, theirs = (policy.get_distribution(observation, one).mean for one in (policy.denoiser, pipeline.unet))
+        pipeline.disable_lora()
+        base = policy.get_distribution(observation, pipeline.unet).mean
+    torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-5)
+    assert (mine - base).abs().max() > 1e-3, "the adapters must matter for this test to mean anything"
