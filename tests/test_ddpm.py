@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from micro_agents import micro_env, micro_policy, stir
+from micro_agents import micro_config, micro_env, micro_policy, stir
 from micro_families import micro_family
 from peft import PeftModel
 
+from agents.training import run_training
 from ddpo_env.models import load_model
 
 SETTINGS = {"guidance_scale": 1.0, "min_std": 0.02}
@@ -70,6 +71,20 @@ def test_lora_comes_back_merged_or_not(tmp_path: Path) -> None:
         merged = adapted.merge_and_unload()
         torch.testing.assert_close(merged(latents, timestep).sample, expected, rtol=0, atol=1e-3)
     assert type(merged) is type(pipeline.unet)
+
+
+def test_run_trains_it_and_leaves_the_adapter(tmp_path: Path) -> None:
+    micro_family("ddpm").save_pretrained(tmp_path / "ddpm")
+    config = micro_config(
+        tmp_path / "ddpm",
+        tmp_path / "run",
+        policy=SETTINGS,
+        run={"iterations": 1, "eval_interval": 0},
+        training={"advantage": "batch"},
+    )
+    run_training(config)
+    adapted = PeftModel.from_pretrained(micro_family("ddpm").unet, tmp_path / "run" / "lora")
+    assert any(value.any() for name, value in adapted.named_parameters() if "lora_B" in name)
 
 
 def test_unet_without_attention_says_which_layers_to_train() -> None:

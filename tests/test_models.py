@@ -231,6 +231,16 @@ def test_embeddings_do_not_depend_on_the_batch_and_are_computed_once(
     assert model.encode_prompts(["an ant"])["prompt_embeds"].abs().sum() > 0, "the cache is nobody else's to change"
 
 
+def test_cached_prompts_have_a_limit_in_bytes(micro_pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(micro_pipeline_folder)
+    prompts = ["a cat", "an ant", "a dog", "a fox"]
+    expected = model.encode_prompts(prompts)["prompt_embeds"]
+    monkeypatch.setattr("ddpo_env.text_to_image._CACHED_BYTES", 3 * expected[0].nbytes)
+    assert torch.equal(model.encode_prompts(prompts)["prompt_embeds"], expected)
+    assert list(model._encoded) == prompts[1:], "the ones that were used last"  # type: ignore[attr-defined]
+    assert torch.equal(model.encode_prompts(prompts[:1])["prompt_embeds"][0], expected[0])
+
+
 def test_picture_does_not_depend_on_the_batch(micro_pipeline_folder: Path) -> None:
     for name in (micro_pipeline_folder, "tiny"):
         model = load_model(name, "cpu")
