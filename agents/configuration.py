@@ -90,6 +90,8 @@ class PolicySettings:
     """Of classifier-free guidance, in sampling and training; 1 is off and halves the cost. DDPO used 5 on SD 1.4."""
     eta: float = 1.0
     """Noise of the DDIM steps: 1 is as noisy as DDPM; must be above 0."""
+    noise_level: float | None = None
+    """Noise of the steps of flow matching (SD 3, FLUX); must be above 0. Default: Flow-GRPO's 0.7."""
     min_std: float | None = None
     """Lower bound on a step's standard deviation, for samplers whose last step is deterministic."""
     lora_rank: int = 8
@@ -239,6 +241,7 @@ class TrainConfig:
         }
         above_zero = {
             "eta": self.policy.eta,
+            "noise_level": 1.0 if self.policy.noise_level is None else self.policy.noise_level,
             "clip_range": training.clip_range,
             "advantage_clip": training.advantage_clip,
             "timestep_fraction": training.timestep_fraction,

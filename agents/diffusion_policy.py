@@ -27,7 +27,7 @@ from agents.distribution import DenoisingDistribution
 from agents.lora import LoraTargets, add_lora, copy_for_full_training
 from agents.rollout_buffer import TensorRolloutBuffer, Transitions
 from ddpo_env.denoising_loss import add_noise, draw_timesteps
-from ddpo_env.models import load_model
+from ddpo_env.models import DiffusionModel, load_model
 from ddpo_env.spaces import DenoisingObservationSpace, latent_box
 from ddpo_env.transition import GaussianSampler, Reduction
 
@@ -56,8 +56,10 @@ class DiffusionPolicy(ActorCriticPolicy):
         num_inference_steps: length of an episode; default: the environment's.
         device: where the model is loaded; default: the environment's.
         dtype: of the frozen weights; default: the environment's. What learns is float32.
-        guidance_scale: of classifier-free guidance; 1 is off, which halves the cost.
+        guidance_scale: of classifier-free guidance; 1 is off, which halves the cost. Where the model's denoiser takes
+            the scale as an input (FLUX.1-dev), it is that input.
         eta: noise of the DDIM step, above 0.
+        noise_level: noise of the flow-matching step, above 0, default 0.7; refused for other samplers.
         min_std: lower bound on the step's standard deviation; needed where the sampler's last step is deterministic.
         lora_rank: of the adapters; 0 trains every weight.
         lora_targets: which layers get an adapter, a name in `agents.lora.LORA_TARGETS`.
@@ -86,6 +88,7 @@ class DiffusionPolicy(ActorCriticPolicy):
         dtype: str | torch.dtype | None = None,
         guidance_scale: float = 5.0,
         eta: float = 1.0,
+        noise_level: float | None = None,
         min_std: float | None = None,
         lora_rank: int = 4,
         lora_targets: LoraTargets = "attention",
@@ -119,16 +122,19 @@ class DiffusionPolicy(ActorCriticPolicy):
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         self.eta = eta
+        self.noise_level = noise_level
         self.min_std = min_std
         self.lora_rank = lora_rank
         self.lora_targets: LoraTargets = lora_targets
         self.log_prob_reduction: Reduction = log_prob_reduction
         self.autocast = autocast
         self.share_features_extractor = True
-        self.sampler = GaussianSampler.from_scheduler(
-            self.model.scheduler, self.num_inference_steps, eta, min_std=min_std
+        self.sampler = GaussianSampler.from_model(
+            self.model, self.num_inference_steps, eta, noise_level=noise_level, min_std=min_std
         )
-        self.negative_conditioning = self.model.encode_prompts([""])
+        self.guidance_embeds: bool = getattr(self.model, "guidance_embeds", False)
+        guides = guidance_scale != 1 and not self.guidance_embeds
+        self.negative_conditioning = _negative_conditioning(self.model) if guides else {}
         if lora_rank == 0:
             self.denoiser = copy_for_full_training(self.model.denoiser)
         else:
@@ -214,7 +220,7 @@ class DiffusionPolicy(ActorCriticPolicy):
     ) -> Tensor:
         """Return the guided output of the denoiser (the one that learns unless another is given), float32."""
         denoiser = self.denoiser if denoiser is None else denoiser
-        if self.guidance_scale == 1:
+        if not self.negative_conditioning:
             return self._predict_with(denoiser, latents, timestep, conditioning)
         doubled = {
             name: torch.cat([self.negative_conditioning[name].to(value).expand_as(value), value])
@@ -232,6 +238,11 @@ class DiffusionPolicy(ActorCriticPolicy):
     def _predict_with(
         self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: DenoisingObservation
     ) -> Tensor:
+        if self.guidance_embeds:
+            conditioning = {
+                **conditioning,
+                "guidance": torch.full_like(timestep, self.guidance_scale, dtype=torch.float32),
+            }
         with torch.autocast(latents.device.type, self.compute_dtype, enabled=self.autocast is not None):
             return self.model.predict(denoiser, latents, timestep, conditioning).float()
 
@@ -270,6 +281,7 @@ class DiffusionPolicy(ActorCriticPolicy):
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             "eta": self.eta,
+            "noise_level": self.noise_level,
             "min_std": self.min_std,
             "lora_rank": self.lora_rank,
             "lora_targets": self.lora_targets,
@@ -347,6 +359,13 @@ class DiffusionPolicy(ActorCriticPolicy):
                 f"observation_space must be that of model {self.model.source!r}, {expected}; got {found} "
                 f"with action shape {self.action_space.shape}"
             )
+
+
+def _negative_conditioning(model: DiffusionModel) -> dict[str, Tensor]:
+    """What guidance leads away from: the model says, or it is the empty prompt."""
+    if hasattr(model, "negative_conditioning"):
+        return dict(model.negative_conditioning())
+    return model.encode_prompts([""])
 
 
 def _check_arguments(

@@ -15,7 +15,10 @@ from torch import nn
 
 LoraTargets = Literal["attention", "attention+convolutions"]
 
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_ATTENTION = (
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),  # of the text, in SD 3's and FLUX's joint attention
+)
 _CONVOLUTIONS = ("conv_in", "conv_out", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": _ATTENTION,

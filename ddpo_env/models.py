@@ -31,8 +31,12 @@ BUNDLED_MODELS: dict[str, str] = {"tiny": "data/tiny", "points": "ddpo_env.point
 
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "ddpo_env.stable_diffusion:StableDiffusionModel",
+    "StableDiffusionXLPipeline": "ddpo_env.stable_diffusion_xl:StableDiffusionXLModel",
+    "StableDiffusion3Pipeline": "ddpo_env.stable_diffusion_3:StableDiffusion3Model",
+    "FluxPipeline": "ddpo_env.flux:FluxModel",
+    "DDPMPipeline": "ddpo_env.ddpm:DDPMModel",
 }
-"""diffusers pipeline class → the adapter of its family."""
+"""diffusers pipeline class → the adapter of its family, `module:Class` called with the pipeline and its source."""
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -40,6 +44,10 @@ Conditioning: TypeAlias = Mapping[str, Tensor]
 """Conditioning tensors by their diffusers names, each `(batch, ...)`."""
 
 _IMPORTED_BY = os.getpid()
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_CONVERSION = (
+    "Where you trust the file, load the pipeline with diffusers and write it again: pipe.save_pretrained(folder)"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _loaded: dict[tuple[str, str, str], DiffusionModel] = {}
 _pipelines: WeakValueDictionary[str, DiffusionPipeline] = WeakValueDictionary()
@@ -50,10 +58,17 @@ _models: WeakValueDictionary[str, DiffusionModel] = WeakValueDictionary()
 class DiffusionModel(Protocol):
     """What a family of diffusion models must offer; everything else in the package is written against this.
 
-    An object of any class with these members is a model that `load_model` takes: a denoiser of your own. Two more are
-    optional. `draws_pictures = False` says that `decode` returns something else than uint8 pictures, and
-    `render(latents)` draws latents `(batch, *latent_shape)` as uint8 pictures `(batch, height, width, 3)` where
-    `decode` does not, or not well.
+    An object of any class with these members is a model that `load_model` takes: a denoiser of your own. More are
+    optional:
+
+    * `draws_pictures = False`: `decode` returns something else than uint8 pictures.
+    * `render(latents)` draws latents `(batch, *latent_shape)` as uint8 pictures `(batch, height, width, 3)` where
+      `decode` does not, or not well.
+    * `negative_conditioning()`: what guidance leads away from, each tensor `(1, ...)`; default: the empty prompt's.
+    * `guidance_embeds = True`: the denoiser takes the guidance scale as an input and is called once a step;
+      `predict` then finds it in `conditioning["guidance"]`, `(batch,)`.
+    * `sampler_options(num_inference_steps)`: keywords for `GaussianSampler.from_scheduler`, such as `sigmas`, `mu`.
+    * `loading_options`, of a family's class: keywords for its pipeline's `from_pretrained`.
     """
 
     source: str
@@ -167,8 +182,8 @@ def load_model(
         The model's adapter. The same arguments give the same object.
 
     Raises:
-        ValueError: unknown model, device, dtype or pipeline family.
-        OSError: a Hub id that cannot be downloaded.
+        ValueError: unknown model, device, dtype or pipeline family; a folder whose weights are pickled.
+        OSError: a Hub id that cannot be downloaded, or has no safetensors weights.
     """
     if os.getpid() != _IMPORTED_BY:
         torch.set_num_threads(1)  # a forked process has OpenMP's state without its threads, and would wait for them
@@ -198,8 +213,12 @@ def load_model(
             module, name = BUNDLED_MODELS[location].split(":")
             _loaded[key] = getattr(import_module(module), name)(device=resolved_device, dtype=resolved_dtype)
             return _loaded[key]
-        family = _family_of(_pipeline_class(location))
-        pipeline = _load_pipeline(location, resolved_dtype, family.loading_options).to(resolved_device)
+        index = _pipeline_index(location)
+        family = _family_of(index["_class_name"])
+        absent = {name: None for name, where in index.items() if where == [None, None]}
+        options = absent | getattr(family, "loading_options", {})
+        _refuse_pickles(Path(location), [name for name in index if name not in options])
+        pipeline = _load_pipeline(location, resolved_dtype, options).to(resolved_device)
     else:
         family = _family_of(type(pipeline).__name__)
         _place(pipeline, resolved_device, resolved_dtype)
@@ -259,18 +278,17 @@ def _own_model(model: DiffusionModel, device: str | torch.device, dtype: str | t
     return model
 
 
-def _pipeline_class(location: str) -> str:
-    """Read the pipeline's class off its index, before any weights are touched."""
+def _pipeline_index(location: str) -> Mapping[str, Any]:
+    """Read the pipeline's index, with its class and its components, before any weights are touched."""
     try:
         config = DiffusionPipeline.load_config(location)
     except OSError as error:
         if Path(location).is_dir():
             raise ValueError(f"model folder {location!r} holds no diffusers pipeline: {error}") from error
         raise _download_error(location, error) from error
-    name = config.get("_class_name") if isinstance(config, Mapping) else None
-    if not isinstance(name, str):
+    if not isinstance(config, Mapping) or not isinstance(config.get("_class_name"), str):
         raise ValueError(f"model {location!r} holds no diffusers pipeline: its model_index.json names no _class_name")
-    return name
+    return config
 
 
 def _family_of(pipeline_class: str) -> Any:
@@ -290,6 +308,17 @@ def _place(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     if any(weight.device != device or weight.dtype != dtype for part in parts for weight in part.parameters()):
         pipeline.to(device=device, dtype=dtype)
+
+
+def _refuse_pickles(folder: Path, components: Sequence[str]) -> None:
+    """Refuse a folder that has weights which only unpickling would read: a pickle can run any code."""
+    for name in components:
+        pickled = sorted(path for kind in _PICKLES for path in (folder / name).glob(kind))
+        if pickled and not any((folder / name).glob("*.safetensors")):
+            raise ValueError(
+                f"model folder {str(folder)!r} must hold safetensors; {name} has only {pickled[0].name}, a pickle, "
+                f"which is not loaded. {_CONVERSION}"
+            )
 
 
 def _load_pipeline(location: str, dtype: torch.dtype, options: Mapping[str, Any]) -> DiffusionPipeline:
@@ -317,8 +346,12 @@ def _without_progress_bars() -> Iterator[None]:
 
 def _download_error(location: str, error: OSError) -> OSError:
     cause = str(error).partition("\n")[0]
+    if "`safetensors` weights" in cause:
+        return OSError(
+            f"model {location!r} has no safetensors weights on the Hub, and pickles are not loaded. {_CONVERSION}"
+        )
     return OSError(
         f"model {location!r} is no folder here and could not be downloaded from the Hugging Face Hub "
-        f"({cause}). Without a network, download it "
-        f"elsewhere (`hf download {location}`) and pass the folder: model='path/to/folder'"
+        f"({cause}). Without a network, download it elsewhere (`hf download {location} --exclude '*.bin' --exclude "
+        "'*.ckpt' --local-dir path/to/folder`), copy the folder here, and pass it: model='path/to/folder'"
     )

@@ -101,6 +101,16 @@ def read_scheduler(
     return rows, clip
 
 
+def resolution_shift(scheduler: Any, image_tokens: int) -> float:
+    """Return the shift `mu` of the flow times for pictures of so many tokens: larger pictures want more noise.
+
+    Linear between the two sizes that the scheduler's configuration names, as in diffusers' `calculate_shift`.
+    """
+    config = scheduler.config
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return float(config.base_shift + slope * (image_tokens - config.base_image_seq_len))
+
+
 def _check_scheduler(scheduler: Any, name: str) -> None:
     supported = (*_DDIM_FAMILY, *_DDPM_FAMILY, *_FLOW_FAMILY)
     if name not in supported or not hasattr(scheduler, "config"):
@@ -256,9 +266,10 @@ def _floored_std(rows: SamplerRows, min_std: float | None, name: str) -> Tensor:
     deterministic = (rows.std < SMALLEST_STD).nonzero().flatten().tolist()
     if deterministic:
         where = ", ".join(f"{index} (timestep {rows.timesteps[index].item():g})" for index in deterministic[:4])
+        remedy = "set set_alpha_to_one=False and steps_offset=1 in a DDIM configuration"
         raise ValueError(
             f"std must be at least {SMALLEST_STD} at every step, or the step has no density; with {name} and these"
             f" arguments it is less at step {where} of {len(rows.std)}. Pass min_std (0.02 is what Stable Diffusion"
-            " 1.x ends with), or set set_alpha_to_one=False and steps_offset=1 in a DDIM configuration"
+            f" 1.x ends with), or {'raise noise_level' if name in _FLOW_FAMILY else remedy}"
         )
     return rows.std

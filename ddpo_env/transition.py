@@ -11,12 +11,15 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from ddpo_env.scheduler_table import SMALLEST_STD, read_scheduler
+
+if TYPE_CHECKING:
+    from ddpo_env.models import DiffusionModel
 
 Reduction = Literal["mean", "sum"]
 
@@ -115,6 +118,26 @@ class GaussianSampler:
         )
         columns = {field: column.float() for field, column in rows._asdict().items() if field != "timesteps"}
         return cls(timesteps=rows.timesteps, **columns, clip_sample_range=clip_sample_range)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: DiffusionModel,
+        num_inference_steps: int,
+        eta: float = 1.0,
+        *,
+        noise_level: float | None = None,
+        min_std: float | None = None,
+    ) -> GaussianSampler:
+        """Read the table off a model's scheduler, with the flow times that the model's `sampler_options` ask for.
+
+        Environment and policy both build it so; that is why they agree on the timesteps. Arguments and errors are those
+        of `from_scheduler`.
+        """
+        options: dict[str, Any] = getattr(model, "sampler_options", lambda _: {})(num_inference_steps)
+        return cls.from_scheduler(
+            model.scheduler, num_inference_steps, eta, noise_level=noise_level, min_std=min_std, **options
+        )
 
     def __len__(self) -> int:
         return len(self.timesteps)

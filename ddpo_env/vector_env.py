@@ -156,7 +156,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         self._worker = RewardWorker(non_finite_rewards) if deferred_rewards else None
         self.render_mode = render_mode
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
-        clock = GaussianSampler.from_scheduler(self.model.scheduler, num_inference_steps, min_std=SMALLEST_STD)
+        clock = GaussianSampler.from_model(self.model, num_inference_steps, min_std=SMALLEST_STD)
         self._timesteps = np.append(clock.timesteps.numpy(), 0.0).astype(np.float32)
         self.single_observation_space = DenoisingObservationSpace(self.model, num_inference_steps)
         self.single_action_space = latent_box(self.model.latent_shape)

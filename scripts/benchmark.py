@@ -96,7 +96,8 @@ def bare_calls(algorithm: PPO, arguments: Arguments) -> tuple[Callable[[], None]
         rows *= doubled
         latents = torch.randn(rows, *policy.model.latent_shape, device=policy.device)
         timestep = torch.full((rows,), 500.0, device=policy.device)
-        embeds = {name: value.expand(rows, *value.shape[1:]) for name, value in policy.negative_conditioning.items()}
+        unprompted = policy.model.encode_prompts([""])
+        embeds = {name: value.expand(rows, *value.shape[1:]) for name, value in unprompted.items()}
         return policy.model.predict(policy.denoiser, latents, timestep, embeds)
 
     @torch.no_grad()

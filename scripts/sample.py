@@ -33,7 +33,7 @@ class Arguments:
     guidance_scale: float = 1.0
     """Of classifier-free guidance; 1 is off. Use what the LoRA was trained with."""
     eta: float = 1.0
-    """Noise of the DDIM steps; 0 is the deterministic sampler."""
+    """Noise of the DDIM steps; 0 is the deterministic sampler. Flow matching (SD 3, FLUX) is always drawn without."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     output: Path = Path("samples.png")
@@ -61,23 +61,46 @@ class Arguments:
 
 def draw(arguments: Arguments) -> tuple[list[np.ndarray], list[str]]:
     """Return a row of pictures `(prompts, height, width, 3)` uint8 for every seed, and the rows' labels."""
-    from diffusers import DDIMScheduler
-
     from ddpo_env.models import load_model
 
-    pipe = load_model(arguments.model, arguments.device).pipeline
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    model = load_model(arguments.model, arguments.device)
+    pipe = getattr(model, "pipeline", None)
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ValueError(f"model must be a text-to-image pipeline; got {arguments.model!r}, a {type(model).__name__}")
+    options = _options(pipe, model.latent_shape, arguments)
     pipe.set_progress_bar_config(disable=True)
     if arguments.lora is not None:
         pipe.load_lora_weights(arguments.lora)
     try:
-        return _rows(pipe, arguments)
+        return _rows(pipe, arguments, options)
     finally:  # the process may go on to use the model, which is shared
         if arguments.lora is not None:
             pipe.unload_lora_weights()
 
 
-def _rows(pipe: Any, arguments: Arguments) -> tuple[list[np.ndarray], list[str]]:
+def _options(pipe: Any, latent_shape: tuple[int, ...], arguments: Arguments) -> dict[str, Any]:
+    """Return what this pipeline is called with; DDIM takes the place of every scheduler but flow matching's."""
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+    height, width = (side * pipe.vae_scale_factor for side in latent_shape[-2:])
+    options: dict[str, Any] = {
+        "height": height,
+        "width": width,
+        "num_inference_steps": arguments.num_inference_steps,
+        "guidance_scale": arguments.guidance_scale,
+        "output_type": "np",
+    }
+    if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        return options | {"eta": arguments.eta}
+    distilled = getattr(pipe.transformer.config, "guidance_embeds", None)
+    if distilled is False and arguments.guidance_scale != 1:  # FLUX.1-schnell has another name for it
+        empty = [""] * len(arguments.prompts)
+        return options | {"true_cfg_scale": arguments.guidance_scale, "negative_prompt": empty}
+    return options
+
+
+def _rows(pipe: Any, arguments: Arguments, options: dict[str, Any]) -> tuple[list[np.ndarray], list[str]]:
     import torch
 
     rows, labels = [], []
@@ -88,14 +111,7 @@ def _rows(pipe: Any, arguments: Arguments) -> tuple[list[np.ndarray], list[str]]
                 (pipe.enable_lora if variant == "trained" else pipe.disable_lora)()
             columns = range(len(arguments.prompts))
             generators = [torch.Generator(pipe.device).manual_seed(seed + 1000 * column) for column in columns]
-            pictures = pipe(
-                list(arguments.prompts),
-                num_inference_steps=arguments.num_inference_steps,
-                guidance_scale=arguments.guidance_scale,
-                eta=arguments.eta,
-                generator=generators,
-                output_type="np",
-            ).images
+            pictures = pipe(list(arguments.prompts), generator=generators, **options).images
             rows.append((pictures * 255).round().astype(np.uint8))
             labels.append(f"{variant}\nseed {seed}")
     return rows, labels

@@ -8,7 +8,8 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, StableDiffusionPipeline, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DModel
+from test_scripts import run_script
 
 import ddpo_env
 from ddpo_env import models
@@ -130,14 +131,36 @@ def test_other_families_are_refused_by_name(
 ) -> None:
     monkeypatch.setattr(models, "_load_pipeline", None)
     for model in (other_family, tmp_path / "other"):
-        with pytest.raises(ValueError, match=r"StableDiffusionPipeline; got a DDIMPipeline"):
+        with pytest.raises(ValueError, match=r"StableDiffusionPipeline, .*; got a DDIMPipeline"):
             load_model(model)
 
 
 def test_hub_id_without_a_network_says_what_to_download(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match=r"'nobody/no-such-model'.*hf download nobody/no-such-model.*pass the folder"):
+    with pytest.raises(OSError, match=r"'nobody/no-such-model'.*`hf download nobody/no-such-model .*pass it: model='"):
         gym.make("DDPO-SD-v0", model="nobody/no-such-model")
+
+
+def test_hub_id_without_a_network_is_an_error_of_the_command_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    arguments = ["--model=CompVis/stable-diffusion-v1-4", f"--run-dir={tmp_path / 'run'}"]
+    assert run_script("train_ppo", arguments, monkeypatch) == 2
+    assert "hf download CompVis/stable-diffusion-v1-4" in capsys.readouterr().err
+
+
+def test_hub_id_with_pickled_weights_alone_is_not_called_a_failed_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **arguments: Any) -> None:
+        assert arguments["use_safetensors"] is True
+        raise OSError("Could not find the necessary `safetensors` weights in {'unet/model.bin'} (variant=None)")
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda _: {"_class_name": "StableDiffusionPipeline"})
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", refuse)
+    with pytest.raises(
+        OSError, match=r"'nobody/pickles' has no safetensors .*pickles are not loaded\. .*save_pretrained"
+    ):
+        load_model("nobody/pickles")
 
 
 def test_folder_that_is_no_pipeline(tmp_path: Path) -> None:
@@ -152,11 +175,28 @@ def test_folder_with_a_broken_index(tmp_path: Path, content: str) -> None:
         load_model(tmp_path)
 
 
-def test_pickled_weights_are_not_read(micro_pipeline_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_pickled_weights_are_not_read(
+    micro_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, component: str
+) -> None:
     folder = shutil.copytree(micro_pipeline_folder, tmp_path / "pickled")
-    unet = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).unet
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    torch.save(unet.state_dict(), folder / "unet" / "diffusion_pytorch_model.bin")
+    (weights,) = (folder / component).glob("*.safetensors")
+    name = "pytorch_model.bin" if component == "text_encoder" else "diffusion_pytorch_model.bin"
+    torch.save({}, weights.with_name(name))
+    assert load_model(folder), "a pickle beside the safetensors is left alone"
+    weights.unlink()
+    unload_models()
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(
+        ValueError, match=rf"must hold safetensors; {component} has only {name}, a pickle.*save_pretrained"
+    ):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_missing_weights_are_an_error(micro_pipeline_folder: Path, tmp_path: Path, component: str) -> None:
+    folder = shutil.copytree(micro_pipeline_folder, tmp_path / "incomplete")
+    next((folder / component).glob("*.safetensors")).unlink()
     with pytest.raises(OSError, match="safetensors"):
         load_model(folder)
 
@@ -189,6 +229,16 @@ def test_embeddings_do_not_depend_on_the_batch_and_are_computed_once(
     monkeypatch.setattr(model.pipeline, "encode_prompt", None)  # type: ignore[attr-defined]
     together.zero_()
     assert model.encode_prompts(["an ant"])["prompt_embeds"].abs().sum() > 0, "the cache is nobody else's to change"
+
+
+def test_cached_prompts_have_a_limit_in_bytes(micro_pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(micro_pipeline_folder)
+    prompts = ["a cat", "an ant", "a dog", "a fox"]
+    expected = model.encode_prompts(prompts)["prompt_embeds"]
+    monkeypatch.setattr("ddpo_env.text_to_image._CACHED_BYTES", 3 * expected[0].nbytes)
+    assert torch.equal(model.encode_prompts(prompts)["prompt_embeds"], expected)
+    assert list(model._encoded) == prompts[1:], "the ones that were used last"  # type: ignore[attr-defined]
+    assert torch.equal(model.encode_prompts(prompts[:1])["prompt_embeds"][0], expected[0])
 
 
 def test_picture_does_not_depend_on_the_batch(micro_pipeline_folder: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from micro_families import micro_family
 from PIL import Image
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -27,7 +28,7 @@ MINIATURE = [
 ]
 PROMISED_FLAGS = (
     "--run-dir --model --reward --prompts --seed --device --iterations --samples-per-iteration --num-inference-steps "
-    "--guidance-scale --eta --learning-rate --clip-range --lora-rank"
+    "--guidance-scale --eta --noise-level --learning-rate --clip-range --lora-rank"
 ).split()
 
 
@@ -97,6 +98,24 @@ def test_sample_draws_the_same_seeds_with_and_without_a_lora(monkeypatch, tmp_pa
     upper, lower = both[:height, 84:], both[height - base.shape[0] + 134 :, 84:]
     np.testing.assert_array_equal(upper[:, : base.shape[1] - 84], base[:, 84:])
     assert not np.array_equal(upper[-128:], lower[-128:])
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion_xl", "stable_diffusion_3", "flux_dev", "flux_schnell"])
+def test_sample_draws_with_every_text_to_image_family(monkeypatch, tmp_path, family):
+    micro_family(family).save_pretrained(tmp_path / family)
+    drawing = [f"--model={tmp_path / family}", "--num-inference-steps=2", "--device=cpu", "--guidance-scale=2"]
+    output = tmp_path / "samples.png"
+    assert run_script("sample", [*drawing, "--prompts", "a cat", "a dog", f"--output={output}"], monkeypatch) == 0
+    assert output.is_file()
+
+
+@pytest.mark.parametrize("model", ["points", "ddpm"])
+def test_sample_refuses_a_model_that_takes_no_prompts(monkeypatch, capsys, tmp_path, model):
+    if model == "ddpm":
+        micro_family("ddpm").save_pretrained(tmp_path / "ddpm")
+        model = str(tmp_path / "ddpm")
+    assert run_script("sample", [f"--model={model}", "--device=cpu"], monkeypatch) == 2
+    assert "model must be a text-to-image pipeline; got" in capsys.readouterr().err
 
 
 def test_sample_refuses_a_folder_without_a_lora(monkeypatch, capsys, tmp_path):

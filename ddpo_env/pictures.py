@@ -1,0 +1,42 @@
+"""From a model's last latents to pixels: the VAE's scaling, its decoder, and rounding, as diffusers does it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PIXELS_A_DECODE = 8 * 512 * 512
+
+
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+    """Decode latents `(batch, channels, height, width)` to uint8 pictures `(batch, height, width, 3)`.
+
+    On an accelerator a few at a time. On a CPU one at a time, so that a picture, and its reward, does not depend on the
+    batch that it came in: there a convolution's last bits do, and a level of a pixel with them.
+
+    Args:
+        vae: an `AutoencoderKL`, whose configuration says how its latents are scaled.
+        latents: as the denoiser knows them.
+    """
+    pixels = 4 ** (len(vae.config.block_out_channels) - 1) * latents[0, 0].numel()
+    rows = 1 if vae.device.type == "cpu" else max(1, _PIXELS_A_DECODE // pixels)
+    scaled = _unscaled(latents.to(vae.device, vae.dtype), vae.config)
+    return torch.cat([to_pixels(vae.decode(chunk, return_dict=False)[0]) for chunk in scaled.split(rows)])
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Turn images `(batch, channels, height, width)` in [-1, 1] into uint8 `(batch, height, width, channels)`."""
+    pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous()
+
+
+def _unscaled(latents: Tensor, config: Any) -> Tensor:
+    """Return the latents that the decoder was trained on."""
+    mean, std, shift = (config.get(name) for name in ("latents_mean", "latents_std", "shift_factor"))
+    if mean is not None and std is not None:
+        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        return latents * std / config.scaling_factor + mean
+    latents = latents / config.scaling_factor
+    return latents if shift is None else latents + shift

@@ -1,0 +1,92 @@
+"""What diffusers' text-to-image pipelines have in common: text encoders, a denoiser, a VAE, a LoRA format.
+
+A family derives from `TextToImageModel` and says the rest: what a prompt's conditioning is, and how its denoiser is
+called. Nothing here is needed to be a model: `ddpo_env.models.DiffusionModel` is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from ddpo_env.models import Conditioning
+from ddpo_env.pictures import decode_latents
+
+_CACHED_BYTES = 2**30
+
+
+class TextToImageModel(ABC):
+    """Adapter of a text-to-image pipeline; see `ddpo_env.models.DiffusionModel` for what each member means."""
+
+    loading_options: ClassVar[dict[str, Any]] = {}
+    denoiser_name: ClassVar[str]
+    """The denoiser's name in the pipeline, and the beginning of its keys in a saved LoRA: unet or transformer."""
+
+    def __init__(self, pipeline: DiffusionPipeline, source: str) -> None:
+        """Read the shapes off the pipeline, and freeze its weights."""
+        self.pipeline = pipeline
+        self.source = source
+        self.scheduler = pipeline.scheduler
+        self.denoiser: nn.Module = getattr(pipeline, self.denoiser_name)
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+        self._encoded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self.latent_shape: tuple[int, ...] = self._latent_shape()
+        unprompted = self.encode_prompts([""])
+        self.conditioning_shapes = {name: tuple(tensor.shape[1:]) for name, tensor in unprompted.items()}
+
+    @abstractmethod
+    def _encode(self, prompt: str) -> dict[str, Tensor]:
+        """Return the conditioning of one prompt, each tensor `(1, ...)`."""
+
+    @abstractmethod
+    def predict(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """Call `denoiser` as the pipeline does; return its output, latent-shaped."""
+
+    def _latent_shape(self) -> tuple[int, ...]:
+        """Return the latent of the denoiser's own `sample_size`, the pipeline's default resolution."""
+        config = getattr(self.pipeline, self.denoiser_name).config
+        height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
+        return config.in_channels, height, width
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return float32 conditioning `(batch, ...)` by name; each distinct prompt is encoded once.
+
+        Prompts are encoded one by one, so that a prompt's conditioning does not depend on the batch that it came in.
+        """
+        encoded = [self._remembered(prompt) for prompt in prompts]
+        bytes_each = sum(tensor.nbytes for tensor in encoded[0].values())
+        while len(self._encoded) * bytes_each > _CACHED_BYTES:
+            self._encoded.popitem(last=False)
+        return {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}
+
+    def _remembered(self, prompt: str) -> dict[str, Tensor]:
+        if prompt not in self._encoded:
+            self._encoded[prompt] = {name: tensor.float() for name, tensor in self._encode(prompt).items()}
+        self._encoded.move_to_end(prompt)
+        return self._encoded[prompt]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents `(batch, *latent_shape)` to uint8 pictures `(batch, height, width, 3)`."""
+        return decode_latents(self.pipeline.vae, latents)
+
+    def save_lora(self, denoiser: nn.Module, folder: Path) -> None:
+        """Write a LoRA of the denoiser in diffusers' format.
+
+        peft's own state dict is saved: converted to diffusers' old key names, a LoRA on attention and convolutions
+        loses its attention half when stock `load_lora_weights` reads it. The scale `alpha / rank` is 1, which is what
+        diffusers takes where a file does not say.
+        """
+        layers = {f"{self.denoiser_name}_lora_layers": get_peft_model_state_dict(denoiser)}
+        self.pipeline.save_lora_weights(folder, **layers)
