@@ -177,7 +177,8 @@ def shared(load: Callable[..., _T], source: str, *arguments: object) -> _T:
             try:
                 loaded = load(source, *arguments)
             except OSError as error:
-                raise OSError(f"cannot load {source!r}; give a folder if there is no network: {error}") from error
+                hint = f"without a network give a folder, or {TINY!r} where a miniature is bundled"
+                raise OSError(f"cannot load {source!r}; {hint}: {error}") from error
             _loaded[key] = loaded
     return loaded
 

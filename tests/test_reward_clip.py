@@ -201,7 +201,7 @@ def test_folder_without_a_model_is_named(tmp_path):
 
 
 def test_model_that_cannot_be_had_is_named():
-    with pytest.raises(OSError, match="cannot load 'nobody/no-such-clip'; give a folder if there is no network"):
+    with pytest.raises(OSError, match="cannot load 'nobody/no-such-clip'; without a network give a folder"):
         ClipScore("nobody/no-such-clip", device="cpu").load()
     with pytest.raises(OSError, match=r"cannot load 'nobody/nothing/head\.pth'; give a file if there is no network"):
         pretrained.load_weights("nobody/nothing/head.pth")
