@@ -26,6 +26,8 @@ from gymnasium.envs.registration import EnvSpec
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from rewards.devices import DTYPES, resolve_device, resolve_dtype
+
 BUNDLED_MODELS: dict[str, str] = {"tiny": "data/tiny", "points": "ddpo_env.points:PointsModel"}
 """Models that ship inside the package: name → folder below `ddpo_env`, or `module:Class` called with device, dtype."""
 
@@ -37,8 +39,6 @@ FAMILIES: dict[str, str] = {
     "DDPMPipeline": "ddpo_env.ddpm:DDPMModel",
 }
 """diffusers pipeline class → the adapter of its family, `module:Class` called with the pipeline and its source."""
-
-DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Conditioning: TypeAlias = Mapping[str, Tensor]
 """Conditioning tensors by their diffusers names, each `(batch, ...)`."""
@@ -100,42 +100,6 @@ class DiffusionModel(Protocol):
     def save_lora(self, denoiser: nn.Module, folder: Path) -> None:
         """Write the adapters of `denoiser` such that the pipeline's own `load_lora_weights(folder)` reads them."""
         ...
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """Turn `"auto"` or a device's name into a device that exists.
-
-    Raises:
-        ValueError: if the name is no device, or the device is not on this machine.
-    """
-    available = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if torch.backends.mps.is_available():
-        available.append("mps")
-    if str(device) == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device must be auto or one of {', '.join(available)}; got {device!r}") from None
-    if resolved.type == "cuda" and resolved.index is None and torch.cuda.is_available():
-        resolved = torch.device("cuda", torch.cuda.current_device())
-    if resolved.type in ("cpu", "mps"):
-        resolved = torch.device(resolved.type)
-    if str(resolved) not in available:
-        raise ValueError(f"device must be auto or one of {', '.join(available)} on this machine; got {str(device)!r}")
-    return resolved
-
-
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Turn `"auto"` (float32 on a CPU, bfloat16 on an accelerator) or a name into the dtype of the frozen weights."""
-    if isinstance(dtype, torch.dtype):
-        if dtype in DTYPES.values():
-            return dtype
-    elif str(dtype) == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    elif str(dtype) in DTYPES:
-        return DTYPES[str(dtype)]
-    raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
 
 
 def resolve_source(model: str | Path) -> str:

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rewards.pretrained import free_memory, require, resolve_device, resolve_dtype, resolve_source, shared
+from rewards.devices import resolve_device, resolve_dtype
+from rewards.pretrained import free_memory, require, resolve_source, shared
 
 DEFAULT_ENCODER = "microsoft/deberta-xlarge-mnli"
 """The encoder of the DDPO paper; about 3 GB to download."""

@@ -18,12 +18,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from rewards.devices import resolve_device, resolve_dtype
 from rewards.open_clip import clip_from_open_clip
 from rewards.pretrained import (
     free_memory,
     load_weights,
-    resolve_device,
-    resolve_dtype,
     resolve_source,
     resolve_weights,
     shared,

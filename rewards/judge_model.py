@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from rewards.pretrained import TINY, free_memory, resolve_device, resolve_dtype, resolve_source, shared
+from rewards.devices import resolve_device, resolve_dtype
+from rewards.pretrained import TINY, free_memory, resolve_source, shared
 
 FAMILY_PACKAGES = ("torchvision", "num2words", "timm", "sentencepiece")
 """What transformers needs for some families and does not bring."""
@@ -48,7 +49,7 @@ class VisionLanguageModel:
 
     def answer(self, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int) -> list[str]:
         """Answer greedily."""
-        texts = [self.processor.apply_chat_template(_turn(text), add_generation_prompt=True) for text in questions]
+        texts = [self.processor.apply_chat_template(user_turn(text), add_generation_prompt=True) for text in questions]
         bos = self.processor.tokenizer.bos_token
         inputs = self.processor(
             images=[[image] for image in images],
@@ -136,7 +137,8 @@ class JudgeModel:
         return answers
 
 
-def _turn(question: str) -> list[dict[str, object]]:
+def user_turn(question: str) -> list[dict[str, object]]:
+    """Return a conversation that shows a picture and asks about it, as chat templates take it."""
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
 
 

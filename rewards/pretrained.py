@@ -33,8 +33,6 @@ BUNDLED_MODELS: dict[str, str] = {
 }
 """What they are for, to folder below `rewards`."""
 
-DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)/([\w./+-]+)")
 
@@ -52,39 +50,6 @@ def require(module: str, purpose: str) -> ModuleType:
     if find_spec(module.partition(".")[0]) is None:
         raise ImportError(f'{purpose} needs the package {module!r}: pip install "ddpo-env[rewards]"')
     return import_module(module)
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """Turn `"auto"` or a name such as `"cuda:1"` into a device of this machine.
-
-    Raises:
-        ValueError: The name is no device, or the device is not there.
-    """
-    available = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        available.append("mps")
-    if str(device) == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    name = "cuda:0" if str(device) == "cuda" else str(device)
-    if name not in available:
-        raise ValueError(f"device must be auto or one of {', '.join(available)} on this machine; got {str(device)!r}")
-    return torch.device(name)
-
-
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Turn `"auto"` (float32 on a CPU, bfloat16 on an accelerator) or a name into a dtype.
-
-    Raises:
-        ValueError: The dtype is none of these.
-    """
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if dtype in DTYPES.values():
-        assert isinstance(dtype, torch.dtype)
-        return dtype
-    if str(dtype) not in DTYPES:
-        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
-    return DTYPES[str(dtype)]
 
 
 def resolve_source(model: str | Path, purpose: str = "") -> str:

@@ -9,7 +9,7 @@ knows nothing of the judges. The figures in `docs/tiny-judges.md` come from here
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from judge_lessons import HOW_MANY, MIXTURE, WHICH, answer, through_jpeg
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ddpo_env.models import resolve_source
 from ddpo_env.vocabulary import ACTIVITIES, COUNTS, SIMPLE_ANIMALS
 from rewards.bert_score import BertScoreRecall
 from rewards.clip_model import ClipEmbedder
@@ -74,20 +75,14 @@ class Readers:
 
     def clip_reads(self, images: np.ndarray) -> list[Subject]:
         """Returns the subject whose caption is nearest to each picture, of all that there are."""
-        parts = [
-            self.clip.embed_images([Image.fromarray(one) for one in images[i : i + 100]]) for i in range_of(images)
-        ]
+        pictures = [Image.fromarray(image) for image in images]
+        parts = [self.clip.embed_images(pictures[start : start + 100]) for start in range(0, len(pictures), 100)]
         return [self.subjects[index] for index in (torch.cat(parts) @ self.captions.T).argmax(dim=1).tolist()]
 
     def judge_reads(self, images: np.ndarray) -> list[Subject]:
         """Returns the subject that the judge describes, a nonsensical one where it describes none."""
         answers = self.judge.ask(list(images), [QUESTION] * len(images))
         return [self.by_caption.get(text, NOBODY) for text in answers]
-
-
-def range_of(images: np.ndarray) -> range:
-    """Where batches of a hundred begin."""
-    return range(0, len(images), 100)
 
 
 def scores(wanted: Sequence[Subject], found: Sequence[Subject]) -> dict[str, float]:
@@ -106,7 +101,7 @@ def scores(wanted: Sequence[Subject], found: Sequence[Subject]) -> dict[str, flo
     }
 
 
-def mean(values: Sequence[bool]) -> float:
+def mean(values: Iterable[bool]) -> float:
     """Returns the share of true values, to four digits; NaN of none."""
     found = list(values)
     return round(float(np.mean(found)), 4) if found else float("nan")
@@ -165,7 +160,7 @@ def drawings(arguments: Arguments) -> tuple[np.ndarray, list[Subject]]:
     each = arguments.samples_per_activity
     subjects += [Subject(word, activity) for activity in ACTIVITIES for word in SIMPLE_ANIMALS] * each
     subjects += [Subject(word, count=count) for count in COUNTS for word in SIMPLE_ANIMALS] * each
-    pipeline = StableDiffusionPipeline.from_pretrained("ddpo_env/data/tiny")
+    pipeline = StableDiffusionPipeline.from_pretrained(resolve_source("tiny"))
     pipeline.set_progress_bar_config(disable=True)
     settings = evaluate_tiny.Arguments(run_folder=arguments.run_folder, threads=arguments.threads)
     return evaluate_tiny.draw(pipeline, subjects, evaluate_tiny.DEFAULT_GUIDANCE, settings), subjects

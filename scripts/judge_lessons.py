@@ -7,7 +7,6 @@ bundled model's VAE, some through JPEG, and all may be softened and get grain.
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from ddpo_env.models import resolve_source
 from ddpo_env.vocabulary import COUNTS, EVERYDAY_OBJECTS
 from rewards.vlm_alignment import QUESTION
 
 MIXTURE = Mixture(simple_animals=0.35, held_out=0.2, activities=0.3, counts=0.15)
-VAE = Path("ddpo_env/data/tiny")
 HOW_MANY, WHICH = "How many animals are in this image?", "What animals are in this image?"
 DESCRIBE = (QUESTION, "What is in this image?", "Describe this image.", "What do you see?")
 
@@ -65,7 +64,7 @@ def make_lessons(number: int, seed: int, decoded_share: float, jpeg_share: float
 @torch.no_grad()
 def through_vae(images: np.ndarray, seed: int) -> np.ndarray:
     """Returns what the bundled model's VAE makes of pictures, its latents a little off, as a denoiser leaves them."""
-    vae = AutoencoderKL.from_pretrained(VAE, subfolder="vae")
+    vae = AutoencoderKL.from_pretrained(resolve_source("tiny"), subfolder="vae")
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for start in range(0, len(images), 100):

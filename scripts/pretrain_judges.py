@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPImageProcessorPil, CLIPModel, LlavaProcessor
 
+from rewards.judge_model import user_turn
+
 IGNORED = -100  # Label of tokens that the language model is not asked to predict.
 
 
@@ -68,10 +70,18 @@ class Arguments:
 class Trainer:
     """AdamW with warm-up and cosine decay, gradients clipped to norm 1, and a line of progress now and then."""
 
-    def __init__(self, name: str, model: nn.Module, learning_rate: float, steps: int, weight_decay: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        learning_rate: float,
+        steps: int,
+        weight_decay: float,
+        betas: tuple[float, float] = (0.9, 0.98),
+    ) -> None:
         self.name, self.model, self.steps, self.done = name, model, steps, 0
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True
+            model.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
         )
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, learning_rate, total_steps=steps, pct_start=0.1
@@ -152,8 +162,7 @@ class Dialogues:
 
     def prompt(self, question: str) -> str:
         """Returns the text that the model answers, with a place for every image token."""
-        turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-        text = self.processor.apply_chat_template(turn, add_generation_prompt=True)
+        text = self.processor.apply_chat_template(user_turn(question), add_generation_prompt=True)
         return text.replace("<image>", "<image>" * IMAGE_TOKENS)
 
     def batch(self, lessons: Lessons, indices: np.ndarray) -> dict[str, Tensor]:

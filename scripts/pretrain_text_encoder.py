@@ -10,7 +10,6 @@ animal, is left out, to see what the encoder makes of sentences that it was not 
 """
 
 import json
-import time
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -20,7 +19,8 @@ import torch
 import tyro
 from emoji_renderings import Subject, all_subjects, plural
 from judge_components import build_text_encoder, export
-from torch import Tensor, nn
+from pretrain_judges import Trainer
+from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -115,31 +115,18 @@ def train(arguments: Arguments, teacher: WordStates, learned: list[str]) -> None
     folder = arguments.output_folder / "tiny_text_encoder"
     words = {word for frame in FRAMES for phrase in learned for word in frame.format(phrase).lower().split()}
     student = WordStates(*build_text_encoder(words))
-    optimizer = torch.optim.AdamW(
-        student.model.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay, fused=True
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, arguments.learning_rate, total_steps=arguments.steps, pct_start=0.1
+    trainer = Trainer(
+        "text", student.model, arguments.learning_rate, arguments.steps, arguments.weight_decay, betas=(0.9, 0.999)
     )
     rng = np.random.default_rng(arguments.seed)
-    started = time.monotonic()
-    for step in range(1, arguments.steps + 1):
+    while trainer.done < arguments.steps:
         chosen = rng.integers(0, [[len(FRAMES)], [len(learned)]], (2, arguments.batch_size)).T
         sentences = [FRAMES[frame].format(learned[phrase]) for frame, phrase in chosen]
         with torch.no_grad():
             wanted = teacher(sentences)
         found = student(sentences)
         loss = (found @ found.T - wanted @ wanted.T).square().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0 or step == arguments.steps:
-            off = loss.item() ** 0.5
-            print(
-                f"text {step}/{arguments.steps} cosines off by {off:.4f} {time.monotonic() - started:.0f} s", flush=True
-            )
+        trainer.step(loss, cosines_off_by=loss.item() ** 0.5)
     export(folder, student.model, student.tokenizer)
 
 

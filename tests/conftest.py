@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is import
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: on a busy machine threads wait for each other
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,21 @@ def character_tokenizer() -> CLIPTokenizer:
     vocabulary = {word: index for index, word in enumerate(words)}
     return CLIPTokenizer(
         vocab=vocabulary, merges=[], unk_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=TOKENS
+    )
+
+
+def micro_vae(**arguments: Any) -> AutoencoderKL:
+    """A random VAE: latents 4 × 8 × 8, pictures 32 × 32."""
+    return AutoencoderKL(
+        block_out_channels=(4, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=32,
+        mid_block_add_attention=False,
+        **{"scaling_factor": 0.5} | arguments,
     )
 
 
@@ -54,17 +70,7 @@ def micro_pipeline(seed: int = 0) -> StableDiffusionPipeline:
             attention_head_dim=2,
             norm_num_groups=4,
         )
-        vae = AutoencoderKL(
-            block_out_channels=(4, 8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=2,
-            sample_size=32,
-            mid_block_add_attention=False,
-            scaling_factor=0.5,
-        )
+        vae = micro_vae()
         text_encoder = CLIPTextModel(text)
     scheduler = DDIMScheduler(
         beta_start=0.00085,

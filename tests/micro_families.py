@@ -6,9 +6,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from conftest import HIDDEN, TOKENS, character_tokenizer
+from conftest import HIDDEN, TOKENS, character_tokenizer, micro_vae
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
@@ -59,20 +58,6 @@ def clip_config(**arguments: Any) -> CLIPTextConfig:
         "pad_token_id": tokenizer.pad_token_id,
     }
     return CLIPTextConfig(**settings | arguments)
-
-
-def micro_vae(**arguments: Any) -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(4, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=32,
-        mid_block_add_attention=False,
-        **{"scaling_factor": 0.5} | arguments,
-    )
 
 
 def stable_diffusion_2() -> StableDiffusionPipeline:

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 import rewards
-from rewards.judge_model import _turn
+from rewards.judge_model import user_turn
 from rewards.pretrained import BUNDLED_MODELS
 from rewards.vlm_alignment import QUESTION
 
@@ -73,7 +73,7 @@ def test_question_is_taught_as_the_judge_asks_it(scripts):
         first = int(taught.nonzero()[0])
         text = processor.tokenizer.decode(batch["input_ids"][row, :first]).replace("<image>", "")
         question = next(one for one in scripts("judge_lessons").all_texts() if one.lower() in text)
-        asked = processor.apply_chat_template(_turn(question), add_generation_prompt=True)
+        asked = processor.apply_chat_template(user_turn(question), add_generation_prompt=True)
         inputs = processor(images=[[Image.new("RGB", (64, 64))]], text=[asked], return_tensors="pt")
         assert batch["input_ids"][row, :first].tolist() == inputs["input_ids"][0].tolist()
         said = batch["labels"][row][taught]

@@ -13,7 +13,8 @@ from test_scripts import run_script
 
 import ddpo_env
 from ddpo_env import models
-from ddpo_env.models import load_model, resolve_device, resolve_dtype, resolve_source, unload_models
+from ddpo_env.models import load_model, resolve_source, unload_models
+from rewards.devices import resolve_device, resolve_dtype
 
 
 @pytest.fixture

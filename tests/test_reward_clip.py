@@ -11,7 +11,7 @@ from conftest import TOKENS, character_tokenizer
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from rewards import evaluate_reward, load_reward, pretrained
+from rewards import devices, evaluate_reward, load_reward, pretrained
 from rewards.clip_score import ClipScore
 from rewards.open_clip import convert_open_clip
 from rewards.preference import HPSv2, PickScore
@@ -209,9 +209,9 @@ def test_model_that_cannot_be_had_is_named():
 
 def test_dtypes():
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 1)
-    assert pretrained.resolve_dtype("auto", cpu) == torch.float32
-    assert pretrained.resolve_dtype("auto", cuda) == torch.bfloat16
-    assert pretrained.resolve_dtype(torch.float16, cpu) == torch.float16
+    assert devices.resolve_dtype("auto", cpu) == torch.float32
+    assert devices.resolve_dtype("auto", cuda) == torch.bfloat16
+    assert devices.resolve_dtype(torch.float16, cpu) == torch.float16
 
 
 class OpenClipBlock(torch.nn.Module):

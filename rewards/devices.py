@@ -1,0 +1,43 @@
+"""Where a model computes and in what dtype: names to devices and dtypes, for denoisers and rewards alike."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Turn `"auto"` or a device's name into a device that exists.
+
+    Raises:
+        ValueError: if the name is no device, or the device is not on this machine.
+    """
+    available = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    if str(device) == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be auto or one of {', '.join(available)}; got {device!r}") from None
+    if resolved.type == "cuda" and resolved.index is None and torch.cuda.is_available():
+        resolved = torch.device("cuda", torch.cuda.current_device())
+    if resolved.type in ("cpu", "mps"):
+        resolved = torch.device(resolved.type)
+    if str(resolved) not in available:
+        raise ValueError(f"device must be auto or one of {', '.join(available)} on this machine; got {str(device)!r}")
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """Turn `"auto"` (float32 on a CPU, bfloat16 on an accelerator) or a name into the dtype of the frozen weights."""
+    if isinstance(dtype, torch.dtype):
+        if dtype in DTYPES.values():
+            return dtype
+    elif str(dtype) == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    elif str(dtype) in DTYPES:
+        return DTYPES[str(dtype)]
+    raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
