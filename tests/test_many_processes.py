@@ -13,7 +13,7 @@ from many_processes import Job, Mishap, again, run_processes
 from micro_agents import files_below, micro_config
 from run_comparison import rows
 from safetensors.torch import load_file
-from test_scripts import MINIATURE, SCRIPTS
+from test_scripts import MINIATURE, SCRIPTS, run_script
 
 from agents.checkpoint import latest_checkpoint
 from agents.training import run_training
@@ -241,3 +241,13 @@ def test_ctrl_c_stops_a_launched_run_and_it_goes_on(micro_pipeline_folder, tmp_p
     assert "the run is saved. To go on:" in shown
     assert process.returncode != 0
     assert not Path(run / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_benchmark_compares_processes_with_one(micro_pipeline_folder, monkeypatch, tmp_path):
+    sizes = ["--samples=4", "--sample-batch-size=4", "--train-batch-size=4", "--num-inference-steps=2", "--updates=1"]
+    turns = [f"--model={micro_pipeline_folder}", "--iterations=1", "--repeats=1", f"--json={tmp_path / 'figures.json'}"]
+    assert run_script("benchmark_scaling", [*sizes, *turns], monkeypatch) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    rates = {count: rate["iteration"] for count, rate in figures["samples_per_second"].items()}
+    assert figures["ratio"]["iteration"] == pytest.approx(rates["2"] / rates["1"])
