@@ -18,19 +18,23 @@ from agents.advantages import (
 )
 from agents.configuration import TrainConfig
 from agents.diffusion_policy import DiffusionPolicy
+from agents.distributed import Processes
 from agents.on_policy import TensorOnPolicyAlgorithm
 from agents.ppo import PPO
 from agents.reinforce import REINFORCE
 from agents.rwr import RWR
 
 
-def build_algorithm(config: TrainConfig, env: VecEnv) -> TensorOnPolicyAlgorithm:
-    """Make the algorithm that a checked configuration names, with a `DiffusionPolicy` on `env`."""
+def build_algorithm(config: TrainConfig, env: VecEnv, processes: Processes) -> TensorOnPolicyAlgorithm:
+    """Make the algorithm that a checked configuration names, with a `DiffusionPolicy` on `env`.
+
+    Of several processes each has its part of the batch in `env`.
+    """
     task, training, optimizer = config.task, config.training, config.optimizer
     total = training.samples_per_iteration
     common: dict[str, Any] = {
         "learning_rate": _learning_rate(config),
-        "n_steps": task.num_inference_steps * total // env.num_envs,
+        "n_steps": task.num_inference_steps * total // (env.num_envs * processes.count),
         "micro_batch_size": training.train_batch_size,
         "gamma": 1.0,
         "gae_lambda": 1.0,
@@ -45,6 +49,7 @@ def build_algorithm(config: TrainConfig, env: VecEnv) -> TensorOnPolicyAlgorithm
         "non_finite_rewards": training.non_finite_rewards,
         "policy_kwargs": _policy_arguments(config),
         "stats_window_size": total,
+        "processes": processes,
         "seed": config.run.seed,
         "device": env.get_attr("device")[0],
     }

@@ -89,7 +89,11 @@ class HeldOutPictures(BaseCallback):
             The mean reward after training.
         """
         self._evaluate()
-        _, after = self.evaluations[-1]
+        assert isinstance(self.model, TensorOnPolicyAlgorithm)
+        self.model.processes.from_main(self._draw_run)
+        return self.evaluations[-1][1]
+
+    def _draw_run(self) -> None:
         middle = self._shown[len(self._shown) // 2]
         chosen = {"before": self._shown[0], "during": middle, "after": self._shown[-1]}
         if len(self._shown) < 3:
@@ -99,7 +103,6 @@ class HeldOutPictures(BaseCallback):
         rows = [read_strip(self._strip(iteration), self.columns) for iteration, _ in chosen.values()]
         picture_grid(rows, labels, self._captions).save(self.folder.samples / "before_after.png")
         reward_curve(self.folder.path / "reward.png", self.training_rewards, self.evaluations, self.reward_name)
-        return after
 
     def state_dict(self) -> dict[str, Any]:
         """Return the curve so far, for a checkpoint; the pictures are in the run's folder."""
@@ -127,8 +130,9 @@ class HeldOutPictures(BaseCallback):
     def _evaluate(self) -> None:
         assert isinstance(self.model, TensorOnPolicyAlgorithm)
         with self.model.averaged_weights():
-            evaluation = evaluate(self.policy, self.env, self.prompts, self.seed)
-        rewards = evaluation.finite_rewards()
+            evaluation = evaluate(self.policy, self.env, self.prompts, self.seed, self.model.processes)
+        with self.model.processes.agreement():
+            rewards = evaluation.finite_rewards()
         mean = float(rewards.mean())
         self.evaluations.append((self.iteration, mean))
         self.logger.record("eval/reward_mean", mean)
@@ -138,6 +142,9 @@ class HeldOutPictures(BaseCallback):
         images = evaluation.images[: self.columns]
         shown = _finite_mean(evaluation.rewards[: self.columns])
         self._shown.append((self.iteration, shown))
+        self.model.processes.from_main(lambda: self._write(images, shown))
+
+    def _write(self, images: npt.NDArray[Any], shown: float) -> None:
         write_strip(self._strip(self.iteration), images)
         sheet = picture_grid([images], [f"iteration {self.iteration}\n{shown:.2f}"], self._captions)
         sheet.save(self.folder.samples / f"iteration_{self.iteration:04d}.png")

@@ -95,7 +95,8 @@ def save_checkpoint(
     Returns:
         The new checkpoint's folder.
     """
-    return Snapshot.of(iteration, algorithm, parts).write(folder, keep)
+    snapshot = Snapshot.of(iteration, algorithm, parts)
+    return algorithm.processes.from_main(lambda: snapshot.write(folder, keep))
 
 
 class Checkpoints:
@@ -126,18 +127,22 @@ class Checkpoints:
         """Take note that an iteration is done, and write its checkpoint if it is due."""
         self._unwritten = Snapshot.of(iteration, self.algorithm, self.parts)
         if self.interval and iteration % self.interval == 0:
-            self.write()
+            self.algorithm.processes.from_main(self.write)
 
     def write(self) -> None:
-        """Write the checkpoint of the last finished iteration, if there is none yet."""
-        if self._unwritten is not None:
+        """Write the checkpoint of the last finished iteration, if there is none yet, in the main process."""
+        if self._unwritten is not None and self.algorithm.processes.is_main:
             self._unwritten.write(self.folder, self.keep)
             self._unwritten = None
 
     def go_back(self) -> None:
         """Bring everything to where the last finished iteration left it; there is a checkpoint of it then."""
+        checkpoint = self.algorithm.processes.from_main(self._written)
+        load_checkpoint(checkpoint, self.algorithm, self.parts)
+
+    def _written(self) -> Path:
         self.write()
-        load_checkpoint(latest_checkpoint(self.folder), self.algorithm, self.parts)
+        return latest_checkpoint(self.folder)
 
 
 def latest_checkpoint(folder: Path) -> Path:
@@ -160,11 +165,12 @@ def iterations_done(checkpoint: Path | None) -> int:
 def load_checkpoint(checkpoint: Path, algorithm: TensorOnPolicyAlgorithm, parts: dict[str, Stateful]) -> None:
     """Bring algorithm, environment, random generators and `parts` to where the checkpoint was written.
 
+    Of several processes the main one reads, and tells the others; there may be more or fewer than when it was written.
+
     Raises:
         ValueError: if the checkpoint lacks something, as one of an older version may.
     """
-    tensors = load_file(checkpoint / "tensors.safetensors")
-    state = json.loads((checkpoint / "state.json").read_text())
+    tensors, state = algorithm.processes.from_main(lambda: _read(checkpoint))
     try:
         _load_algorithm_state(algorithm, tensors, state)
         for name, value in parts.items():
@@ -174,6 +180,10 @@ def load_checkpoint(checkpoint: Path, algorithm: TensorOnPolicyAlgorithm, parts:
             f"checkpoint {str(checkpoint)!r} lacks {error}: it was written by an older version, with which the run can "
             "go on"
         ) from error
+
+
+def _read(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return load_file(checkpoint / "tensors.safetensors"), json.loads((checkpoint / "state.json").read_text())
 
 
 def _delete(checkpoint: Path) -> None:
@@ -242,7 +252,8 @@ def _load_algorithm_state(
     env.load_state_dict(below("env."), state["env"])
     algorithm._last_obs = env.observe()
     algorithm._last_episode_starts = np.ones(env.num_envs, dtype=bool)
-    algorithm.env.reset_infos = [{"prompt": prompt} for prompt in state["env"]["prompts"]]  # type: ignore[union-attr]
+    own = state["env"]["prompts"][env.first_slot : env.first_slot + env.num_envs]
+    algorithm.env.reset_infos = [{"prompt": prompt} for prompt in own]  # type: ignore[union-attr]
     version, internal, gauss = state["random"]["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(state["random"]["numpy"])
@@ -263,5 +274,8 @@ def _batch(algorithm: TensorOnPolicyAlgorithm) -> Any:
 
 
 def _env_state(algorithm: TensorOnPolicyAlgorithm) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of the whole batch, of which every process has a part."""
     tensors, state = _batch(algorithm).state_dict()
-    return {f"env.{name}": value for name, value in tensors.items()}, state
+    parts = algorithm.processes.gather_objects(({name: value.cpu() for name, value in tensors.items()}, state))
+    whole = {f"env.{name}": torch.cat([part[name] for part, _ in parts]) for name in tensors}
+    return whole, {name: [value for _, part in parts for value in part[name]] for name in state}

@@ -23,6 +23,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from agents.critic import DenoisingCritic
+from agents.distributed import Share, noise_like
 from agents.distribution import DenoisingDistribution
 from agents.lora import LoraTargets, add_lora, copy_for_full_training
 from agents.rollout_buffer import TensorRolloutBuffer, Transitions
@@ -127,6 +128,7 @@ class DiffusionPolicy(ActorCriticPolicy):
         self.lora_rank = lora_rank
         self.lora_targets: LoraTargets = lora_targets
         self.log_prob_reduction: Reduction = log_prob_reduction
+        self.share: Share | None = None  # set by `agents.distributed.sharing`
         self.autocast = autocast
         self.share_features_extractor = True
         self.sampler = GaussianSampler.from_model(
@@ -191,8 +193,9 @@ class DiffusionPolicy(ActorCriticPolicy):
         """
         _, _, conditioning = self._split(batch.observations)
         latents = batch.actions
-        timestep = draw_timesteps(self.model.scheduler, len(latents), latents.device)
-        noisy, target = add_noise(self.model.scheduler, latents, torch.randn_like(latents), timestep)
+        scheduler, share = self.model.scheduler, self.share or Share(len(latents), 0, len(latents), len(latents))
+        timestep = share.draw(lambda total: draw_timesteps(scheduler, total, latents.device))
+        noisy, target = add_noise(scheduler, latents, noise_like(latents, share), timestep)
         output = self._predict_with(self.denoiser, noisy, timestep, conditioning)
         return (output - target).square().flatten(1).mean(1)
 
@@ -209,7 +212,7 @@ class DiffusionPolicy(ActorCriticPolicy):
         step_index = self.sampler.step_index_of(timestep)
         output = self.predict_output(latents, timestep, conditioning, denoiser)
         mean = self.sampler.mean(latents, output, step_index)
-        return DenoisingDistribution(self.sampler, mean, step_index, self.log_prob_reduction)
+        return DenoisingDistribution(self.sampler, mean, step_index, self.log_prob_reduction, self.share)
 
     def predict_output(
         self,

@@ -8,6 +8,7 @@ import torch
 from stable_baselines3.common.distributions import Distribution
 from torch import Tensor, nn
 
+from agents.distributed import Share, noise_like
 from ddpo_env.transition import GaussianSampler, Reduction
 
 
@@ -22,10 +23,19 @@ class DenoisingDistribution(Distribution):
     """
 
     def __init__(
-        self, sampler: GaussianSampler, mean: Tensor, step_index: Tensor, reduction: Reduction = "mean"
+        self,
+        sampler: GaussianSampler,
+        mean: Tensor,
+        step_index: Tensor,
+        reduction: Reduction = "mean",
+        share: Share | None = None,
     ) -> None:
-        """Take the sampler's table, the means `(batch, *latent_shape)` and the rows `(batch,)` of the table."""
+        """Take the sampler's table, the means `(batch, *latent_shape)` and the rows `(batch,)` of the table.
+
+        With `share` they are a share of a batch, for which noise is drawn as a whole.
+        """
         super().__init__()
+        self.share = share
         self.sampler = sampler
         self.mean = mean
         self.step_index = step_index
@@ -44,7 +54,7 @@ class DenoisingDistribution(Distribution):
 
     def sample(self) -> Tensor:
         """Return next latents `(batch, *latent_shape)`."""
-        return self.mean + self.std * torch.randn_like(self.mean)
+        return self.mean + self.std * noise_like(self.mean, self.share)
 
     def mode(self) -> Tensor:
         """Return the mean of the next latents."""
@@ -56,7 +66,7 @@ class DenoisingDistribution(Distribution):
 
     def proba_distribution(self, mean: Tensor, step_index: Tensor) -> DenoisingDistribution:
         """Return the distribution with other parameters."""
-        return DenoisingDistribution(self.sampler, mean, step_index, self.reduction)
+        return DenoisingDistribution(self.sampler, mean, step_index, self.reduction, self.share)
 
     def actions_from_params(self, mean: Tensor, step_index: Tensor, deterministic: bool = False) -> Tensor:
         """Return next latents for other parameters."""

@@ -14,6 +14,7 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.utils import obs_as_tensor
 
 from agents.diffusion_policy import DiffusionPolicy
+from agents.distributed import Processes, sharing
 from ddpo_env.prompts import Prompt, PromptSet
 from ddpo_env.vector_env import DenoisingVectorEnv
 
@@ -52,7 +53,11 @@ class Evaluation:
 
 
 def evaluate(
-    policy: DiffusionPolicy, env: DenoisingVectorEnv, prompts: Sequence[str | Prompt], seed: int
+    policy: DiffusionPolicy,
+    env: DenoisingVectorEnv,
+    prompts: Sequence[str | Prompt],
+    seed: int,
+    processes: Processes | None = None,
 ) -> Evaluation:
     """Draw one picture a prompt with the policy's stochastic sampler, and score it.
 
@@ -67,6 +72,7 @@ def evaluate(
         prompts: one a picture; `(prompt, metadata)` where the reward is to have other metadata than the environment's
             prompt set knows.
         seed: of the first picture.
+        processes: that draw a share each and return all; `env` is this one's part of the batch. Default: this one.
 
     Raises:
         ValueError: if `env` resets itself or defers its rewards, or there are no prompts.
@@ -78,17 +84,28 @@ def evaluate(
     if not prompts:
         raise ValueError("prompts must hold at least one prompt; got none")
     devices = [policy.device] if policy.device.type == "cuda" else []
-    parts = []
+    processes = processes or Processes()
+    share = processes.share(env.num_envs * processes.count)
+    own = []
     training = policy.training
     frozen_reward = getattr(env.reward, "frozen", nullcontext)
-    with frozen_reward(), torch.random.fork_rng(devices=devices), torch.no_grad():
+    with (
+        processes.agreement(),
+        frozen_reward(),
+        torch.random.fork_rng(devices=devices),
+        torch.no_grad(),
+        sharing(policy, share),
+    ):
         torch.manual_seed(seed)
         policy.set_training_mode(False)
-        for start in range(0, len(prompts), env.num_envs):
-            wanted = list(prompts[start : start + env.num_envs])
-            padded = wanted + [wanted[-1]] * (env.num_envs - len(wanted))
-            parts.append(_episode(policy, env, padded, seed + start, len(wanted)))
+        for start in range(0, len(prompts), share.total):
+            processes.raise_interrupt()
+            wanted = list(prompts[start : start + share.total])
+            padded = wanted + [wanted[-1]] * (share.total - len(wanted))
+            keep = min(max(len(wanted) - share.start, 0), env.num_envs)
+            own.append(_episode(policy, env, padded[share.start : share.stop], seed + start, keep))
     policy.set_training_mode(training)
+    parts = [part for batch in zip(*processes.gather_objects(own), strict=True) for part in batch]
     details = {name: [value for part in parts for value in part.details.get(name, [])] for name in parts[0].details}
     return Evaluation(
         images=np.concatenate([part.images for part in parts]),

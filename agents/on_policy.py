@@ -25,6 +25,7 @@ from stable_baselines3.common.utils import explained_variance
 from torch import Tensor
 from torch.nn import functional
 
+from agents.distributed import sharing
 from agents.rollout_buffer import Transitions
 from agents.rollouts import RolloutAlgorithm
 from agents.timesteps import check_timesteps, choose_steps
@@ -220,11 +221,14 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
             knows a pretrained one. Both are reduced over the latent as the log-density is.
         """
         knows_reference = hasattr(self.policy, "evaluate_with_reference")
-        policy = self.evaluate(self.rollout_buffer[indices], with_reference=knows_reference)
-        drift = {"kl_to_sampling": float(approximate_kl(policy.log_ratio))}
+        share = self.processes.share(len(indices))
+        with self.processes.agreement():
+            policy = self.evaluate(self.rollout_buffer[share.of(indices)], with_reference=knows_reference)
+        drift = {"kl_to_sampling": approximate_kl(policy.log_ratio)}
         if policy.reference_kl is not None:
-            drift["kl_to_pretrained"] = float(policy.reference_kl.mean())
-        return drift
+            drift["kl_to_pretrained"] = policy.reference_kl.mean()
+        weight = share.count / len(indices)
+        return {name: float(self.processes.sum(value * weight)) for name, value in drift.items()}
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -252,22 +256,33 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
     def _update(self, indices: npt.NDArray[np.int64], metrics: Metrics) -> bool:
         """One optimizer step on the transitions at `indices`; False if the KL target stopped it."""
         self.policy.optimizer.zero_grad()
-        logged: defaultdict[str, list[Tensor]] = defaultdict(list)
-        for part in self._micro_batches(indices):
-            weight = len(part) / len(indices)
-            loss, values = self.loss(self.rollout_buffer[part])
-            self.scaler.scale(loss * weight).backward()
-            for name, value in values.items():
-                logged[name].append(value if name == "ratio_deviation" else value * weight)
-        deviations = logged.pop("ratio_deviation", [])
-        if deviations and not metrics["ratio_deviation"]:  # only the first update of an iteration is on-policy
-            metrics["ratio_deviation"].append(float(torch.stack(deviations).max()))
-        for name, parts in logged.items():
-            metrics[name].append(float(sum(parts)))
+        own, failure = {}, None
+        try:
+            own = self._accumulate(indices)
+        except Exception as error:
+            failure = error
+        for name, value in self.processes.combine(self._learning_parameters(), own, failure).items():
+            if name != "ratio_deviation" or not metrics[name]:  # only the first update of an iteration is on-policy
+                metrics[name].append(float(value))
         if self.target_kl is not None and metrics["approx_kl"] and metrics["approx_kl"][-1] > 1.5 * self.target_kl:
             return False
         self._step(metrics)
         return True
+
+    def _accumulate(self, indices: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+        """Add up the gradients of this process's share of every micro-batch, and return its part of the metrics."""
+        logged: defaultdict[str, list[Tensor]] = defaultdict(list)
+        for part in self._micro_batches(indices):
+            share = self.processes.share(len(part))
+            weight = share.count / len(indices)
+            with sharing(self.policy, share):
+                loss, values = self.loss(self.rollout_buffer[share.of(part)])
+            self.scaler.scale(loss * weight).backward()
+            for name, value in values.items():
+                logged[name].append(value if name == "ratio_deviation" else value * weight)
+        deviations = logged.pop("ratio_deviation", [])
+        largest = {"ratio_deviation": torch.stack(deviations).max()} if deviations else {}
+        return largest | {name: torch.as_tensor(sum(parts)) for name, parts in logged.items()}
 
     def _step(self, metrics: Metrics) -> None:
         """Clip the accumulated gradient and take the optimizer's step."""
@@ -276,10 +291,11 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         if not torch.isfinite(norm) and self.scaler.get_scale() <= 1:
             loss = metrics["loss"][-1] if metrics["loss"] else "not logged"
-            raise FloatingPointError(
+            error = FloatingPointError(
                 f"the gradient is not finite after {self._n_updates} updates (loss {loss}): "
                 "lower learning_rate or clip_range, or train in float32"
             )
+            raise self.processes.alike(error)
         if torch.isfinite(norm):
             metrics["grad_norm"].append(float(norm))
             self._n_updates += 1
@@ -313,11 +329,18 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         parts = [part for batch in self._batches(indices) for part in self._micro_batches(batch)]
         if self.n_epochs > 1:  # later epochs may choose other steps
             parts += self._micro_batches(np.setdiff1d(self.rollout_buffer.kept_steps(), indices))
-        log_probs = self.rollout_buffer.log_probs.flatten()
-        for part in parts:
-            chosen = torch.as_tensor(part, device=self.rollout_buffer.device)
-            log_probs[chosen] = self.evaluate(self.rollout_buffer[part], with_reference=False).log_prob
-        self.rollout_buffer.log_probs = log_probs.view_as(self.rollout_buffer.log_probs)
+        rollout = self.rollout_buffer
+        own = torch.zeros_like(rollout.log_probs).flatten()
+        with self.processes.agreement():
+            for part in parts:
+                share = self.processes.share(len(part))
+                log_prob = self.evaluate(rollout[share.of(part)], with_reference=False).log_prob
+                if share.count:
+                    own[torch.as_tensor(share.of(part), device=rollout.device)] = log_prob
+        chosen = torch.as_tensor(np.concatenate(parts), device=rollout.device)
+        log_probs = rollout.log_probs.flatten().clone()
+        log_probs[chosen] = self.processes.sum(own)[chosen]
+        rollout.log_probs = log_probs.view_as(rollout.log_probs)
 
     def _learning_parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]

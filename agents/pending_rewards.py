@@ -10,6 +10,9 @@ import numpy.typing as npt
 
 from agents.rollout_buffer import TensorRolloutBuffer
 
+_NOTED = ("episode", "is_success")
+"""What of an episode's last info goes into the means that Stable-Baselines3 logs."""
+
 
 class PendingRewards:
     """The episodes of one rollout that have ended, until their reward is known.
@@ -17,6 +20,7 @@ class PendingRewards:
     That is at once, unless the environment has `deferred_rewards=True`.
 
     Attributes:
+        episodes: what Stable-Baselines3 notes of the episodes whose reward is known, and finite, in their order.
         details: what the reward reported beside its scores, by name, one value an episode whose reward is finite.
 
     Args:
@@ -26,6 +30,7 @@ class PendingRewards:
     def __init__(self, rollout: TensorRolloutBuffer) -> None:
         """Begin with nothing pending."""
         self.rollout = rollout
+        self.episodes: list[dict[str, Any]] = []
         self.details: dict[str, list[Any]] = defaultdict(list)
         self._pending: deque[tuple[int, int, dict[str, Any]]] = deque()
 
@@ -33,19 +38,15 @@ class PendingRewards:
         """Take note of the episodes that end with this step, which the rollout holds already."""
         self._pending.extend((step, int(slot), infos[slot]) for slot in np.flatnonzero(dones))
 
-    def collect(self, wait: bool = False) -> list[dict[str, Any]]:
+    def collect(self, wait: bool = False) -> None:
         """Put the rewards that are there where they belong, in the order of their episodes.
 
         Args:
             wait: for those that are not there yet.
 
-        Returns:
-            The last infos of the episodes whose reward is known since the last call, and finite.
-
         Raises:
             Exception: whatever the reward raised.
         """
-        known = []
         while self._pending and (wait or _is_known(self._pending[0][2])):
             step, slot, info = self._pending.popleft()
             details = info.get("reward_details", {})
@@ -60,8 +61,7 @@ class PendingRewards:
                 continue
             for name, value in details.items():
                 self.details[name].append(value)
-            known.append(info)
-        return known
+            self.episodes.append({name: info[name] for name in _NOTED if name in info})
 
 
 def _is_known(info: dict[str, Any]) -> bool:

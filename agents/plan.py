@@ -5,7 +5,7 @@ from __future__ import annotations
 from agents.configuration import TrainConfig
 
 
-def describe_plan(config: TrainConfig) -> list[str]:
+def describe_plan(config: TrainConfig, processes: int = 1) -> list[str]:
     """Return the plan of a checked configuration, a line a subject; sizes are in samples, that is in pictures."""
     task, training = config.task, config.training
     total, steps = training.samples_per_iteration, task.num_inference_steps
@@ -36,7 +36,8 @@ def describe_plan(config: TrainConfig) -> list[str]:
         f"in all     {config.iterations} iterations, {queries:,} reward queries, "
         f"{config.iterations * training.epochs * updates:,} updates at most"
     )
-    return [*_reward(config), sampling, training_line, whole]
+    shared = [f"processes  {processes}, which share every batch"] if processes > 1 else []
+    return [*_reward(config), *shared, sampling, training_line, whole]
 
 
 def _reward(config: TrainConfig) -> list[str]:

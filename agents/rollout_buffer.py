@@ -88,8 +88,14 @@ class TensorRolloutBuffer:
         self.device = torch.device(device)
         self.gae_lambda = gae_lambda
         self.gamma = gamma
-        self.n_envs = n_envs
-        grid = (buffer_size, n_envs)
+        self.own_envs = n_envs
+        self._denoising = isinstance(observation_space, DenoisingObservationSpace)
+        self._allocate()
+        self.reset()
+
+    def _allocate(self) -> None:
+        self.n_envs = self.own_envs
+        grid = (self.buffer_size, self.n_envs)
         self.rewards = np.zeros(grid, np.float32)
         self.episode_starts = np.zeros(grid, np.bool_)
         self.segments = np.zeros(grid, np.int64)
@@ -97,19 +103,17 @@ class TensorRolloutBuffer:
         self.log_probs = torch.zeros(grid, device=self.device)
         self.advantages = torch.zeros(grid, device=self.device)
         self.returns = torch.zeros(grid, device=self.device)
-        discrete = isinstance(action_space, spaces.Discrete)
-        self.actions = torch.zeros(
-            (*grid, *(action_space.shape or ())), dtype=torch.int64 if discrete else torch.float32, device=self.device
-        )
-        self._denoising = isinstance(observation_space, DenoisingObservationSpace)
+        dtype = torch.int64 if isinstance(self.action_space, spaces.Discrete) else torch.float32
+        self.actions = torch.zeros((*grid, *(self.action_space.shape or ())), dtype=dtype, device=self.device)
         self._step_observations = {
             name: torch.zeros((*grid, *shape), dtype=dtype, device=self.device)
             for name, (shape, dtype) in self._step_layout().items()
         }
-        self.reset()
 
     def reset(self) -> None:
-        """Forget the rollout."""
+        """Forget the rollout, and what other processes added to it."""
+        if self.n_envs != self.own_envs:
+            self._allocate()
         self.pos = 0
         self.full = False
         self.contexts: list[Any] = []

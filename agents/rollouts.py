@@ -27,6 +27,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from agents.advantages import AdvantageEstimator, GeneralizedAdvantage
+from agents.distributed import Processes, sharing
+from agents.gathered_rollout import gather_rollout
 from agents.pending_rewards import PendingRewards
 from agents.rollout_buffer import TensorRolloutBuffer
 from ddpo_env.spaces import DenoisingObservationSpace
@@ -53,6 +55,8 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         non_finite_rewards: `"raise"`: a reward that is NaN or infinite is an error. `"drop"`: all goes on as if its
             episode had not been sampled, and `rollout/dropped_samples` is how many there were; the environment must not
             raise by itself (`DenoisingVectorEnv(non_finite_rewards="keep")`).
+        processes: with which this one shares the work, see `agents.distributed`; default: none. `env` is this process's
+            part of the batch. The policy must draw for a whole batch and take its share (`DiffusionPolicy` does).
         context_key: name in the reset info under which an episode's context, such as its prompt, is found.
         policy_kwargs: arguments of the policy.
         stats_window_size: episodes that `rollout/ep_rew_mean` looks back on.
@@ -87,6 +91,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         max_grad_norm: float = 0.5,
         advantage: AdvantageEstimator | None = None,
         non_finite_rewards: NonFiniteRewards = "raise",
+        processes: Processes | None = None,
         context_key: str = "prompt",
         policy_kwargs: dict[str, Any] | None = None,
         stats_window_size: int = 100,
@@ -103,6 +108,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         self.non_finite_rewards: NonFiniteRewards = non_finite_rewards
         self.advantage: AdvantageEstimator = advantage if advantage is not None else GeneralizedAdvantage()
         self.context_key = context_key
+        self.processes = processes if processes is not None else Processes()
         super().__init__(
             policy,
             env,
@@ -125,6 +131,18 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             _init_setup_model=_init_setup_model,
             supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
         )
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        if self.processes.count > 1 and not hasattr(self.policy, "share"):
+            raise ValueError(
+                f"processes must be 1 with a {type(self.policy).__name__}, which cannot draw a share of a batch; "
+                f"got {self.processes.count}"
+            )
+
+    def equalize(self) -> None:
+        """Give the weights of all processes the main one's values, before the first iteration."""
+        self.processes.equalize([p for p in self.policy.parameters() if p.requires_grad])
 
     def learn(
         self: _Algorithm,
@@ -162,7 +180,8 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
         self.train()
         if log_interval is not None and iteration % log_interval == 0:
-            self.dump_logs(iteration)
+            with self.processes.agreement():
+                self.dump_logs(iteration)
         return True
 
     def collect_rollouts(  # type: ignore[override]
@@ -181,17 +200,44 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
         callback.on_rollout_start()
-        dones = np.zeros(env.num_envs, np.bool_)
         pending = PendingRewards(rollout_buffer)
+        with self.processes.agreement():
+            if not self._sample(env, callback, rollout_buffer, n_rollout_steps, pending):
+                return False
+        gather_rollout(rollout_buffer, self.processes)
+        for infos in self.processes.gather_objects(pending.episodes):
+            self._note_episodes(infos)
+        with self.processes.agreement():
+            self._drop_or_raise(rollout_buffer)
+            rollout_buffer.set_monte_carlo_returns()
+            rollout_buffer.advantages = self.credit(rollout_buffer)
+        self._record_rewards(rollout_buffer)
+        self._record_details(self.processes.gather_objects(dict(pending.details)))
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def _sample(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: TensorRolloutBuffer,
+        n_rollout_steps: int,
+        pending: PendingRewards,
+    ) -> bool:
+        """Fill the buffer with this process's part of the rollout; False if a callback asked to stop."""
+        dones = np.zeros(env.num_envs, np.bool_)
+        share = self.processes.share(env.num_envs * self.processes.count)
         for step in range(n_rollout_steps):
+            self.processes.raise_interrupt()
             observation = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
             contexts = [info.get(self.context_key) for info in env.unwrapped.reset_infos]  # wrappers do not pass it on
-            with torch.no_grad():
+            with torch.no_grad(), sharing(self.policy, share):
                 actions, values, log_probs = self.policy(observation)
             new_observation, rewards, dones, infos = env.step(self._env_actions(actions))
             if self.non_finite_rewards == "raise":
                 self._require_finite(rewards)
-            self.num_timesteps += env.num_envs
+            self.num_timesteps += share.total
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
@@ -199,20 +245,13 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             starts = np.asarray(self._last_episode_starts, dtype=np.bool_)
             rollout_buffer.add(observation, actions, rewards, starts, values, log_probs, contexts)
             pending.add(step, dones, infos)
-            self._note_episodes(pending.collect())
+            pending.collect()
             self._last_obs = new_observation  # type: ignore[assignment]
             self._last_episode_starts = dones
         with torch.no_grad():
             last_values = self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
         rollout_buffer.finish(last_values, dones)
-        self._note_episodes(pending.collect(wait=True))
-        self._drop_or_raise(rollout_buffer)
-        rollout_buffer.set_monte_carlo_returns()
-        rollout_buffer.advantages = self.credit(rollout_buffer)
-        self._record_rewards(rollout_buffer)
-        self._record_details(pending.details)
-        callback.update_locals(locals())
-        callback.on_rollout_end()
+        pending.collect(wait=True)
         return True
 
     def _note_episodes(self, infos: list[dict[str, Any]]) -> None:
@@ -268,8 +307,9 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             self.logger.record("rollout/reward_std", float(returns.std()))
             self.logger.record("rollout/episodes", len(returns))
 
-    def _record_details(self, details: dict[str, list[Any]]) -> None:
+    def _record_details(self, details: list[dict[str, list[Any]]]) -> None:
         """Log the mean of every numeric detail that the reward reports, such as the parts of a weighted sum."""
-        for name, values in details.items():
+        for name in dict.fromkeys(name for part in details for name in part):
+            values = [value for part in details for value in part.get(name, [])]
             if name != "non_finite" and all(isinstance(value, numbers.Real) for value in values):
                 self.logger.record(f"reward/{name}", float(np.mean(values)))

@@ -21,6 +21,7 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import Tensor
 from torch.nn import functional
 
+from agents.distributed import Processes
 from agents.on_policy import TensorOnPolicyAlgorithm
 from agents.rollout_buffer import TensorRolloutBuffer, Transitions
 
@@ -131,7 +132,8 @@ class RWR(TensorOnPolicyAlgorithm):
             loss = loss + self.vf_coef * value_loss
             logged["value_loss"] = value_loss.detach()
         if self.kl_coef:  # on steps of whole trajectories: the imitated ones may be the last alone
-            penalty = self.evaluate(self.rollout_buffer[self.random_steps(len(values))]).reference_kl
+            share = getattr(self.policy, "share", None) or Processes().share(len(values))
+            penalty = self.evaluate(self.rollout_buffer[share.of(self.random_steps(share.total))]).reference_kl
             assert penalty is not None
             loss = loss + self.kl_coef * penalty.mean()
             logged["kl_penalty"] = self.kl_coef * penalty.mean().detach()

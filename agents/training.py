@@ -29,6 +29,7 @@ from agents.checkpoint import (
 from agents.configuration import TrainConfig
 from agents.console import ConsoleWriter
 from agents.diffusion_policy import DiffusionPolicy
+from agents.distributed import Processes, check_shares, start_processes
 from agents.on_policy import TensorOnPolicyAlgorithm
 from agents.run_folder import MetricsTable, RunFolder
 from agents.vec_env import VectorEnvAdapter
@@ -71,6 +72,8 @@ class PreparedRun:
         algorithm: what trains.
         pictures: the held-out pictures, and through them the run's folder.
         checkpoint: where a resumed run goes on.
+
+    Of several processes each has a `PreparedRun`, and all of them train.
     """
 
     config: TrainConfig
@@ -91,23 +94,28 @@ class PreparedRun:
 
         Raises:
             Exception: whatever the reward raises, with a note that names it, or training does; its traceback is in the
-                folder's `error.txt` too.
+                folder's `error.txt` too. Where several processes train, all of them raise.
         """
         started = time.perf_counter() if started is None else started
         config, algorithm, pictures = self.config, self.algorithm, self.pictures
+        processes = algorithm.processes
         try:
-            with _logging(algorithm, pictures.folder, config.iterations, iterations_done(self.checkpoint)):
+            with (
+                processes.keeping_interrupts(),
+                _logging(algorithm, pictures.folder, config.iterations, iterations_done(self.checkpoint)),
+            ):
                 _begin(algorithm, pictures, config, is_new=self.checkpoint is None)
                 after = _train(algorithm, pictures, config)
-            _save_weights(algorithm, pictures.folder)
+            processes.from_main(lambda: _save_weights(algorithm, pictures.folder))
         except Exception as error:
-            pictures.folder.write_error(error)
+            if processes.is_main:
+                pictures.folder.write_error(error)
             raise
         before = pictures.evaluations[0][1] if pictures.evaluations else None
         seconds = time.perf_counter() - started
         result = RunResult(config, pictures.folder, before, after, pictures.iteration, seconds)
-        if after is not None:
-            pictures.folder.write_summary(_summary(result))
+        if after is not None and processes.is_main:
+            pictures.folder.write_summary(_summary(result, processes.count))
         return result
 
     @property
@@ -119,11 +127,12 @@ class PreparedRun:
             return None
 
 
-def prepare_run(config: TrainConfig) -> PreparedRun:
+def prepare_run(config: TrainConfig, processes: Processes | None = None) -> PreparedRun:
     """Load what a run needs, and bring a resumed one to its checkpoint.
 
     Args:
         config: every setting, see `agents.configuration`; it is not changed.
+        processes: that train together, each of which calls this; default: those that a launcher started.
 
     Raises:
         ValueError: if the configuration cannot run, as far as possible before anything is loaded.
@@ -132,8 +141,12 @@ def prepare_run(config: TrainConfig) -> PreparedRun:
         OSError: if a model cannot be downloaded.
         RuntimeError: if the reward asks a server, and that does not answer.
     """
-    config, checkpoint = _resolved(config)
-    algorithm, pictures = build_run(config, resume=checkpoint is not None)
+    processes = processes or start_processes(device_of(config))
+    config, checkpoint = processes.from_main(lambda: _resolved(config))
+    with processes.agreement():
+        check_shares(config, processes.count)
+        algorithm, pictures = build_run(config, resume=checkpoint is not None, processes=processes)
+    algorithm.equalize()
     if checkpoint is not None:
         load_checkpoint(checkpoint, algorithm, _parts(pictures))
     return PreparedRun(config, algorithm, pictures, checkpoint)
@@ -148,11 +161,16 @@ def run_training(config: TrainConfig) -> RunResult:
 def _begin(algorithm: TensorOnPolicyAlgorithm, pictures: HeldOutPictures, config: TrainConfig, is_new: bool) -> None:
     """Get ready to iterate; a new run gets its first checkpoint, so that it can be resumed from anywhere."""
     folder = pictures.folder
-    algorithm._setup_learn(0, pictures, reset_num_timesteps=is_new)
+    with algorithm.processes.agreement():
+        algorithm._setup_learn(0, pictures, reset_num_timesteps=is_new)
     if is_new:
         save_checkpoint(folder.checkpoints, 0, algorithm, _parts(pictures), config.run.keep_checkpoints)
-    folder.write_config(config.as_dict())
-    folder.forget_error()
+
+    def write() -> None:
+        folder.write_config(config.as_dict())
+        folder.forget_error()
+
+    algorithm.processes.from_main(write)
 
 
 def _train(algorithm: TensorOnPolicyAlgorithm, callback: HeldOutPictures, config: TrainConfig) -> float | None:
@@ -162,7 +180,7 @@ def _train(algorithm: TensorOnPolicyAlgorithm, callback: HeldOutPictures, config
     """
     assert algorithm.env is not None
     interval, keep = config.run.checkpoint_interval, config.run.keep_checkpoints
-    total = algorithm.n_steps * algorithm.n_envs * config.iterations
+    total = algorithm.n_steps * algorithm.n_envs * algorithm.processes.count * config.iterations
     checkpoints = Checkpoints(callback.folder.checkpoints, algorithm, _parts(callback), interval, keep)
     try:
         callback.on_training_start({}, {})
@@ -171,7 +189,8 @@ def _train(algorithm: TensorOnPolicyAlgorithm, callback: HeldOutPictures, config
             checkpoints.finished(iteration)
         checkpoints.write()
         after = callback.finish()
-        algorithm.logger.dump(algorithm.num_timesteps)
+        with algorithm.processes.agreement():
+            algorithm.logger.dump(algorithm.num_timesteps)
         return after
     except KeyboardInterrupt:
         algorithm.env.env_method("cancel_rewards")
@@ -189,18 +208,31 @@ def _parts(pictures: HeldOutPictures) -> dict[str, Stateful]:
     return {"pictures": pictures, **({"reward": reward} if isinstance(reward, StatefulReward) else {})}
 
 
-def build_run(config: TrainConfig, resume: bool = False) -> tuple[TensorOnPolicyAlgorithm, HeldOutPictures]:
-    """Make the environment, the policy and the algorithm of a configuration, its held-out pictures and its folder."""
+def build_run(
+    config: TrainConfig, resume: bool = False, processes: Processes | None = None
+) -> tuple[TensorOnPolicyAlgorithm, HeldOutPictures]:
+    """Make the environment, the policy and the algorithm of a configuration, its held-out pictures and its folder.
+
+    Of several processes each makes its part of the batch, and the main one the folder.
+    """
     task, training, run = config.task, config.training, config.run
+    processes = processes or Processes()
+    part = (processes.index, processes.count)
     assert run.run_dir is not None
     folder = RunFolder(run.run_dir, resume=resume)
     reward = configured_reward(task.reward, parse_options(task.reward_options))
+    if processes.count > 1 and isinstance(reward, StatefulReward) and _holds_values(reward.state_dict()):
+        raise ValueError(
+            f"reward {task.reward!r} keeps statistics of what it has scored, and each of {processes.count} processes "
+            "would keep its own: mark the parts of a weighted sum raw (name:weight:raw), or start one process"
+        )
     common: dict[str, Any] = {
+        "part": part,
         "model": task.model,
         "reward": reward,  # one object, so that training and evaluation share its models and statistics
         "prompts": task.prompts,
         "num_inference_steps": task.num_inference_steps,
-        "device": run.device,
+        "device": processes.device or run.device,
         "dtype": run.dtype,
         "backend": "torch",
         "non_finite_rewards": "keep" if training.non_finite_rewards == "drop" else "raise",
@@ -208,20 +240,21 @@ def build_run(config: TrainConfig, resume: bool = False) -> tuple[TensorOnPolicy
     set_random_seed(run.seed)
     env = gym.make_vec(
         "DDPO-SD-v0",
-        num_envs=training.sample_batch_size,
+        num_envs=training.sample_batch_size // processes.count,
         autoreset_mode=AutoresetMode.SAME_STEP,
         samples_per_prompt=training.samples_per_prompt,
         deferred_rewards=training.overlap_rewards,
         **common,
     )
     eval_slots = min(run.eval_samples, training.sample_batch_size)
-    eval_env = DenoisingVectorEnv(eval_slots, autoreset_mode=AutoresetMode.DISABLED, **common)
+    eval_env = DenoisingVectorEnv(eval_slots // processes.count, autoreset_mode=AutoresetMode.DISABLED, **common)
     if callable(load := getattr(reward, "load", None)):
         load()  # what a reward lacks shows now, not after the first pictures
-    if callable(log_to := getattr(reward, "log_to", None)):
-        log_to(folder.judge)
-    folder.make()
-    algorithm = build_algorithm(config, VectorEnvAdapter(env))
+    if processes.is_main:
+        if callable(log_to := getattr(reward, "log_to", None)):
+            log_to(folder.judge)
+        folder.make()
+    algorithm = build_algorithm(config, VectorEnvAdapter(env), processes)
     pictures = HeldOutPictures(
         eval_env,
         folder,
@@ -237,6 +270,10 @@ def build_run(config: TrainConfig, resume: bool = False) -> tuple[TensorOnPolicy
 @contextmanager
 def _logging(algorithm: TensorOnPolicyAlgorithm, folder: RunFolder, iterations: int, done: int) -> Iterator[None]:
     """Log to TensorBoard, `progress.csv` and the screen; a resumed run keeps the rows of its finished iterations."""
+    if not algorithm.processes.is_main:
+        algorithm.set_logger(Logger(None, []))
+        yield
+        return
     progress = folder.path / "progress.csv"
     table = MetricsTable(progress, MetricsTable.read(progress)[:done])
     console = ConsoleWriter(iterations, done)
@@ -256,7 +293,7 @@ def _save_weights(algorithm: TensorOnPolicyAlgorithm, folder: RunFolder) -> None
             policy.save_lora(folder.lora)
 
 
-def _summary(result: RunResult) -> dict[str, Any]:
+def _summary(result: RunResult, processes: int) -> dict[str, Any]:
     config = result.config
     return {
         "algorithm": config.training.algorithm,
@@ -268,6 +305,7 @@ def _summary(result: RunResult) -> dict[str, Any]:
         "iterations": result.iterations,
         "reward_queries": result.iterations * config.training.samples_per_iteration,
         "seed": config.run.seed,
+        "processes": processes,
     }
 
 
@@ -301,6 +339,20 @@ def _resumed(run_dir: Path, iterations: int | None) -> tuple[TrainConfig, Path]:
     if config.iterations < done:
         raise ValueError(f"iterations must be at least {done}, which the run has done; got {config.iterations}")
     return config, checkpoint
+
+
+def device_of(config: TrainConfig) -> str:
+    """Return a configuration's device; of a run to be resumed, the run's own, where its folder can be seen."""
+    if config.run.resume is None:
+        return config.run.device
+    try:
+        return str(yaml.safe_load((config.run.resume / "config.yaml").read_text())["run"]["device"])
+    except (OSError, TypeError, KeyError, yaml.YAMLError):
+        return config.run.device  # what is wrong is told when the run is resumed
+
+
+def _holds_values(state: dict[str, Any]) -> bool:
+    return any(_holds_values(value) if isinstance(value, dict) else True for value in state.values())
 
 
 def _file_name(reward: str) -> str:

@@ -54,6 +54,11 @@ class VectorEnvAdapter(VecEnv):
         self._reset_options()
         return observation
 
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        """Seed slot `i` with `seed + i`, counted in the whole batch where this environment is a part of one."""
+        first = getattr(self.vector_env.unwrapped, "first_slot", 0)
+        return super().seed(seed if seed is None else seed + first)
+
     def set_options(self, options: list[dict[str, Any]] | dict[str, Any] | None = None) -> None:
         """Set the options of the next reset: one dictionary for the whole batch, as Gymnasium has it."""
         if isinstance(options, list):

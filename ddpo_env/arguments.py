@@ -16,8 +16,8 @@ from rewards import NonFinite, Reward, is_images_only, reward_name
 BACKENDS = ("numpy", "torch")
 
 
-def check_counts(num_envs: int, samples_per_prompt: int, num_inference_steps: int) -> None:
-    """Refuse counts that are no integers above 0, and slots that are no whole groups of `samples_per_prompt`."""
+def check_counts(num_envs: int, samples_per_prompt: int, num_inference_steps: int, part: tuple[int, int]) -> None:
+    """Refuse counts that are no integers above 0, and batches that are no whole groups of `samples_per_prompt`."""
     counts = {
         "num_envs": num_envs,
         "samples_per_prompt": samples_per_prompt,
@@ -26,8 +26,10 @@ def check_counts(num_envs: int, samples_per_prompt: int, num_inference_steps: in
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
             raise ValueError(f"{name} must be an integer of at least 1; got {count!r}")
-    if num_envs % samples_per_prompt:
-        raise ValueError(f"samples_per_prompt must divide num_envs={num_envs}; got {samples_per_prompt}")
+    if len(part) != 2 or not 0 <= part[0] < part[1]:
+        raise ValueError(f"part must be (index, count) with 0 <= index < count; got {part!r}")
+    if num_envs * part[1] % samples_per_prompt:
+        raise ValueError(f"samples_per_prompt must divide num_envs={num_envs * part[1]}; got {samples_per_prompt}")
 
 
 def check_settings(backend: str, deferred_rewards: bool, non_finite_rewards: str, render_mode: str | None) -> None:

@@ -28,25 +28,26 @@ def check_names(options: Mapping[str, Any]) -> None:
         )
 
 
-def slot_seeds(seed: int | Sequence[int | None] | None, num_envs: int) -> list[int | None]:
-    """Return one seed a slot: slot `i` of an integer seed `s` has `s + i`."""
+def slot_seeds(seed: int | Sequence[int | None] | None, num_envs: int, first_slot: int = 0) -> list[int | None]:
+    """Return one seed a slot: slot `i` of an integer seed `s` has `s + first_slot + i`."""
     if seed is None:
         return [None] * num_envs
     if isinstance(seed, numbers.Integral):
-        return [int(seed) + slot for slot in range(num_envs)]
+        return [int(seed) + first_slot + slot for slot in range(num_envs)]
     if not isinstance(seed, Sequence | np.ndarray) or len(seed) != num_envs:
         raise ValueError(f"seed must be None, an integer, or one a slot ({num_envs}); got {seed!r}")
     return [int(one) if isinstance(one, numbers.Integral) else one for one in seed]
 
 
-def reset_mask(mask: Any, num_envs: int, samples_per_prompt: int) -> npt.NDArray[np.bool_]:
+def reset_mask(mask: Any, num_envs: int, samples_per_prompt: int, first_slot: int = 0) -> npt.NDArray[np.bool_]:
     """Return which slots begin anew, `(num_envs,)`: at least one, and whole groups that share a prompt."""
     if mask is None:
         return np.ones(num_envs, dtype=np.bool_)
     if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != (num_envs,):
         raise ValueError(f"options['reset_mask'] must be a boolean array of shape ({num_envs},); got {mask!r}")
-    groups = mask.reshape(-1, samples_per_prompt)
-    if not mask.any() or (groups.any(1) != groups.all(1)).any():
+    groups = (first_slot + np.arange(num_envs)) // samples_per_prompt
+    chosen = np.unique(groups[mask])
+    if not mask.any() or not mask[np.isin(groups, chosen)].all():
         raise ValueError(
             f"options['reset_mask'] must select at least one slot, and whole groups of samples_per_prompt="
             f"{samples_per_prompt} slots; got {mask!r}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,21 +29,13 @@ from ddpo_env.prompts import Prompt, load_prompts
 from ddpo_env.reset_options import as_float, check_names, given_latents, given_prompts, reset_mask, slot_seeds
 from ddpo_env.scheduler_table import SMALLEST_STD
 from ddpo_env.spaces import DenoisingObservationSpace, latent_box
+from ddpo_env.starts import Start, Starts
 from ddpo_env.transition import GaussianSampler
 from rewards import NonFinite, Reward, are_images, configured_reward, evaluate_reward
 
 Latents: TypeAlias = npt.NDArray[np.float32] | Tensor
 Observation: TypeAlias = dict[str, Any]
 Mask: TypeAlias = npt.NDArray[np.bool_]
-
-
-class _Start(NamedTuple):
-    """What the episodes of `slots` start from, one row a slot."""
-
-    slots: npt.NDArray[np.intp]
-    prompts: list[Prompt]
-    latents: Tensor
-    conditioning: dict[str, Tensor]
 
 
 class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
@@ -100,11 +92,16 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
     | `backend` | `"numpy"` | `"torch"`: observations are tensors on `device`, rewards and flags stay NumPy |
     | `autoreset_mode` | `"NextStep"` | `gymnasium.vector.AutoresetMode` or its value |
     | `samples_per_prompt` | 1 | how many slots in a row share a prompt |
+    | `part` | `(0, 1)` | `(i, n)`: part `i` of the `n` equal parts of a larger batch; see below |
     | `deferred_rewards` | `False` | compute rewards in a thread of their own while the environment goes on; see below |
     | `non_finite_rewards` | `"raise"` | `"keep"`: NaN and infinite scores are rewards, and not an error |
     | `render_mode` | `None` | `"rgb_array"`: the decoded current latents, or what the model's `render` draws |
 
     With `backend="torch"` nothing is copied for the caller: read the tensors of an observation, do not write to them.
+
+    With `part` several processes share a batch, `num_envs` slots each: slot `j` of part `i` begins as slot
+    `i * num_envs + j` of the whole, groups included; a list of seeds must count up by one. `load_state_dict` takes the
+    whole batch's state.
 
     With `deferred_rewards=True` a step that ends episodes returns before their pictures are judged: their reward is 0
     there, and the last info has `deferred_reward` (`ddpo_env.deferred_reward.DeferredReward`: `done()`, `result()`,
@@ -134,12 +131,13 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         backend: str = "numpy",
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         samples_per_prompt: int = 1,
+        part: tuple[int, int] = (0, 1),
         deferred_rewards: bool = False,
         non_finite_rewards: NonFinite = "raise",
         render_mode: str | None = None,
     ) -> None:
         """Check the arguments, then load the model; see the class docstring for each argument."""
-        check_counts(num_envs, samples_per_prompt, num_inference_steps)
+        check_counts(num_envs, samples_per_prompt, num_inference_steps, part)
         check_settings(backend, deferred_rewards, non_finite_rewards, render_mode)
         self.autoreset_mode = autoreset_mode_of(autoreset_mode)
         self.reward: Reward = configured_reward(reward, reward_options or {})
@@ -151,6 +149,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         self.num_inference_steps = num_inference_steps
         self.backend = backend
         self.samples_per_prompt = samples_per_prompt
+        self.part = part
+        self._starts = Starts(self.model, self.prompts, samples_per_prompt, part[0] * num_envs)
         self.deferred_rewards = deferred_rewards
         self.non_finite_rewards: NonFinite = non_finite_rewards
         self._worker = RewardWorker(non_finite_rewards) if deferred_rewards else None
@@ -182,10 +182,12 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         """
         options = dict(options or {})
         check_names(options)
-        mask = reset_mask(options.get("reset_mask"), self.num_envs, self.samples_per_prompt)
+        mask = reset_mask(options.get("reset_mask"), self.num_envs, self.samples_per_prompt, self.first_slot)
         prompts = given_prompts(options.get("prompts"), self.num_envs, self.prompts)
         latents = given_latents(options.get("latents"), self.num_envs, self.model.latent_shape)
-        for slot, slot_seed in enumerate(slot_seeds(seed, self.num_envs)):
+        for slot, slot_seed in enumerate(slot_seeds(seed, self.num_envs, self.first_slot)):
+            if slot == 0 and slot_seed is not None and mask[0] and self._starts.rank:
+                self._starts.leader, _ = seeding.np_random(slot_seed - self._starts.rank)
             if slot_seed is not None and mask[slot]:
                 self._generators[slot], self._seeds[slot] = seeding.np_random(slot_seed)
         self._forget_rewards()
@@ -259,18 +261,28 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         }
 
     def load_state_dict(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` of an environment with the same arguments returned."""
-        if len(state["generators"]) != self.num_envs:
-            raise ValueError(f"state must be of num_envs={self.num_envs} slots; got {len(state['generators'])}")
+        """Go on from what `state_dict` of an environment with the same arguments returned; of all parts in a row."""
+        total = self.num_envs * self.part[1]
+        if len(state["generators"]) != total:
+            raise ValueError(f"state must be of num_envs={total} slots; got {len(state['generators'])}")
         self._forget_rewards()
-        self._latents = tensors["latents"].to(self.device)
-        self._prompts = np.array(state["prompts"], dtype=object)
-        self._prompt_metadata = list(state["metadata"])
-        self._step_index = np.array(state["step_index"])
-        for generator, generator_state in zip(self._generators, state["generators"], strict=True):
+        own = slice(self.first_slot, self.first_slot + self.num_envs)
+        self._latents = tensors["latents"][own].to(self.device)
+        self._prompts = np.array(state["prompts"][own], dtype=object)
+        self._prompt_metadata = list(state["metadata"][own])
+        self._step_index = np.array(state["step_index"][own])
+        for generator, generator_state in zip(self._generators, state["generators"][own], strict=True):
             generator.bit_generator.state = generator_state
+        if self._starts.rank:
+            self._starts.leader = np.random.default_rng()
+            self._starts.leader.bit_generator.state = state["generators"][self.first_slot - self._starts.rank]
         self._seeds = [-1] * self.num_envs
-        self._conditioning = self.model.encode_prompts([prompt or "" for prompt in state["prompts"]])
+        self._conditioning = self.model.encode_prompts([prompt or "" for prompt in self._prompts])
+
+    @property
+    def first_slot(self) -> int:
+        """Where this part's slots begin in the whole batch."""
+        return self._starts.first_slot
 
     @property  # type: ignore[override]
     def np_random(self) -> tuple[np.random.Generator, ...]:
@@ -297,29 +309,16 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
     def spec(self, spec: EnvSpec | None) -> None:
         self._spec = with_model_named(spec, self.model)
 
-    def _draw(self, mask: Mask, prompts: list[Prompt] | None = None, latents: Tensor | None = None) -> _Start:
+    def _draw(self, mask: Mask, prompts: list[Prompt] | None = None, latents: Tensor | None = None) -> Start:
         """Draw what the episodes of the slots in `mask` start from, where it is not given."""
-        slots = np.flatnonzero(mask)
-        drawn: list[Prompt] = []
-        noise = np.empty((len(slots), *self.model.latent_shape), np.float32)
-        for row, slot in enumerate(slots):
-            noise[row] = self._generators[slot].standard_normal(self.model.latent_shape, np.float32)
-            if prompts is not None:
-                drawn.append(prompts[slot])
-            elif slot % self.samples_per_prompt == 0:
-                drawn.append(self.prompts.sample(self._generators[slot]))
-            else:  # groups begin together, so the row above is of the same group
-                drawn.append(drawn[-1])
-        initial = torch.as_tensor(noise) if latents is None else latents[torch.as_tensor(slots)]
-        conditioning = self.model.encode_prompts([prompt for prompt, _ in drawn]) if drawn else {}
-        return _Start(slots, drawn, initial.to(self.device), conditioning)
+        return self._starts.draw(np.flatnonzero(mask), self._generators, prompts, latents)
 
-    def _begin(self, start: _Start, infos: dict[str, Any]) -> dict[str, Any]:
+    def _begin(self, start: Start, infos: dict[str, Any]) -> dict[str, Any]:
         """Begin episodes; return `infos` with theirs added."""
         if not start.prompts:
             return infos
         rows = torch.as_tensor(start.slots, device=self.device)
-        self._latents = self._latents.index_copy(0, rows, start.latents)
+        self._latents = self._latents.index_copy(0, rows, start.latents.to(self.device))
         for name, embeds in start.conditioning.items():
             self._conditioning[name] = self._conditioning[name].index_copy(0, rows, embeds)
         self._step_index[start.slots] = 0

@@ -1,7 +1,7 @@
 """Fine-tune a diffusion model with PPO and per-prompt advantages (DDPO-IS), or another algorithm, from one command.
 
 Without arguments: the bundled tiny Stable Diffusion learns to draw pictures that compress well, in a few minutes on a
-CPU.
+CPU. Started by `accelerate launch` or `torchrun`, several processes share the work of the same run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 if TYPE_CHECKING:  # what takes seconds is imported in `prepare`: a user waits for it, and may press Ctrl-C
+    from agents.distributed import Processes
     from agents.training import PreparedRun, RunResult
 
 STARTED = time.perf_counter()
@@ -36,35 +37,52 @@ def prepare() -> PreparedRun | None:
     from agents.configuration import TrainConfig
 
     config = tyro.cli(Annotated[TrainConfig, tyro.conf.OmitArgPrefixes], description=__doc__)
+    from agents.distributed import Processes, start_processes
     from agents.plan import describe_plan
-    from agents.training import prepare_run
+    from agents.training import device_of, prepare_run
 
+    processes = Processes()
     try:
-        run = prepare_run(config)
+        processes = start_processes(device_of(config))
+        run = prepare_run(config, processes)
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-        complain(str(error))
+        if processes.is_main:
+            complain(str(error))
+        processes.leave(error)
         return None
-    print("\n".join(describe_plan(run.config)))
+    if processes.is_main:
+        print("\n".join(describe_plan(run.config, processes.count)))
     return run
 
 
 def train(run: PreparedRun) -> int:
     """Train, say how it went, and return the exit code."""
+    processes = run.algorithm.processes
     try:
         result = run.train(STARTED)
     except Exception as error:
-        folder = run.pictures.folder
-        complain(described(error))
-        print(f"The traceback is in {folder.error}.")
-        if run.saved_iterations is not None:
-            print(f"The run is saved after {run.saved_iterations} iterations. To go on:\n{command(folder.path)}")
+        if processes.is_main:
+            report(error, run)
+        processes.leave(error)
         return FAILED
-    if result.reward_after is None:
+    stopped = result.reward_after is None
+    if processes.is_main and stopped:
         print(f"\nStopped after {result.iterations} iterations; the run is saved. To go on:")
-        print(command(result.folder.path))
-        return INTERRUPTED
-    print(summary(result))
-    return 0
+        print(command(result.folder.path, processes))
+    elif processes.is_main:
+        print(summary(result))
+    processes.leave()
+    return INTERRUPTED if stopped else 0
+
+
+def report(error: Exception, run: PreparedRun) -> None:
+    """Say what stopped a run, and how it goes on."""
+    folder = run.pictures.folder
+    complain(described(error))
+    print(f"The traceback is in {folder.error}.")
+    if run.saved_iterations is not None:
+        print(f"The run is saved after {run.saved_iterations} iterations. To go on:")
+        print(command(folder.path, run.algorithm.processes))
 
 
 def complain(message: str) -> None:
@@ -81,9 +99,10 @@ def described(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}{notes}".split())
 
 
-def command(folder: Path) -> str:
-    """Return the command that goes on with a run."""
-    return f"  {shlex.join([sys.executable, sys.argv[0], '--resume', str(folder)])}"
+def command(folder: Path, processes: Processes) -> str:
+    """Return the command that goes on with a run; of several processes, what their launcher is to start."""
+    start = [sys.executable] if processes.count == 1 else ["accelerate", "launch", "..."]
+    return f"  {shlex.join([*start, sys.argv[0], '--resume', str(folder)])}"
 
 
 def summary(result: RunResult) -> str:
