@@ -28,8 +28,12 @@ from transformers.utils import logging as transformers_logging
 
 from rewards.devices import DTYPES, resolve_device, resolve_dtype
 
-BUNDLED_MODELS: dict[str, str] = {"tiny": "data/tiny", "points": "ddpo_env.points:PointsModel"}
-"""Models that ship inside the package: name → folder below `ddpo_env`, or `module:Class` called with device, dtype."""
+BUNDLED_MODELS: dict[str, str] = {
+    "tiny": "data/tiny",
+    "points": "ddpo_env.points:PointsModel",
+    "sd14-random": "ddpo_env.stable_diffusion_1_4:random_stable_diffusion_1_4",
+}
+"""Models that need no download: name → folder below `ddpo_env`, or `module:function` called with device and dtype."""
 
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "ddpo_env.stable_diffusion:StableDiffusionModel",
@@ -178,13 +182,13 @@ def load_model(
             _loaded[key] = getattr(import_module(module), name)(device=resolved_device, dtype=resolved_dtype)
             return _loaded[key]
         index = _pipeline_index(location)
-        family = _family_of(index["_class_name"])
+        family = family_of(index["_class_name"])
         absent = {name: None for name, where in index.items() if where == [None, None]}
         options = absent | getattr(family, "loading_options", {})
         _refuse_pickles(Path(location), [name for name in index if name not in options])
         pipeline = _load_pipeline(location, resolved_dtype, options).to(resolved_device)
     else:
-        family = _family_of(type(pipeline).__name__)
+        family = family_of(type(pipeline).__name__)
         _place(pipeline, resolved_device, resolved_dtype)
         if cached is not None and getattr(cached, "pipeline", None) is pipeline:
             return cached
@@ -255,7 +259,12 @@ def _pipeline_index(location: str) -> Mapping[str, Any]:
     return config
 
 
-def _family_of(pipeline_class: str) -> Any:
+def family_of(pipeline_class: str) -> Any:
+    """Return the adapter of a diffusers pipeline class.
+
+    Raises:
+        ValueError: for a class that has none.
+    """
     if pipeline_class not in FAMILIES:
         raise ValueError(f"model must be one of the pipelines {', '.join(FAMILIES)}; got a {pipeline_class}")
     module, name = FAMILIES[pipeline_class].split(":")
