@@ -54,6 +54,8 @@ class RunSettings:
     """Of weights, prompts, noise and batches."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    process_timeout: float = 1800.0
+    """Seconds that processes wait for each other before the run ends: more than a batch's slowest reward takes."""
     dtype: Dtype = "auto"
     """Of the frozen weights: auto is float32 on a CPU and bfloat16 on an accelerator. What learns is float32."""
     eval_samples: int = 90
@@ -240,6 +242,7 @@ class TrainConfig:
             "ema_decay": training.ema_decay,
         }
         above_zero = {
+            "process_timeout": self.run.process_timeout,
             "eta": self.policy.eta,
             "noise_level": 1.0 if self.policy.noise_level is None else self.policy.noise_level,
             "clip_range": training.clip_range,

@@ -7,6 +7,7 @@ there are, up to the rounding of sums. Whatever fails in one process fails in al
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import traceback
@@ -30,6 +31,17 @@ _T = TypeVar("_T")
 
 _SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where launchers say how many processes there are; the same that accelerate looks at."""
+_UNUSED_SETTINGS = {
+    "ACCELERATE_USE_FSDP": (
+        "false",
+        "FSDP does not fit an update that every process computes whole: see docs/scaling.md",
+    ),
+    "ACCELERATE_USE_DEEPSPEED": ("false", "DeepSpeed is not supported: see docs/scaling.md"),
+    "ACCELERATE_USE_MEGATRON_LM": ("false", "Megatron-LM is not supported"),
+    "ACCELERATE_MIXED_PRECISION": ("no", "mixed precision is --autocast bfloat16 or float16 of the script"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "compilation is not the launcher's business here"),
+}
+"""What `accelerate launch` or its configuration file may ask for and would not get: without effect, and what to do."""
 _BUCKET = 2**25
 """Numbers that are summed over the processes at once, so that full training needs no second copy of every gradient."""
 
@@ -254,15 +266,22 @@ def start_processes(device: str = "auto", timeout: float = 1800.0) -> Processes:
 
     Args:
         device: `auto`, `cpu` or `cuda`; with one process any.
-        timeout: seconds that processes wait for each other before the run ends with an error.
+        timeout: seconds that processes wait for each other before the run ends with an error; the slowest batch's
+            reward must take less.
 
     Raises:
-        ValueError: for a device that several processes cannot have.
+        ValueError: for a device that several processes cannot have, or a launcher's setting that would have no effect.
     """
+    for name, (none, reason) in _UNUSED_SETTINGS.items():
+        value = os.environ.get(name, none)
+        if value.lower() != none:
+            raise ValueError(f"{name} must be {none!r}, or not asked of the launcher; got {value!r}: {reason}")
     if max(int(os.environ.get(name, 1)) for name in _SIZE_VARIABLES) == 1:
         return Processes()
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda with several processes, one GPU each; got {device!r}")
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"process_timeout must be above 0; got {timeout}")
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout))
     chosen = device if device == "cuda" and on_cpu else str(state.device)

@@ -141,7 +141,7 @@ def prepare_run(config: TrainConfig, processes: Processes | None = None) -> Prep
         OSError: if a model cannot be downloaded.
         RuntimeError: if the reward asks a server, and that does not answer.
     """
-    processes = processes or start_processes(device_of(config))
+    processes = processes or start_processes(device_of(config), config.run.process_timeout)
     config, checkpoint = processes.from_main(lambda: _resolved(config))
     with processes.agreement():
         check_shares(config, processes.count)

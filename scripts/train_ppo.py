@@ -43,7 +43,7 @@ def prepare() -> PreparedRun | None:
 
     processes = Processes()
     try:
-        processes = start_processes(device_of(config))
+        processes = start_processes(device_of(config), config.run.process_timeout)
         run = prepare_run(config, processes)
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         if processes.is_main:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from test_scripts import MINIATURE, SCRIPTS, run_script
 
 from agents.checkpoint import latest_checkpoint
+from agents.distributed import start_processes
 from agents.training import run_training
 
 LINEAR = {"optimizer": {"learning_rate": 0.05, "adam_epsilon": 1.0}}
@@ -204,9 +206,40 @@ def test_weighted_sum_of_raw_parts_is_shared(micro_pipeline_folder, tmp_path):
     assert float(first) == pytest.approx(float(second))
 
 
-def launched(*arguments):
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "ACCELERATE_USE_FSDP",
+            "true",
+            "ACCELERATE_USE_FSDP must be 'false', or not asked of the launcher; got 'true'",
+        ),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not supported"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed precision is --autocast bfloat16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "ACCELERATE_DYNAMO_BACKEND must be 'no'"),
+    ],
+)
+def test_what_a_launcher_asks_for_in_vain_is_refused(monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        start_processes()
+    monkeypatch.setenv(name, "NO" if name.endswith(("BACKEND", "PRECISION")) else "false")
+    assert start_processes().count == 1
+
+
+def test_processes_wait_for_some_time(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="process_timeout must be above 0; got 0"):
+        start_processes("cpu", timeout=0)
+
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0")
+
+
+def launched(*arguments, launcher=TORCHRUN):
     """The script in two processes, as a user starts it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, "-m", *launcher]
     command += [str(SCRIPTS / "train_ppo.py"), *MINIATURE, "--eval-samples=4", *arguments]
     return subprocess.Popen(
         command,
@@ -215,17 +248,42 @@ def launched(*arguments):
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
 
 
 @pytest.mark.slow
-def test_script_runs_under_torchrun(micro_pipeline_folder, tmp_path):
-    process = launched(f"--model={micro_pipeline_folder}", "--iterations=1", f"--run-dir={tmp_path / 'run'}")
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE])
+def test_script_runs_under_launchers(micro_pipeline_folder, tmp_path, launcher):
+    settings = (f"--model={micro_pipeline_folder}", "--iterations=1", f"--run-dir={tmp_path / 'run'}")
+    process = launched(*settings, launcher=launcher)
     shown, _ = process.communicate(timeout=200)
     assert process.returncode == 0, shown
     assert shown.count("processes  2, which share every batch") == 1
     assert shown.count("Look at") == 1
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_two_nodes_share_a_run_and_one_of_them_writes(micro_pipeline_folder, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = [
+        launched(
+            f"--model={micro_pipeline_folder}",
+            "--iterations=1",
+            f"--run-dir={tmp_path / f'node-{node}'}",
+            launcher=("torch.distributed.run", "--nnodes=2", f"--node-rank={node}", f"--master-port={port}"),
+        )
+        for node in range(2)
+    ]
+    shown = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], shown
+    assert "processes  2, which share every batch" in shown[0]
+    assert "Look at" not in shown[1]
+    assert (tmp_path / "node-0" / "summary.json").exists()
+    assert not (tmp_path / "node-1").exists()
 
 
 @pytest.mark.slow
