@@ -66,6 +66,12 @@ class Share:
     stop: int
     count: int
 
+    @classmethod
+    def of_worker(cls, total: int, worker: int, workers: int) -> Share:
+        """Return the share of one of several workers."""
+        start, stop = (total * edge // workers for edge in (worker, worker + 1))
+        return cls(total, start, max(stop, start + 1), stop - start)
+
     def of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return this process's part of an array of `total` rows."""
         return rows[self.start : self.stop]
@@ -116,8 +122,25 @@ class Processes:
 
     def share(self, total: int) -> Share:
         """Return this process's share of `total` rows, which are at least one; shares differ by a row at most."""
-        start, stop = (total * edge // self.count for edge in (self.index, self.index + 1))
-        return Share(total, start, max(stop, start + 1), stop - start)
+        return Share.of_worker(total, self.index, self.count)
+
+    def deal(self, calls: Sequence[int]) -> list[Share | None]:
+        """Deal out calls of the policy, given by their rows: return this process's share of each, `None` for no share.
+
+        As long as there are enough of them calls stay whole, so that a call is the same, to the bit, whatever the
+        number of processes. If not, several processes share the rows of one.
+        """
+        number = len(calls)
+        if number >= self.count:
+            return [
+                Share.of_worker(rows, 0, 1) if call % self.count == self.index else None
+                for call, rows in enumerate(calls)
+            ]
+        workers = len(range(self.index % number, self.count, number))
+        return [
+            Share.of_worker(rows, self.index // number, workers) if call == self.index % number else None
+            for call, rows in enumerate(calls)
+        ]
 
     def gather_objects(self, value: _T) -> list[_T]:
         """Return the values of all processes, in their order, to all of them."""
@@ -289,7 +312,7 @@ def start_processes(device: str = "auto", timeout: float = 1800.0) -> Processes:
 
 
 def check_shares(config: TrainConfig, processes: int) -> None:
-    """Refuse sizes, all of which are totals, that the processes cannot share.
+    """Refuse sizes that the processes cannot share; they are totals.
 
     Raises:
         ValueError: naming the setting.
@@ -303,11 +326,6 @@ def check_shares(config: TrainConfig, processes: int) -> None:
     ):
         if value % processes:
             raise ValueError(f"{name} must be a multiple of the number of processes, {processes}; got {value}")
-    if training.train_batch_size < processes:
-        raise ValueError(
-            f"train_batch_size must be at least the number of processes, {processes}, which share its rows; "
-            f"got {training.train_batch_size}"
-        )
 
 
 def _described(error: BaseException | None) -> tuple[str, str] | None:

@@ -101,6 +101,8 @@ CHOICES = {
     "rwr": {"training": {"algorithm": "rwr", "epochs": 2, "updates_per_iteration": 2, "kl_coef": 0.1}},
     "averaged": {"training": {"ema_decay": 0.9, "target_kl": 1e-5, "epochs": 3}},
     "groups that processes share": {"training": {"samples_per_prompt": 4, "train_batch_size": 3}},
+    "one call is for one of them": {"training": {"train_batch_size": 1, "updates_per_iteration": 4}},
+    "penalised regression": {"training": {"algorithm": "rwr", "train_batch_size": 1, "kl_coef": 0.1}},
 }
 
 
@@ -184,7 +186,6 @@ def test_ctrl_c_in_one_process_stops_all_at_a_finished_iteration(micro_pipeline_
     [
         ({"training": {"sample_batch_size": 1, "samples_per_prompt": 1}}, "sample_batch_size must be a multiple of"),
         ({"run": {"eval_samples": 3}}, "eval_samples must be a multiple of the number of processes, 2; got 3"),
-        ({"training": {"train_batch_size": 1}}, "train_batch_size must be at least the number of processes, 2"),
         ({"run": {"device": "cuda:0"}}, "device must be auto, cpu or cuda with several processes"),
         ({"task": {"reward": "micro_agents:brightness:1"}}, "keeps statistics of what it has scored"),
     ],
