@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from test_scripts import MINIATURE, SCRIPTS, run_script
 
 from agents.checkpoint import latest_checkpoint
+from agents.configuration import PolicySettings
 from agents.distributed import start_processes
 from agents.training import run_training
 
@@ -63,6 +64,22 @@ def test_two_processes_train_the_weights_of_one(one, two):
             if mine[name] and not name.startswith("time/"):
                 assert float(mine[name]) == pytest.approx(float(theirs[name]), rel=1e-3, abs=1e-6), name
         assert mine["time/total_timesteps"] == theirs["time/total_timesteps"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_weights_of_one_with_the_default_optimizer(tmp_path):
+    """With two calls an update, and rows enough in a call that a CPU's kernels are the same for half of them."""
+    groups = {
+        "task": {"reward": "jpeg_compressibility", "num_inference_steps": 5},
+        "policy": vars(PolicySettings()),
+        "training": {"samples_per_iteration": 36, "sample_batch_size": 36, "train_batch_size": 36},
+        "run": {"eval_interval": 0, "eval_samples": 2},
+    }
+    expected = single("tiny", tmp_path / "one", **groups)
+    outcome = run_processes(2, Job("tiny", tmp_path / "two", groups), limit=400)
+    assert outcome.codes == [0, 0], outcome.said
+    assert largest_difference(tmp_path / "two", expected) < 1e-6
+    assert max(float(value.abs().max()) for name, value in trained(expected).items() if "lora_B" in name) > 1e-2
 
 
 def test_weights_are_the_same_bits_in_both_processes_after_every_update(two):
