@@ -17,7 +17,6 @@ from rewards import parse_options
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Algorithm = Literal["ppo", "reinforce", "rwr", "rwr_sparse"]
 Advantage = Literal["per_prompt", "batch", "group", "leave_one_out", "gae"]
-
 Schedule = Literal["constant", "linear", "cosine"]
 
 _ITERATIONS = 20
@@ -44,6 +43,8 @@ ALGORITHMS: dict[str, AlgorithmDefaults] = {
 class RunSettings:
     """Where the run goes, and what is looked at on the way."""
 
+    preset: str | None = None
+    """Defaults of a DDPO experiment: sd14-compressibility, sd14-incompressibility, sd14-aesthetic or sd14-alignment."""
     run_dir: Path | None = None
     """Folder of the run. Default: runs/<reward>-<date>-<time>."""
     resume: Path | None = None

@@ -6,7 +6,6 @@ is that of a matrix product, measured in a moment, times the share of it that a 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agents.configuration import TrainConfig
 from agents.lora import add_lora
+from agents.plan import denoiser_rows
 from ddpo_env.models import DiffusionModel
 from ddpo_env.outline import outline_model
 from rewards.devices import resolve_device, resolve_dtype
@@ -45,35 +45,12 @@ class Work:
     decoding: float
 
 
-@dataclass(frozen=True)
-class IterationWork:
-    """Floating-point operations of an iteration, and of one evaluation on held-out seeds."""
-
-    sampling: float
-    training: float
-    evaluation: float
-
-
-def denoiser_rows(config: TrainConfig) -> tuple[int, int]:
-    """Return how many latents the denoiser is called on in an iteration: in sampling, and in training.
-
-    Guidance doubles both; reward-weighted regression trains without guidance, on the finished latents.
-    """
-    task, training = config.task, config.training
-    guided = 1 if config.policy.guidance_scale == 1 else 2
-    sampling = training.samples_per_iteration * task.num_inference_steps * guided
-    if training.algorithm.startswith("rwr"):
-        share = 1 - training.rwr_percentile / 100 if training.algorithm == "rwr_sparse" else 1.0
-        return sampling, training.epochs * math.ceil(share * training.samples_per_iteration)
-    return sampling, training.epochs * training.samples_per_iteration * config.trained_steps * guided
-
-
 def count_work(model: DiffusionModel, lora_rank: int, lora_targets: Any = "attention") -> Work:
     """Count the operations of a model on the meta device, see `ddpo_env.outline`."""
-    if lora_rank:
-        learning: nn.Module = add_lora(model.denoiser, lora_rank, lora_targets)
-    else:
-        learning = model.denoiser.requires_grad_()
+    with torch.device("meta"):
+        learning: nn.Module = (
+            add_lora(model.denoiser, lora_rank, lora_targets) if lora_rank else model.denoiser.requires_grad_()
+        )
     latents = torch.zeros(1, *model.latent_shape, device="meta")
     timestep = torch.zeros(1, device="meta")
     conditioning = {name: torch.zeros(1, *shape, device="meta") for name, shape in model.conditioning_shapes.items()}
@@ -87,14 +64,6 @@ def count_work(model: DiffusionModel, lora_rank: int, lora_targets: Any = "atten
         alone = _operations(forward)
     both = _operations(lambda: forward().float().sum().backward())
     return Work(alone, both, _operations(lambda: model.decode(latents)))
-
-
-def iteration_work(config: TrainConfig, work: Work) -> IterationWork:
-    """Return the operations of an iteration and of an evaluation."""
-    sampled, trained = denoiser_rows(config)
-    samples = config.training.samples_per_iteration
-    sampling = sampled * work.forward + samples * work.decoding
-    return IterationWork(sampling, trained * work.training, sampling * config.run.eval_samples / samples)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -112,8 +81,6 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def estimate_time(config: TrainConfig, processes: int = 1) -> str:
     """Say about how long a checked configuration takes on this machine, without loading the model.
 
-    Where processes share a CPU, each has its own threads, and its rate is measured while the others measure theirs.
-
     Args:
         config: as resolved.
         processes: that share the work.
@@ -122,17 +89,19 @@ def estimate_time(config: TrainConfig, processes: int = 1) -> str:
     if model is None:
         return f"not known before {config.task.model} is downloaded"
     policy = config.policy
-    work = iteration_work(config, count_work(model, policy.lora_rank, policy.lora_targets))
+    work, rows = count_work(model, policy.lora_rank, policy.lora_targets), denoiser_rows(config)
+    sampling = rows.sampling * work.forward + config.iterations * config.training.samples_per_iteration * work.decoding
+    training = rows.training * work.training + rows.measuring * work.forward
+    whole = sampling + training + rows.held_out * work.forward
     device = resolve_device(config.run.device)
-    rate = matmul_rate(device, resolve_dtype(policy.autocast or config.run.dtype, device))
-    usable = rate * EFFICIENCY[device.type] * processes
-    iteration = (work.sampling + work.training) / usable
-    evaluations = 2 + (config.iterations - 1) // config.run.eval_interval if config.run.eval_interval else 2
-    whole = config.iterations * iteration + evaluations * work.evaluation / usable
+    rate = processes * matmul_rate(device, resolve_dtype(policy.autocast or config.run.dtype, device))
+    usable = rate * EFFICIENCY[device.type]
+    iteration = (sampling + training) / config.iterations
     return (
-        f"about {describe_seconds(whole)} and the reward's, {describe_seconds(iteration)} an iteration: "
-        f"{describe_operations(work.sampling)} of sampling and {describe_operations(work.training)} of training at "
-        f"{EFFICIENCY[device.type]:.0%} of {describe_operations(rate * processes)}/s, the rate of matrix products"
+        f"about {describe_seconds(whole / usable)} and the reward's, {describe_seconds(iteration / usable)} "
+        f"an iteration: {describe_operations(sampling / config.iterations)} of sampling and "
+        f"{describe_operations(training / config.iterations)} of training at {EFFICIENCY[device.type]:.0%} of "
+        f"{describe_operations(rate)}/s, the rate of matrix products"
     )
 
 

@@ -8,9 +8,10 @@ the weights are in memory once. Each family of pipelines is one file that implem
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 from weakref import WeakValueDictionary
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
@@ -132,6 +134,21 @@ def resolve_source(model: str | Path) -> str:
     raise ValueError(f"model must be {_valid_models()}; got {name!r}")
 
 
+def check_source(model: str | Path) -> None:
+    """Refuse a model that cannot be loaded, as far as its name, or the files of its folder but for the weights, tell.
+
+    Nothing is loaded or downloaded.
+
+    Raises:
+        ValueError: as `load_model`, for a name, a folder, its pipeline's family, or weights that are pickled.
+    """
+    if str(model) in _models or str(model) in _pipelines:
+        return
+    location = resolve_source(model)
+    if location not in BUNDLED_MODELS and Path(location).is_dir():
+        _family_in(location)
+
+
 def load_model(
     model: str | Path | DiffusionPipeline | DiffusionModel,
     device: str | torch.device = "auto",
@@ -178,14 +195,9 @@ def load_model(
         if cached is not None:
             return cached
         if location in BUNDLED_MODELS:
-            module, name = BUNDLED_MODELS[location].split(":")
-            _loaded[key] = getattr(import_module(module), name)(device=resolved_device, dtype=resolved_dtype)
+            _loaded[key] = bundled_model(location, resolved_device, resolved_dtype)
             return _loaded[key]
-        index = _pipeline_index(location)
-        family = family_of(index["_class_name"])
-        absent = {name: None for name, where in index.items() if where == [None, None]}
-        options = absent | getattr(family, "loading_options", {})
-        _refuse_pickles(Path(location), [name for name in index if name not in options])
+        family, options = _family_in(location)
         pipeline = _load_pipeline(location, resolved_dtype, options).to(resolved_device)
     else:
         family = family_of(type(pipeline).__name__)
@@ -259,6 +271,24 @@ def _pipeline_index(location: str) -> Mapping[str, Any]:
     return config
 
 
+def _family_in(location: str) -> tuple[Any, dict[str, Any]]:
+    """Return the adapter's class for the pipeline in a folder or on the Hub, and keywords for its `from_pretrained`."""
+    index = _pipeline_index(location)
+    family = family_of(index["_class_name"])
+    absent = {name: None for name, where in index.items() if where == [None, None]}
+    options = absent | getattr(family, "loading_options", {})
+    _refuse_pickles(Path(location), [name for name in index if name not in options])
+    return family, options
+
+
+def bundled_model(name: str, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
+    """Build a bundled model that a function makes, see `BUNDLED_MODELS`."""
+    module, function = BUNDLED_MODELS[name].split(":")
+    with _without_torchvision_warnings():
+        build: Callable[..., DiffusionModel] = getattr(import_module(module), function)
+    return build(device=device, dtype=dtype)
+
+
 def family_of(pipeline_class: str) -> Any:
     """Return the adapter of a diffusers pipeline class.
 
@@ -268,12 +298,24 @@ def family_of(pipeline_class: str) -> Any:
     if pipeline_class not in FAMILIES:
         raise ValueError(f"model must be one of the pipelines {', '.join(FAMILIES)}; got a {pipeline_class}")
     module, name = FAMILIES[pipeline_class].split(":")
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # at its import it warns of a torchvision that nothing here needs
-    try:
+    with _without_torchvision_warnings():
+        getattr(diffusers, pipeline_class)
         return getattr(import_module(module), name)
+
+
+@contextmanager
+def _without_torchvision_warnings() -> Iterator[None]:
+    """When a pipeline's module is imported, transformers warns of a torchvision that nothing here needs."""
+    logger = logging.getLogger("transformers.utils.import_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "requires torchvision (not installed)" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        logger.removeFilter(is_other)
 
 
 def _place(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype) -> None:

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ddpo_env.models import BUNDLED_MODELS, DiffusionModel, family_of, resolve_source
+from ddpo_env.models import BUNDLED_MODELS, DiffusionModel, bundled_model, family_of, resolve_source
 
 _KNOWN: dict[str, str] = {
     "CompVis/stable-diffusion-v1-4": "sd14-random",
@@ -36,9 +36,7 @@ def outline_model(model: str | Path) -> DiffusionModel | None:
     source = _KNOWN.get(source, source)
     meta = torch.device("meta")
     if source in BUNDLED_MODELS:
-        module, name = BUNDLED_MODELS[source].split(":")
-        outlined: DiffusionModel = getattr(import_module(module), name)(device=meta, dtype=torch.float32)
-        return outlined
+        return bundled_model(source, meta, torch.float32)
     if not Path(source).is_dir():
         return None
     index = DiffusionPipeline.load_config(source)
@@ -49,7 +47,7 @@ def outline_model(model: str | Path) -> DiffusionModel | None:
             if isinstance(place, list) and name not in parts:
                 parts[name] = _outline_part(Path(source) / name, *place)
     pipeline = getattr(diffusers, index["_class_name"])(**parts)
-    outlined = family(pipeline, source)
+    outlined: DiffusionModel = family(pipeline, source)
     return outlined
 
 

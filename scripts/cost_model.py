@@ -216,11 +216,11 @@ def constants_of(arguments: Arguments, processes: int) -> Constants:
 
 def iteration_of(arguments: Arguments) -> Iteration:
     """Return the work of the benchmark's iteration, whose prompts have been encoded in earlier ones."""
-    from agents.costs import denoiser_rows
+    from agents.plan import denoiser_rows
     from ddpo_env.outline import outline_model
 
     config = configuration(arguments, Path("unused"))
-    sampled, trained = denoiser_rows(config)
+    rows = denoiser_rows(config)
     outline = outline_model(arguments.model)
     assert outline is not None
     latent = 1
@@ -229,8 +229,8 @@ def iteration_of(arguments: Arguments) -> Iteration:
     pictures = arguments.samples
     return Iteration(
         pictures=pictures,
-        sampled=sampled,
-        trained=trained,
+        sampled=rows.sampling // config.iterations,
+        trained=rows.training // config.iterations,
         prompts=0,
         updates=arguments.updates,
         rollout=4 * latent * pictures * (arguments.num_inference_steps + 1),

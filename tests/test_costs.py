@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agents import costs
 from agents.configuration import PolicySettings, RunSettings, TaskSettings, TrainConfig, TrainingSettings
-from agents.costs import Work, count_work, denoiser_rows, describe_seconds, estimate_time, iteration_work
+from agents.costs import Work, count_work, describe_seconds, estimate_time
+from agents.plan import denoiser_rows
 from agents.training import prepare_run
 from ddpo_env.models import load_model
 from ddpo_env.outline import outline_model
@@ -48,19 +49,6 @@ def test_operations_of_stable_diffusion_are_the_published_ones():
     assert 2 * total < work.training < 2.5 * total, "no gradient of frozen weights"
 
 
-@pytest.mark.parametrize(
-    ("changes", "rows"),
-    [
-        ({}, (25_600, 25_600)),
-        ({"timestep_fraction": 0.5, "epochs": 3}, (25_600, 38_400)),
-        ({"algorithm": "rwr"}, (25_600, 5 * 256)),
-        ({"algorithm": "rwr_sparse"}, (25_600, 50 * 26)),
-    ],
-)
-def test_rows_of_the_denoiser(changes, rows):
-    assert denoiser_rows(published(**changes)) == rows
-
-
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("algorithm", ["ppo", "rwr", "rwr_sparse"])
 def test_rows_are_those_that_a_run_computes(micro_pipeline_folder, tmp_path, monkeypatch, guidance, algorithm):
@@ -81,14 +69,8 @@ def test_rows_are_those_that_a_run_computes(micro_pipeline_folder, tmp_path, mon
     algorithm.collect_rollouts(algorithm.env, callback, algorithm.rollout_buffer, algorithm.n_steps)
     sampled = rows["sampling"]
     algorithm.train()
-    assert (sampled, rows["training"]) == denoiser_rows(config)
-
-
-def test_iteration_adds_up():
-    work = iteration_work(published(), Work(forward=10.0, training=25.0, decoding=3.0))
-    assert work.sampling == 25_600 * 10 + 256 * 3
-    assert work.training == 25_600 * 25
-    assert work.evaluation == work.sampling / 4
+    planned = denoiser_rows(config)
+    assert (config.iterations * sampled, config.iterations * rows["training"]) == (planned.sampling, planned.training)
 
 
 def test_estimate_of_the_published_run(monkeypatch):

@@ -305,6 +305,27 @@ def test_two_nodes_share_a_run_and_one_of_them_writes(micro_pipeline_folder, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "fails", "said"),
+    [
+        ([], False, "processes  2, which share every batch"),
+        (
+            ["--samples-per-iteration=7"],
+            True,
+            "error: samples_per_iteration must be a multiple of the number of processes, 2",
+        ),
+        (["--preset=sd15"], True, "error: preset must be one of sd14-compressibility"),
+    ],
+)
+def test_dry_run_under_torchrun_says_everything_once(tmp_path, arguments, fails, said):
+    process = launched("--dry-run", f"--run-dir={tmp_path / 'run'}", *arguments)
+    shown, _ = process.communicate(timeout=200)
+    assert bool(process.returncode) is fails, shown
+    assert shown.count(said) == 1, shown
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_ctrl_c_stops_a_launched_run_and_it_goes_on(micro_pipeline_folder, tmp_path):
     run = tmp_path / "run"
     process = launched(f"--model={micro_pipeline_folder}", "--iterations=5000", f"--run-dir={run}")
