@@ -34,7 +34,7 @@ from agents.on_policy import TensorOnPolicyAlgorithm
 from agents.run_folder import MetricsTable, RunFolder
 from agents.vec_env import VectorEnvAdapter
 from ddpo_env.vector_env import DenoisingVectorEnv
-from rewards import StatefulReward, configured_reward, parse_options
+from rewards import StatefulReward, configured_reward, parse_options, shared, unshared
 
 _EVAL_SEED_OFFSET = 1_000_000
 """Held-out seeds begin this far above the run's; the training slots' seeds are the ones right above the run's."""
@@ -204,7 +204,7 @@ def _train(algorithm: TensorOnPolicyAlgorithm, callback: HeldOutPictures, config
 
 def _parts(pictures: HeldOutPictures) -> dict[str, Stateful]:
     """What else a checkpoint holds: the curve, and the statistics of a reward that has any."""
-    reward = pictures.env.reward
+    reward = unshared(pictures.env.reward)
     return {"pictures": pictures, **({"reward": reward} if isinstance(reward, StatefulReward) else {})}
 
 
@@ -221,15 +221,11 @@ def build_run(
     assert run.run_dir is not None
     folder = RunFolder(run.run_dir, resume=resume)
     reward = configured_reward(task.reward, parse_options(task.reward_options))
-    if processes.count > 1 and isinstance(reward, StatefulReward) and _holds_values(reward.state_dict()):
-        raise ValueError(
-            f"reward {task.reward!r} keeps statistics of what it has scored, and each of {processes.count} processes "
-            "would keep its own: mark the parts of a weighted sum raw (name:weight:raw), or start one process"
-        )
     common: dict[str, Any] = {
         "part": part,
         "model": task.model,
-        "reward": reward,  # one object, so that training and evaluation share its models and statistics
+        # One object, so that training and evaluation share its models and statistics.
+        "reward": shared(reward) if processes.count > 1 else reward,
         "prompts": task.prompts,
         "num_inference_steps": task.num_inference_steps,
         "device": processes.device or run.device,
@@ -349,10 +345,6 @@ def device_of(config: TrainConfig) -> str:
         return str(yaml.safe_load((config.run.resume / "config.yaml").read_text())["run"]["device"])
     except (OSError, TypeError, KeyError, yaml.YAMLError):
         return config.run.device  # what is wrong is told when the run is resumed
-
-
-def _holds_values(state: dict[str, Any]) -> bool:
-    return any(_holds_values(value) if isinstance(value, dict) else True for value in state.values())
 
 
 def _file_name(reward: str) -> str:
