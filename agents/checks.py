@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -16,7 +15,7 @@ from agents.presets import check_preset
 from agents.run_folder import RunFolder
 from ddpo_env.models import check_source
 from ddpo_env.prompts import PromptDistribution, load_prompts
-from rewards import Reward, StatefulReward, configured_reward, parse_options
+from rewards import Reward, configured_reward, parse_options, shared
 from rewards.devices import resolve_device, resolve_dtype
 
 
@@ -48,11 +47,8 @@ def check_parts(config: TrainConfig, resume: bool, processes: Processes) -> Part
     assert run.run_dir is not None
     folder = RunFolder(run.run_dir, resume=resume)
     reward = configured_reward(task.reward, parse_options(task.reward_options))
-    if processes.count > 1 and isinstance(reward, StatefulReward) and _holds_values(reward.state_dict()):
-        raise ValueError(
-            f"reward {task.reward!r} keeps statistics of what it has scored, and each of {processes.count} processes "
-            "would keep its own: mark the parts of a weighted sum raw (name:weight:raw), or start one process"
-        )
+    if processes.count > 1:
+        shared(reward)  # refuses what cannot be
     prompts = load_prompts(task.prompts)
     resolve_dtype(run.dtype, resolve_device(processes.device or run.device))
     check_source(task.model)
@@ -104,10 +100,6 @@ def _resumed(run_dir: Path, iterations: int | None) -> tuple[TrainConfig, Path]:
     if config.iterations < done:
         raise ValueError(f"iterations must be at least {done}, which the run has done; got {config.iterations}")
     return config, checkpoint
-
-
-def _holds_values(state: dict[str, Any]) -> bool:
-    return any(_holds_values(value) if isinstance(value, dict) else True for value in state.values())
 
 
 def _file_name(reward: str) -> str:

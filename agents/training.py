@@ -34,7 +34,7 @@ from agents.on_policy import TensorOnPolicyAlgorithm
 from agents.run_folder import MetricsTable, RunFolder
 from agents.vec_env import VectorEnvAdapter
 from ddpo_env.vector_env import DenoisingVectorEnv
-from rewards import StatefulReward
+from rewards import StatefulReward, shared, unshared
 
 _EVAL_SEED_OFFSET = 1_000_000
 """Held-out seeds begin this far above the run's; the training slots' seeds are the ones right above the run's."""
@@ -228,7 +228,7 @@ def _train(algorithm: TensorOnPolicyAlgorithm, callback: HeldOutPictures, config
 
 def _parts(pictures: HeldOutPictures) -> dict[str, Stateful]:
     """What else a checkpoint holds: the curve, and the statistics of a reward that has any."""
-    reward = pictures.env.reward
+    reward = unshared(pictures.env.reward)
     return {"pictures": pictures, **({"reward": reward} if isinstance(reward, StatefulReward) else {})}
 
 
@@ -246,7 +246,8 @@ def build_run(
     common: dict[str, Any] = {
         "part": (processes.index, processes.count),
         "model": task.model,
-        "reward": reward,  # one object, so that training and evaluation share its models and statistics
+        # One object, so that training and evaluation share its models and statistics.
+        "reward": shared(reward) if processes.count > 1 else reward,
         "prompts": parts.prompts,
         "num_inference_steps": task.num_inference_steps,
         "device": processes.device or run.device,

@@ -204,7 +204,10 @@ def test_ctrl_c_in_one_process_stops_all_at_a_finished_iteration(micro_pipeline_
         ({"training": {"sample_batch_size": 1, "samples_per_prompt": 1}}, "sample_batch_size must be a multiple of"),
         ({"run": {"eval_samples": 3}}, "eval_samples must be a multiple of the number of processes, 2; got 3"),
         ({"run": {"device": "cuda:0"}}, "device must be auto, cpu or cuda with several processes"),
-        ({"task": {"reward": "micro_agents:brightness:1"}}, "keeps statistics of what it has scored"),
+        (
+            {"task": {"reward": "micro_agents:Remembering"}},
+            "reward Remembering keeps a state (state_dict)",
+        ),
     ],
 )
 def test_what_processes_cannot_share_is_refused(micro_pipeline_folder, tmp_path, groups, message):
