@@ -312,11 +312,7 @@ def test_two_nodes_share_a_run_and_one_of_them_writes(micro_pipeline_folder, tmp
     ("arguments", "fails", "said"),
     [
         ([], False, "processes  2, which share every batch"),
-        (
-            ["--samples-per-iteration=7"],
-            True,
-            "error: samples_per_iteration must be a multiple of the number of processes, 2",
-        ),
+        (["--sample-batch-size=1", "--samples-per-prompt=1"], True, "error: sample_batch_size must be a multiple of"),
         (["--preset=sd15"], True, "error: preset must be one of sd14-compressibility"),
     ],
 )
