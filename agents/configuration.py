@@ -72,6 +72,8 @@ class TaskSettings:
 
     model: str = "tiny"
     """Bundled name (tiny), a folder in diffusers' layout, or a Hub id such as CompVis/stable-diffusion-v1-4."""
+    resolution: int | None = None
+    """Side of the pictures in pixels, for text-to-image models. Default: the model's own."""
     reward: str = "jpeg_compressibility"
     """Built-in name, module:function of your own, or a weighted sum."""
     reward_options: tuple[str, ...] = ()

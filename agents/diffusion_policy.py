@@ -26,6 +26,7 @@ from agents.critic import DenoisingCritic
 from agents.distributed import Share, noise_like
 from agents.distribution import DenoisingDistribution
 from agents.lora import LoraTargets, add_lora, copy_for_full_training
+from agents.policy_arguments import check_arguments, check_model
 from agents.rollout_buffer import TensorRolloutBuffer, Transitions
 from ddpo_env.denoising_loss import add_noise, draw_timesteps
 from ddpo_env.models import DiffusionModel, load_model
@@ -57,6 +58,7 @@ class DiffusionPolicy(ActorCriticPolicy):
         num_inference_steps: length of an episode; default: the environment's.
         device: where the model is loaded; default: the environment's.
         dtype: of the frozen weights; default: the environment's. What learns is float32.
+        resolution: side of the pictures in pixels; default: the environment's.
         guidance_scale: of classifier-free guidance; 1 is off, which halves the cost. Where the model's denoiser takes
             the scale as an input (FLUX.1-dev), it is that input.
         eta: noise of the DDIM step, above 0.
@@ -87,6 +89,7 @@ class DiffusionPolicy(ActorCriticPolicy):
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        resolution: int | None = None,
         guidance_scale: float = 5.0,
         eta: float = 1.0,
         noise_level: float | None = None,
@@ -101,7 +104,7 @@ class DiffusionPolicy(ActorCriticPolicy):
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Share the environment's model and put the adapters in; see the class docstring for the arguments."""
-        _check_arguments(use_sde, num_inference_steps, guidance_scale, log_prob_reduction, autocast)
+        check_arguments(use_sde, num_inference_steps, guidance_scale, log_prob_reduction, autocast)
         if issubclass(optimizer_class, torch.optim.Adam | torch.optim.AdamW):
             optimizer_kwargs = {"betas": (0.9, 0.999), "weight_decay": 1e-4, **(optimizer_kwargs or {})}
         # ActorCriticPolicy's own constructor would build an MLP; everything that it promises is defined below.
@@ -109,6 +112,7 @@ class DiffusionPolicy(ActorCriticPolicy):
             self, observation_space, action_space, optimizer_class=optimizer_class, optimizer_kwargs=optimizer_kwargs
         )
         if isinstance(observation_space, DenoisingObservationSpace):
+            resolution = observation_space.resolution if resolution is None else resolution
             model = observation_space.model if model is None else model
             device = observation_space.device if device is None else device
             dtype = observation_space.dtype if dtype is None else dtype  # type: ignore[assignment]
@@ -118,8 +122,9 @@ class DiffusionPolicy(ActorCriticPolicy):
                 "model and num_inference_steps must be given in policy_kwargs, because observation_space does not name "
                 f"them: it is a {type(observation_space).__name__}, not a DenoisingObservationSpace"
             )
-        self.model = load_model(model, "auto" if device is None else device, "auto" if dtype is None else dtype)
-        self._check_model(guidance_scale)
+        device, dtype = ("auto" if value is None else value for value in (device, dtype))
+        self.model = load_model(model, device, dtype, resolution)
+        check_model(self.model, observation_space, action_space, guidance_scale)
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         self.eta = eta
@@ -281,6 +286,7 @@ class DiffusionPolicy(ActorCriticPolicy):
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / _WEIGHTS_FILE)
         settings = {
             "model": self.model.source,
+            "resolution": getattr(self.model, "resolution", None),
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             "eta": self.eta,
@@ -322,7 +328,7 @@ class DiffusionPolicy(ActorCriticPolicy):
                 )
         settings = json.loads((folder / _CONFIG_FILE).read_text())
         settings["model"] = model if model is not None else settings["model"]
-        base = load_model(settings["model"], device, dtype)
+        base = load_model(settings["model"], device, dtype, settings.setdefault("resolution", None))
         policy = cls(
             DenoisingObservationSpace(base, settings["num_inference_steps"]),
             latent_box(base.latent_shape),
@@ -346,42 +352,9 @@ class DiffusionPolicy(ActorCriticPolicy):
         conditioning = {name: obs[name] for name in self.model.conditioning_shapes}
         return obs["latents"], obs["timestep"].flatten(), conditioning
 
-    def _check_model(self, guidance_scale: float) -> None:
-        """Refuse spaces that are not the model's, and guidance where there is nothing to guide by."""
-        if guidance_scale != 1 and not self.model.conditioning_shapes:
-            raise ValueError(
-                f"guidance_scale must be 1 with model {self.model.source!r}, which has no conditioning to guide by; "
-                f"got {guidance_scale}"
-            )
-        expected = {"latents": self.model.latent_shape, "timestep": (1,), **self.model.conditioning_shapes}
-        found = {
-            name: tuple(space.shape or ()) for name, space in getattr(self.observation_space, "spaces", {}).items()
-        }
-        if found != expected or self.action_space.shape != self.model.latent_shape:
-            raise ValueError(
-                f"observation_space must be that of model {self.model.source!r}, {expected}; got {found} "
-                f"with action shape {self.action_space.shape}"
-            )
-
 
 def _negative_conditioning(model: DiffusionModel) -> dict[str, Tensor]:
     """What guidance leads away from: the model says, or it is the empty prompt."""
     if hasattr(model, "negative_conditioning"):
         return dict(model.negative_conditioning())
     return model.encode_prompts([""])
-
-
-def _check_arguments(
-    use_sde: bool, num_inference_steps: int | None, guidance_scale: float, log_prob_reduction: str, autocast: str | None
-) -> None:
-    """Refuse what needs no model to be refused."""
-    if use_sde:
-        raise ValueError("use_sde must be False: the sampler's own noise is the exploration; got True")
-    if num_inference_steps is not None and num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps must be at least 1; got {num_inference_steps}")
-    if not np.isfinite(guidance_scale) or guidance_scale < 0:
-        raise ValueError(f"guidance_scale must be at least 0 (1 is off); got {guidance_scale}")
-    if log_prob_reduction not in ("mean", "sum"):
-        raise ValueError(f"log_prob_reduction must be mean or sum; got {log_prob_reduction!r}")
-    if autocast not in (None, "bfloat16", "float16"):
-        raise ValueError(f"autocast must be None, bfloat16 or float16; got {autocast!r}")

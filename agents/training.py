@@ -229,6 +229,7 @@ def build_run(
     common: dict[str, Any] = {
         "part": part,
         "model": task.model,
+        "resolution": task.resolution,
         "reward": reward,  # one object, so that training and evaluation share its models and statistics
         "prompts": task.prompts,
         "num_inference_steps": task.num_inference_steps,

@@ -49,7 +49,7 @@ _CONVERSION = (
     "Where you trust the file, load the pipeline with diffusers and write it again: pipe.save_pretrained(folder)"
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_loaded: dict[tuple[str, str, str], DiffusionModel] = {}
+_loaded: dict[tuple[str, str, str, int | None], DiffusionModel] = {}
 _pipelines: WeakValueDictionary[str, DiffusionPipeline] = WeakValueDictionary()
 _models: WeakValueDictionary[str, DiffusionModel] = WeakValueDictionary()
 
@@ -69,6 +69,8 @@ class DiffusionModel(Protocol):
       `predict` then finds it in `conditioning["guidance"]`, `(batch,)`.
     * `sampler_options(num_inference_steps)`: keywords for `GaussianSampler.from_scheduler`, such as `sigmas`, `mu`.
     * `loading_options`, of a family's class: keywords for its pipeline's `from_pretrained`.
+    * `takes_resolution = True`, of a family's class: it is called with `resolution`, in pixels, where one is asked for,
+      and has it as an attribute (`None`: the pipeline's own).
     """
 
     source: str
@@ -132,6 +134,7 @@ def load_model(
     model: str | Path | DiffusionPipeline | DiffusionModel,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    resolution: int | None = None,
 ) -> DiffusionModel:
     """Load a diffusion model, or return the one that this process has loaded already.
 
@@ -141,12 +144,15 @@ def load_model(
             again by its `source` as long as somebody holds it.
         device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, ...
         dtype: of the frozen weights: `"auto"`, `"float32"`, `"float16"`, `"bfloat16"` or the torch dtype.
+        resolution: side of the pictures in pixels, for text-to-image pipelines; default: the pipeline's own. The
+            adapters of two resolutions share the weights.
 
     Returns:
         The model's adapter. The same arguments give the same object.
 
     Raises:
-        ValueError: unknown model, device, dtype or pipeline family; a folder whose weights are pickled.
+        ValueError: unknown model, device, dtype or pipeline family; a resolution that the model cannot have; a folder
+            whose weights are pickled.
         OSError: a Hub id that cannot be downloaded, or has no safetensors weights.
     """
     if os.getpid() != _IMPORTED_BY:
@@ -154,7 +160,7 @@ def load_model(
     if isinstance(model, str) and model in _models:
         model = _models[model]
     if isinstance(model, DiffusionModel):
-        return _own_model(model, device, dtype)
+        return _own_model(model, device, dtype, resolution)
     resolved_device = resolve_device(device)
     resolved_dtype = resolve_dtype(dtype, resolved_device)
     if isinstance(model, DiffusionPipeline):
@@ -168,12 +174,13 @@ def load_model(
         raise ValueError(f"model must be {_valid_models()}; got a {type(model).__name__}{without}")
     pipeline = _pipelines.get(source)
     location = resolve_source(model) if pipeline is None else source
-    key = (location, str(resolved_device), str(resolved_dtype))
+    key = (location, str(resolved_device), str(resolved_dtype), resolution)
     cached = _loaded.get(key)
     if pipeline is None:
         if cached is not None:
             return cached
         if location in BUNDLED_MODELS:
+            _refuse_resolution(resolution, location)
             module, name = BUNDLED_MODELS[location].split(":")
             _loaded[key] = getattr(import_module(module), name)(device=resolved_device, dtype=resolved_dtype)
             return _loaded[key]
@@ -181,14 +188,20 @@ def load_model(
         family = _family_of(index["_class_name"])
         absent = {name: None for name, where in index.items() if where == [None, None]}
         options = absent | getattr(family, "loading_options", {})
-        _refuse_pickles(Path(location), [name for name in index if name not in options])
-        pipeline = _load_pipeline(location, resolved_dtype, options).to(resolved_device)
+        if not getattr(family, "takes_resolution", False):
+            _refuse_resolution(resolution, source)
+        pipeline = _loaded_pipeline(key)
+        if pipeline is None:
+            _refuse_pickles(Path(location), [name for name in index if name not in options])
+            pipeline = _load_pipeline(location, resolved_dtype, options).to(resolved_device)
     else:
         family = _family_of(type(pipeline).__name__)
+        if not getattr(family, "takes_resolution", False):
+            _refuse_resolution(resolution, source)
         _place(pipeline, resolved_device, resolved_dtype)
         if cached is not None and getattr(cached, "pipeline", None) is pipeline:
             return cached
-    _loaded[key] = family(pipeline, source)
+    _loaded[key] = family(pipeline, source) if resolution is None else family(pipeline, source, resolution=resolution)
     return _loaded[key]
 
 
@@ -214,9 +227,24 @@ def _valid_models() -> str:
 _MEMBERS = tuple(name for name in (*DiffusionModel.__annotations__, *vars(DiffusionModel)) if not name.startswith("_"))
 
 
-def _own_model(model: DiffusionModel, device: str | torch.device, dtype: str | torch.dtype) -> DiffusionModel:
+def _loaded_pipeline(key: tuple[str, str, str, int | None]) -> DiffusionPipeline | None:
+    """The weights that are loaded already, for another resolution."""
+    others = (model for other, model in _loaded.items() if other[:3] == key[:3])
+    return next((model.pipeline for model in others if hasattr(model, "pipeline")), None)
+
+
+def _refuse_resolution(resolution: int | None, model: str) -> None:
+    if resolution is not None:
+        raise ValueError(f"resolution must be None (its own) with model {model!r}, which has no other; got {resolution}")
+
+
+def _own_model(
+    model: DiffusionModel, device: str | torch.device, dtype: str | torch.dtype, resolution: int | None
+) -> DiffusionModel:
     """Check a user's model, and remember it by its source."""
     source = model.source
+    if resolution != getattr(model, "resolution", None):
+        _refuse_resolution(resolution, source)
     is_known = _models.get(source) is model or any(model is one for one in _loaded.values())
     if not is_known:
         if not isinstance(source, str) or not source or source in BUNDLED_MODELS or source.startswith("pipeline/"):
