@@ -100,6 +100,8 @@ class PolicySettings:
     """Rank of the LoRA adapters; 0 trains every weight."""
     lora_targets: LoraTargets = "attention+convolutions"
     """Which layers get an adapter."""
+    merge_lora: bool | None = None
+    """Sample with the adapters merged into a copy of their layers' weights, which is faster. Default: in float32."""
     log_prob_reduction: Literal["mean", "sum"] = "mean"
     """Of the log-density over the latent's dimensions; the clip range depends on it."""
     critic: bool = False

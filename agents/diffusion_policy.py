@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -26,6 +27,7 @@ from agents.critic import DenoisingCritic
 from agents.distributed import Share, noise_like
 from agents.distribution import DenoisingDistribution
 from agents.lora import LoraTargets, add_lora, copy_for_full_training
+from agents.lora_layers import merged_adapters
 from agents.policy_arguments import check_arguments, check_model
 from agents.rollout_buffer import TensorRolloutBuffer, Transitions
 from ddpo_env.denoising_loss import add_noise, draw_timesteps
@@ -66,6 +68,8 @@ class DiffusionPolicy(ActorCriticPolicy):
         min_std: lower bound on the step's standard deviation; needed where the sampler's last step is deterministic.
         lora_rank: of the adapters; 0 trains every weight.
         lora_targets: which layers get an adapter, a name in `agents.lora.LORA_TARGETS`.
+        merge_lora: whether a rollout is sampled with the adapters merged into a copy of their layers' weights, which
+            saves their cost; default: in float32. In half precision the sum is rounded, and with it what was learnt.
         log_prob_reduction: `"mean"` or `"sum"` over the latent's dimensions. `clip_range` depends on it.
         critic: whether there is a value network; without one every value is 0.
         gradient_checkpointing: recompute the denoiser's activations in the backward pass, to save memory.
@@ -96,6 +100,7 @@ class DiffusionPolicy(ActorCriticPolicy):
         min_std: float | None = None,
         lora_rank: int = 4,
         lora_targets: LoraTargets = "attention",
+        merge_lora: bool | None = None,
         log_prob_reduction: Reduction = "mean",
         critic: bool = False,
         gradient_checkpointing: bool = False,
@@ -132,6 +137,7 @@ class DiffusionPolicy(ActorCriticPolicy):
         self.min_std = min_std
         self.lora_rank = lora_rank
         self.lora_targets: LoraTargets = lora_targets
+        self.merge_lora = merge_lora
         self.log_prob_reduction: Reduction = log_prob_reduction
         self.share: Share | None = None  # set by `agents.distributed.sharing`
         self.autocast = autocast
@@ -156,6 +162,14 @@ class DiffusionPolicy(ActorCriticPolicy):
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
+
+    def sampling_weights(self) -> AbstractContextManager[None]:
+        """Return a context for many calls without gradients, in which the weights do not change: it makes them cheaper.
+
+        `collect_rollouts` of the algorithms here and `evaluate` sample in it; see `merge_lora`.
+        """
+        wanted = self.compute_dtype == torch.float32 if self.merge_lora is None else self.merge_lora
+        return merged_adapters(self.denoiser) if wanted and self.lora_rank > 0 else nullcontext()
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What learns: adapters or the whole denoiser, and the critic if there is one."""
@@ -294,6 +308,7 @@ class DiffusionPolicy(ActorCriticPolicy):
             "min_std": self.min_std,
             "lora_rank": self.lora_rank,
             "lora_targets": self.lora_targets,
+            "merge_lora": self.merge_lora,
             "log_prob_reduction": self.log_prob_reduction,
             "critic": self.critic is not None,
             "gradient_checkpointing": self.gradient_checkpointing,

@@ -235,7 +235,9 @@ def _loaded_pipeline(key: tuple[str, str, str, int | None]) -> DiffusionPipeline
 
 def _refuse_resolution(resolution: int | None, model: str) -> None:
     if resolution is not None:
-        raise ValueError(f"resolution must be None (its own) with model {model!r}, which has no other; got {resolution}")
+        raise ValueError(
+            f"resolution must be None (its own) with model {model!r}, which has no other; got {resolution}"
+        )
 
 
 def _own_model(
