@@ -127,8 +127,9 @@ class DiffusionPolicy(ActorCriticPolicy):
                 "model and num_inference_steps must be given in policy_kwargs, because observation_space does not name "
                 f"them: it is a {type(observation_space).__name__}, not a DenoisingObservationSpace"
             )
-        device, dtype = ("auto" if value is None else value for value in (device, dtype))
-        self.model = load_model(model, device, dtype, resolution)
+        self.model = load_model(
+            model, "auto" if device is None else device, "auto" if dtype is None else dtype, resolution
+        )
         check_model(self.model, observation_space, action_space, guidance_scale)
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale

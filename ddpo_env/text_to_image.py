@@ -78,8 +78,8 @@ class TextToImageModel(ABC):
         whole = isinstance(resolution, int) and not isinstance(resolution, bool)
         if not whole or resolution < unit or resolution % unit or (most is not None and resolution > most * unit):
             raise ValueError(
-                f"resolution must be a multiple of {unit} pixels{limit} with model {self.source!r}, whose VAE scales by "
-                f"{self.pipeline.vae_scale_factor} and whose denoiser takes patches of {patch}; got {resolution!r}"
+                f"resolution must be a multiple of {unit} pixels{limit} with model {self.source!r}, whose VAE scales "
+                f"by {self.pipeline.vae_scale_factor} and whose denoiser takes patches of {patch}; got {resolution!r}"
             )
         return resolution // self.pipeline.vae_scale_factor
 

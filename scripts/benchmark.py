@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
@@ -97,7 +96,7 @@ def configuration(arguments: Arguments, run_dir: Path) -> TrainConfig:
 
 
 def plain_denoiser(policy: DiffusionPolicy) -> nn.Module:
-    """Return the denoiser as peft and diffusers alone would train it: the baseline, whatever the policy makes faster."""
+    """Return the denoiser as peft and diffusers alone would train it: the baseline, whatever the policy does."""
     if policy.lora_rank == 0:
         return copy_for_full_training(policy.model.denoiser)
     plain = share_weights(policy.model.denoiser)

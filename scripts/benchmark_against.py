@@ -3,9 +3,9 @@
     python scripts/random_stable_diffusion.py model
     python scripts/benchmark_against.py --against trl-venv/bin/python --model model --threads 1
 
-`--against` is the interpreter of an environment in which TRL is (see benchmark_trl.py). Both processes are started once;
-in every round each does an iteration, in an order that alternates, and the ratio of a round is of iterations that ran
-one after the other. So it holds on a machine that others use too, if rounds are many.
+`--against` is the interpreter of an environment in which TRL is (see benchmark_trl.py). Both processes are started
+once; in every round each does an iteration, in an order that alternates, and the ratio of a round is of iterations that
+ran one after the other. So it holds on a machine that others use too, if rounds are many.
 """
 
 import json

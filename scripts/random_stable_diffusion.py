@@ -1,9 +1,9 @@
-"""Write a small Stable Diffusion with random weights, for benchmarks: it draws nothing, and costs what such a model costs.
+"""Write a small Stable Diffusion with random weights, for benchmarks: it draws nothing, and costs what one costs.
 
     python scripts/random_stable_diffusion.py FOLDER
 
-Latents 4 × 16 × 16, pictures 64 × 64, a UNet of 1.43 million weights that attends to 77 tokens at 8 × 8. The folder is in
-diffusers' layout, for any library that reads it.
+Latents 4 × 16 × 16, pictures 64 × 64, a UNet of 1.43 million weights that attends to 77 tokens at 8 × 8. The folder is
+in diffusers' layout, for any library that reads it.
 """
 
 import argparse

@@ -159,7 +159,7 @@ def test_training_gives_the_same_weights_with_and_without_merging(micro_pipeline
             policy={"merge_lora": merge_lora},
             optimizer={"learning_rate": 1e-3, "adam_epsilon": 1e-4},  # Adam divides rounding by itself otherwise
         )
-        algorithm, pictures = build_run(config)
+        algorithm, _ = build_run(config)
         _, callback = algorithm._setup_learn(1)
         stir(algorithm.policy, 0.05)
         start = weights(algorithm.policy)
