@@ -17,7 +17,6 @@ from rewards import parse_options
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Algorithm = Literal["ppo", "reinforce", "rwr", "rwr_sparse"]
 Advantage = Literal["per_prompt", "batch", "group", "leave_one_out", "gae"]
-
 Schedule = Literal["constant", "linear", "cosine"]
 
 _ITERATIONS = 20
@@ -44,6 +43,8 @@ ALGORITHMS: dict[str, AlgorithmDefaults] = {
 class RunSettings:
     """Where the run goes, and what is looked at on the way."""
 
+    preset: str | None = None
+    """Defaults of a DDPO experiment: sd14-compressibility, sd14-incompressibility, sd14-aesthetic or sd14-alignment."""
     run_dir: Path | None = None
     """Folder of the run. Default: runs/<reward>-<date>-<time>."""
     resume: Path | None = None
@@ -54,6 +55,8 @@ class RunSettings:
     """Of weights, prompts, noise and batches."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    process_timeout: float = 1800.0
+    """Seconds that processes wait for each other before the run ends: more than a batch's slowest reward takes."""
     dtype: Dtype = "auto"
     """Of the frozen weights: auto is float32 on a CPU and bfloat16 on an accelerator. What learns is float32."""
     eval_samples: int = 90
@@ -244,6 +247,7 @@ class TrainConfig:
             "ema_decay": training.ema_decay,
         }
         above_zero = {
+            "process_timeout": self.run.process_timeout,
             "eta": self.policy.eta,
             "noise_level": 1.0 if self.policy.noise_level is None else self.policy.noise_level,
             "clip_range": training.clip_range,

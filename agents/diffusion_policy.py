@@ -24,7 +24,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from agents.critic import DenoisingCritic
-from agents.distributed import Share, noise_like
+from agents.distributed import Share
 from agents.distribution import DenoisingDistribution
 from agents.lora import LoraTargets, add_lora, copy_for_full_training
 from agents.lora_layers import merged_adapters
@@ -213,11 +213,20 @@ class DiffusionPolicy(ActorCriticPolicy):
         """
         _, _, conditioning = self._split(batch.observations)
         latents = batch.actions
-        scheduler, share = self.model.scheduler, self.share or Share(len(latents), 0, len(latents), len(latents))
-        timestep = share.draw(lambda total: draw_timesteps(scheduler, total, latents.device))
-        noisy, target = add_noise(scheduler, latents, noise_like(latents, share), timestep)
+        share = self.share or Share.of_worker(len(latents), 0, 1)
+        timestep, noise = (drawn[share.start : share.stop] for drawn in self._draw_regression(share.total))
+        noisy, target = add_noise(self.model.scheduler, latents, noise, timestep)
         output = self._predict_with(self.denoiser, noisy, timestep, conditioning)
         return (output - target).square().flatten(1).mean(1)
+
+    def pass_over_regression(self, rows: int) -> None:
+        """Draw the random numbers that `regression_loss` draws for `rows` transitions."""
+        self._draw_regression(rows)
+
+    def _draw_regression(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Random timesteps `(rows,)` and noise `(rows, *latent_shape)`."""
+        timestep = draw_timesteps(self.model.scheduler, rows, self.device)
+        return timestep, torch.randn(rows, *self.model.latent_shape, device=self.device)
 
     def get_distribution(self, obs: PyTorchObs, denoiser: nn.Module | None = None) -> DenoisingDistribution:
         """Run the denoiser, with guidance, and return the Gaussian over the next latent.

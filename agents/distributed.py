@@ -7,6 +7,7 @@ there are, up to the rounding of sums. Whatever fails in one process fails in al
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import traceback
@@ -30,6 +31,17 @@ _T = TypeVar("_T")
 
 _SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where launchers say how many processes there are; the same that accelerate looks at."""
+_UNUSED_SETTINGS = {
+    "ACCELERATE_USE_FSDP": (
+        "false",
+        "FSDP does not fit an update that every process computes whole: see docs/scaling.md",
+    ),
+    "ACCELERATE_USE_DEEPSPEED": ("false", "DeepSpeed is not supported: see docs/scaling.md"),
+    "ACCELERATE_USE_MEGATRON_LM": ("false", "Megatron-LM is not supported"),
+    "ACCELERATE_MIXED_PRECISION": ("no", "mixed precision is --autocast bfloat16 or float16 of the script"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "compilation is not the launcher's business here"),
+}
+"""What `accelerate launch` or its configuration file may ask for and would not get: without effect, and what to do."""
 _BUCKET = 2**25
 """Numbers that are summed over the processes at once, so that full training needs no second copy of every gradient."""
 
@@ -53,6 +65,12 @@ class Share:
     start: int
     stop: int
     count: int
+
+    @classmethod
+    def of_worker(cls, total: int, worker: int, workers: int) -> Share:
+        """Return the share of one of several workers."""
+        start, stop = (total * edge // workers for edge in (worker, worker + 1))
+        return cls(total, start, max(stop, start + 1), stop - start)
 
     def of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return this process's part of an array of `total` rows."""
@@ -104,8 +122,25 @@ class Processes:
 
     def share(self, total: int) -> Share:
         """Return this process's share of `total` rows, which are at least one; shares differ by a row at most."""
-        start, stop = (total * edge // self.count for edge in (self.index, self.index + 1))
-        return Share(total, start, max(stop, start + 1), stop - start)
+        return Share.of_worker(total, self.index, self.count)
+
+    def deal(self, calls: Sequence[int]) -> list[Share | None]:
+        """Deal out calls of the policy, given by their rows: return this process's share of each, `None` for no share.
+
+        As long as there are enough of them calls stay whole, so that a call is the same, to the bit, whatever the
+        number of processes. If not, several processes share the rows of one.
+        """
+        number = len(calls)
+        if number >= self.count:
+            return [
+                Share.of_worker(rows, 0, 1) if call % self.count == self.index else None
+                for call, rows in enumerate(calls)
+            ]
+        workers = len(range(self.index % number, self.count, number))
+        return [
+            Share.of_worker(rows, self.index // number, workers) if call == self.index % number else None
+            for call, rows in enumerate(calls)
+        ]
 
     def gather_objects(self, value: _T) -> list[_T]:
         """Return the values of all processes, in their order, to all of them."""
@@ -254,15 +289,22 @@ def start_processes(device: str = "auto", timeout: float = 1800.0) -> Processes:
 
     Args:
         device: `auto`, `cpu` or `cuda`; with one process any.
-        timeout: seconds that processes wait for each other before the run ends with an error.
+        timeout: seconds that processes wait for each other before the run ends with an error; the slowest batch's
+            reward must take less.
 
     Raises:
-        ValueError: for a device that several processes cannot have.
+        ValueError: for a device that several processes cannot have, or a launcher's setting that would have no effect.
     """
+    for name, (none, reason) in _UNUSED_SETTINGS.items():
+        value = os.environ.get(name, none)
+        if value.lower() != none:
+            raise ValueError(f"{name} must be {none!r}, or not asked of the launcher; got {value!r}: {reason}")
     if max(int(os.environ.get(name, 1)) for name in _SIZE_VARIABLES) == 1:
         return Processes()
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda with several processes, one GPU each; got {device!r}")
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"process_timeout must be above 0; got {timeout}")
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout))
     chosen = device if device == "cuda" and on_cpu else str(state.device)
@@ -270,7 +312,7 @@ def start_processes(device: str = "auto", timeout: float = 1800.0) -> Processes:
 
 
 def check_shares(config: TrainConfig, processes: int) -> None:
-    """Refuse sizes, all of which are totals, that the processes cannot share.
+    """Refuse sizes that the processes cannot share; they are totals.
 
     Raises:
         ValueError: naming the setting.
@@ -284,11 +326,6 @@ def check_shares(config: TrainConfig, processes: int) -> None:
     ):
         if value % processes:
             raise ValueError(f"{name} must be a multiple of the number of processes, {processes}; got {value}")
-    if training.train_batch_size < processes:
-        raise ValueError(
-            f"train_batch_size must be at least the number of processes, {processes}, which share its rows; "
-            f"got {training.train_batch_size}"
-        )
 
 
 def _described(error: BaseException | None) -> tuple[str, str] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from agents.diffusion_policy import DiffusionPolicy
 from agents.distributed import Processes, sharing
 from ddpo_env.prompts import Prompt, PromptSet
 from ddpo_env.vector_env import DenoisingVectorEnv
+from rewards import SharedReward, unshared
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Evaluation:
             raise ValueError(f"all {len(self.rewards)} rewards of the held-out pictures are NaN or infinite")
         return finite
 
+    def first(self, samples: int) -> Evaluation:
+        """Return the first samples alone."""
+        details = {name: values[:samples] for name, values in self.details.items()}
+        return Evaluation(self.images[:samples], self.prompts[:samples], self.rewards[:samples], details)
+
 
 def evaluate(
     policy: DiffusionPolicy,
@@ -72,7 +78,8 @@ def evaluate(
         prompts: one a picture; `(prompt, metadata)` where the reward is to have other metadata than the environment's
             prompt set knows.
         seed: of the first picture.
-        processes: that draw a share each and return all; `env` is this one's part of the batch. Default: this one.
+        processes: that draw a share each and return all; `env` is this one's part of the batch, with a reward as
+            `rewards.shared` returns it. Default: this one.
 
     Raises:
         ValueError: if `env` resets itself or defers its rewards, or there are no prompts.
@@ -88,7 +95,7 @@ def evaluate(
     share = processes.share(env.num_envs * processes.count)
     own = []
     training = policy.training
-    frozen_reward = getattr(env.reward, "frozen", nullcontext)
+    frozen_reward = getattr(unshared(env.reward), "frozen", nullcontext)
     with (
         processes.agreement(),
         frozen_reward(),
@@ -103,32 +110,41 @@ def evaluate(
             processes.raise_interrupt()
             wanted = list(prompts[start : start + share.total])
             padded = wanted + [wanted[-1]] * (share.total - len(wanted))
-            keep = min(max(len(wanted) - share.start, 0), env.num_envs)
-            own.append(_episode(policy, env, padded[share.start : share.stop], seed + start, keep))
+            own.append(_episode(policy, env, padded[share.start : share.stop], seed + start))
     policy.set_training_mode(training)
-    parts = [part for batch in zip(*processes.gather_objects(own), strict=True) for part in batch]
-    details = {name: [value for part in parts for value in part.details.get(name, [])] for name in parts[0].details}
-    return Evaluation(
-        images=np.concatenate([part.images for part in parts]),
-        prompts=[prompt for part in parts for prompt in part.prompts],
-        rewards=np.concatenate([part.rewards for part in parts]),
-        details=details,
-    )
+    batches = [_joined(parts) for parts in zip(*processes.gather_objects(own), strict=True)]
+    with processes.agreement(), frozen_reward():
+        whole = _joined([_scored(batch, env) for batch in batches])
+    return whole.first(len(prompts))
 
 
-def _episode(
-    policy: DiffusionPolicy, env: DenoisingVectorEnv, prompts: list[str | Prompt], seed: int, keep: int
-) -> Evaluation:
+def _episode(policy: DiffusionPolicy, env: DenoisingVectorEnv, prompts: list[str | Prompt], seed: int) -> Evaluation:
     observation, _ = env.reset(seed=seed, options={"prompts": prompts})
     infos: dict[str, Any] = {}
     rewards = np.zeros(env.num_envs)
     for _ in range(env.num_inference_steps):
         actions = policy.get_distribution(obs_as_tensor(observation, policy.device)).sample()
         observation, rewards, _, _, infos = env.step(actions)
-    details = {name: list(values[:keep]) for name, values in infos.get("reward_details", {}).items() if name[0] != "_"}
-    texts = [prompt if isinstance(prompt, str) else prompt[0] for prompt in prompts[:keep]]
-    drawn = infos["image"] if "image" in infos else infos["sample"]
-    return Evaluation(drawn[:keep], texts, rewards[:keep], details)
+    details = {name: list(values) for name, values in infos.get("reward_details", {}).items() if name[0] != "_"}
+    texts = [prompt if isinstance(prompt, str) else prompt[0] for prompt in prompts]
+    return Evaluation(infos["image"] if "image" in infos else infos["sample"], texts, rewards, details)
+
+
+def _scored(batch: Evaluation, env: DenoisingVectorEnv) -> Evaluation:
+    """Give a whole batch its scores, where the processes have only measured it."""
+    if not isinstance(env.reward, SharedReward):
+        return batch
+    rewards, details = env.reward.combined(batch.details, batch.prompts, env.non_finite_rewards)
+    return replace(batch, rewards=rewards, details=details)
+
+
+def _joined(parts: Sequence[Evaluation]) -> Evaluation:
+    return Evaluation(
+        images=np.concatenate([part.images for part in parts]),
+        prompts=[prompt for part in parts for prompt in part.prompts],
+        rewards=np.concatenate([part.rewards for part in parts]),
+        details={name: [value for part in parts for value in part.details.get(name, [])] for name in parts[0].details},
+    )
 
 
 def evaluation_prompts(env: DenoisingVectorEnv, count: int, seed: int) -> list[Prompt]:

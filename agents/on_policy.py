@@ -146,6 +146,9 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
     def loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of some transitions, and what is to be logged, each averaged over them."""
 
+    def pass_over(self, rows: int) -> None:
+        """Draw the random numbers that `loss` would for `rows` transitions, which another process computes."""
+
     def select_steps(self) -> npt.NDArray[np.int64]:
         """Return the flat indices of the rollout's steps that an epoch trains on."""
         return choose_steps(self.rollout_buffer.segments, self.timestep_fraction, self.timestep_window)
@@ -270,10 +273,13 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         return True
 
     def _accumulate(self, indices: npt.NDArray[np.int64]) -> dict[str, Tensor]:
-        """Add up the gradients of this process's share of every micro-batch, and return its part of the metrics."""
+        """Add up the gradients of the micro-batches that are this process's, and return its part of the metrics."""
         logged: defaultdict[str, list[Tensor]] = defaultdict(list)
-        for part in self._micro_batches(indices):
-            share = self.processes.share(len(part))
+        parts = self._micro_batches(indices)
+        for part, share in zip(parts, self.processes.deal([len(part) for part in parts]), strict=True):
+            if share is None:
+                self.pass_over(len(part))
+                continue
             weight = share.count / len(indices)
             with sharing(self.policy, share):
                 loss, values = self.loss(self.rollout_buffer[share.of(part)])
@@ -326,18 +332,19 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
     @torch.no_grad()
     def _recompute_log_probs(self, indices: npt.NDArray[np.int64]) -> None:
         """Compute the log-densities of the sampling policy again, in the batches in which they will be compared."""
-        parts = [part for batch in self._batches(indices) for part in self._micro_batches(batch)]
+        groups = [self._micro_batches(batch) for batch in self._batches(indices)]
         if self.n_epochs > 1:  # later epochs may choose other steps
-            parts += self._micro_batches(np.setdiff1d(self.rollout_buffer.kept_steps(), indices))
+            groups.append(self._micro_batches(np.setdiff1d(self.rollout_buffer.kept_steps(), indices)))
         rollout = self.rollout_buffer
         own = torch.zeros_like(rollout.log_probs).flatten()
         with self.processes.agreement():
-            for part in parts:
-                share = self.processes.share(len(part))
-                log_prob = self.evaluate(rollout[share.of(part)], with_reference=False).log_prob
-                if share.count:
-                    own[torch.as_tensor(share.of(part), device=rollout.device)] = log_prob
-        chosen = torch.as_tensor(np.concatenate(parts), device=rollout.device)
+            for parts in groups:
+                for part, share in zip(parts, self.processes.deal([len(part) for part in parts]), strict=True):
+                    if share is not None and share.count:
+                        rows = share.of(part)
+                        log_prob = self.evaluate(rollout[rows], with_reference=False).log_prob
+                        own[torch.as_tensor(rows, device=rollout.device)] = log_prob
+        chosen = torch.as_tensor(np.concatenate([part for parts in groups for part in parts]), device=rollout.device)
         log_probs = rollout.log_probs.flatten().clone()
         log_probs[chosen] = self.processes.sum(own)[chosen]
         rollout.log_probs = log_probs.view_as(rollout.log_probs)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,41 @@ _NOTED = ("episode", "is_success")
 """What of an episode's last info goes into the means that Stable-Baselines3 logs."""
 
 
+@dataclass
+class EndedEpisode:
+    """An episode whose reward is in the rollout.
+
+    Attributes:
+        step: its last, in the rollout.
+        slot: its environment.
+        noted: what Stable-Baselines3 notes of it.
+        details: what the reward reported beside its score, by name.
+    """
+
+    step: int
+    slot: int
+    noted: dict[str, Any]
+    details: dict[str, Any]
+
+    def add(self, score: float, rollout: TensorRolloutBuffer) -> None:
+        """Add to the reward of the last step, and to what is noted as the sum of all."""
+        rollout.rewards[self.step, self.slot] += score
+        if "episode" in self.noted:
+            self.noted["episode"]["r"] += score
+
+    def is_finite(self, rollout: TensorRolloutBuffer) -> bool:
+        """Whether there is a score: neither the last step's reward nor the sum of all is NaN or infinite."""
+        total = self.noted.get("episode", {}).get("r", 0.0)
+        return bool(np.isfinite([rollout.rewards[self.step, self.slot], total]).all())
+
+
 class PendingRewards:
     """The episodes of one rollout that have ended, until their reward is known.
 
     That is at once, unless the environment has `deferred_rewards=True`.
 
     Attributes:
-        episodes: what Stable-Baselines3 notes of the episodes whose reward is known, and finite, in their order.
-        details: what the reward reported beside its scores, by name, one value an episode whose reward is finite.
+        ended: the episodes whose reward is known, in their order.
 
     Args:
         rollout: whose `rewards` are to be completed.
@@ -30,8 +58,7 @@ class PendingRewards:
     def __init__(self, rollout: TensorRolloutBuffer) -> None:
         """Begin with nothing pending."""
         self.rollout = rollout
-        self.episodes: list[dict[str, Any]] = []
-        self.details: dict[str, list[Any]] = defaultdict(list)
+        self.ended: list[EndedEpisode] = []
         self._pending: deque[tuple[int, int, dict[str, Any]]] = deque()
 
     def add(self, step: int, dones: npt.NDArray[np.bool_], infos: list[dict[str, Any]]) -> None:
@@ -49,19 +76,13 @@ class PendingRewards:
         """
         while self._pending and (wait or _is_known(self._pending[0][2])):
             step, slot, info = self._pending.popleft()
-            details = info.get("reward_details", {})
+            noted = {name: info[name] for name in _NOTED if name in info}
+            episode = EndedEpisode(step, slot, noted, dict(info.get("reward_details", {})))
             if "deferred_reward" in info:
                 deferred = info.pop("deferred_reward")
-                score = deferred.result()
-                self.rollout.rewards[step, slot] += score
-                if "episode" in info:
-                    info["episode"]["r"] += score
-                details = deferred.details()
-            if not np.isfinite([self.rollout.rewards[step, slot], info.get("episode", {}).get("r", 0.0)]).all():
-                continue
-            for name, value in details.items():
-                self.details[name].append(value)
-            self.episodes.append({name: info[name] for name in _NOTED if name in info})
+                episode.add(deferred.result(), self.rollout)
+                episode.details = deferred.details()
+            self.ended.append(episode)
 
 
 def _is_known(info: dict[str, Any]) -> bool:

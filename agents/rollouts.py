@@ -29,6 +29,7 @@ from torch import Tensor
 
 from agents.advantages import AdvantageEstimator, GeneralizedAdvantage
 from agents.distributed import Processes, sharing
+from agents.gathered_rewards import columns, combine_rewards, gather_episodes
 from agents.gathered_rollout import gather_rollout
 from agents.pending_rewards import PendingRewards
 from agents.rollout_buffer import TensorRolloutBuffer
@@ -57,7 +58,8 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             episode had not been sampled, and `rollout/dropped_samples` is how many there were; the environment must not
             raise by itself (`DenoisingVectorEnv(non_finite_rewards="keep")`).
         processes: with which this one shares the work, see `agents.distributed`; default: none. `env` is this process's
-            part of the batch. The policy must draw for a whole batch and take its share (`DiffusionPolicy` does).
+            part of the batch, its reward as `rewards.shared` returns it. The policy must draw for a whole batch and
+            take its share (`DiffusionPolicy` does).
         context_key: name in the reset info under which an episode's context, such as its prompt, is found.
         policy_kwargs: arguments of the policy.
         stats_window_size: episodes that `rollout/ep_rew_mean` looks back on.
@@ -207,14 +209,16 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             if not self._sample(env, callback, rollout_buffer, n_rollout_steps, pending):
                 return False
         gather_rollout(rollout_buffer, self.processes)
-        for infos in self.processes.gather_objects(pending.episodes):
-            self._note_episodes(infos)
+        episodes = gather_episodes(pending.ended, rollout_buffer, self.processes)
         with self.processes.agreement():
+            combine_rewards(episodes, rollout_buffer, env, "keep" if self.non_finite_rewards == "drop" else "raise")
+            scored = [episode for episode in episodes if episode.is_finite(rollout_buffer)]
+            self._note_episodes([episode.noted for episode in scored])
             self._drop_or_raise(rollout_buffer)
             rollout_buffer.set_monte_carlo_returns()
             rollout_buffer.advantages = self.credit(rollout_buffer)
         self._record_rewards(rollout_buffer)
-        self._record_details(self.processes.gather_objects(dict(pending.details)))
+        self._record_details(columns(scored))
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
@@ -309,9 +313,8 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             self.logger.record("rollout/reward_std", float(returns.std()))
             self.logger.record("rollout/episodes", len(returns))
 
-    def _record_details(self, details: list[dict[str, list[Any]]]) -> None:
+    def _record_details(self, details: dict[str, list[Any]]) -> None:
         """Log the mean of every numeric detail that the reward reports, such as the parts of a weighted sum."""
-        for name in dict.fromkeys(name for part in details for name in part):
-            values = [value for part in details for value in part.get(name, [])]
+        for name, values in details.items():
             if name != "non_finite" and all(isinstance(value, numbers.Real) for value in values):
                 self.logger.record(f"reward/{name}", float(np.mean(values)))

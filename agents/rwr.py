@@ -41,6 +41,9 @@ class LikelihoodRegression:
         actions = batch.actions.long().flatten() if discrete else batch.actions
         return -self.evaluate_actions(batch.observations, actions)[1]  # type: ignore[attr-defined]
 
+    def pass_over_regression(self, rows: int) -> None:
+        """Draw the random numbers that `regression_loss` draws for `rows` transitions: none."""
+
 
 class RWR(TensorOnPolicyAlgorithm):
     """Reward-weighted regression on rollouts of the present policy.
@@ -138,3 +141,9 @@ class RWR(TensorOnPolicyAlgorithm):
             loss = loss + self.kl_coef * penalty.mean()
             logged["kl_penalty"] = self.kl_coef * penalty.mean().detach()
         return loss, logged | {"loss": loss.detach()}
+
+    def pass_over(self, rows: int) -> None:
+        """Draw what `loss` draws: the noise that samples are imitated under, and the steps of the KL penalty."""
+        self._imitation.pass_over_regression(rows)
+        if self.kl_coef:
+            self.random_steps(rows)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import yaml
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from stable_baselines3.common.utils import set_random_seed
@@ -26,6 +25,7 @@ from agents.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from agents.checks import check_parts, device_of, resolve_config
 from agents.configuration import TrainConfig
 from agents.console import ConsoleWriter
 from agents.diffusion_policy import DiffusionPolicy
@@ -34,7 +34,7 @@ from agents.on_policy import TensorOnPolicyAlgorithm
 from agents.run_folder import MetricsTable, RunFolder
 from agents.vec_env import VectorEnvAdapter
 from ddpo_env.vector_env import DenoisingVectorEnv
-from rewards import StatefulReward, configured_reward, parse_options
+from rewards import StatefulReward, shared, unshared
 
 _EVAL_SEED_OFFSET = 1_000_000
 """Held-out seeds begin this far above the run's; the training slots' seeds are the ones right above the run's."""
@@ -141,8 +141,8 @@ def prepare_run(config: TrainConfig, processes: Processes | None = None) -> Prep
         OSError: if a model cannot be downloaded.
         RuntimeError: if the reward asks a server, and that does not answer.
     """
-    processes = processes or start_processes(device_of(config))
-    config, checkpoint = processes.from_main(lambda: _resolved(config))
+    processes = processes or start_processes(device_of(config), config.run.process_timeout)
+    config, checkpoint = processes.from_main(lambda: resolve_config(config))
     with processes.agreement():
         check_shares(config, processes.count)
         algorithm, pictures = build_run(config, resume=checkpoint is not None, processes=processes)
@@ -150,6 +150,30 @@ def prepare_run(config: TrainConfig, processes: Processes | None = None) -> Prep
     if checkpoint is not None:
         load_checkpoint(checkpoint, algorithm, _parts(pictures))
     return PreparedRun(config, algorithm, pictures, checkpoint)
+
+
+def check_run(config: TrainConfig, processes: Processes | None = None) -> TrainConfig:
+    """Check whatever of a run can be checked without loading, downloading, asking or writing anything.
+
+    A reward of the user's own is constructed, as its constructor is what checks its options. What only the loaded model
+    or an answer of a server could tell, shows in `prepare_run`.
+
+    Args:
+        config: every setting; it is not changed.
+        processes: as for `prepare_run`.
+
+    Returns:
+        The configuration as resolved; of a resumed run, the run's own.
+
+    Raises:
+        ValueError, TypeError, ImportError: as `prepare_run`.
+    """
+    processes = processes or start_processes(device_of(config))
+    config, checkpoint = processes.from_main(lambda: resolve_config(config))
+    with processes.agreement():
+        check_shares(config, processes.count)
+        check_parts(config, checkpoint is not None, processes)
+    return config
 
 
 def run_training(config: TrainConfig) -> RunResult:
@@ -204,7 +228,7 @@ def _train(algorithm: TensorOnPolicyAlgorithm, callback: HeldOutPictures, config
 
 def _parts(pictures: HeldOutPictures) -> dict[str, Stateful]:
     """What else a checkpoint holds: the curve, and the statistics of a reward that has any."""
-    reward = pictures.env.reward
+    reward = unshared(pictures.env.reward)
     return {"pictures": pictures, **({"reward": reward} if isinstance(reward, StatefulReward) else {})}
 
 
@@ -217,21 +241,15 @@ def build_run(
     """
     task, training, run = config.task, config.training, config.run
     processes = processes or Processes()
-    part = (processes.index, processes.count)
-    assert run.run_dir is not None
-    folder = RunFolder(run.run_dir, resume=resume)
-    reward = configured_reward(task.reward, parse_options(task.reward_options))
-    if processes.count > 1 and isinstance(reward, StatefulReward) and _holds_values(reward.state_dict()):
-        raise ValueError(
-            f"reward {task.reward!r} keeps statistics of what it has scored, and each of {processes.count} processes "
-            "would keep its own: mark the parts of a weighted sum raw (name:weight:raw), or start one process"
-        )
+    parts = check_parts(config, resume, processes)
+    folder, reward = parts.folder, parts.reward
     common: dict[str, Any] = {
-        "part": part,
+        "part": (processes.index, processes.count),
         "model": task.model,
         "resolution": task.resolution,
-        "reward": reward,  # one object, so that training and evaluation share its models and statistics
-        "prompts": task.prompts,
+        # One object, so that training and evaluation share its models and statistics.
+        "reward": shared(reward) if processes.count > 1 else reward,
+        "prompts": parts.prompts,
         "num_inference_steps": task.num_inference_steps,
         "device": processes.device or run.device,
         "dtype": run.dtype,
@@ -308,53 +326,3 @@ def _summary(result: RunResult, processes: int) -> dict[str, Any]:
         "seed": config.run.seed,
         "processes": processes,
     }
-
-
-def _resolved(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
-    """Check a configuration and fill its gaps; for a resumed run, return the run's own and the newest checkpoint."""
-    if config.run.resume is not None:
-        return _resumed(config.run.resume, config.run.iterations)
-    config.check()
-    name = f"{_file_name(config.task.reward)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = config.run.run_dir if config.run.run_dir is not None else Path("runs") / name
-    return replace(
-        config,
-        run=replace(config.run, run_dir=run_dir, iterations=config.iterations),
-        optimizer=replace(config.optimizer, learning_rate=config.learning_rate),
-    ), None
-
-
-def _resumed(run_dir: Path, iterations: int | None) -> tuple[TrainConfig, Path]:
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise ValueError(f"resume must be the folder of a run, with a config.yaml; got {str(run_dir)!r}")
-    try:
-        config = TrainConfig.from_dict(yaml.safe_load(path.read_text()))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"resume: {str(path)!r} is no run's configuration: {error}") from error
-    config.run.run_dir = run_dir
-    config.run.iterations = config.iterations if iterations is None else iterations
-    config.check()
-    checkpoint = latest_checkpoint(run_dir / "checkpoints")
-    done = iterations_done(checkpoint)
-    if config.iterations < done:
-        raise ValueError(f"iterations must be at least {done}, which the run has done; got {config.iterations}")
-    return config, checkpoint
-
-
-def device_of(config: TrainConfig) -> str:
-    """Return a configuration's device; of a run to be resumed, the run's own, where its folder can be seen."""
-    if config.run.resume is None:
-        return config.run.device
-    try:
-        return str(yaml.safe_load((config.run.resume / "config.yaml").read_text())["run"]["device"])
-    except (OSError, TypeError, KeyError, yaml.YAMLError):
-        return config.run.device  # what is wrong is told when the run is resumed
-
-
-def _holds_values(state: dict[str, Any]) -> bool:
-    return any(_holds_values(value) if isinstance(value, dict) else True for value in state.values())
-
-
-def _file_name(reward: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in reward)

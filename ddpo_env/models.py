@@ -8,9 +8,10 @@ the weights are in memory once. Each family of pipelines is one file that implem
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 from weakref import WeakValueDictionary
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
@@ -28,8 +30,12 @@ from transformers.utils import logging as transformers_logging
 
 from rewards.devices import DTYPES, resolve_device, resolve_dtype
 
-BUNDLED_MODELS: dict[str, str] = {"tiny": "data/tiny", "points": "ddpo_env.points:PointsModel"}
-"""Models that ship inside the package: name → folder below `ddpo_env`, or `module:Class` called with device, dtype."""
+BUNDLED_MODELS: dict[str, str] = {
+    "tiny": "data/tiny",
+    "points": "ddpo_env.points:PointsModel",
+    "sd14-random": "ddpo_env.stable_diffusion_1_4:random_stable_diffusion_1_4",
+}
+"""Models that need no download: name → folder below `ddpo_env`, or `module:function` called with device and dtype."""
 
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "ddpo_env.stable_diffusion:StableDiffusionModel",
@@ -49,7 +55,8 @@ _CONVERSION = (
     "Where you trust the file, load the pipeline with diffusers and write it again: pipe.save_pretrained(folder)"
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_loaded: dict[tuple[str, str, str, int | None], DiffusionModel] = {}
+_loaded: dict[tuple[str, str, str], DiffusionModel] = {}
+_resized: dict[tuple[int, str, str, int], DiffusionModel] = {}
 _pipelines: WeakValueDictionary[str, DiffusionPipeline] = WeakValueDictionary()
 _models: WeakValueDictionary[str, DiffusionModel] = WeakValueDictionary()
 
@@ -69,8 +76,8 @@ class DiffusionModel(Protocol):
       `predict` then finds it in `conditioning["guidance"]`, `(batch,)`.
     * `sampler_options(num_inference_steps)`: keywords for `GaussianSampler.from_scheduler`, such as `sigmas`, `mu`.
     * `loading_options`, of a family's class: keywords for its pipeline's `from_pretrained`.
-    * `takes_resolution = True`, of a family's class: it is called with `resolution`, in pixels, where one is asked for,
-      and has it as an attribute (`None`: the pipeline's own).
+    * `resolution`: side of the pictures in pixels if it is not the pipeline's own, else `None`. The class of a model
+      that has this attribute is called with `pipeline`, `source` and `resolution` for another one.
     """
 
     source: str
@@ -130,6 +137,21 @@ def resolve_source(model: str | Path) -> str:
     raise ValueError(f"model must be {_valid_models()}; got {name!r}")
 
 
+def check_source(model: str | Path) -> None:
+    """Refuse a model that cannot be loaded, as far as its name, or the files of its folder but for the weights, tell.
+
+    Nothing is loaded or downloaded.
+
+    Raises:
+        ValueError: as `load_model`, for a name, a folder, its pipeline's family, or weights that are pickled.
+    """
+    if str(model) in _models or str(model) in _pipelines:
+        return
+    location = resolve_source(model)
+    if location not in BUNDLED_MODELS and Path(location).is_dir():
+        _family_in(location)
+
+
 def load_model(
     model: str | Path | DiffusionPipeline | DiffusionModel,
     device: str | torch.device = "auto",
@@ -157,10 +179,17 @@ def load_model(
     """
     if os.getpid() != _IMPORTED_BY:
         torch.set_num_threads(1)  # a forked process has OpenMP's state without its threads, and would wait for them
+    loaded = _load(model, device, dtype)
+    return loaded if resolution in (None, getattr(loaded, "resolution", None)) else _at_resolution(loaded, resolution)
+
+
+def _load(
+    model: str | Path | DiffusionPipeline | DiffusionModel, device: str | torch.device, dtype: str | torch.dtype
+) -> DiffusionModel:
     if isinstance(model, str) and model in _models:
         model = _models[model]
     if isinstance(model, DiffusionModel):
-        return _own_model(model, device, dtype, resolution)
+        return _own_model(model, device, dtype)
     resolved_device = resolve_device(device)
     resolved_dtype = resolve_dtype(dtype, resolved_device)
     if isinstance(model, DiffusionPipeline):
@@ -174,35 +203,36 @@ def load_model(
         raise ValueError(f"model must be {_valid_models()}; got a {type(model).__name__}{without}")
     pipeline = _pipelines.get(source)
     location = resolve_source(model) if pipeline is None else source
-    key = (location, str(resolved_device), str(resolved_dtype), resolution)
+    key = (location, str(resolved_device), str(resolved_dtype))
     cached = _loaded.get(key)
     if pipeline is None:
         if cached is not None:
             return cached
         if location in BUNDLED_MODELS:
-            _refuse_resolution(resolution, location)
-            module, name = BUNDLED_MODELS[location].split(":")
-            _loaded[key] = getattr(import_module(module), name)(device=resolved_device, dtype=resolved_dtype)
+            _loaded[key] = bundled_model(location, resolved_device, resolved_dtype)
             return _loaded[key]
-        index = _pipeline_index(location)
-        family = _family_of(index["_class_name"])
-        absent = {name: None for name, where in index.items() if where == [None, None]}
-        options = absent | getattr(family, "loading_options", {})
-        if not getattr(family, "takes_resolution", False):
-            _refuse_resolution(resolution, source)
-        pipeline = _loaded_pipeline(key)
-        if pipeline is None:
-            _refuse_pickles(Path(location), [name for name in index if name not in options])
-            pipeline = _load_pipeline(location, resolved_dtype, options).to(resolved_device)
+        family, options = _family_in(location)
+        pipeline = _load_pipeline(location, resolved_dtype, options).to(resolved_device)
     else:
-        family = _family_of(type(pipeline).__name__)
-        if not getattr(family, "takes_resolution", False):
-            _refuse_resolution(resolution, source)
+        family = family_of(type(pipeline).__name__)
         _place(pipeline, resolved_device, resolved_dtype)
         if cached is not None and getattr(cached, "pipeline", None) is pipeline:
             return cached
-    _loaded[key] = family(pipeline, source) if resolution is None else family(pipeline, source, resolution=resolution)
+    _loaded[key] = family(pipeline, source)
     return _loaded[key]
+
+
+def _at_resolution(model: Any, resolution: int) -> DiffusionModel:
+    """Return another adapter of the model's pipeline: the weights are the same."""
+    if not hasattr(model, "resolution"):
+        raise ValueError(
+            f"resolution must be None with model {model.source!r}, which has only its own; got {resolution!r}"
+        )
+    weight = next(model.denoiser.parameters())
+    key = (id(model.pipeline), str(weight.device), str(weight.dtype), resolution)
+    if key not in _resized:
+        _resized[key] = type(model)(model.pipeline, model.source, resolution)
+    return _resized[key]
 
 
 def with_model_named(spec: EnvSpec | None, model: DiffusionModel) -> EnvSpec | None:
@@ -215,6 +245,7 @@ def with_model_named(spec: EnvSpec | None, model: DiffusionModel) -> EnvSpec | N
 def unload_models() -> None:
     """Forget every loaded model, so that its memory can be freed once nobody else holds it."""
     _loaded.clear()
+    _resized.clear()
 
 
 def _valid_models() -> str:
@@ -227,27 +258,10 @@ def _valid_models() -> str:
 _MEMBERS = tuple(name for name in (*DiffusionModel.__annotations__, *vars(DiffusionModel)) if not name.startswith("_"))
 
 
-def _loaded_pipeline(key: tuple[str, str, str, int | None]) -> DiffusionPipeline | None:
-    """The weights that are loaded already, for another resolution."""
-    others = (model for other, model in _loaded.items() if other[:3] == key[:3])
-    return next((model.pipeline for model in others if hasattr(model, "pipeline")), None)
-
-
-def _refuse_resolution(resolution: int | None, model: str) -> None:
-    if resolution is not None:
-        raise ValueError(
-            f"resolution must be None (its own) with model {model!r}, which has no other; got {resolution}"
-        )
-
-
-def _own_model(
-    model: DiffusionModel, device: str | torch.device, dtype: str | torch.dtype, resolution: int | None
-) -> DiffusionModel:
+def _own_model(model: DiffusionModel, device: str | torch.device, dtype: str | torch.dtype) -> DiffusionModel:
     """Check a user's model, and remember it by its source."""
     source = model.source
-    if resolution != getattr(model, "resolution", None):
-        _refuse_resolution(resolution, source)
-    is_known = _models.get(source) is model or any(model is one for one in _loaded.values())
+    is_known = _models.get(source) is model or any(model is one for one in (*_loaded.values(), *_resized.values()))
     if not is_known:
         if not isinstance(source, str) or not source or source in BUNDLED_MODELS or source.startswith("pipeline/"):
             raise ValueError(
@@ -285,16 +299,51 @@ def _pipeline_index(location: str) -> Mapping[str, Any]:
     return config
 
 
-def _family_of(pipeline_class: str) -> Any:
+def _family_in(location: str) -> tuple[Any, dict[str, Any]]:
+    """Return the adapter's class for the pipeline in a folder or on the Hub, and keywords for its `from_pretrained`."""
+    index = _pipeline_index(location)
+    family = family_of(index["_class_name"])
+    absent = {name: None for name, where in index.items() if where == [None, None]}
+    options = absent | getattr(family, "loading_options", {})
+    _refuse_pickles(Path(location), [name for name in index if name not in options])
+    return family, options
+
+
+def bundled_model(name: str, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
+    """Build a bundled model that a function makes, see `BUNDLED_MODELS`."""
+    module, function = BUNDLED_MODELS[name].split(":")
+    with _without_torchvision_warnings():
+        build: Callable[..., DiffusionModel] = getattr(import_module(module), function)
+    return build(device=device, dtype=dtype)
+
+
+def family_of(pipeline_class: str) -> Any:
+    """Return the adapter of a diffusers pipeline class.
+
+    Raises:
+        ValueError: for a class that has none.
+    """
     if pipeline_class not in FAMILIES:
         raise ValueError(f"model must be one of the pipelines {', '.join(FAMILIES)}; got a {pipeline_class}")
     module, name = FAMILIES[pipeline_class].split(":")
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # at its import it warns of a torchvision that nothing here needs
-    try:
+    with _without_torchvision_warnings():
+        getattr(diffusers, pipeline_class)
         return getattr(import_module(module), name)
+
+
+@contextmanager
+def _without_torchvision_warnings() -> Iterator[None]:
+    """When a pipeline's module is imported, transformers warns of a torchvision that nothing here needs."""
+    logger = logging.getLogger("transformers.utils.import_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "requires torchvision (not installed)" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        logger.removeFilter(is_other)
 
 
 def _place(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype) -> None:

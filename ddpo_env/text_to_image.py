@@ -27,7 +27,6 @@ class TextToImageModel(ABC):
     """Adapter of a text-to-image pipeline; see `ddpo_env.models.DiffusionModel` for what each member means."""
 
     loading_options: ClassVar[dict[str, Any]] = {}
-    takes_resolution: ClassVar[bool] = True
     denoiser_name: ClassVar[str]
     """The denoiser's name in the pipeline, and the beginning of its keys in a saved LoRA: unet or transformer."""
 

@@ -10,6 +10,7 @@ from rewards.protocol import (
     Reward,
     Samples,
     StatefulReward,
+    TwoStageReward,
     are_images,
     evaluate_reward,
     images_only,
@@ -18,16 +19,21 @@ from rewards.protocol import (
     reward_name,
 )
 from rewards.registry import BUILTIN_REWARDS, configured_reward, load_reward
+from rewards.shared import MEASUREMENT, Measurement, SharedReward, shared, unshared
 
 __all__ = [
     "BUILTIN_REWARDS",
+    "MEASUREMENT",
     "Details",
     "Images",
+    "Measurement",
     "Metadata",
     "NonFinite",
     "Reward",
     "Samples",
+    "SharedReward",
     "StatefulReward",
+    "TwoStageReward",
     "are_images",
     "configured_reward",
     "evaluate_reward",
@@ -39,4 +45,6 @@ __all__ = [
     "parse_options",
     "per_sample",
     "reward_name",
+    "shared",
+    "unshared",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rewards.protocol import Details, Images, Metadata, Reward, StatefulReward, evaluate_reward, is_images_only
+from rewards.protocol import (
+    Details,
+    Images,
+    Metadata,
+    Reward,
+    StatefulReward,
+    TwoStageReward,
+    evaluate_reward,
+    is_images_only,
+)
+from rewards.shared import MEASUREMENT, SharedReward, combine
 
 _RAW = "raw"
 
@@ -103,6 +113,10 @@ def _parse_part(text: str, spec: str) -> Part:
     return Part(name.strip(), weight, raw)
 
 
+def _of_part(part: Part, details: Details) -> dict[str, Sequence[Any]]:
+    return {f"{part.name}/{key}": values for key, values in details.items() if key != "non_finite"}
+
+
 class Composite:
     """Weighted sum of rewards; each part's own score, and its details, are among the details."""
 
@@ -148,18 +162,56 @@ class Composite:
             The weighted sum, (batch,), and as details each part's score as it is, by the part's name, and its details
             as `part/detail`.
         """
-        columns: list[NDArray[np.float64]] = []
+        measurements, details = self.measure(images, prompts, metadata)
+        total, added = self.combine(measurements)
+        return total, {**details, **added}
+
+    def measure(
+        self, images: Images, prompts: Sequence[str], metadata: Metadata
+    ) -> tuple[list[tuple[Any, ...]], Details]:
+        """Score a batch by each part.
+
+        Returns:
+            One tuple a picture: each part's score as it is, or its measurement, if it is of two stages itself. And as
+            details these scores by the part's name, and the parts' details as `part/detail`.
+        """
+        columns: list[Sequence[Any]] = []
         details: dict[str, Sequence[Any]] = {}
         for part in self.parts:
-            scores, own = evaluate_reward(self.rewards[part.name], images, prompts, metadata, non_finite="keep")
-            columns.append(scores)
-            details[part.name] = scores.tolist()
-            details.update({f"{part.name}/{key}": values for key, values in own.items() if key != "non_finite"})
+            reward = self.rewards[part.name]
+            if isinstance(reward, TwoStageReward):
+                _, own = evaluate_reward(SharedReward(reward), images, prompts, metadata, non_finite="keep")
+                columns.append([one.value for one in own.pop(MEASUREMENT)])
+            else:
+                scores, own = evaluate_reward(reward, images, prompts, metadata, non_finite="keep")
+                columns.append(scores.tolist())
+                details[part.name] = columns[-1]
+            details.update(_of_part(part, own))
+        return list(zip(*columns, strict=True)), details
+
+    def combine(self, measurements: Sequence[tuple[Any, ...]]) -> tuple[NDArray[np.float64], Details]:
+        """Form a batch's sums, and let its scores into the statistics.
+
+        Args:
+            measurements: what `measure` returned, of all pictures of the batch.
+
+        Returns:
+            The weighted sum, (batch,), and as details the scores and the details that `measure` did not know yet.
+        """
+        columns: list[NDArray[np.float64]] = []
+        details: dict[str, Sequence[Any]] = {}
+        for index, part in enumerate(self.parts):
+            reward, scores = self.rewards[part.name], [one[index] for one in measurements]
+            if isinstance(reward, TwoStageReward):
+                combined, own = combine(reward, scores)
+                details[part.name] = scores = combined.tolist()
+                details.update(_of_part(part, own))
+            columns.append(np.array(scores, np.float64))
         finite = np.isfinite(columns).all(axis=0)
         total = np.where(finite, 0.0, np.nan)
-        for part, scores in zip(self.parts, columns, strict=True):
+        for part, column in zip(self.parts, columns, strict=True):
             total[finite] += part.weight * (
-                scores[finite] if part.raw else self._standardised(part.name, scores[finite])
+                column[finite] if part.raw else self._standardised(part.name, column[finite])
             )
         return total, details
 
@@ -177,10 +229,16 @@ class Composite:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Leave the statistics as they are inside this context, as for an evaluation between two iterations."""
+        """Leave the statistics as they are inside this context, as for an evaluation between two iterations.
+
+        So do the parts that have a method `frozen`.
+        """
         before, self._is_frozen = self._is_frozen, True
         try:
-            yield
+            with ExitStack() as parts:
+                for reward in self.rewards.values():
+                    parts.enter_context(getattr(reward, "frozen", nullcontext)())
+                yield
         finally:
             self._is_frozen = before
 

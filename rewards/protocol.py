@@ -47,7 +47,10 @@ class Reward(Protocol):
 
 @runtime_checkable
 class StatefulReward(Protocol):
-    """A reward whose scores depend on what it has scored before; a checkpoint must hold its state."""
+    """A reward whose scores depend on what it has scored before; a checkpoint must hold its state.
+
+    Several processes can have it if it is a `TwoStageReward` too.
+    """
 
     def state_dict(self) -> dict[str, Any]:
         """Return that state as plain values for JSON."""
@@ -55,6 +58,35 @@ class StatefulReward(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
+        ...
+
+
+@runtime_checkable
+class TwoStageReward(Protocol):
+    """A reward that several processes can share although a picture's score depends on other pictures.
+
+    Each process measures its own pictures; then every one of them combines the measurements of the whole batch, so that
+    all have the same scores, and a state moves in the same way everywhere. Calling the reward, which one process does,
+    must return what `combine` makes of the measurements.
+    """
+
+    def measure(
+        self, images: Samples, prompts: Sequence[str], metadata: Metadata
+    ) -> Sequence[Any] | tuple[Sequence[Any], Details]:
+        """Look at each picture by itself; no state changes.
+
+        Returns:
+            One measurement a picture, a list or an array of `batch` values of any kind that can be pickled; alone or
+            with details.
+        """
+        ...
+
+    def combine(self, measurements: Sequence[Any]) -> ArrayLike | tuple[ArrayLike, Details]:
+        """Score a batch from its pictures' measurements; a state changes here alone.
+
+        Returns:
+            What a reward returns: one number a picture, (batch,), alone or with details.
+        """
         ...
 
 
@@ -72,7 +104,7 @@ def per_sample(score: Callable[[NDArray[np.uint8], str, Mapping[str, Any]], Any]
 
     @functools.wraps(score)
     def batched(images: Images, prompts: Sequence[str], metadata: Metadata) -> ArrayLike | tuple[ArrayLike, Details]:
-        answers = [_split(score(*sample)) for sample in zip(images, prompts, metadata, strict=True)]
+        answers = [split_answer(score(*sample)) for sample in zip(images, prompts, metadata, strict=True)]
         scores = [one for one, _ in answers]
         details = [one for _, one in answers]
         if len({frozenset(one) for one in details}) > 1:
@@ -157,22 +189,48 @@ def evaluate_reward(
     except Exception as error:
         error.add_note(f"raised by the reward {name}, asked about {batch} samples")
         raise
-    raw_scores, raw_details = _split(answer)
+    scores, details = check_answer(answer, name, batch)
+    return scores, treat_non_finite(scores, details, name, prompts, non_finite)
+
+
+def check_answer(answer: Any, name: str, batch: int) -> tuple[NDArray[np.float64], dict[str, list[Any]]]:
+    """Bring what a reward returned to scores, (batch,) float64, finite or not, and details, lists of `batch` values.
+
+    Raises:
+        TypeError: The reward returned something other than numbers.
+        ValueError: Something has the wrong length.
+    """
+    raw_scores, raw_details = split_answer(answer)
     scores = _as_numbers(raw_scores, name)
     if scores.shape != (batch,):
         raise ValueError(f"reward {name} must return shape ({batch},), one score a picture; got {scores.shape}")
-    details = {key: _as_list(values, key, name, batch) for key, values in raw_details.items()}
+    return scores, {key: _as_list(values, key, name, batch) for key, values in raw_details.items()}
+
+
+def treat_non_finite(
+    scores: NDArray[np.float64],
+    details: dict[str, list[Any]],
+    name: str,
+    prompts: Sequence[str],
+    non_finite: NonFinite,
+) -> dict[str, list[Any]]:
+    """Return the details, with `non_finite` among them if such scores are kept.
+
+    Raises:
+        ValueError: With `raise`, for a score that is NaN or infinite, naming the reward, the prompt and the details
+            that are not finite either.
+    """
     invalid = ~np.isfinite(scores)
     if non_finite == "keep":
-        return scores, {**details, "non_finite": invalid.tolist()}
+        return {**details, "non_finite": invalid.tolist()}
     if invalid.any():
         first = int(np.flatnonzero(invalid)[0])
         raise ValueError(
             f"reward {name} must be finite; got {scores[first]} for prompt {prompts[first]!r}"
-            f" (picture {first} of {batch}, {invalid.sum()} in all){_culprits(details, first)};"
+            f" (picture {first} of {len(scores)}, {invalid.sum()} in all){_culprits(details, first)};"
             " the option non_finite_rewards can leave such samples out"
         )
-    return scores, details
+    return details
 
 
 def _culprits(details: Mapping[str, Sequence[Any]], index: int) -> str:
@@ -182,7 +240,7 @@ def _culprits(details: Mapping[str, Sequence[Any]], index: int) -> str:
     return f"; {', '.join(spoiled)}" if spoiled else ""
 
 
-def _split(answer: Any) -> tuple[Any, Mapping[str, Any]]:
+def split_answer(answer: Any) -> tuple[Any, Mapping[str, Any]]:
     """Separate the details, if there are any, from the scores: a pair of plain numbers is two scores."""
     if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping):
         return answer

@@ -13,12 +13,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
+
+if TYPE_CHECKING:  # what takes seconds is imported where it is used: the processes are started by one that needs it not
+    from agents.configuration import TrainConfig
 
 WORKER = "--worker"
 
@@ -43,6 +46,8 @@ class Arguments:
     """Optimizer steps in an iteration."""
     num_inference_steps: int = 10
     """Denoising steps."""
+    guidance_scale: float = 1.0
+    """Of classifier-free guidance; 1 is off."""
     iterations: int = 3
     """Iterations that are timed in every turn, after one that is not."""
     repeats: int = 5
@@ -51,18 +56,14 @@ class Arguments:
     """Where to write the figures."""
 
 
-def work(arguments: Arguments, output: Path) -> None:
-    """Run iterations in this process, which may be one of several, and let the main one write the seconds of each."""
-    import torch
-    from stable_baselines3.common.logger import Logger
+def configuration(arguments: Arguments, run_dir: Path) -> "TrainConfig":
+    """Return the training configuration that does this work."""
+    from agents.configuration import PolicySettings, RunSettings, TaskSettings, TrainConfig, TrainingSettings
 
-    from agents.configuration import RunSettings, TaskSettings, TrainConfig, TrainingSettings
-    from agents.training import prepare_run
-
-    torch.set_num_threads(1)
-    config = TrainConfig(
-        run=RunSettings(run_dir=output.with_name("run"), device=arguments.device, eval_samples=arguments.processes),
+    return TrainConfig(
+        run=RunSettings(run_dir=run_dir, device=arguments.device, eval_samples=arguments.processes),
         task=TaskSettings(model=arguments.model, num_inference_steps=arguments.num_inference_steps),
+        policy=PolicySettings(guidance_scale=arguments.guidance_scale),
         training=TrainingSettings(
             samples_per_iteration=arguments.samples,
             sample_batch_size=arguments.sample_batch_size,
@@ -70,6 +71,17 @@ def work(arguments: Arguments, output: Path) -> None:
             updates_per_iteration=arguments.updates,
         ),
     )
+
+
+def work(arguments: Arguments, output: Path) -> None:
+    """Run iterations in this process, which may be one of several, and let the main one write the seconds of each."""
+    import torch
+    from stable_baselines3.common.logger import Logger
+
+    from agents.training import prepare_run
+
+    torch.set_num_threads(1)
+    config = configuration(arguments, output.with_name("run"))
     algorithm = prepare_run(config).algorithm
     algorithm.set_logger(Logger(None, []))
     _, callback = algorithm._setup_learn(1)
@@ -90,21 +102,31 @@ def work(arguments: Arguments, output: Path) -> None:
     processes.leave()
 
 
-def turn(arguments: Arguments, count: int) -> dict[str, float]:
-    """Start `count` processes and return their samples per second."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+def as_json(arguments: Arguments) -> str:
+    """Return what a worker is told of the work."""
+    return json.dumps(
+        {field.name: getattr(arguments, field.name) for field in fields(Arguments) if field.name != "json"}
+    )
+
+
+def launch(command: list[str], count: int) -> None:
+    """Start `count` processes of a Python script, with one thread each, and wait for their end.
+
+    Raises:
+        subprocess.CalledProcessError: if one of them failed; it has said why.
+    """
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-        free.close()
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", f"--master-port={port}"]
+    subprocess.run(launcher + command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def turn(arguments: Arguments, count: int) -> dict[str, float]:
+    """Start `count` processes and return their samples per second."""
+    with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "seconds.json"
-        given = json.dumps({**asdict(arguments), "json": None})
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", f"--master-port={port}"]
-        subprocess.run(
-            [*command, __file__, WORKER, given, str(output)],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        launch([__file__, WORKER, as_json(arguments), str(output)], count)
         seconds = json.loads(output.read_text())
     median = {name: statistics.median(values) for name, values in seconds.items()}
     both = statistics.median(a + b for a, b in zip(seconds["sampling"], seconds["training"], strict=True))
@@ -132,6 +154,14 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         "ratio": {name: statistics.median(values) for name, values in ratios.items()},
         "ratios_of_iterations": ratios["iteration"],
         "arguments": {name: str(value) for name, value in vars(arguments).items()},
+        **describe_machine(),
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return the versions and the machine that figures are of."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
         "versions": {name: version(name) for name in ("torch", "accelerate", "diffusers", "peft")},
         "machine": {"platform": platform.platform(), "cpu_count": os.cpu_count()},
     }

@@ -1,7 +1,8 @@
 """Fine-tune a diffusion model with PPO and per-prompt advantages (DDPO-IS), or another algorithm, from one command.
 
 Without arguments: the bundled tiny Stable Diffusion learns to draw pictures that compress well, in a few minutes on a
-CPU. Started by `accelerate launch` or `torchrun`, several processes share the work of the same run.
+CPU. `--preset` names an experiment of the DDPO paper; `--dry-run` only prints what a run amounts to. Started by
+`accelerate launch` or `torchrun`, several processes share the work of the same run.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what takes seconds is imported in `prepare`: a user waits for it, and may press Ctrl-C
     from agents.distributed import Processes
@@ -24,35 +25,43 @@ def main() -> int:
     """Parse the command line, train, and print a summary; return the exit code."""
     try:
         run = prepare()
-        return BAD_ARGUMENTS if run is None else train(run)
+        return run if isinstance(run, int) else train(run)
     except KeyboardInterrupt:  # before or after training, which ends by itself
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
 
 
-def prepare() -> PreparedRun | None:
-    """Load what the command line asks for and print the plan; print why, if that cannot be."""
-    import tyro
+def prepare() -> PreparedRun | int:
+    """Load what the command line asks for and print the plan; print why, if that cannot be.
 
-    from agents.configuration import TrainConfig
+    Returns:
+        What is ready to train; the exit code if it cannot be, or if the plan is all that is wanted.
+    """
+    from agents.command_line import parse_command_line
 
-    config = tyro.cli(Annotated[TrainConfig, tyro.conf.OmitArgPrefixes], description=__doc__)
+    line = parse_command_line(description=__doc__)
+    from agents.checks import device_of
+    from agents.costs import estimate_time
     from agents.distributed import Processes, start_processes
     from agents.plan import describe_plan
-    from agents.training import device_of, prepare_run
+    from agents.training import check_run, prepare_run
 
     processes = Processes()
     try:
-        processes = start_processes(device_of(config))
-        run = prepare_run(config, processes)
+        processes = start_processes(device_of(line.config), line.config.run.process_timeout)
+        run = None if line.dry_run else prepare_run(line.config, processes)
+        config = check_run(line.config, processes) if run is None else run.config
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         if processes.is_main:
             complain(str(error))
         processes.leave(error)
-        return None
+        return BAD_ARGUMENTS
     if processes.is_main:
-        print("\n".join(describe_plan(run.config, processes.count)))
-    return run
+        print("\n".join(describe_plan(config, processes.count, estimate_time(config, processes.count))))
+    if run is not None:
+        return run
+    processes.leave()
+    return 0
 
 
 def train(run: PreparedRun) -> int:

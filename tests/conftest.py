@@ -1,7 +1,6 @@
 """What several files of tests share: offline libraries, and a Stable Diffusion so small that it is made on the spot."""
 
 import os
-import string
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test reaches for the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: on a busy machine threads wait for each other
@@ -14,18 +13,15 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ddpo_env.stable_diffusion_1_4 import letter_tokenizer
+
 TOKENS = 12
 HIDDEN = 16
 
 
 def character_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer with one token a letter."""
-    letters = [character + ending for ending in ("", "</w>") for character in string.ascii_lowercase + string.digits]
-    words = [*letters, "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    return CLIPTokenizer(
-        vocab=vocabulary, merges=[], unk_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=TOKENS
-    )
+    return letter_tokenizer(TOKENS)
 
 
 def micro_vae(**arguments: Any) -> AutoencoderKL:

@@ -12,6 +12,7 @@ from torch import Tensor
 from agents.configuration import PolicySettings, RunSettings, TaskSettings, TrainConfig, TrainingSettings
 from agents.diffusion_policy import DiffusionPolicy
 from ddpo_env.vector_env import DenoisingVectorEnv
+from rewards.composite import Composite
 
 STEPS = 5
 
@@ -19,6 +20,59 @@ STEPS = 5
 def brightness(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
     """Mean pixel, 0 to 1: a reward that is cheap and smooth."""
     return images.mean(axis=(1, 2, 3)) / 255
+
+
+def contrast(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+    """Spread of the pixels, in levels, and a detail."""
+    return images.std(axis=(1, 2, 3)), {"letters": [len(prompt) for prompt in prompts]}
+
+
+def spotty(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+    """Contrast, but of pictures whose prompt's length is a multiple of 3 there is no score."""
+    return np.where([len(prompt) % 3 for prompt in prompts], contrast(images, prompts, metadata)[0], np.nan)
+
+
+class Remembering:
+    """Brightness above the mean of all that was seen: a state, and no way to share it."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.total = 0.0
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+        return self.above_average(brightness(images, prompts, metadata))
+
+    def above_average(self, scores: np.ndarray) -> np.ndarray:
+        self.seen += len(scores)
+        self.total += float(scores.sum())
+        return scores - self.total / self.seen
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen, "total": self.total}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen, self.total = state["seen"], state["total"]
+
+
+class Shareable(Remembering):
+    """The same in two stages."""
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+        return self.combine(self.measure(images, prompts, metadata))
+
+    def measure(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+        return brightness(images, prompts, metadata)
+
+    def combine(self, measurements: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        scores = self.above_average(np.array(measurements))
+        return scores, {"seen": [float(self.seen)] * len(scores)}
+
+
+class Pair(Composite):
+    """A weighted sum that can be a part of another."""
+
+    def __init__(self) -> None:
+        super().__init__("micro_agents:brightness:1,micro_agents:contrast:0.5")
 
 
 class InterruptedReward:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from safetensors.torch import load_file
 from test_scripts import MINIATURE, SCRIPTS, run_script
 
 from agents.checkpoint import latest_checkpoint
+from agents.configuration import PolicySettings
+from agents.distributed import start_processes
 from agents.training import run_training
 
 LINEAR = {"optimizer": {"learning_rate": 0.05, "adam_epsilon": 1.0}}
@@ -63,6 +66,22 @@ def test_two_processes_train_the_weights_of_one(one, two):
         assert mine["time/total_timesteps"] == theirs["time/total_timesteps"]
 
 
+@pytest.mark.slow
+def test_two_processes_train_the_weights_of_one_with_the_default_optimizer(tmp_path):
+    """With two calls an update, and rows enough in a call that a CPU's kernels are the same for half of them."""
+    groups = {
+        "task": {"reward": "jpeg_compressibility", "num_inference_steps": 5},
+        "policy": vars(PolicySettings()),
+        "training": {"samples_per_iteration": 36, "sample_batch_size": 36, "train_batch_size": 36},
+        "run": {"eval_interval": 0, "eval_samples": 2},
+    }
+    expected = single("tiny", tmp_path / "one", **groups)
+    outcome = run_processes(2, Job("tiny", tmp_path / "two", groups), limit=400)
+    assert outcome.codes == [0, 0], outcome.said
+    assert largest_difference(tmp_path / "two", expected) < 1e-6
+    assert max(float(value.abs().max()) for name, value in trained(expected).items() if "lora_B" in name) > 1e-2
+
+
 def test_weights_are_the_same_bits_in_both_processes_after_every_update(two):
     first, second = two[1].weights
     assert len(first) == 6
@@ -99,6 +118,8 @@ CHOICES = {
     "rwr": {"training": {"algorithm": "rwr", "epochs": 2, "updates_per_iteration": 2, "kl_coef": 0.1}},
     "averaged": {"training": {"ema_decay": 0.9, "target_kl": 1e-5, "epochs": 3}},
     "groups that processes share": {"training": {"samples_per_prompt": 4, "train_batch_size": 3}},
+    "one call is for one of them": {"training": {"train_batch_size": 1, "updates_per_iteration": 4}},
+    "penalised regression": {"training": {"algorithm": "rwr", "train_batch_size": 1, "kl_coef": 0.1}},
 }
 
 
@@ -182,9 +203,11 @@ def test_ctrl_c_in_one_process_stops_all_at_a_finished_iteration(micro_pipeline_
     [
         ({"training": {"sample_batch_size": 1, "samples_per_prompt": 1}}, "sample_batch_size must be a multiple of"),
         ({"run": {"eval_samples": 3}}, "eval_samples must be a multiple of the number of processes, 2; got 3"),
-        ({"training": {"train_batch_size": 1}}, "train_batch_size must be at least the number of processes, 2"),
         ({"run": {"device": "cuda:0"}}, "device must be auto, cpu or cuda with several processes"),
-        ({"task": {"reward": "micro_agents:brightness:1"}}, "keeps statistics of what it has scored"),
+        (
+            {"task": {"reward": "micro_agents:Remembering"}},
+            "reward Remembering keeps a state (state_dict)",
+        ),
     ],
 )
 def test_what_processes_cannot_share_is_refused(micro_pipeline_folder, tmp_path, groups, message):
@@ -204,9 +227,40 @@ def test_weighted_sum_of_raw_parts_is_shared(micro_pipeline_folder, tmp_path):
     assert float(first) == pytest.approx(float(second))
 
 
-def launched(*arguments):
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "ACCELERATE_USE_FSDP",
+            "true",
+            "ACCELERATE_USE_FSDP must be 'false', or not asked of the launcher; got 'true'",
+        ),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not supported"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed precision is --autocast bfloat16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "ACCELERATE_DYNAMO_BACKEND must be 'no'"),
+    ],
+)
+def test_what_a_launcher_asks_for_in_vain_is_refused(monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        start_processes()
+    monkeypatch.setenv(name, "NO" if name.endswith(("BACKEND", "PRECISION")) else "false")
+    assert start_processes().count == 1
+
+
+def test_processes_wait_for_some_time(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="process_timeout must be above 0; got 0"):
+        start_processes("cpu", timeout=0)
+
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0")
+
+
+def launched(*arguments, launcher=TORCHRUN):
     """The script in two processes, as a user starts it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, "-m", *launcher]
     command += [str(SCRIPTS / "train_ppo.py"), *MINIATURE, "--eval-samples=4", *arguments]
     return subprocess.Popen(
         command,
@@ -215,17 +269,63 @@ def launched(*arguments):
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
 
 
 @pytest.mark.slow
-def test_script_runs_under_torchrun(micro_pipeline_folder, tmp_path):
-    process = launched(f"--model={micro_pipeline_folder}", "--iterations=1", f"--run-dir={tmp_path / 'run'}")
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE])
+def test_script_runs_under_launchers(micro_pipeline_folder, tmp_path, launcher):
+    settings = (f"--model={micro_pipeline_folder}", "--iterations=1", f"--run-dir={tmp_path / 'run'}")
+    process = launched(*settings, launcher=launcher)
     shown, _ = process.communicate(timeout=200)
     assert process.returncode == 0, shown
     assert shown.count("processes  2, which share every batch") == 1
     assert shown.count("Look at") == 1
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_two_nodes_share_a_run_and_one_of_them_writes(micro_pipeline_folder, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = [
+        launched(
+            f"--model={micro_pipeline_folder}",
+            "--iterations=1",
+            f"--run-dir={tmp_path / f'node-{node}'}",
+            launcher=("torch.distributed.run", "--nnodes=2", f"--node-rank={node}", f"--master-port={port}"),
+        )
+        for node in range(2)
+    ]
+    shown = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], shown
+    assert "processes  2, which share every batch" in shown[0]
+    assert "Look at" not in shown[1]
+    assert (tmp_path / "node-0" / "summary.json").exists()
+    assert not (tmp_path / "node-1").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "fails", "said"),
+    [
+        ([], False, "processes  2, which share every batch"),
+        (
+            ["--samples-per-iteration=7"],
+            True,
+            "error: samples_per_iteration must be a multiple of the number of processes, 2",
+        ),
+        (["--preset=sd15"], True, "error: preset must be one of sd14-compressibility"),
+    ],
+)
+def test_dry_run_under_torchrun_says_everything_once(tmp_path, arguments, fails, said):
+    process = launched("--dry-run", f"--run-dir={tmp_path / 'run'}", *arguments)
+    shown, _ = process.communicate(timeout=200)
+    assert bool(process.returncode) is fails, shown
+    assert shown.count(said) == 1, shown
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -1,7 +1,10 @@
 """`load_model`: what may be given, that weights are in memory once, and what is refused."""
 
 import gc
+import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from test_scripts import run_script
 
 import ddpo_env
 from ddpo_env import models
-from ddpo_env.models import load_model, resolve_source, unload_models
+from ddpo_env.models import check_source, load_model, resolve_source, unload_models
 from rewards.devices import resolve_device, resolve_dtype
 
 
@@ -162,6 +165,37 @@ def test_hub_id_with_pickled_weights_alone_is_not_called_a_failed_download(monke
         OSError, match=r"'nobody/pickles' has no safetensors .*pickles are not loaded\. .*save_pretrained"
     ):
         load_model("nobody/pickles")
+
+
+@pytest.mark.slow
+def test_loading_prints_nothing() -> None:
+    code = "from ddpo_env import load_model; load_model('tiny', 'cpu')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_warnings_of_transformers_come_back_after_a_pipeline_is_imported() -> None:
+    logger = logging.getLogger("transformers.utils.import_utils")
+    before = list(logger.filters)
+    models.family_of("StableDiffusionPipeline")
+    assert logger.filters == before
+
+
+def test_source_is_checked_without_loading(
+    other_family: DDIMPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    micro_pipeline_folder: Path,
+    pipeline: StableDiffusionPipeline,
+) -> None:
+    known = load_model(pipeline).source
+    monkeypatch.setattr(models, "_load_pipeline", None)
+    for model in ("tiny", "points", "CompVis/stable-diffusion-v1-4", micro_pipeline_folder, known):
+        check_source(model)
+    with pytest.raises(ValueError, match="got a DDIMPipeline"):
+        check_source(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"model must be a bundled name .*; got 'tinny'"):
+        check_source("tinny")
 
 
 def test_folder_that_is_no_pipeline(tmp_path: Path) -> None:

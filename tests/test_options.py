@@ -136,9 +136,9 @@ def test_run_has_them_and_a_resumed_one_too(micro_pipeline_folder, tmp_path):
 
 def test_plan_shows_them():
     config = TrainConfig(task=TaskSettings(reward="clip_score", reward_options=("model=tiny", "device=cpu")))
-    assert describe_plan(config)[0] == "reward     clip_score: model=tiny, device=cpu"
+    assert describe_plan(config)[1] == "reward     clip_score: model=tiny, device=cpu"
     config.training.non_finite_rewards = "drop"
-    assert describe_plan(config)[0].endswith("device=cpu, samples whose score is NaN or infinite are dropped")
+    assert describe_plan(config)[1].endswith("device=cpu, samples whose score is NaN or infinite are dropped")
 
 
 def test_command_line_takes_them(monkeypatch, capsys, tmp_path):

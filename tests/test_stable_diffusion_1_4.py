@@ -1,6 +1,5 @@
 """Stable Diffusion 1.4 itself, but for its weights: the published architecture and folder, loaded and trained.
 
-The configurations are those of `CompVis/stable-diffusion-v1-4` on the Hugging Face Hub (`unet/config.json` and so on).
 The numbers of weights are the published ones (859.52 M, 83.65 M, 123.06 M), to the last. The weights themselves are
 random, and the tokenizer knows letters only: nothing here says how well the trained model learns.
 """
@@ -15,69 +14,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import character_tokenizer
-from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from diffusers import PNDMScheduler
 from micro_agents import micro_env, stir, weights
 from test_families import lora_tensors
 from test_ppo import collected, denoising_ppo, logged
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from ddpo_env.models import unload_models
+from ddpo_env.stable_diffusion_1_4 import SCHEDULER, TEXT_ENCODER, build_part
 
 STEPS = 5
 SIDE = 8
 """Of the latent here, for time's sake; the published configuration's 64 is checked before it is replaced."""
 
-UNET = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "center_input_sample": False,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "downsample_padding": 1,
-    "mid_block_scale_factor": 1,
-    "act_fn": "silu",
-    "norm_num_groups": 32,
-    "norm_eps": 1e-5,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-VAE = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "act_fn": "silu",
-    "latent_channels": 4,
-    "norm_num_groups": 32,
-    "sample_size": 512,
-}
-TEXT_ENCODER = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "projection_dim": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
-SCHEDULER = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-}
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "_diffusers_version": "0.2.2",
@@ -95,9 +43,13 @@ WEIGHTS = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
 def built(name: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        if name == "text_encoder":
-            return CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER))
-        return UNet2DConditionModel(**UNET) if name == "unet" else AutoencoderKL(**VAE)
+        return build_part(name)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_numbers_of_weights_are_the_published_ones(name: str) -> None:
+    with torch.device("meta"):
+        assert sum(weight.numel() for weight in build_part(name).parameters()) == WEIGHTS[name]
 
 
 @pytest.fixture
@@ -112,7 +64,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         gc.collect()
     PNDMScheduler(**SCHEDULER).save_pretrained(path / "scheduler")
     tokenizer = character_tokenizer()
-    tokenizer.model_max_length = 77
+    tokenizer.model_max_length = TEXT_ENCODER["max_position_embeddings"]
     tokenizer.save_pretrained(path / "tokenizer")
     (path / "model_index.json").write_text(json.dumps(INDEX))
     yield path
