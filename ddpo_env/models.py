@@ -56,7 +56,7 @@ _CONVERSION = (
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _loaded: dict[tuple[str, str, str], DiffusionModel] = {}
-_resized: dict[tuple[int, str, str, int], DiffusionModel] = {}
+_resized: dict[tuple[int, str, str, str], DiffusionModel] = {}
 _pipelines: WeakValueDictionary[str, DiffusionPipeline] = WeakValueDictionary()
 _models: WeakValueDictionary[str, DiffusionModel] = WeakValueDictionary()
 
@@ -180,7 +180,7 @@ def load_model(
     if os.getpid() != _IMPORTED_BY:
         torch.set_num_threads(1)  # a forked process has OpenMP's state without its threads, and would wait for them
     loaded = _load(model, device, dtype)
-    return loaded if resolution in (None, getattr(loaded, "resolution", None)) else _at_resolution(loaded, resolution)
+    return loaded if resolution in (None, getattr(loaded, "resolution", None)) else at_resolution(loaded, resolution)
 
 
 def _load(
@@ -222,14 +222,14 @@ def _load(
     return _loaded[key]
 
 
-def _at_resolution(model: Any, resolution: int) -> DiffusionModel:
-    """Return another adapter of the model's pipeline: the weights are the same."""
+def at_resolution(model: Any, resolution: int) -> DiffusionModel:
+    """Return the adapter of a loaded model's pipeline for another resolution: the weights are the same."""
     if not hasattr(model, "resolution"):
         raise ValueError(
             f"resolution must be None with model {model.source!r}, which has only its own; got {resolution!r}"
         )
     weight = next(model.denoiser.parameters())
-    key = (id(model.pipeline), str(weight.device), str(weight.dtype), resolution)
+    key = (id(model.pipeline), str(weight.device), str(weight.dtype), str(resolution))
     if key not in _resized:
         _resized[key] = type(model)(model.pipeline, model.source, resolution)
     return _resized[key]
