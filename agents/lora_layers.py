@@ -48,11 +48,10 @@ class _AdaptedLayer:
 
     def is_plain(self, inputs: Tensor) -> bool:
         """Whether all is float32, and the adapter is on."""
-        layer = cast(Any, self)
-        return (
-            inputs.dtype == layer.base_layer.weight.dtype == torch.float32
-            and not torch.is_autocast_enabled(inputs.device.type)
-            and not layer.disable_adapters
+        layer, place = cast(Any, self), inputs.device.type
+        autocast = torch.amp.is_autocast_available(place) and torch.is_autocast_enabled(place)
+        return inputs.dtype == layer.base_layer.weight.dtype == torch.float32 and not (
+            autocast or layer.disable_adapters
         )
 
 
