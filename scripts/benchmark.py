@@ -59,6 +59,10 @@ class Arguments:
     """Rank of the LoRA; 0: full training."""
     lora_targets: LoraTargets = "attention+convolutions"
     """Which layers get an adapter."""
+    merge_lora: bool | None = None
+    """Sample with merged adapters. Default: in float32."""
+    compile_denoiser: bool = False
+    """Run the denoiser by torch.compile; the iteration that is not timed compiles it."""
     threads: int = torch.get_num_threads()
     """CPU threads."""
     repeats: int = 5
@@ -82,6 +86,8 @@ def configuration(arguments: Arguments, run_dir: Path) -> TrainConfig:
             guidance_scale=arguments.guidance_scale,
             lora_rank=arguments.lora_rank,
             lora_targets=arguments.lora_targets,
+            merge_lora=arguments.merge_lora,
+            compile_denoiser=arguments.compile_denoiser,
         ),
         training=TrainingSettings(
             samples_per_iteration=arguments.samples,

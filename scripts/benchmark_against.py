@@ -113,7 +113,10 @@ def commands(arguments: Arguments) -> dict[str, list[str]]:
 
 
 def compare(arguments: Arguments) -> dict[str, Any]:
-    """Let both take turns, and return the median ratios of ours to theirs, and the figures of each."""
+    """Let both take turns, and return the median ratios of ours to theirs, and the figures of each.
+
+    A ratio whose name ends in `_cpu` is of the time on a processor: on a machine that others use, the steadier one.
+    """
     elsewhere = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment = {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
     contestants = {
@@ -124,10 +127,12 @@ def compare(arguments: Arguments) -> dict[str, Any]:
     for number in range(arguments.rounds):
         order = list(contestants) if number % 2 == 0 else list(reversed(contestants))
         rounds.append({name: contestants[name].iteration() for name in order})
-        print(", ".join(f"{name} {sum(rounds[-1][name].values()):.2f} s" for name in contestants), file=sys.stderr)
+        for one in rounds[-1].values():
+            one["iteration"] = sum(one[part] for part in PARTS)
+            one["iteration_cpu"] = sum(one[f"{part}_cpu"] for part in PARTS)
+        print(", ".join(f"{name} {rounds[-1][name]['iteration']:.2f} s" for name in contestants), file=sys.stderr)
     figures = {name: contestant.finish() for name, contestant in contestants.items()}
-    ratios = {part: [one["ours"][part] / one["trl"][part] for one in rounds] for part in PARTS}
-    ratios["iteration"] = [sum(one["ours"].values()) / sum(one["trl"].values()) for one in rounds]
+    ratios = {part: [one["ours"][part] / one["trl"][part] for one in rounds] for part in rounds[0]["ours"]}
     memory = figures["ours"]["peak_memory_mb"] / figures["trl"]["peak_memory_mb"]
     return {
         "ratio": {part: statistics.median(values) for part, values in ratios.items()} | {"peak_memory": memory},

@@ -44,13 +44,20 @@ class Work:
     device: torch.device
 
     def iteration(self, with_bare: bool) -> dict[str, float]:
-        """Return the seconds of the parts of an iteration; with `with_bare`, of the bare calls between them too."""
+        """Return the seconds of the parts of an iteration; with `with_bare`, of the bare calls between them too.
+
+        `sampling` is by the clock, `sampling_cpu` the time of all of the process's threads on a processor, and so on.
+        """
         parts = {"sampling": self.sampling, "training": self.training}
         if with_bare:
             bare_sampling, bare_training = self.bare_calls
             parts["bare_sampling"], parts["bare_training"] = bare_sampling, bare_training
         order = ("sampling", "bare_sampling", "training", "bare_training")
-        return {name: seconds(parts[name], self.device) for name in order if name in parts}
+        times: dict[str, float] = {}
+        for name in order:
+            if name in parts:
+                times[name], times[f"{name}_cpu"] = seconds(parts[name], self.device)
+        return times
 
     @cached_property
     def bare_calls(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -58,15 +65,15 @@ class Work:
         return self.bare()
 
 
-def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Time `work`, with the device's queue empty before and after."""
+def seconds(work: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Time `work` by the clock and by the processor, with the device's queue empty before and after."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - start_cpu
 
 
 def measure(work: Work, repeats: int, on_request: bool, packages: tuple[str, ...]) -> dict[str, Any]:
@@ -105,10 +112,12 @@ def summary(times: list[dict[str, float]], samples: int, pairs: int) -> dict[str
         figures["sampling_images_per_second"] = samples / middle["sampling"]
         figures["training_pairs_per_second"] = pairs / middle["training"]
         figures["iteration_seconds"] = statistics.median(one["sampling"] + one["training"] for one in times)
+        figures["iteration_cpu_seconds"] = statistics.median(one["sampling_cpu"] + one["training_cpu"] for one in times)
     for name in PARTS:
-        ratios = [one[name] / one[f"bare_{name}"] for one in times if f"bare_{name}" in one]
-        if ratios:
-            figures[f"{name}_over_unet"] = statistics.median(ratios)
+        for clock in ("", "_cpu"):
+            ratios = [one[name + clock] / one[f"bare_{name}{clock}"] for one in times if f"bare_{name}" in one]
+            if ratios:
+                figures[f"{name}_over_unet{clock}"] = statistics.median(ratios)
     return figures
 
 
