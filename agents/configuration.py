@@ -94,6 +94,8 @@ class PolicySettings:
 
     guidance_scale: float = 1.0
     """Of classifier-free guidance, in sampling and training; 1 is off and halves the cost. DDPO used 5 on SD 1.4."""
+    unconditional_gradient: bool = True
+    """Whether guidance's unconditional half is differentiated; without, updates are cheaper and not the same."""
     eta: float = 1.0
     """Noise of the DDIM steps: 1 is as noisy as DDPM; must be above 0."""
     noise_level: float | None = None
