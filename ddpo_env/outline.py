@@ -18,6 +18,8 @@ _KNOWN: dict[str, str] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd14-random",
 }
 """Hub ids of pipelines whose architecture is a bundled model's."""
+_NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts of pipelines that no picture passes in text-to-image; old folders name classes that are no more."""
 
 
 def outline_model(model: str | Path, resolution: int | None = None) -> DiffusionModel | None:
@@ -47,7 +49,8 @@ def _outline(source: str) -> DiffusionModel | None:
         return None
     index = DiffusionPipeline.load_config(source)
     family = family_of(index["_class_name"])
-    parts = {name: None for name in getattr(family, "loading_options", {}) if name in index}
+    parts: dict[str, Any] = {name: None for name in _NOT_NEEDED if name in index}
+    parts |= getattr(family, "loading_options", {})
     with meta:
         for name, place in index.items():
             if isinstance(place, list) and name not in parts:

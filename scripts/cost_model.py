@@ -60,6 +60,7 @@ class Iteration:
         pictures: that are drawn.
         sampled: rows of the denoiser in sampling.
         trained: rows of the denoiser in training.
+        again: rows without gradient, by which half precision computes the log-probabilities again.
         prompts: that are encoded for the first time.
         updates: optimizer steps.
         rollout: bytes of all latents of all trajectories.
@@ -70,6 +71,7 @@ class Iteration:
     pictures: int
     sampled: int
     trained: int
+    again: int
     prompts: int
     updates: int
     rollout: int
@@ -109,7 +111,7 @@ def plan() -> Table:
         pictures = PICTURES_A_GPU * count
         rows = pictures * 50 * 2
         rollout = 4 * 16_384 * pictures * 51
-        work = Iteration(pictures, rows, rows, prompts=pictures, updates=4, rollout=rollout, overlaps=True)
+        work = Iteration(pictures, rows, rows, again=rows, prompts=pictures, updates=4, rollout=rollout, overlaps=True)
         columns.append(predict(ASSUMED, work, count) | {"rollout in every process, GB": rollout / 1e9})
     table = Table("seconds of an iteration", *(f"{count} GPUs" for count in fleets), title="constants are assumed")
     for name in columns[0]:
@@ -124,6 +126,7 @@ def predict(constants: Constants, work: Iteration, processes: int) -> dict[str, 
         "VAE": work.pictures * constants.decode,
         "text": work.prompts * constants.encode,
         "reward": 0.0 if work.overlaps else work.pictures * constants.reward,
+        "UNet, again": work.again * constants.forward,
         "UNet, training": work.trained * constants.training,
     }
     seconds = {name: value / processes for name, value in shared.items()}
@@ -231,6 +234,7 @@ def iteration_of(arguments: Arguments) -> Iteration:
         pictures=pictures,
         sampled=rows.sampling // config.iterations,
         trained=rows.training // config.iterations,
+        again=rows.measuring // config.iterations,
         prompts=0,
         updates=arguments.updates,
         rollout=4 * latent * pictures * (arguments.num_inference_steps + 1),
@@ -239,26 +243,51 @@ def iteration_of(arguments: Arguments) -> Iteration:
 
 def check(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Compare predicted and measured seconds of one process and of several."""
-    work, figures = iteration_of(arguments), {}
-    for count in (1, arguments.processes):
-        ratios, rates = [], []
-        for _ in range(arguments.repeats):  # in turns, so that a busy machine disturbs both alike
-            constants = constants_of(arguments, count)
-            predicted = predict(constants, work, count)
+    work = iteration_of(arguments)
+    counts = (1, arguments.processes)
+    turns: dict[int, list[Turn]] = {count: [] for count in counts}
+    for _ in range(arguments.repeats):  # in turns, so that a busy machine disturbs all alike
+        for count in counts:
+            predicted = predict(constants := constants_of(arguments, count), work, count)
             measured = arguments.samples / turn(arguments, count)["iteration"]
-            ratios.append(sum(predicted.values()) / measured)
-            rates.append((constants, predicted, measured))
-        constants, predicted, measured = rates[sorted(range(len(ratios)), key=lambda i: ratios[i])[len(ratios) // 2]]
-        console.print(f"{count} process(es): predicted over measured {statistics.median(ratios):.2f}")
-        figures[str(count)] = {
-            "constants": asdict(constants),
-            "predicted_seconds": predicted,
-            "predicted_iteration_seconds": sum(predicted.values()),
-            "measured_iteration_seconds": measured,
-            "predicted_over_measured": statistics.median(ratios),
-            "all_ratios": ratios,
-        }
-    return {"processes": figures, "arguments": {n: str(v) for n, v in vars(arguments).items()}} | describe_machine()
+            turns[count].append(Turn(constants, predicted, measured))
+        told = ", ".join(f"{count}: {turns[count][-1].ratio:.2f}" for count in counts)
+        console.print(f"predicted over measured, by processes: {told}")
+    return {
+        "processes": {str(count): describe_turns(of_count) for count, of_count in turns.items()},
+        "speedup": statistics.median(
+            one.measured / many.measured for one, many in zip(turns[1], turns[arguments.processes], strict=True)
+        ),
+        "arguments": {name: str(value) for name, value in vars(arguments).items()},
+        **describe_machine(),
+    }
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Constants, predicted seconds by what they are spent on, and measured seconds of an iteration."""
+
+    constants: Constants
+    predicted: dict[str, float]
+    measured: float
+
+    @property
+    def ratio(self) -> float:
+        """Predicted over measured."""
+        return sum(self.predicted.values()) / self.measured
+
+
+def describe_turns(turns: list[Turn]) -> dict[str, Any]:
+    """Return the turn whose ratio is the median, and all ratios."""
+    middle = sorted(turns, key=lambda one: one.ratio)[len(turns) // 2]
+    return {
+        "constants": asdict(middle.constants),
+        "predicted_seconds": middle.predicted,
+        "predicted_iteration_seconds": sum(middle.predicted.values()),
+        "measured_iteration_seconds": middle.measured,
+        "predicted_over_measured": middle.ratio,
+        "all_ratios": [one.ratio for one in turns],
+    }
 
 
 def main() -> int:

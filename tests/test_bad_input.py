@@ -44,11 +44,17 @@ BAD_SINGLES: list[tuple[dict[str, Any], str]] = [
     ({"autoreset_mode": "SameStep"}, "autoreset_mode of one environment must be 'Disabled'.*got 'SameStep'"),
 ]
 BAD_MODELS: list[tuple[dict[str, Any], str]] = [
-    ({"model": "tny"}, r"model must be a bundled name \(tiny, points\), a folder.*Hub id.*'tny'"),
-    ({"model": "./no/such/folder"}, r"model must be a bundled name \(tiny, points\), a folder.*no/such/folder"),
-    ({"model": Path("no/such")}, r"model must be a bundled name \(tiny, points\), a folder that exists.*no/such"),
-    ({"model": 5}, r"model must be a bundled name \(tiny, points\).*got a int"),
-    ({"model": torch.nn.Linear(1, 1)}, r"model must be a bundled name \(tiny, points\).*got a Linear"),
+    ({"model": "tny"}, r"model must be a bundled name \(tiny, points, sd14-random\), a folder.*Hub id.*'tny'"),
+    (
+        {"model": "./no/such/folder"},
+        r"model must be a bundled name \(tiny, points, sd14-random\), a folder.*no/such/folder",
+    ),
+    (
+        {"model": Path("no/such")},
+        r"model must be a bundled name \(tiny, points, sd14-random\), a folder that exists.*no/such",
+    ),
+    ({"model": 5}, r"model must be a bundled name \(tiny, points, sd14-random\).*got a int"),
+    ({"model": torch.nn.Linear(1, 1)}, r"model must be a bundled name \(tiny, points, sd14-random\).*got a Linear"),
     ({"model": "pipeline/7f00"}, "pipeline/7f00.*pass it again"),
     ({"device": "cuda:99"}, "device must be auto or one of cpu.*'cuda:99'"),
     ({"device": "tpu9"}, "device must be auto or one of cpu.*'tpu9'"),

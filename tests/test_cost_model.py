@@ -21,7 +21,7 @@ CONSTANTS = Constants(
     byte=1e-6,
     exchanged=4000,
 )
-WORK = Iteration(pictures=8, sampled=800, trained=400, prompts=2, updates=3, rollout=50_000)
+WORK = Iteration(pictures=8, sampled=800, trained=400, again=200, prompts=2, updates=3, rollout=50_000)
 
 
 def test_one_process_does_everything_and_exchanges_nothing():
@@ -31,6 +31,7 @@ def test_one_process_does_everything_and_exchanges_nothing():
         "VAE": 0.8,
         "text": 2.0,
         "reward": 4.0,
+        "UNet, again": 2.0,
         "UNet, training": 8.0,
         "optimizer": 6.0,
         "communication": 0.0,
@@ -39,7 +40,7 @@ def test_one_process_does_everything_and_exchanges_nothing():
 
 def test_processes_share_all_but_the_optimizer_and_talk():
     one, four = predict(CONSTANTS, WORK, 1), predict(CONSTANTS, WORK, 4)
-    for name in ("UNet, sampling", "VAE", "text", "reward", "UNet, training"):
+    for name in ("UNet, sampling", "VAE", "text", "reward", "UNet, again", "UNet, training"):
         assert four[name] == one[name] / 4
     assert four["optimizer"] == one["optimizer"]
     assert four["communication"] == pytest.approx((3 * 3 + 20) * 0.001 + 3 * 4000e-6 + 50_000e-6)
@@ -58,7 +59,7 @@ def test_plan_is_of_the_published_task():
     for assumed, counted in ((ASSUMED.forward, work.forward), (ASSUMED.training, work.training)):
         assert assumed * 300e12 == pytest.approx(counted, rel=1e-3)
     assert ASSUMED.decode * 300e12 == pytest.approx(work.decoding, rel=1e-3)
-    assert plan().row_count == 8
+    assert plan().row_count == 9
 
 
 def test_plan_is_printed(monkeypatch, capsys):
