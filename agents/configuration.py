@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from agents.lora import LORA_TARGETS, LoraTargets
 from agents.rollouts import NonFiniteRewards
+from agents.sizes import largest_divisor, must_divide
 from rewards import parse_options
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -75,6 +76,8 @@ class TaskSettings:
 
     model: str = "tiny"
     """Bundled name (tiny), a folder in diffusers' layout, or a Hub id such as CompVis/stable-diffusion-v1-4."""
+    resolution: int | None = None
+    """Side of the pictures in pixels, for text-to-image models. Default: the model's own."""
     reward: str = "jpeg_compressibility"
     """Built-in name, module:function of your own, or a weighted sum."""
     reward_options: tuple[str, ...] = ()
@@ -91,6 +94,8 @@ class PolicySettings:
 
     guidance_scale: float = 1.0
     """Of classifier-free guidance, in sampling and training; 1 is off and halves the cost. DDPO used 5 on SD 1.4."""
+    unconditional_gradient: bool = True
+    """Whether guidance's unconditional half is differentiated; without, updates are cheaper and not the same."""
     eta: float = 1.0
     """Noise of the DDIM steps: 1 is as noisy as DDPM; must be above 0."""
     noise_level: float | None = None
@@ -101,12 +106,16 @@ class PolicySettings:
     """Rank of the LoRA adapters; 0 trains every weight."""
     lora_targets: LoraTargets = "attention+convolutions"
     """Which layers get an adapter."""
+    merge_lora: bool | None = None
+    """Sample with the adapters merged into a copy of their layers' weights, which is faster. Default: in float32."""
     log_prob_reduction: Literal["mean", "sum"] = "mean"
     """Of the log-density over the latent's dimensions; the clip range depends on it."""
     critic: bool = False
     """Whether a value network is trained, which generalized advantages need; DDPO has none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    compile_denoiser: bool = False
+    """Run the denoiser by torch.compile: faster calls after minutes of compiling, for long runs."""
     autocast: Literal["bfloat16", "float16"] | None = None
     """Mixed precision of the denoiser's arithmetic. Default: the dtype of the frozen weights."""
 
@@ -163,11 +172,11 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         """Replace the sizes that were left open by numbers that divide."""
         total = self.samples_per_iteration
-        self.sample_batch_size = self.sample_batch_size or _largest_divisor(total, 72)
-        self.samples_per_prompt = self.samples_per_prompt or _largest_divisor(self.sample_batch_size, 8)
+        self.sample_batch_size = self.sample_batch_size or largest_divisor(total, 72)
+        self.samples_per_prompt = self.samples_per_prompt or largest_divisor(self.sample_batch_size, 8)
         defaults = ALGORITHMS.get(self.algorithm, ALGORITHMS["ppo"])
         most_updates = defaults.updates_per_iteration
-        self.updates_per_iteration = self.updates_per_iteration or _largest_divisor(total, most_updates)
+        self.updates_per_iteration = self.updates_per_iteration or largest_divisor(total, most_updates)
         self.epochs = self.epochs or defaults.epochs
 
 
@@ -213,9 +222,9 @@ class TrainConfig:
         self._check_choices()
         training = self.training
         total = training.samples_per_iteration
-        _must_divide("sample_batch_size", training.sample_batch_size, "samples_per_iteration", total)
-        _must_divide("samples_per_prompt", training.samples_per_prompt, "sample_batch_size", training.sample_batch_size)
-        _must_divide("updates_per_iteration", training.updates_per_iteration, "samples_per_iteration", total)
+        must_divide("sample_batch_size", training.sample_batch_size, "samples_per_iteration", total)
+        must_divide("samples_per_prompt", training.samples_per_prompt, "sample_batch_size", training.sample_batch_size)
+        must_divide("updates_per_iteration", training.updates_per_iteration, "samples_per_iteration", total)
 
     def _check_ranges(self) -> None:
         training, optimizer = self.training, self.optimizer
@@ -380,16 +389,3 @@ class TrainConfig:
             )
         except (TypeError, KeyError) as error:
             raise ValueError(f"settings must be those of this version's TrainConfig: {error}") from error
-
-
-def _largest_divisor(total: int, limit: int) -> int:
-    return max((divisor for divisor in range(1, limit + 1) if total % divisor == 0), default=1)
-
-
-def _must_divide(name: str, value: int, total_name: str, total: int) -> None:
-    if total % value == 0:
-        return
-    divisors = [divisor for divisor in range(1, total + 1) if total % divisor == 0]
-    below, above = [d for d in divisors if d < value][-1:], [d for d in divisors if d > value][:1]
-    nearest = " or ".join(str(divisor) for divisor in below + above)
-    raise ValueError(f"{name} must divide {total_name}={total}; got {value}; the nearest valid is {nearest}")

@@ -85,7 +85,7 @@ def estimate_time(config: TrainConfig, processes: int = 1) -> str:
         config: as resolved.
         processes: that share the work.
     """
-    model = outline_model(config.task.model)
+    model = outline_model(config.task.model, config.task.resolution)
     if model is None:
         return f"not known before {config.task.model} is downloaded"
     policy = config.policy

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -22,13 +24,17 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
+from agents import compilation
 from agents.critic import DenoisingCritic
 from agents.distributed import Share
 from agents.distribution import DenoisingDistribution
+from agents.guidance import guided_output, negative_conditioning
 from agents.lora import LoraTargets, add_lora, copy_for_full_training
+from agents.lora_layers import merged_adapters
+from agents.policy_arguments import check_arguments, check_model
 from agents.rollout_buffer import TensorRolloutBuffer, Transitions
 from ddpo_env.denoising_loss import add_noise, draw_timesteps
-from ddpo_env.models import DiffusionModel, load_model
+from ddpo_env.models import load_model
 from ddpo_env.spaces import DenoisingObservationSpace, latent_box
 from ddpo_env.transition import GaussianSampler, Reduction
 
@@ -57,16 +63,22 @@ class DiffusionPolicy(ActorCriticPolicy):
         num_inference_steps: length of an episode; default: the environment's.
         device: where the model is loaded; default: the environment's.
         dtype: of the frozen weights; default: the environment's. What learns is float32.
+        resolution: side of the pictures in pixels; default: the environment's.
         guidance_scale: of classifier-free guidance; 1 is off, which halves the cost. Where the model's denoiser takes
             the scale as an input (FLUX.1-dev), it is that input.
+        unconditional_gradient: whether guidance's unconditional half is differentiated. Without, an update costs about
+            a quarter less, and its gradient is another one: that of the conditional half, `guidance_scale` times.
         eta: noise of the DDIM step, above 0.
         noise_level: noise of the flow-matching step, above 0, default 0.7; refused for other samplers.
         min_std: lower bound on the step's standard deviation; needed where the sampler's last step is deterministic.
         lora_rank: of the adapters; 0 trains every weight.
         lora_targets: which layers get an adapter, a name in `agents.lora.LORA_TARGETS`.
+        merge_lora: whether a rollout is sampled with the adapters merged into a copy of their layers' weights, which
+            saves their cost; default: in float32. In half precision the sum is rounded, and with it what was learnt.
         log_prob_reduction: `"mean"` or `"sum"` over the latent's dimensions. `clip_range` depends on it.
         critic: whether there is a value network; without one every value is 0.
         gradient_checkpointing: recompute the denoiser's activations in the backward pass, to save memory.
+        compile_denoiser: run it by `torch.compile`: faster calls after minutes of compiling, for long runs.
         autocast: `"bfloat16"` or `"float16"`: the denoiser computes in it, what learns and the log-densities stay
             float32. Default: the dtype of the frozen weights.
         optimizer_class: optimizer of what learns.
@@ -87,21 +99,25 @@ class DiffusionPolicy(ActorCriticPolicy):
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        resolution: int | None = None,
         guidance_scale: float = 5.0,
+        unconditional_gradient: bool = True,
         eta: float = 1.0,
         noise_level: float | None = None,
         min_std: float | None = None,
         lora_rank: int = 4,
         lora_targets: LoraTargets = "attention",
+        merge_lora: bool | None = None,
         log_prob_reduction: Reduction = "mean",
         critic: bool = False,
         gradient_checkpointing: bool = False,
+        compile_denoiser: bool = False,
         autocast: Literal["bfloat16", "float16"] | None = None,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Share the environment's model and put the adapters in; see the class docstring for the arguments."""
-        _check_arguments(use_sde, num_inference_steps, guidance_scale, log_prob_reduction, autocast)
+        check_arguments(use_sde, num_inference_steps, guidance_scale, log_prob_reduction, autocast)
         if issubclass(optimizer_class, torch.optim.Adam | torch.optim.AdamW):
             optimizer_kwargs = {"betas": (0.9, 0.999), "weight_decay": 1e-4, **(optimizer_kwargs or {})}
         # ActorCriticPolicy's own constructor would build an MLP; everything that it promises is defined below.
@@ -109,6 +125,7 @@ class DiffusionPolicy(ActorCriticPolicy):
             self, observation_space, action_space, optimizer_class=optimizer_class, optimizer_kwargs=optimizer_kwargs
         )
         if isinstance(observation_space, DenoisingObservationSpace):
+            resolution = observation_space.resolution if resolution is None else resolution
             model = observation_space.model if model is None else model
             device = observation_space.device if device is None else device
             dtype = observation_space.dtype if dtype is None else dtype  # type: ignore[assignment]
@@ -118,15 +135,19 @@ class DiffusionPolicy(ActorCriticPolicy):
                 "model and num_inference_steps must be given in policy_kwargs, because observation_space does not name "
                 f"them: it is a {type(observation_space).__name__}, not a DenoisingObservationSpace"
             )
-        self.model = load_model(model, "auto" if device is None else device, "auto" if dtype is None else dtype)
-        self._check_model(guidance_scale)
+        self.model = load_model(
+            model, "auto" if device is None else device, "auto" if dtype is None else dtype, resolution
+        )
+        check_model(self.model, observation_space, action_space, guidance_scale)
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
+        self.unconditional_gradient = unconditional_gradient
         self.eta = eta
         self.noise_level = noise_level
         self.min_std = min_std
         self.lora_rank = lora_rank
         self.lora_targets: LoraTargets = lora_targets
+        self.merge_lora = merge_lora
         self.log_prob_reduction: Reduction = log_prob_reduction
         self.share: Share | None = None  # set by `agents.distributed.sharing`
         self.autocast = autocast
@@ -136,7 +157,7 @@ class DiffusionPolicy(ActorCriticPolicy):
         )
         self.guidance_embeds: bool = getattr(self.model, "guidance_embeds", False)
         guides = guidance_scale != 1 and not self.guidance_embeds
-        self.negative_conditioning = _negative_conditioning(self.model) if guides else {}
+        self.negative_conditioning = negative_conditioning(self.model) if guides else {}
         if lora_rank == 0:
             self.denoiser = copy_for_full_training(self.model.denoiser)
         else:
@@ -146,11 +167,22 @@ class DiffusionPolicy(ActorCriticPolicy):
         if gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         self.to(next(self.denoiser.parameters()).device)
+        self.compile_denoiser = compile_denoiser
+        if compile_denoiser:
+            compilation.compile_denoiser(self.denoiser)
         self.optimizer = self.optimizer_class(
             self.trainable_parameters(),
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
+
+    def sampling_weights(self) -> AbstractContextManager[None]:
+        """Return a context for many calls without gradients, in which the weights do not change: it makes them cheaper.
+
+        `collect_rollouts` of the algorithms here and `evaluate` sample in it; see `merge_lora`.
+        """
+        wanted = self.compute_dtype == torch.float32 if self.merge_lora is None else self.merge_lora
+        return merged_adapters(self.denoiser) if wanted and self.lora_rank > 0 else nullcontext()
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What learns: adapters or the whole denoiser, and the critic if there is one."""
@@ -232,15 +264,11 @@ class DiffusionPolicy(ActorCriticPolicy):
     ) -> Tensor:
         """Return the guided output of the denoiser (the one that learns unless another is given), float32."""
         denoiser = self.denoiser if denoiser is None else denoiser
+        predict = partial(self._predict_with, denoiser)
         if not self.negative_conditioning:
-            return self._predict_with(denoiser, latents, timestep, conditioning)
-        doubled = {
-            name: torch.cat([self.negative_conditioning[name].to(value).expand_as(value), value])
-            for name, value in conditioning.items()
-        }
-        output = self._predict_with(denoiser, torch.cat([latents] * 2), torch.cat([timestep] * 2), doubled)
-        unconditional, conditional = output.chunk(2)
-        return unconditional + self.guidance_scale * (conditional - unconditional)
+            return predict(latents, timestep, conditioning)
+        negative, scale = self.negative_conditioning, self.guidance_scale
+        return guided_output(predict, latents, timestep, conditioning, negative, scale, self.unconditional_gradient)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -255,6 +283,8 @@ class DiffusionPolicy(ActorCriticPolicy):
                 **conditioning,
                 "guidance": torch.full_like(timestep, self.guidance_scale, dtype=torch.float32),
             }
+        if self.compile_denoiser:
+            compilation.any_batch_size([latents, timestep, *conditioning.values()])
         with torch.autocast(latents.device.type, self.compute_dtype, enabled=self.autocast is not None):
             return self.model.predict(denoiser, latents, timestep, conditioning).float()
 
@@ -290,16 +320,20 @@ class DiffusionPolicy(ActorCriticPolicy):
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / _WEIGHTS_FILE)
         settings = {
             "model": self.model.source,
+            "resolution": getattr(self.model, "resolution", None),
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
+            "unconditional_gradient": self.unconditional_gradient,
             "eta": self.eta,
             "noise_level": self.noise_level,
             "min_std": self.min_std,
             "lora_rank": self.lora_rank,
             "lora_targets": self.lora_targets,
+            "merge_lora": self.merge_lora,
             "log_prob_reduction": self.log_prob_reduction,
             "critic": self.critic is not None,
             "gradient_checkpointing": self.gradient_checkpointing,
+            "compile_denoiser": self.compile_denoiser,
             "autocast": self.autocast,
         }
         (folder / _CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
@@ -331,7 +365,7 @@ class DiffusionPolicy(ActorCriticPolicy):
                 )
         settings = json.loads((folder / _CONFIG_FILE).read_text())
         settings["model"] = model if model is not None else settings["model"]
-        base = load_model(settings["model"], device, dtype)
+        base = load_model(settings["model"], device, dtype, settings.setdefault("resolution", None))
         policy = cls(
             DenoisingObservationSpace(base, settings["num_inference_steps"]),
             latent_box(base.latent_shape),
@@ -354,43 +388,3 @@ class DiffusionPolicy(ActorCriticPolicy):
         assert isinstance(obs, dict)
         conditioning = {name: obs[name] for name in self.model.conditioning_shapes}
         return obs["latents"], obs["timestep"].flatten(), conditioning
-
-    def _check_model(self, guidance_scale: float) -> None:
-        """Refuse spaces that are not the model's, and guidance where there is nothing to guide by."""
-        if guidance_scale != 1 and not self.model.conditioning_shapes:
-            raise ValueError(
-                f"guidance_scale must be 1 with model {self.model.source!r}, which has no conditioning to guide by; "
-                f"got {guidance_scale}"
-            )
-        expected = {"latents": self.model.latent_shape, "timestep": (1,), **self.model.conditioning_shapes}
-        found = {
-            name: tuple(space.shape or ()) for name, space in getattr(self.observation_space, "spaces", {}).items()
-        }
-        if found != expected or self.action_space.shape != self.model.latent_shape:
-            raise ValueError(
-                f"observation_space must be that of model {self.model.source!r}, {expected}; got {found} "
-                f"with action shape {self.action_space.shape}"
-            )
-
-
-def _negative_conditioning(model: DiffusionModel) -> dict[str, Tensor]:
-    """What guidance leads away from: the model says, or it is the empty prompt."""
-    if hasattr(model, "negative_conditioning"):
-        return dict(model.negative_conditioning())
-    return model.encode_prompts([""])
-
-
-def _check_arguments(
-    use_sde: bool, num_inference_steps: int | None, guidance_scale: float, log_prob_reduction: str, autocast: str | None
-) -> None:
-    """Refuse what needs no model to be refused."""
-    if use_sde:
-        raise ValueError("use_sde must be False: the sampler's own noise is the exploration; got True")
-    if num_inference_steps is not None and num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps must be at least 1; got {num_inference_steps}")
-    if not np.isfinite(guidance_scale) or guidance_scale < 0:
-        raise ValueError(f"guidance_scale must be at least 0 (1 is off); got {guidance_scale}")
-    if log_prob_reduction not in ("mean", "sum"):
-        raise ValueError(f"log_prob_reduction must be mean or sum; got {log_prob_reduction!r}")
-    if autocast not in (None, "bfloat16", "float16"):
-        raise ValueError(f"autocast must be None, bfloat16 or float16; got {autocast!r}")

@@ -102,6 +102,7 @@ def evaluate(
         torch.random.fork_rng(devices=devices),
         torch.no_grad(),
         sharing(policy, share),
+        policy.sampling_weights(),
     ):
         torch.manual_seed(seed)
         policy.set_training_mode(False)

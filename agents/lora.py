@@ -13,6 +13,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from agents.lora_layers import ADAPTER, replace_layers
+
 LoraTargets = Literal["attention", "attention+convolutions"]
 
 _ATTENTION = (
@@ -65,7 +67,8 @@ def add_lora(denoiser: _Module, rank: int, targets: LoraTargets) -> _Module:
     config = LoraConfig(
         r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS[targets])
     )
-    inject_adapter_in_model(config, adapted, "default")
+    inject_adapter_in_model(config, adapted, ADAPTER)
+    replace_layers(adapted)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)

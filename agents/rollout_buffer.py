@@ -268,12 +268,12 @@ class TensorRolloutBuffer:
         if not self._denoising:
             return stored.get("", stored)
         segments = self.segments.ravel()
-        first = np.zeros(segments.shape, np.bool_)
-        first[np.unique(segments, return_index=True)[1]] = True
+        first = np.ones(self.segments.shape, np.bool_)
+        np.not_equal(self.segments[1:], self.segments[:-1], out=first[1:])
         rows = torch.as_tensor(segments[indices], device=self.device)
         joined = {name: parts[rows] for name, parts in self._joined.items()}
         previous = self.actions.flatten(0, 1)[(chosen - self.n_envs).clamp(min=0)]
-        begins = torch.as_tensor(first[indices], device=self.device).view(-1, *[1] * (previous.ndim - 1))
+        begins = torch.as_tensor(first.ravel()[indices], device=self.device).view(-1, *[1] * (previous.ndim - 1))
         return {**stored, **joined, "latents": torch.where(begins, joined["latents"], previous)}
 
     def _segment_keys(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ computed; `learn` writes the log of an iteration after its update, with its upda
 from __future__ import annotations
 
 import numbers
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
@@ -203,7 +204,8 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         rollout_buffer.reset()
         callback.on_rollout_start()
         pending = PendingRewards(rollout_buffer)
-        with self.processes.agreement():
+        sampling_weights = getattr(self.policy, "sampling_weights", nullcontext)
+        with self.processes.agreement(), sampling_weights():
             if not self._sample(env, callback, rollout_buffer, n_rollout_steps, pending):
                 return False
         gather_rollout(rollout_buffer, self.processes)

@@ -246,6 +246,7 @@ def build_run(
     common: dict[str, Any] = {
         "part": (processes.index, processes.count),
         "model": task.model,
+        "resolution": task.resolution,
         # One object, so that training and evaluation share its models and statistics.
         "reward": shared(reward) if processes.count > 1 else reward,
         "prompts": parts.prompts,

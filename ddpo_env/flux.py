@@ -30,9 +30,9 @@ class FluxModel(TextToImageModel):
 
     denoiser_name = "transformer"
 
-    def __init__(self, pipeline: FluxPipeline, source: str) -> None:
-        """Read the shapes off the pipeline, and freeze its weights."""
-        super().__init__(pipeline, source)
+    def __init__(self, pipeline: FluxPipeline, source: str, resolution: int | None = None) -> None:
+        """Read the shapes off the pipeline, and freeze its weights; `resolution` is the pictures' side in pixels."""
+        super().__init__(pipeline, source, resolution)
         self.guidance_embeds: bool = pipeline.transformer.config.guidance_embeds
 
     def _latent_shape(self) -> tuple[int, ...]:
@@ -40,6 +40,10 @@ class FluxModel(TextToImageModel):
         vae = self.pipeline.vae.config
         side = 2 * (vae.sample_size // (2 * self.pipeline.vae_scale_factor))
         return self.pipeline.transformer.config.in_channels // 4, side, side
+
+    def _patch(self) -> tuple[int, int | None]:
+        """Return 2: the transformer sees patches of 2 × 2, as many as there are."""
+        return 2, None
 
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         """Return `prompt_embeds` `(1, tokens, hidden of T5)` and `pooled_prompt_embeds` `(1, hidden of CLIP)`."""

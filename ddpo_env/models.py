@@ -56,6 +56,7 @@ _CONVERSION = (
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _loaded: dict[tuple[str, str, str], DiffusionModel] = {}
+_resized: dict[tuple[int, str, str, str], DiffusionModel] = {}
 _pipelines: WeakValueDictionary[str, DiffusionPipeline] = WeakValueDictionary()
 _models: WeakValueDictionary[str, DiffusionModel] = WeakValueDictionary()
 
@@ -75,6 +76,8 @@ class DiffusionModel(Protocol):
       `predict` then finds it in `conditioning["guidance"]`, `(batch,)`.
     * `sampler_options(num_inference_steps)`: keywords for `GaussianSampler.from_scheduler`, such as `sigmas`, `mu`.
     * `loading_options`, of a family's class: keywords for its pipeline's `from_pretrained`.
+    * `resolution`: side of the pictures in pixels if it is not the pipeline's own, else `None`. The class of a model
+      that has this attribute is called with `pipeline`, `source` and `resolution` for another one.
     """
 
     source: str
@@ -153,6 +156,7 @@ def load_model(
     model: str | Path | DiffusionPipeline | DiffusionModel,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    resolution: int | None = None,
 ) -> DiffusionModel:
     """Load a diffusion model, or return the one that this process has loaded already.
 
@@ -162,16 +166,26 @@ def load_model(
             again by its `source` as long as somebody holds it.
         device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, ...
         dtype: of the frozen weights: `"auto"`, `"float32"`, `"float16"`, `"bfloat16"` or the torch dtype.
+        resolution: side of the pictures in pixels, for text-to-image pipelines; default: the pipeline's own. The
+            adapters of two resolutions share the weights.
 
     Returns:
         The model's adapter. The same arguments give the same object.
 
     Raises:
-        ValueError: unknown model, device, dtype or pipeline family; a folder whose weights are pickled.
+        ValueError: unknown model, device, dtype or pipeline family; a resolution that the model cannot have; a folder
+            whose weights are pickled.
         OSError: a Hub id that cannot be downloaded, or has no safetensors weights.
     """
     if os.getpid() != _IMPORTED_BY:
         torch.set_num_threads(1)  # a forked process has OpenMP's state without its threads, and would wait for them
+    loaded = _load(model, device, dtype)
+    return loaded if resolution in (None, getattr(loaded, "resolution", None)) else at_resolution(loaded, resolution)
+
+
+def _load(
+    model: str | Path | DiffusionPipeline | DiffusionModel, device: str | torch.device, dtype: str | torch.dtype
+) -> DiffusionModel:
     if isinstance(model, str) and model in _models:
         model = _models[model]
     if isinstance(model, DiffusionModel):
@@ -208,6 +222,19 @@ def load_model(
     return _loaded[key]
 
 
+def at_resolution(model: Any, resolution: int) -> DiffusionModel:
+    """Return the adapter of a loaded model's pipeline for another resolution: the weights are the same."""
+    if not hasattr(model, "resolution"):
+        raise ValueError(
+            f"resolution must be None with model {model.source!r}, which has only its own; got {resolution!r}"
+        )
+    weight = next(model.denoiser.parameters())
+    key = (id(model.pipeline), str(weight.device), str(weight.dtype), str(resolution))
+    if key not in _resized:
+        _resized[key] = type(model)(model.pipeline, model.source, resolution)
+    return _resized[key]
+
+
 def with_model_named(spec: EnvSpec | None, model: DiffusionModel) -> EnvSpec | None:
     """Return the spec with a model object's name in its place: wrappers copy the spec with all that it holds."""
     if spec is None or not isinstance(spec.kwargs.get("model"), DiffusionPipeline | DiffusionModel):
@@ -218,6 +245,7 @@ def with_model_named(spec: EnvSpec | None, model: DiffusionModel) -> EnvSpec | N
 def unload_models() -> None:
     """Forget every loaded model, so that its memory can be freed once nobody else holds it."""
     _loaded.clear()
+    _resized.clear()
 
 
 def _valid_models() -> str:
@@ -233,7 +261,7 @@ _MEMBERS = tuple(name for name in (*DiffusionModel.__annotations__, *vars(Diffus
 def _own_model(model: DiffusionModel, device: str | torch.device, dtype: str | torch.dtype) -> DiffusionModel:
     """Check a user's model, and remember it by its source."""
     source = model.source
-    is_known = _models.get(source) is model or any(model is one for one in _loaded.values())
+    is_known = _models.get(source) is model or any(model is one for one in (*_loaded.values(), *_resized.values()))
     if not is_known:
         if not isinstance(source, str) or not source or source in BUNDLED_MODELS or source.startswith("pipeline/"):
             raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ddpo_env.models import BUNDLED_MODELS, DiffusionModel, bundled_model, family_of, resolve_source
+from ddpo_env.models import BUNDLED_MODELS, DiffusionModel, at_resolution, bundled_model, family_of, resolve_source
 
 _KNOWN: dict[str, str] = {
     "CompVis/stable-diffusion-v1-4": "sd14-random",
@@ -22,19 +22,25 @@ _NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of pipelines that no picture passes in text-to-image; old folders name classes that are no more."""
 
 
-def outline_model(model: str | Path) -> DiffusionModel | None:
+def outline_model(model: str | Path, resolution: int | None = None) -> DiffusionModel | None:
     """Return a model on the meta device: it computes shapes, and no numbers. Nothing is downloaded.
 
     Args:
         model: bundled name, folder in diffusers' layout, or Hub id.
+        resolution: side of the pictures in pixels; default: the model's own.
 
     Returns:
         The model; `None` for a Hub id whose architecture is not known here.
 
     Raises:
-        ValueError: for a name that is neither, a folder that holds no pipeline, or one of an unknown family.
+        ValueError: for a name that is neither, a folder that holds no pipeline, or one of an unknown family; for a
+            resolution that the model cannot have.
     """
-    source = resolve_source(model)
+    outlined = _outline(resolve_source(model))
+    return outlined if outlined is None or resolution is None else at_resolution(outlined, resolution)
+
+
+def _outline(source: str) -> DiffusionModel | None:
     source = _KNOWN.get(source, source)
     meta = torch.device("meta")
     if source in BUNDLED_MODELS:

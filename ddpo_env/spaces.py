@@ -34,6 +34,7 @@ class DenoisingObservationSpace(spaces.Dict):
         model: what `ddpo_env.load_model` needs to find the denoiser again in this process.
         device: where that model is, e.g. `"cuda:0"`.
         dtype: of its frozen weights, e.g. `"float32"`.
+        resolution: that was asked for, in pixels; `None`: the model's own.
         num_inference_steps: length of an episode, which fixes the timesteps.
         conditioning_keys: names of the conditioning tensors.
     """
@@ -51,6 +52,7 @@ class DenoisingObservationSpace(spaces.Dict):
         self.model = model.source
         self.device = str(weight.device)
         self.dtype = str(weight.dtype).removeprefix("torch.")  # type: ignore[assignment]  # a Dict has none of its own
+        self.resolution: int | None = getattr(model, "resolution", None)
         self.num_inference_steps = num_inference_steps
         self.conditioning_keys = tuple(model.conditioning_shapes)
 

@@ -24,6 +24,11 @@ class StableDiffusion3Model(TextToImageModel):
 
     denoiser_name = "transformer"
 
+    def _patch(self) -> tuple[int, int | None]:
+        """Return the transformer's patches, and how many of them in a row it has positions for."""
+        config = self.pipeline.transformer.config
+        return config.patch_size, config.pos_embed_max_size
+
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         """Return `prompt_embeds` `(1, tokens of CLIP and T5, hidden)` and `pooled_prompt_embeds` `(1, hidden)`."""
         tokenizer = self.pipeline.tokenizer_3

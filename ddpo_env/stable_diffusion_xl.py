@@ -1,8 +1,8 @@
 """Stable Diffusion XL as a `DiffusionModel`: two text encoders, a UNet that also knows the picture's size, a VAE.
 
 Podell et al. 2023, arXiv 2307.01952. The prompt's conditioning is both encoders' hidden states and the second one's
-pooled output. The sizes (`time_ids`) are those of an uncropped picture of the model's own resolution, the pipeline's
-default: constants, so they are no part of the conditioning.
+pooled output. The sizes (`time_ids`) are those of an uncropped picture of the model's resolution, by default the
+pipeline's: constants, so they are no part of the conditioning.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class StableDiffusionXLModel(TextToImageModel):
 
     denoiser_name = "unet"
 
-    def __init__(self, pipeline: StableDiffusionXLPipeline, source: str) -> None:
-        """Read the shapes off the pipeline, and freeze its weights."""
-        super().__init__(pipeline, source)
+    def __init__(self, pipeline: StableDiffusionXLPipeline, source: str, resolution: int | None = None) -> None:
+        """Read the shapes off the pipeline, and freeze its weights; `resolution` is the pictures' side in pixels."""
+        super().__init__(pipeline, source, resolution)
         height, width = (side * pipeline.vae_scale_factor for side in self.latent_shape[1:])
         self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=pipeline.device)
 

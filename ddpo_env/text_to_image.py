@@ -30,10 +30,11 @@ class TextToImageModel(ABC):
     denoiser_name: ClassVar[str]
     """The denoiser's name in the pipeline, and the beginning of its keys in a saved LoRA: unet or transformer."""
 
-    def __init__(self, pipeline: DiffusionPipeline, source: str) -> None:
-        """Read the shapes off the pipeline, and freeze its weights."""
+    def __init__(self, pipeline: DiffusionPipeline, source: str, resolution: int | None = None) -> None:
+        """Read the shapes off the pipeline, and freeze its weights; `resolution` is the pictures' side in pixels."""
         self.pipeline = pipeline
         self.source = source
+        self.resolution = resolution
         self.scheduler = pipeline.scheduler
         self.denoiser: nn.Module = getattr(pipeline, self.denoiser_name)
         for part in pipeline.components.values():
@@ -41,6 +42,8 @@ class TextToImageModel(ABC):
                 part.requires_grad_(False).eval()
         self._encoded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self.latent_shape: tuple[int, ...] = self._latent_shape()
+        if resolution is not None:
+            self.latent_shape = (self.latent_shape[0], *[self._latent_side(resolution)] * 2)
         unprompted = self.encode_prompts([""])
         self.conditioning_shapes = {name: tuple(tensor.shape[1:]) for name, tensor in unprompted.items()}
 
@@ -57,6 +60,27 @@ class TextToImageModel(ABC):
         config = getattr(self.pipeline, self.denoiser_name).config
         height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
         return config.in_channels, height, width
+
+    def _patch(self) -> tuple[int, int | None]:
+        """Return the side of the patches of latents that the denoiser takes, and how many it takes in a row at most."""
+        return 1, None
+
+    def _latent_side(self, resolution: int) -> int:
+        """Return the latent's side for pictures of `resolution` pixels.
+
+        Raises:
+            ValueError: where VAE and denoiser cannot have it.
+        """
+        patch, most = self._patch()
+        unit = self.pipeline.vae_scale_factor * patch
+        limit = "" if most is None else f", at most {most * unit}"
+        whole = isinstance(resolution, int) and not isinstance(resolution, bool)
+        if not whole or resolution < unit or resolution % unit or (most is not None and resolution > most * unit):
+            raise ValueError(
+                f"resolution must be a multiple of {unit} pixels{limit} with model {self.source!r}, whose VAE scales "
+                f"by {self.pipeline.vae_scale_factor} and whose denoiser takes patches of {patch}; got {resolution!r}"
+            )
+        return resolution // self.pipeline.vae_scale_factor
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -91,6 +91,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
     | `dtype` | `"auto"` | of the frozen weights: float32 on a CPU, bfloat16 on an accelerator |
     | `backend` | `"numpy"` | `"torch"`: observations are tensors on `device`, rewards and flags stay NumPy |
     | `autoreset_mode` | `"NextStep"` | `gymnasium.vector.AutoresetMode` or its value |
+    | `resolution` | `None` | side of the pictures in pixels; default: the model's own |
     | `samples_per_prompt` | 1 | how many slots in a row share a prompt |
     | `part` | `(0, 1)` | `(i, n)`: part `i` of the `n` equal parts of a larger batch; see below |
     | `deferred_rewards` | `False` | compute rewards in a thread of their own while the environment goes on; see below |
@@ -128,6 +129,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         num_inference_steps: int = 20,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        resolution: int | None = None,
         backend: str = "numpy",
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         samples_per_prompt: int = 1,
@@ -142,7 +144,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         self.autoreset_mode = autoreset_mode_of(autoreset_mode)
         self.reward: Reward = configured_reward(reward, reward_options or {})
         self.prompts = load_prompts(prompts)
-        self.model = load_model(model, device, dtype)
+        self.model = load_model(model, device, dtype, resolution)
         check_reward_and_rendering(self.model, self.reward, render_mode)
         self.device = next(self.model.denoiser.parameters()).device
         self.num_envs = num_envs

@@ -1,28 +1,29 @@
-"""Where an iteration's time goes: sampling and training against the bare denoiser calls inside them.
+"""An iteration of training: how fast, how much memory, and how long next to the bare denoiser calls inside it.
 
 Runs real iterations of `scripts/train_ppo.py`'s algorithm, and between them the same number of denoiser calls of the
-same shapes with nothing around them. Ratios of one run hold on a shared machine; absolute times do not.
+same shapes with nothing around them, by plain diffusers with peft's LoRA. Ratios of one run hold on a shared machine;
+absolute times do not. `scripts/benchmark_trl.py` measures the same of TRL, `scripts/benchmark_against.py` lets both
+take turns.
 """
 
-import json
-import platform
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
+from benchmark_figures import Work, measure, report
+from peft import LoraConfig, inject_adapter_in_model
 from rich.console import Console
+from stable_baselines3.common.logger import Logger
+from torch import nn
 
-from agents.configuration import PolicySettings, RunSettings, TaskSettings, TrainConfig, TrainingSettings
+from agents.configuration import Dtype, PolicySettings, RunSettings, TaskSettings, TrainConfig, TrainingSettings
 from agents.diffusion_policy import DiffusionPolicy
-from agents.ppo import PPO
+from agents.lora import LORA_TARGETS, LoraTargets, copy_for_full_training, share_weights
+from agents.on_policy import TensorOnPolicyAlgorithm
 from agents.training import build_run
 
 
@@ -31,29 +32,43 @@ class Arguments:
     """The work of an iteration; the defaults are those of train_ppo.py."""
 
     model: str = "tiny"
-    """Bundled name, a folder in diffusers' layout, or a Hub id."""
+    """Bundled name, sd14-random (Stable Diffusion 1.4 with random weights), a folder, or a Hub id."""
+    resolution: int | None = None
+    """Side of the pictures in pixels. Default: the model's own."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    dtype: Dtype = "auto"
+    """Of the frozen weights: auto is float32 on a CPU and bfloat16 on an accelerator."""
     samples: int = 72
     """Pictures in an iteration."""
     sample_batch_size: int = 72
     """Pictures drawn at once."""
     train_batch_size: int = 45
-    """Samples in one call of the denoiser in training."""
+    """(sample, timestep) pairs in one call of the denoiser in training."""
     updates: int = 4
     """Optimizer steps in an iteration."""
     num_inference_steps: int = 10
     """Denoising steps."""
     timestep_fraction: float = 0.5
     """Share of the steps that is trained on."""
+    timestep_window: tuple[float, float] = (0.0, 0.9)
+    """Part of the steps that may be trained on."""
     guidance_scale: float = 1.0
     """Of classifier-free guidance; 1 is off."""
     lora_rank: int = 8
     """Rank of the LoRA; 0: full training."""
+    lora_targets: LoraTargets = "attention+convolutions"
+    """Which layers get an adapter."""
+    merge_lora: bool | None = None
+    """Sample with merged adapters. Default: in float32."""
+    compile_denoiser: bool = False
+    """Run the denoiser by torch.compile; the iteration that is not timed compiles it."""
     threads: int = torch.get_num_threads()
     """CPU threads."""
     repeats: int = 5
     """Iterations that are timed, after one that is not."""
+    on_request: bool = False
+    """Take the iterations from standard input, for benchmark_against.py."""
     json: Path | None = None
     """Where to write the figures."""
 
@@ -61,9 +76,19 @@ class Arguments:
 def configuration(arguments: Arguments, run_dir: Path) -> TrainConfig:
     """Return the training configuration that does this work."""
     return TrainConfig(
-        run=RunSettings(run_dir=run_dir, device=arguments.device, eval_samples=1),
-        task=TaskSettings(model=arguments.model, num_inference_steps=arguments.num_inference_steps),
-        policy=PolicySettings(guidance_scale=arguments.guidance_scale, lora_rank=arguments.lora_rank),
+        run=RunSettings(run_dir=run_dir, device=arguments.device, dtype=arguments.dtype, eval_samples=1),
+        task=TaskSettings(
+            model=arguments.model,
+            resolution=arguments.resolution,
+            num_inference_steps=arguments.num_inference_steps,
+        ),
+        policy=PolicySettings(
+            guidance_scale=arguments.guidance_scale,
+            lora_rank=arguments.lora_rank,
+            lora_targets=arguments.lora_targets,
+            merge_lora=arguments.merge_lora,
+            compile_denoiser=arguments.compile_denoiser,
+        ),
         training=TrainingSettings(
             samples_per_iteration=arguments.samples,
             sample_batch_size=arguments.sample_batch_size,
@@ -71,121 +96,91 @@ def configuration(arguments: Arguments, run_dir: Path) -> TrainConfig:
             train_batch_size=arguments.train_batch_size,
             updates_per_iteration=arguments.updates,
             timestep_fraction=arguments.timestep_fraction,
+            timestep_window=arguments.timestep_window,
         ),
     )
 
 
-def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Time `work`, with the device's queue empty before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+def plain_denoiser(policy: DiffusionPolicy) -> nn.Module:
+    """Return the denoiser as peft and diffusers alone would train it: the baseline, whatever the policy does."""
+    if policy.lora_rank == 0:
+        return copy_for_full_training(policy.model.denoiser)
+    plain = share_weights(policy.model.denoiser)
+    rank, targets = policy.lora_rank, list(LORA_TARGETS[policy.lora_targets])
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), plain, "default")
+    return plain.to(policy.device)
 
 
-def bare_calls(algorithm: PPO, arguments: Arguments) -> tuple[Callable[[], None], Callable[[], None]]:
+def bare_calls(
+    algorithm: TensorOnPolicyAlgorithm, config: TrainConfig
+) -> tuple[Callable[[], None], Callable[[], None]]:
     """Return the denoiser calls of an iteration alone: those of sampling, and those of training with their backward."""
     policy = algorithm.policy
     assert isinstance(policy, DiffusionPolicy)
-    doubled = 1 if arguments.guidance_scale == 1 else 2
+    model, denoiser = policy.model, plain_denoiser(policy)
+    doubled = 2 if policy.negative_conditioning else 1
+    unprompted = model.encode_prompts([""])
 
     def call(rows: int) -> torch.Tensor:
         rows *= doubled
-        latents = torch.randn(rows, *policy.model.latent_shape, device=policy.device)
+        latents = torch.randn(rows, *model.latent_shape, device=policy.device)
         timestep = torch.full((rows,), 500.0, device=policy.device)
-        unprompted = policy.model.encode_prompts([""])
-        embeds = {name: value.expand(rows, *value.shape[1:]) for name, value in unprompted.items()}
-        return policy.model.predict(policy.denoiser, latents, timestep, embeds)
+        embeds = {name: value.repeat(rows, *[1] * (value.ndim - 1)) for name, value in unprompted.items()}
+        if policy.guidance_embeds:
+            embeds["guidance"] = torch.full_like(timestep, policy.guidance_scale)
+        with torch.autocast(policy.device.type, policy.compute_dtype, enabled=policy.autocast is not None):
+            return model.predict(denoiser, latents, timestep, embeds)
 
     @torch.no_grad()
     def sampling() -> None:
+        denoiser.eval()
         for _ in range(algorithm.n_steps):
             call(algorithm.n_envs)
 
     def training() -> None:
-        steps = configuration(arguments, Path()).trained_steps
-        left = [arguments.samples * steps // arguments.updates] * arguments.updates
-        for transitions in left:
-            while transitions > 0:
-                rows = min(transitions, algorithm.micro_batch_size)
-                call(rows).float().square().mean().backward()
-                transitions -= rows
-            policy.optimizer.zero_grad()
+        denoiser.train()
+        training = config.training
+        pairs = training.samples_per_iteration * config.trained_steps // training.updates_per_iteration
+        for _ in range(training.updates_per_iteration):
+            for start in range(0, pairs, training.train_batch_size):
+                call(min(training.train_batch_size, pairs - start)).float().square().mean().backward()
+            denoiser.zero_grad()
 
     return sampling, training
 
 
-def measure(arguments: Arguments) -> dict[str, Any]:
-    """Return the figures, medians over the repeats."""
-    torch.set_num_threads(arguments.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        algorithm, _ = build_run(configuration(arguments, Path(folder) / "run"))
-        _, callback = algorithm._setup_learn(1, None)
-    env, device = algorithm.env, algorithm.device
+def work_of(arguments: Arguments, run_dir: Path) -> Work:
+    """Return a real iteration in two parts, and the bare calls of each."""
+    config = configuration(arguments, run_dir)
+    config.check()
+    algorithm, _ = build_run(config)
+    algorithm.set_logger(Logger(None, []))
+    _, callback = algorithm._setup_learn(1, None)
+    env = algorithm.env
     assert env is not None
-    sampling, training = bare_calls(algorithm, arguments)
-    times: dict[str, list[float]] = {"sample": [], "train": [], "bare_sample": [], "bare_train": []}
-    for repeat in range(arguments.repeats + 1):
-        work = {
-            "sample": lambda: algorithm.collect_rollouts(env, callback, algorithm.rollout_buffer, algorithm.n_steps),
-            "bare_sample": sampling,
-            "train": algorithm.train,
-            "bare_train": training,
-        }
-        for name, run in work.items():
-            elapsed = seconds(run, device)
-            if repeat:
-                times[name].append(elapsed)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    ratios = [
-        (a + b) / (c + d)
-        for a, b, c, d in zip(times["sample"], times["train"], times["bare_sample"], times["bare_train"], strict=True)
-    ]
-    pairs = arguments.samples * configuration(arguments, Path()).trained_steps
-    return {
-        "sampling_images_per_second": arguments.samples / median["sample"],
-        "training_pairs_per_second": pairs / median["train"],
-        "iteration_seconds": median["sample"] + median["train"],
-        "sampling_over_unet": statistics.median(
-            a / b for a, b in zip(times["sample"], times["bare_sample"], strict=True)
-        ),
-        "training_over_unet": statistics.median(
-            a / b for a, b in zip(times["train"], times["bare_train"], strict=True)
-        ),
-        "share_outside_unet": 1 - 1 / statistics.median(ratios),
-        "arguments": {name: str(value) for name, value in vars(arguments).items()},
-        "versions": {name: version(name) for name in ("torch", "diffusers", "peft", "stable_baselines3")},
-        "machine": {
-            "platform": platform.platform(),
-            "processor": _processor(),
-            "threads": arguments.threads,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        },
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    return Work(
+        sampling=lambda: algorithm.collect_rollouts(env, callback, algorithm.rollout_buffer, algorithm.n_steps),
+        training=algorithm.train,
+        bare=lambda: bare_calls(algorithm, config),
+        samples=arguments.samples,
+        pairs=arguments.samples * config.trained_steps,
+        device=algorithm.device,
+    )
 
 
 def main() -> int:
     """Measure, print and write."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    console = Console()
+    torch.set_num_threads(arguments.threads)
     try:
-        figures = measure(arguments)
+        with tempfile.TemporaryDirectory() as folder:
+            work = work_of(arguments, Path(folder) / "run")
+            packages = ("torch", "diffusers", "peft", "stable_baselines3")
+            figures = measure(work, arguments.repeats, arguments.on_request, packages)
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         return 2
-    text = json.dumps(figures, indent=2)
-    console.print(text, highlight=False, soft_wrap=True)
-    if arguments.json is not None:
-        arguments.json.write_text(text + "\n")
+    print(report(figures, vars(arguments), arguments.json))
     return 0
 
 

@@ -109,7 +109,7 @@ def test_stock_unet_gives_the_policys_output(env, micro_pipeline_folder, tmp_pat
         base = env.model.denoiser(*inputs(env)).sample
         mine = policy.denoiser(*inputs(env)).sample
         theirs = stock_pipeline(micro_pipeline_folder, tmp_path).unet(*inputs(env)).sample
-    torch.testing.assert_close(theirs, mine, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-5)
     assert (mine - base).abs().max() > 0.01, "the adapters must matter for this test to mean anything"
 
 

@@ -123,16 +123,6 @@ def test_sample_refuses_a_folder_without_a_lora(monkeypatch, capsys, tmp_path):
     assert "pytorch_lora_weights.safetensors" in capsys.readouterr().err
 
 
-def test_benchmark_reports_ratios_over_the_bare_denoiser(monkeypatch, tmp_path):
-    sizes = ["--samples=4", "--sample-batch-size=4", "--train-batch-size=4", "--num-inference-steps=2", "--repeats=1"]
-    output = tmp_path / "figures.json"
-    assert run_script("benchmark", [*sizes, f"--json={output}"], monkeypatch) == 0
-    figures = json.loads(output.read_text())
-    assert figures["sampling_over_unet"] > 0
-    assert 0 < figures["iteration_seconds"] < 600
-    assert figures["training_pairs_per_second"] > 0
-
-
 def test_ctrl_c_stops_at_a_finished_iteration_and_the_run_goes_on(monkeypatch, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, str(SCRIPTS / "train_ppo.py"), *MINIATURE, "--iterations=500", f"--run-dir={run}"]

@@ -1,0 +1,44 @@
+"""What a caller may give to `DiffusionPolicy`; every function raises a `ValueError` that names the argument."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from ddpo_env.models import DiffusionModel
+
+
+def check_arguments(
+    use_sde: bool, num_inference_steps: int | None, guidance_scale: float, log_prob_reduction: str, autocast: str | None
+) -> None:
+    """Refuse what needs no model to be refused."""
+    if use_sde:
+        raise ValueError("use_sde must be False: the sampler's own noise is the exploration; got True")
+    if num_inference_steps is not None and num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps must be at least 1; got {num_inference_steps}")
+    if not np.isfinite(guidance_scale) or guidance_scale < 0:
+        raise ValueError(f"guidance_scale must be at least 0 (1 is off); got {guidance_scale}")
+    if log_prob_reduction not in ("mean", "sum"):
+        raise ValueError(f"log_prob_reduction must be mean or sum; got {log_prob_reduction!r}")
+    if autocast not in (None, "bfloat16", "float16"):
+        raise ValueError(f"autocast must be None, bfloat16 or float16; got {autocast!r}")
+
+
+def check_model(
+    model: DiffusionModel, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], guidance_scale: float
+) -> None:
+    """Refuse spaces that are not the model's, and guidance where there is nothing to guide by."""
+    if guidance_scale != 1 and not model.conditioning_shapes:
+        raise ValueError(
+            f"guidance_scale must be 1 with model {model.source!r}, which has no conditioning to guide by; "
+            f"got {guidance_scale}"
+        )
+    expected = {"latents": model.latent_shape, "timestep": (1,), **model.conditioning_shapes}
+    found = {name: tuple(space.shape or ()) for name, space in getattr(observation_space, "spaces", {}).items()}
+    if found != expected or action_space.shape != model.latent_shape:
+        raise ValueError(
+            f"observation_space must be that of model {model.source!r}, {expected}; got {found} "
+            f"with action shape {action_space.shape}"
+        )
