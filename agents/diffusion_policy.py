@@ -67,7 +67,7 @@ class DiffusionPolicy(ActorCriticPolicy):
         guidance_scale: of classifier-free guidance; 1 is off, which halves the cost. Where the model's denoiser takes
             the scale as an input (FLUX.1-dev), it is that input.
         unconditional_gradient: whether guidance's unconditional half is differentiated. Without, an update costs about
-            a quarter less, and its gradient is another one: that of the conditional half, `guidance_scale` times.
+            a fifth less, and its gradient is another one: that of the conditional half, `guidance_scale` times.
         eta: noise of the DDIM step, above 0.
         noise_level: noise of the flow-matching step, above 0, default 0.7; refused for other samplers.
         min_std: lower bound on the step's standard deviation; needed where the sampler's last step is deterministic.
