@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
-from torch import Tensor
+from peft.tuners import lora
+from torch import Tensor, nn
 
 from agents.configuration import PolicySettings, RunSettings, TaskSettings, TrainConfig, TrainingSettings
 from agents.diffusion_policy import DiffusionPolicy
+from agents.lora import share_weights
+from agents.lora_layers import AdaptedConv2d, AdaptedLinear
 from ddpo_env.vector_env import DenoisingVectorEnv
 from rewards.composite import Composite
 
@@ -158,3 +161,13 @@ def micro_config(model: Path | str, run_dir: Path | None, **groups: dict[str, An
     for name, settings in groups.items():
         setattr(config, name, replace(getattr(config, name), **settings))
     return config
+
+
+def with_peft_layers(denoiser: nn.Module) -> nn.Module:
+    """The same network and adapters in layers of peft's own, which add in their own order."""
+    plain = share_weights(denoiser)
+    for layer in plain.modules():
+        for ours, theirs in ((AdaptedLinear, lora.Linear), (AdaptedConv2d, lora.Conv2d)):
+            if type(layer) is ours:
+                layer.__class__ = theirs
+    return plain

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from micro_agents import STEPS, micro_env, micro_policy, stir
+from micro_agents import STEPS, micro_env, micro_policy, stir, with_peft_layers
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
@@ -108,7 +108,9 @@ def test_stock_unet_gives_the_policys_output(env, micro_pipeline_folder, tmp_pat
     with torch.no_grad():
         base = env.model.denoiser(*inputs(env)).sample
         mine = policy.denoiser(*inputs(env)).sample
+        plain = with_peft_layers(policy.denoiser)(*inputs(env)).sample
         theirs = stock_pipeline(micro_pipeline_folder, tmp_path).unet(*inputs(env)).sample
+    torch.testing.assert_close(theirs, plain, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-5)
     assert (mine - base).abs().max() > 0.01, "the adapters must matter for this test to mean anything"
 
