@@ -23,11 +23,10 @@ from weakref import WeakValueDictionary
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from gymnasium.envs.registration import EnvSpec
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
+from ddpo_env.pipelines import load_pipeline, pipeline_index, place_pipeline, refuse_pickles
 from rewards.devices import DTYPES, resolve_device, resolve_dtype
 
 BUNDLED_MODELS: dict[str, str] = {
@@ -50,10 +49,6 @@ Conditioning: TypeAlias = Mapping[str, Tensor]
 """Conditioning tensors by their diffusers names, each `(batch, ...)`."""
 
 _IMPORTED_BY = os.getpid()
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_CONVERSION = (
-    "Where you trust the file, load the pipeline with diffusers and write it again: pipe.save_pretrained(folder)"
-)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _loaded: dict[tuple[str, str, str], DiffusionModel] = {}
 _resized: dict[tuple[int, str, str, str], DiffusionModel] = {}
@@ -212,10 +207,10 @@ def _load(
             _loaded[key] = bundled_model(location, resolved_device, resolved_dtype)
             return _loaded[key]
         family, options = _family_in(location)
-        pipeline = _load_pipeline(location, resolved_dtype, options).to(resolved_device)
+        pipeline = load_pipeline(location, resolved_dtype, options).to(resolved_device)
     else:
         family = family_of(type(pipeline).__name__)
-        _place(pipeline, resolved_device, resolved_dtype)
+        place_pipeline(pipeline, resolved_device, resolved_dtype)
         if cached is not None and getattr(cached, "pipeline", None) is pipeline:
             return cached
     _loaded[key] = family(pipeline, source)
@@ -286,26 +281,13 @@ def _own_model(model: DiffusionModel, device: str | torch.device, dtype: str | t
     return model
 
 
-def _pipeline_index(location: str) -> Mapping[str, Any]:
-    """Read the pipeline's index, with its class and its components, before any weights are touched."""
-    try:
-        config = DiffusionPipeline.load_config(location)
-    except OSError as error:
-        if Path(location).is_dir():
-            raise ValueError(f"model folder {location!r} holds no diffusers pipeline: {error}") from error
-        raise _download_error(location, error) from error
-    if not isinstance(config, Mapping) or not isinstance(config.get("_class_name"), str):
-        raise ValueError(f"model {location!r} holds no diffusers pipeline: its model_index.json names no _class_name")
-    return config
-
-
 def _family_in(location: str) -> tuple[Any, dict[str, Any]]:
     """Return the adapter's class for the pipeline in a folder or on the Hub, and keywords for its `from_pretrained`."""
-    index = _pipeline_index(location)
+    index = pipeline_index(location)
     family = family_of(index["_class_name"])
     absent = {name: None for name, where in index.items() if where == [None, None]}
     options = absent | getattr(family, "loading_options", {})
-    _refuse_pickles(Path(location), [name for name in index if name not in options])
+    refuse_pickles(Path(location), [name for name in index if name not in options])
     return family, options
 
 
@@ -344,57 +326,3 @@ def _without_torchvision_warnings() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(is_other)
-
-
-def _place(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype) -> None:
-    """Move a pipeline whose parts are not all on the device in the dtype."""
-    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    if any(weight.device != device or weight.dtype != dtype for part in parts for weight in part.parameters()):
-        pipeline.to(device=device, dtype=dtype)
-
-
-def _refuse_pickles(folder: Path, components: Sequence[str]) -> None:
-    """Refuse a folder that has weights which only unpickling would read: a pickle can run any code."""
-    for name in components:
-        pickled = sorted(path for kind in _PICKLES for path in (folder / name).glob(kind))
-        if pickled and not any((folder / name).glob("*.safetensors")):
-            raise ValueError(
-                f"model folder {str(folder)!r} must hold safetensors; {name} has only {pickled[0].name}, a pickle, "
-                f"which is not loaded. {_CONVERSION}"
-            )
-
-
-def _load_pipeline(location: str, dtype: torch.dtype, options: Mapping[str, Any]) -> DiffusionPipeline:
-    if Path(location).is_dir():
-        with _without_progress_bars():
-            return DiffusionPipeline.from_pretrained(location, dtype=dtype, use_safetensors=True, **options)
-    try:
-        return DiffusionPipeline.from_pretrained(location, dtype=dtype, use_safetensors=True, **options)
-    except OSError as error:
-        raise _download_error(location, error) from error
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Bars are for downloads; a folder is read in a moment."""
-    libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
-    for library in libraries:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in libraries:
-            library.enable_progress_bar()
-
-
-def _download_error(location: str, error: OSError) -> OSError:
-    cause = str(error).partition("\n")[0]
-    if "`safetensors` weights" in cause:
-        return OSError(
-            f"model {location!r} has no safetensors weights on the Hub, and pickles are not loaded. {_CONVERSION}"
-        )
-    return OSError(
-        f"model {location!r} is no folder here and could not be downloaded from the Hugging Face Hub "
-        f"({cause}). Without a network, download it elsewhere (`hf download {location} --exclude '*.bin' --exclude "
-        "'*.ckpt' --local-dir path/to/folder`), copy the folder here, and pass it: model='path/to/folder'"
-    )

@@ -72,12 +72,12 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(models, "_loaded", {})
-    monkeypatch.setattr(models, "_load_pipeline", load)
+    monkeypatch.setattr(models, "load_pipeline", load)
 
 
 @pytest.fixture
 def never_asked(monkeypatch: pytest.MonkeyPatch, no_loading: None) -> None:
-    monkeypatch.setattr(vector_env, "load_model", models._load_pipeline)
+    monkeypatch.setattr(vector_env, "load_model", models.load_pipeline)
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ def other_family(tmp_path: Path) -> DDIMPipeline:
 def test_other_families_are_refused_by_name(
     other_family: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "_load_pipeline", None)
+    monkeypatch.setattr(models, "load_pipeline", None)
     for model in (other_family, tmp_path / "other"):
         with pytest.raises(ValueError, match=r"StableDiffusionPipeline, .*; got a DDIMPipeline"):
             load_model(model)
@@ -189,7 +189,7 @@ def test_source_is_checked_without_loading(
     pipeline: StableDiffusionPipeline,
 ) -> None:
     known = load_model(pipeline).source
-    monkeypatch.setattr(models, "_load_pipeline", None)
+    monkeypatch.setattr(models, "load_pipeline", None)
     for model in ("tiny", "points", "CompVis/stable-diffusion-v1-4", micro_pipeline_folder, known):
         check_source(model)
     with pytest.raises(ValueError, match="got a DDIMPipeline"):

@@ -44,7 +44,7 @@ def nothing_happens(monkeypatch, tmp_path):
     def refuse(*_, **__):
         raise AssertionError("a dry run must not do this")
 
-    for name in ("_load_pipeline", "_pipeline_index"):
+    for name in ("load_pipeline", "pipeline_index"):
         monkeypatch.setattr(models, name, refuse)
     monkeypatch.setattr(vector_env, "load_model", refuse)
     monkeypatch.setattr("agents.run_folder.RunFolder.make", refuse)
@@ -226,7 +226,7 @@ def test_dry_run_asks_no_server(nothing_happens, monkeypatch, capsys):
 
 
 def test_dry_run_looks_into_a_folder_but_not_at_its_weights(monkeypatch, capsys, tmp_path, micro_pipeline_folder):
-    monkeypatch.setattr(models, "_load_pipeline", None)
+    monkeypatch.setattr(models, "load_pipeline", None)
     arguments = [*MINIATURE, "--dry-run", f"--run-dir={tmp_path / 'run'}", "--model"]
     assert run_script("train_ppo", [*arguments, micro_pipeline_folder], monkeypatch) == 0
     (tmp_path / "model").mkdir()

@@ -1,0 +1,105 @@
+"""How a diffusers pipeline is read: its index first, safetensors only, and errors that say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_CONVERSION = (
+    "Where you trust the file, load the pipeline with diffusers and write it again: pipe.save_pretrained(folder)"
+)
+
+
+def pipeline_index(location: str) -> Mapping[str, Any]:
+    """Read the index of a pipeline in a folder or on the Hub, with its class and its components.
+
+    Raises:
+        ValueError: for a folder that holds no pipeline.
+        OSError: for a Hub id that cannot be downloaded.
+    """
+    try:
+        config = DiffusionPipeline.load_config(location)
+    except OSError as error:
+        if Path(location).is_dir():
+            raise ValueError(f"model folder {location!r} holds no diffusers pipeline: {error}") from error
+        raise _download_error(location, error) from error
+    if not isinstance(config, Mapping) or not isinstance(config.get("_class_name"), str):
+        raise ValueError(f"model {location!r} holds no diffusers pipeline: its model_index.json names no _class_name")
+    return config
+
+
+def place_pipeline(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype) -> None:
+    """Move a pipeline whose parts are not all on the device in the dtype."""
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    if any(weight.device != device or weight.dtype != dtype for part in parts for weight in part.parameters()):
+        pipeline.to(device=device, dtype=dtype)
+
+
+def refuse_pickles(folder: Path, components: Sequence[str]) -> None:
+    """Refuse a folder that has weights which only unpickling would read: a pickle can run any code.
+
+    Raises:
+        ValueError: naming the component and its file.
+    """
+    for name in components:
+        pickled = sorted(path for kind in _PICKLES for path in (folder / name).glob(kind))
+        if pickled and not any((folder / name).glob("*.safetensors")):
+            raise ValueError(
+                f"model folder {str(folder)!r} must hold safetensors; {name} has only {pickled[0].name}, a pickle, "
+                f"which is not loaded. {_CONVERSION}"
+            )
+
+
+def load_pipeline(location: str, dtype: torch.dtype, options: Mapping[str, Any]) -> DiffusionPipeline:
+    """Load a pipeline's safetensors from a folder or the Hub.
+
+    Args:
+        location: folder or Hub id.
+        dtype: of the weights.
+        options: keywords for `from_pretrained`.
+
+    Raises:
+        OSError: for a Hub id that cannot be downloaded, or has no safetensors weights.
+    """
+    if Path(location).is_dir():
+        with _without_progress_bars():
+            return DiffusionPipeline.from_pretrained(location, dtype=dtype, use_safetensors=True, **options)
+    try:
+        return DiffusionPipeline.from_pretrained(location, dtype=dtype, use_safetensors=True, **options)
+    except OSError as error:
+        raise _download_error(location, error) from error
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Bars are for downloads; a folder is read in a moment."""
+    libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()
+
+
+def _download_error(location: str, error: OSError) -> OSError:
+    cause = str(error).partition("\n")[0]
+    if "`safetensors` weights" in cause:
+        return OSError(
+            f"model {location!r} has no safetensors weights on the Hub, and pickles are not loaded. {_CONVERSION}"
+        )
+    return OSError(
+        f"model {location!r} is no folder here and could not be downloaded from the Hugging Face Hub "
+        f"({cause}). Without a network, download it elsewhere (`hf download {location} --exclude '*.bin' --exclude "
+        "'*.ckpt' --local-dir path/to/folder`), copy the folder here, and pass it: model='path/to/folder'"
+    )
