@@ -127,7 +127,14 @@ def test_ctrl_c_stops_at_a_finished_iteration_and_the_run_goes_on(monkeypatch, t
     run = tmp_path / "run"
     command = [sys.executable, str(SCRIPTS / "train_ppo.py"), *MINIATURE, "--iterations=500", f"--run-dir={run}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     deadline = time.monotonic() + 200
     while not list(run.glob("checkpoints/iteration_*")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
