@@ -31,7 +31,7 @@ from agents.distribution import DenoisingDistribution
 from agents.guidance import guided_output, negative_conditioning
 from agents.lora import LoraTargets, add_lora, copy_for_full_training
 from agents.lora_layers import merged_adapters
-from agents.policy_arguments import check_arguments, check_model
+from agents.policy_arguments import check_arguments, check_model, find_model
 from agents.rollout_buffer import TensorRolloutBuffer, Transitions
 from ddpo_env.denoising_loss import add_noise, draw_timesteps
 from ddpo_env.models import load_model
@@ -124,22 +124,10 @@ class DiffusionPolicy(ActorCriticPolicy):
         BasePolicy.__init__(
             self, observation_space, action_space, optimizer_class=optimizer_class, optimizer_kwargs=optimizer_kwargs
         )
-        if isinstance(observation_space, DenoisingObservationSpace):
-            resolution = observation_space.resolution if resolution is None else resolution
-            model = observation_space.model if model is None else model
-            device = observation_space.device if device is None else device
-            dtype = observation_space.dtype if dtype is None else dtype  # type: ignore[assignment]
-            num_inference_steps = num_inference_steps or observation_space.num_inference_steps
-        if model is None or num_inference_steps is None:
-            raise ValueError(
-                "model and num_inference_steps must be given in policy_kwargs, because observation_space does not name "
-                f"them: it is a {type(observation_space).__name__}, not a DenoisingObservationSpace"
-            )
-        self.model = load_model(
-            model, "auto" if device is None else device, "auto" if dtype is None else dtype, resolution
+        self.model, self.num_inference_steps = find_model(
+            observation_space, model, num_inference_steps, device, dtype, resolution
         )
         check_model(self.model, observation_space, action_space, guidance_scale)
-        self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         self.unconditional_gradient = unconditional_gradient
         self.eta = eta

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from diffusers import DiffusionPipeline
 from gymnasium import spaces
 
-from ddpo_env.models import DiffusionModel
+from ddpo_env.models import DiffusionModel, load_model
+from ddpo_env.spaces import DenoisingObservationSpace
 
 
 def check_arguments(
@@ -42,3 +46,27 @@ def check_model(
             f"observation_space must be that of model {model.source!r}, {expected}; got {found} "
             f"with action shape {action_space.shape}"
         )
+
+
+def find_model(
+    observation_space: spaces.Space[Any],
+    model: str | Path | DiffusionPipeline | None,
+    num_inference_steps: int | None,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    resolution: int | None,
+) -> tuple[DiffusionModel, int]:
+    """Return the model, and the length of an episode; what is not given, the observation space knows."""
+    if isinstance(observation_space, DenoisingObservationSpace):
+        model = observation_space.model if model is None else model
+        device = observation_space.device if device is None else device
+        dtype = observation_space.dtype if dtype is None else dtype  # type: ignore[assignment]
+        resolution = observation_space.resolution if resolution is None else resolution
+        num_inference_steps = num_inference_steps or observation_space.num_inference_steps
+    if model is None or num_inference_steps is None:
+        raise ValueError(
+            "model and num_inference_steps must be given in policy_kwargs, because observation_space does not name "
+            f"them: it is a {type(observation_space).__name__}, not a DenoisingObservationSpace"
+        )
+    loaded = load_model(model, "auto" if device is None else device, "auto" if dtype is None else dtype, resolution)
+    return loaded, num_inference_steps

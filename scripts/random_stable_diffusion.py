@@ -7,13 +7,14 @@ in diffusers' layout, for any library that reads it.
 """
 
 import argparse
-import string
 import sys
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from ddpo_env.stable_diffusion_1_4 import letter_tokenizer
 
 TOKENS = 77
 TEXT_SIZE = 32
@@ -22,11 +23,7 @@ LATENT_SIDE = 16
 
 def build_random_stable_diffusion(seed: int = 0) -> StableDiffusionPipeline:
     """Return the pipeline; its weights are the seed's."""
-    letters = [letter + ending for ending in ("", "</w>") for letter in string.ascii_lowercase + string.digits]
-    vocabulary = {token: index for index, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
-    tokenizer = CLIPTokenizer(
-        vocab=vocabulary, merges=[], unk_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=TOKENS
-    )
+    tokenizer = letter_tokenizer(TOKENS)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         text_encoder = CLIPTextModel(

@@ -118,10 +118,15 @@ def test_preset_is_fresh_every_time():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("processes", [2, 4, 8])
-def test_presets_can_be_shared(name, processes):
-    config = preset_config(name)
-    check_shares(config, processes)
+def test_presets_can_be_shared_by_two_four_or_eight_processes(name):
+    def is_shareable(processes):
+        try:
+            check_shares(preset_config(name), processes)
+        except ValueError:
+            return False
+        return True
+
+    assert [processes for processes in range(1, 17) if is_shareable(processes)] == [1, 2, 4, 8]
 
 
 @pytest.mark.parametrize(
