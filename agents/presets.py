@@ -8,14 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from agents.configuration import (
-    OptimizerSettings,
-    PolicySettings,
-    RunSettings,
-    TaskSettings,
-    TrainConfig,
-    TrainingSettings,
-)
+from agents.configuration import TrainConfig
+from agents.settings import OptimizerSettings, PolicySettings, RunSettings, TaskSettings, TrainingSettings
 
 
 class _Experiment(NamedTuple):

@@ -20,10 +20,11 @@ from rich.console import Console
 from stable_baselines3.common.logger import Logger
 from torch import nn
 
-from agents.configuration import Dtype, PolicySettings, RunSettings, TaskSettings, TrainConfig, TrainingSettings
+from agents.configuration import TrainConfig
 from agents.diffusion_policy import DiffusionPolicy
 from agents.lora import LORA_TARGETS, LoraTargets, copy_for_full_training, share_weights
 from agents.on_policy import TensorOnPolicyAlgorithm
+from agents.settings import Dtype, PolicySettings, RunSettings, TaskSettings, TrainingSettings
 from agents.training import build_run
 
 

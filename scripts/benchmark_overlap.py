@@ -47,7 +47,8 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     import benchmark_overlap
 
-    from agents.configuration import RunSettings, TaskSettings, TrainConfig, TrainingSettings
+    from agents.configuration import TrainConfig
+    from agents.settings import RunSettings, TaskSettings, TrainingSettings
     from agents.training import build_run
 
     with tempfile.TemporaryDirectory() as folder:

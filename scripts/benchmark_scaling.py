@@ -58,7 +58,8 @@ class Arguments:
 
 def configuration(arguments: Arguments, run_dir: Path) -> "TrainConfig":
     """Return the training configuration that does this work."""
-    from agents.configuration import PolicySettings, RunSettings, TaskSettings, TrainConfig, TrainingSettings
+    from agents.configuration import TrainConfig
+    from agents.settings import PolicySettings, RunSettings, TaskSettings, TrainingSettings
 
     return TrainConfig(
         run=RunSettings(run_dir=run_dir, device=arguments.device, eval_samples=arguments.processes),

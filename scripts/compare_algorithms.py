@@ -5,24 +5,21 @@ Every algorithm gets the same number of reward queries, the same advantages, and
 every seed on every reward, and draws the curves. Runs whose rows are in the CSV already are not done again.
 """
 
-import contextlib
-import csv
-import os
 import sys
 import tempfile
-import time
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import tyro
+from many_runs import held_out_rewards, perform, read_rows, use_one_thread
 
 LABELS = {"ppo": "DDPO-IS", "reinforce": "DDPO-SF", "rwr": "RWR", "rwr_sparse": "RWR-sparse"}
 COLOURS = {"ppo": "#0b6e99", "reinforce": "#d9730d", "rwr": "#6940a5", "rwr_sparse": "#448361"}
 FIELDS = ("algorithm", "reward", "seed", "learning_rate", "updates", "iteration", "reward_queries", "eval_reward")
+KEY = 5
+"""How many of the fields tell runs apart."""
 
 
 @dataclass
@@ -84,7 +81,7 @@ def main() -> None:
             for updates in (arguments.ppo_updates if algorithm == "ppo" else (1,))
             for rate in arguments.learning_rates
         ]
-        perform(runs, arguments, rates_file)
+        perform(runs, partial(train, arguments), rates_file, FIELDS, KEY, arguments.jobs)
         for algorithm, found in best_settings(rates_file).items():
             settings = f"learning rate {found.learning_rate:g}, updates {found.updates}"
             print(f"{LABELS[algorithm]:10s} {settings}: {found.reward:.3f}")
@@ -102,41 +99,18 @@ def main() -> None:
             for reward in arguments.rewards
             for algorithm in arguments.algorithms
         ]
-        perform(runs, arguments, results_file)
+        perform(runs, partial(train, arguments), results_file, FIELDS, KEY, arguments.jobs)
     plot(read_rows(results_file), arguments.output / "images" / "algorithms.png")
     print_table(read_rows(results_file))
 
 
-def perform(runs: Iterable[Run], arguments: Arguments, file: Path) -> None:
-    """Run what is not in the file yet, a few at a time, and append the rows of each as it ends."""
-    key = FIELDS[:5]
-    done = {tuple(row[name] for name in key) for row in read_rows(file)}
-    left = [run for run in runs if tuple(str(value) for value in run[:5]) not in done]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        futures = {pool.submit(train, run, arguments): run for run in left}
-        for count, future in enumerate(as_completed(futures), 1):
-            rows = future.result()
-            new = not file.is_file()
-            with file.open("a", newline="") as table:
-                writer = csv.DictWriter(table, FIELDS, lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerows(rows)
-            run = futures[future]
-            print(f"{time.strftime('%H:%M:%S')} {count}/{len(left)} {run}: {rows[-1]['eval_reward']}", flush=True)
-
-
-def train(run: Run, arguments: Arguments) -> list[dict[str, str]]:
+def train(arguments: Arguments, run: Run) -> list[dict[str, str]]:
     """Train once, in a process of its own; return a row an evaluation."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
+    use_one_thread()
+    from agents.configuration import TrainConfig
+    from agents.settings import OptimizerSettings, RunSettings, TaskSettings, TrainingSettings
 
-    torch.set_num_threads(1)
-    from agents.configuration import OptimizerSettings, RunSettings, TaskSettings, TrainConfig, TrainingSettings
-    from agents.training import prepare_run
-
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silence:
+    with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             run=RunSettings(
                 run_dir=Path(folder) / "run",
@@ -150,26 +124,12 @@ def train(run: Run, arguments: Arguments) -> list[dict[str, str]]:
             training=TrainingSettings(algorithm=run.algorithm, updates_per_iteration=run.updates),  # type: ignore[arg-type]
             optimizer=OptimizerSettings(learning_rate=run.learning_rate),
         )
-        try:
-            with contextlib.redirect_stdout(silence):
-                prepared = prepare_run(config)
-                prepared.train()
-            evaluations = prepared.pictures.evaluations
-        except FloatingPointError:  # a learning rate that is too high for this algorithm: the worst possible result
-            evaluations = [(run.iterations, float("-inf"))]
+        evaluations = held_out_rewards(config)
     queries = config.training.samples_per_iteration
     return [
-        dict(zip(FIELDS, [*map(str, run[:5]), str(at), str(at * queries), f"{reward:.6f}"], strict=True))
+        dict(zip(FIELDS, [*map(str, run[:KEY]), str(at), str(at * queries), f"{reward:.6f}"], strict=True))
         for at, reward in evaluations
     ]
-
-
-def read_rows(file: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV; none if it is not there."""
-    if not file.is_file():
-        return []
-    with file.open(newline="") as table:
-        return list(csv.DictReader(table))
 
 
 class Best(NamedTuple):

@@ -20,9 +20,9 @@ import tyro
 from benchmark_figures import machine
 from torch import nn
 
-from agents.configuration import Dtype
 from agents.costs import count_work, matmul_rate
 from agents.lora import LoraTargets, add_lora
+from agents.settings import Dtype
 from ddpo_env.models import DiffusionModel
 from ddpo_env.outline import outline_model
 from rewards.devices import resolve_device, resolve_dtype

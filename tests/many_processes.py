@@ -17,9 +17,10 @@ from typing import Any
 import micro_agents
 import torch
 
-from agents.configuration import RunSettings, TrainConfig
+from agents.configuration import TrainConfig
 from agents.distributed import Processes
 from agents.on_policy import TensorOnPolicyAlgorithm
+from agents.settings import RunSettings
 from agents.training import prepare_run
 
 PROCESSES = multiprocessing.get_context("forkserver")

@@ -10,10 +10,11 @@ from gymnasium.vector import AutoresetMode
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from agents.configuration import PolicySettings, RunSettings, TaskSettings, TrainConfig, TrainingSettings
+from agents.configuration import TrainConfig
 from agents.diffusion_policy import DiffusionPolicy
 from agents.lora import share_weights
 from agents.lora_layers import AdaptedConv2d, AdaptedLinear
+from agents.settings import PolicySettings, RunSettings, TaskSettings, TrainingSettings
 from ddpo_env.vector_env import DenoisingVectorEnv
 from rewards.composite import Composite
 

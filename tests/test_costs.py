@@ -10,9 +10,10 @@ from micro_families import FAMILIES, micro_family
 from torch.utils.flop_counter import FlopCounterMode
 
 from agents import costs
-from agents.configuration import PolicySettings, RunSettings, TaskSettings, TrainConfig, TrainingSettings
+from agents.configuration import TrainConfig
 from agents.costs import Work, count_work, describe_seconds, estimate_time
 from agents.plan import denoiser_rows
+from agents.settings import PolicySettings, RunSettings, TaskSettings, TrainingSettings
 from agents.training import prepare_run
 from ddpo_env.models import load_model
 from ddpo_env.outline import outline_model

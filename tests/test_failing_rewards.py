@@ -10,7 +10,8 @@ from micro_agents import InterruptedReward, brightness, micro_config
 from run_comparison import assert_same_run, rows
 from test_scripts import MINIATURE, run_script
 
-from agents.configuration import RunSettings, TrainConfig
+from agents.configuration import TrainConfig
+from agents.settings import RunSettings
 from agents.training import run_training
 
 

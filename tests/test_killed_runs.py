@@ -16,7 +16,8 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from micro_agents import micro_config
-from agents.configuration import RunSettings, TrainConfig
+from agents.configuration import TrainConfig
+from agents.settings import RunSettings
 from agents.training import run_training
 
 model, folder, resume = sys.argv[1:]

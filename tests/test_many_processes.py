@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from test_scripts import MINIATURE, SCRIPTS, run_script
 
 from agents.checkpoint import latest_checkpoint
-from agents.configuration import PolicySettings
 from agents.distributed import start_processes
+from agents.settings import PolicySettings
 from agents.training import run_training
 
 LINEAR = {"optimizer": {"learning_rate": 0.05, "adam_epsilon": 1.0}}

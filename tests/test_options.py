@@ -6,8 +6,9 @@ import yaml
 from micro_agents import micro_config
 from test_scripts import MINIATURE, run_script
 
-from agents.configuration import RunSettings, TaskSettings, TrainConfig
+from agents.configuration import TrainConfig
 from agents.plan import describe_plan
+from agents.settings import RunSettings, TaskSettings
 from agents.training import prepare_run, run_training
 from ddpo_env import DenoisingEnv, DenoisingVectorEnv
 from rewards import configured_reward, parse_options

@@ -4,8 +4,9 @@ import pytest
 from micro_agents import micro_config
 
 from agents.build import _learning_rate
-from agents.configuration import OptimizerSettings, PolicySettings, RunSettings, TrainConfig, TrainingSettings
+from agents.configuration import TrainConfig
 from agents.plan import denoiser_rows, describe_plan
+from agents.settings import OptimizerSettings, PolicySettings, RunSettings, TrainingSettings
 
 
 def test_plan_of_the_default_run():

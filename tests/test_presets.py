@@ -11,10 +11,11 @@ from test_scripts import MINIATURE, SCRIPTS, run_script
 
 from agents.checks import check_parts, resolve_config
 from agents.command_line import parse_command_line
-from agents.configuration import RunSettings, TrainConfig
+from agents.configuration import TrainConfig
 from agents.distributed import Processes, check_shares
 from agents.plan import describe_plan
 from agents.presets import PRESETS, preset_config
+from agents.settings import RunSettings
 from agents.training import prepare_run, run_training
 from ddpo_env import models, vector_env
 

@@ -22,10 +22,11 @@ from safetensors.torch import load_file
 import agents.checkpoint
 import agents.run_folder
 import ddpo_env.vector_env
-from agents.configuration import RunSettings, TrainConfig, TrainingSettings
+from agents.configuration import TrainConfig
 from agents.console import ConsoleWriter
 from agents.diffusion_policy import DiffusionPolicy
 from agents.ppo import PPO
+from agents.settings import RunSettings, TrainingSettings
 from agents.training import run_training
 
 

@@ -10,8 +10,9 @@ from micro_agents import InterruptedReward, brightness, micro_config
 from run_comparison import assert_same_run, rows
 
 from agents import PPO, REINFORCE, RWR
-from agents.configuration import ALGORITHMS, OptimizerSettings, RunSettings, TrainConfig, TrainingSettings
+from agents.configuration import TrainConfig
 from agents.on_policy import TensorOnPolicyAlgorithm
+from agents.settings import ALGORITHMS, OptimizerSettings, RunSettings, TrainingSettings
 from agents.training import prepare_run, run_training
 
 
