@@ -97,3 +97,9 @@ def micro_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "micro"
     micro_pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def scripts_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look imports up in the scripts' folder too, as for a script that is run."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))

@@ -5,13 +5,7 @@ import sys
 
 import pytest
 from PIL import Image
-from test_scripts import SCRIPTS, run_script
-
-
-@pytest.fixture
-def scripts_on_path(monkeypatch):
-    """As for a script that is run: its folder is where imports are looked up."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+from test_scripts import run_script
 
 
 def rows_of(results):
@@ -35,7 +29,7 @@ def test_comparison_trains_every_algorithm(scripts_on_path, micro_pipeline_folde
 
     arguments = script.Arguments(model=str(micro_pipeline_folder), eval_samples=2, eval_interval=0)
     for algorithm in script.LABELS:
-        rows = script.train(script.Run(algorithm, "jpeg_compressibility", 3, 1e-3, 1, 1), arguments)
+        rows = script.train(arguments, script.Run(algorithm, "jpeg_compressibility", 3, 1e-3, 1, 1))
         assert [row["iteration"] for row in rows] == ["0", "1"]
         assert [row["reward_queries"] for row in rows] == ["0", "72"]
         assert all(float(row["eval_reward"]) < 0 for row in rows)
