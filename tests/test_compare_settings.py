@@ -72,7 +72,7 @@ def test_report_prints_and_draws_what_the_table_holds(script, tmp_path, monkeypa
     script.main()
     printed = capsys.readouterr().out
     assert "| defaults | 0.001 | 72, 144 | 108 | -1.300, -1.300 |" in printed
-    assert "| trl | 0.001 | 144, never | not all in 144 | -1.400, -1.800 |" in printed
+    assert "| trl | 0.001 | 144, not in 144 | not all in 144 | -1.400, -1.800 |" in printed
     assert Image.open(tmp_path / "images" / "reward_queries.png").size[0] > 300
 
 
