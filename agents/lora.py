@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from agents.linear import use_convolutions
 from agents.lora_layers import ADAPTER, replace_layers
 
 LoraTargets = Literal["attention", "attention+convolutions"]
@@ -69,6 +70,7 @@ def add_lora(denoiser: _Module, rank: int, targets: LoraTargets) -> _Module:
     )
     inject_adapter_in_model(config, adapted, ADAPTER)
     replace_layers(adapted)
+    use_convolutions(adapted)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
@@ -81,4 +83,5 @@ def copy_for_full_training(denoiser: _Module) -> _Module:
     for tensor in (*trained.parameters(), *trained.buffers()):
         if tensor.is_floating_point():  # one by one: diffusers' own `to` warns where there is nothing to warn of
             tensor.data = tensor.data.to(torch.float32)
+    use_convolutions(trained)
     return trained

@@ -20,6 +20,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional
 
+from agents.linear import linear
+
 ADAPTER = "default"
 """The one adapter's name in peft."""
 
@@ -64,7 +66,7 @@ class AdaptedLinear(_AdaptedLayer, lora.Linear):
         """Return the layer's output with the adapter's, `(..., features)`."""
         weight = self.weight_for(x)
         if weight is not None:
-            return functional.linear(x, weight, self.base_layer.bias)
+            return linear(x, weight, self.base_layer.bias)
         if not self.is_plain(x):
             return super().forward(x, *args, **kwargs)
         thin = functional.linear(x, self.lora_A[ADAPTER].weight).flatten(0, -2)

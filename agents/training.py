@@ -15,6 +15,7 @@ from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from stable_baselines3.common.utils import set_random_seed
 
 import ddpo_env  # noqa: F401  (registers DDPO-SD-v0)
+from agents.allocator import keep_freed_memory
 from agents.build import build_algorithm
 from agents.callbacks import HeldOutPictures
 from agents.checkpoint import (
@@ -256,6 +257,7 @@ def build_run(
         "backend": "torch",
         "non_finite_rewards": "keep" if training.non_finite_rewards == "drop" else "raise",
     }
+    keep_freed_memory()
     set_random_seed(run.seed)
     env = gym.make_vec(
         "DDPO-SD-v0",
