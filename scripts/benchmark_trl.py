@@ -21,6 +21,8 @@ import argparse
 import io
 import itertools
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +110,14 @@ def file_sizes(images: torch.Tensor, prompts: Any, metadata: Any) -> tuple[torch
     return torch.tensor(sizes), {}
 
 
-def trainer_of(arguments: argparse.Namespace) -> Any:
-    """Return TRL's trainer for the work."""
+def trainer_of(arguments: argparse.Namespace, next_prompt: Callable[[], str] | None = None, **others: Any) -> Any:
+    """Return TRL's trainer for the work.
+
+    Args:
+        arguments: of the command line.
+        next_prompt: gives a sample's prompt. Default: `PROMPTS` in turn.
+        others: settings of `DDPOConfig` in the place of the benchmark's.
+    """
     from accelerate import PartialState
 
     PartialState(cpu=arguments.device == "cpu")  # TRL's LoRA path logs by accelerate before it has begun
@@ -133,9 +141,10 @@ def trainer_of(arguments: argparse.Namespace) -> Any:
             side = arguments.resolution
             return super().__call__(*given, height=side, width=side, **named)
 
-    prompts = itertools.cycle(PROMPTS)
+    draw = next_prompt or partial(next, itertools.cycle(PROMPTS))
     pipeline = Pipeline(arguments.model, use_lora=True)
-    trainer = DDPOTrainer(DDPOConfig(**settings(arguments)), file_sizes, lambda: (next(prompts), {}), pipeline)
+    config = DDPOConfig(**{**settings(arguments), **others})
+    trainer = DDPOTrainer(config, file_sizes, lambda: (draw(), {}), pipeline)
     trainer.sd_pipeline.set_progress_bar_config(disable=True)
     return trainer
 
