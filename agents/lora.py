@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from agents.attention import use_batched_attention
 from agents.linear import use_convolutions
 from agents.lora_layers import ADAPTER, replace_layers
 
@@ -71,6 +72,7 @@ def add_lora(denoiser: _Module, rank: int, targets: LoraTargets) -> _Module:
     inject_adapter_in_model(config, adapted, ADAPTER)
     replace_layers(adapted)
     use_convolutions(adapted)
+    use_batched_attention(adapted)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
@@ -84,4 +86,5 @@ def copy_for_full_training(denoiser: _Module) -> _Module:
         if tensor.is_floating_point():  # one by one: diffusers' own `to` warns where there is nothing to warn of
             tensor.data = tensor.data.to(torch.float32)
     use_convolutions(trained)
+    use_batched_attention(trained)
     return trained

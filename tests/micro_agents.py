@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from gymnasium.vector import AutoresetMode
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from agents.attention import BatchedAttention
 from agents.configuration import TrainConfig
 from agents.diffusion_policy import DiffusionPolicy
+from agents.linear import ConvolvedLinear
 from agents.lora import share_weights
 from agents.lora_layers import AdaptedConv2d, AdaptedLinear
 from agents.settings import PolicySettings, RunSettings, TaskSettings, TrainingSettings
@@ -164,11 +167,14 @@ def micro_config(model: Path | str, run_dir: Path | None, **groups: dict[str, An
     return config
 
 
-def with_peft_layers(denoiser: nn.Module) -> nn.Module:
-    """The same network and adapters in layers of peft's own, which add in their own order."""
+def with_stock_layers(denoiser: nn.Module) -> nn.Module:
+    """The same network and adapters in layers of peft's, torch's and diffusers' own, which add in their own order."""
     plain = share_weights(denoiser)
+    stock = ((AdaptedLinear, lora.Linear), (AdaptedConv2d, lora.Conv2d), (ConvolvedLinear, nn.Linear))
     for layer in plain.modules():
-        for ours, theirs in ((AdaptedLinear, lora.Linear), (AdaptedConv2d, lora.Conv2d)):
+        for ours, theirs in stock:
             if type(layer) is ours:
                 layer.__class__ = theirs
+        if isinstance(layer, Attention) and type(layer.processor) is BatchedAttention:
+            layer.set_processor(AttnProcessor2_0())
     return plain

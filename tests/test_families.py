@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TOKENS
 from diffusers import DDIMScheduler, DiffusionPipeline
-from micro_agents import micro_env, micro_policy, stir, weights, with_peft_layers
+from micro_agents import micro_env, micro_policy, stir, weights, with_stock_layers
 from micro_families import FAMILIES, micro_family
 from peft import PeftModel
 from test_ppo import collected, denoising_ppo, logged
@@ -125,7 +125,7 @@ def test_update_trains_the_policy_and_stock_diffusers_reads_it_exactly(
     with torch.no_grad():
         mine, plain, theirs, base = (
             env.model.predict(denoiser, latents, torch.tensor([801.0, 401.0, 1.0]), conditioning)
-            for denoiser in (policy.denoiser, with_peft_layers(policy.denoiser), stock, env.model.denoiser)
+            for denoiser in (policy.denoiser, with_stock_layers(policy.denoiser), stock, env.model.denoiser)
         )
     # With the same weights, peft's wrapper leaves last bits of one UNet to the layout of its tensors in memory.
     torch.testing.assert_close(theirs, plain, rtol=0, atol=1e-5 if family == "ddpm" else 0)

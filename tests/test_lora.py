@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from micro_agents import STEPS, micro_env, micro_policy, stir, with_peft_layers
+from micro_agents import STEPS, micro_env, micro_policy, stir, with_stock_layers
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
@@ -50,7 +50,9 @@ def test_shared_copy_has_its_own_modules_and_the_same_tensors():
 def test_fresh_adapters_are_the_identity(env, targets):
     adapted = add_lora(env.model.denoiser, 2, targets)
     with torch.no_grad():
-        assert torch.equal(adapted(*inputs(env)).sample, env.model.denoiser(*inputs(env)).sample)
+        expected, mine = env.model.denoiser(*inputs(env)).sample, adapted(*inputs(env)).sample
+        assert torch.equal(with_stock_layers(adapted)(*inputs(env)).sample, expected)
+    torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)  # attention adds in another order
 
 
 def test_full_copy_is_float32_and_apart():
@@ -108,7 +110,7 @@ def test_stock_unet_gives_the_policys_output(env, micro_pipeline_folder, tmp_pat
     with torch.no_grad():
         base = env.model.denoiser(*inputs(env)).sample
         mine = policy.denoiser(*inputs(env)).sample
-        plain = with_peft_layers(policy.denoiser)(*inputs(env)).sample
+        plain = with_stock_layers(policy.denoiser)(*inputs(env)).sample
         theirs = stock_pipeline(micro_pipeline_folder, tmp_path).unet(*inputs(env)).sample
     torch.testing.assert_close(theirs, plain, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-5)
