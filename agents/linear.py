@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from agents.frozen import frozen_convolution
+
 LEAST_PRODUCTS = 2**22
 """Multiplications of a call from which a convolution gains; below, what it takes to begin outweighs that."""
 
@@ -43,7 +45,7 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return functional.linear(rows, weight, bias)
     # (batch, length, features) is a picture of 1 × length pixels with its channels last: nothing is copied.
     pixels = rows.transpose(1, 2).unsqueeze(2)
-    return functional.conv2d(pixels, weight[:, :, None, None], bias).squeeze(2).transpose(1, 2)
+    return frozen_convolution(pixels, weight[:, :, None, None], bias).squeeze(2).transpose(1, 2)
 
 
 def use_convolutions(denoiser: nn.Module) -> None:

@@ -14,6 +14,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from agents.attention import use_batched_attention
+from agents.frozen import forget_inputs
 from agents.linear import use_convolutions
 from agents.lora_layers import ADAPTER, replace_layers
 
@@ -71,6 +72,7 @@ def add_lora(denoiser: _Module, rank: int, targets: LoraTargets) -> _Module:
     )
     inject_adapter_in_model(config, adapted, ADAPTER)
     replace_layers(adapted)
+    forget_inputs(adapted)
     use_convolutions(adapted)
     use_batched_attention(adapted)
     for parameter in adapted.parameters():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from agents.attention import BatchedAttention
 from agents.configuration import TrainConfig
 from agents.diffusion_policy import DiffusionPolicy
+from agents.frozen import FrozenConv2d
 from agents.linear import ConvolvedLinear
 from agents.lora import share_weights
 from agents.lora_layers import AdaptedConv2d, AdaptedLinear
@@ -170,7 +171,12 @@ def micro_config(model: Path | str, run_dir: Path | None, **groups: dict[str, An
 def with_stock_layers(denoiser: nn.Module) -> nn.Module:
     """The same network and adapters in layers of peft's, torch's and diffusers' own, which add in their own order."""
     plain = share_weights(denoiser)
-    stock = ((AdaptedLinear, lora.Linear), (AdaptedConv2d, lora.Conv2d), (ConvolvedLinear, nn.Linear))
+    stock = (
+        (AdaptedLinear, lora.Linear),
+        (AdaptedConv2d, lora.Conv2d),
+        (ConvolvedLinear, nn.Linear),
+        (FrozenConv2d, nn.Conv2d),
+    )
     for layer in plain.modules():
         for ours, theirs in stock:
             if type(layer) is ours:
