@@ -61,12 +61,12 @@ class TrainConfig:
             "samples_per_iteration": training.samples_per_iteration,
             "samples_per_prompt": training.samples_per_prompt,
             "sample_batch_size": training.sample_batch_size,
-            "train_batch_size": training.train_batch_size,
             "updates_per_iteration": training.updates_per_iteration,
             "epochs": training.epochs,
         }
         not_negative = {
             "seed": self.run.seed,
+            "train_batch_size": training.train_batch_size,
             "eval_interval": self.run.eval_interval,
             "checkpoint_interval": self.run.checkpoint_interval,
             "guidance_scale": self.policy.guidance_scale,

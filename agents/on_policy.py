@@ -225,11 +225,13 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         """
         knows_reference = hasattr(self.policy, "evaluate_with_reference")
         share = self.processes.share(len(indices))
+        parts = self._micro_batches(share.of(indices))
         with self.processes.agreement():
-            policy = self.evaluate(self.rollout_buffer[share.of(indices)], with_reference=knows_reference)
-        drift = {"kl_to_sampling": approximate_kl(policy.log_ratio)}
-        if policy.reference_kl is not None:
-            drift["kl_to_pretrained"] = policy.reference_kl.mean()
+            policies = [self.evaluate(self.rollout_buffer[part], with_reference=knows_reference) for part in parts]
+        drift = {"kl_to_sampling": approximate_kl(torch.cat([policy.log_ratio for policy in policies]))}
+        reference_kl = [policy.reference_kl for policy in policies if policy.reference_kl is not None]
+        if reference_kl:
+            drift["kl_to_pretrained"] = torch.cat(reference_kl).mean()
         weight = share.count / len(indices)
         return {name: float(self.processes.sum(value * weight)) for name, value in drift.items()}
 

@@ -27,13 +27,16 @@ class DenoiserRows(NamedTuple):
     measuring: int
 
 
-def describe_plan(config: TrainConfig, processes: int = 1, estimate: str | None = None) -> list[str]:
+def describe_plan(
+    config: TrainConfig, processes: int = 1, estimate: str | None = None, memory: str | None = None
+) -> list[str]:
     """Return the plan of a checked configuration, a line a subject; sizes are in samples, that is in pictures.
 
     Args:
         config: checked.
         processes: that share the run.
         estimate: how long it will take, in words.
+        memory: what a training call holds, in words, where its size was chosen by that.
     """
     task, training = config.task, config.training
     total, steps = training.samples_per_iteration, task.num_inference_steps
@@ -57,6 +60,7 @@ def describe_plan(config: TrainConfig, processes: int = 1, estimate: str | None 
         _training(config),
         whole,
         _denoiser(config),
+        *([f"memory     {memory}"] if memory else []),
         *([f"time       {estimate}"] if estimate else []),
     ]
 
@@ -83,6 +87,15 @@ def denoiser_rows(config: TrainConfig) -> DenoiserRows:
     )
 
 
+def pairs_per_update(config: TrainConfig) -> int:
+    """Return the (sample, timestep) pairs of a checked configuration's update; a sample that is imitated is one."""
+    training = config.training
+    if training.algorithm == "rwr_sparse":
+        return _imitated(config)
+    each = 1 if training.algorithm == "rwr" else config.trained_steps
+    return training.samples_per_iteration // training.updates_per_iteration * each
+
+
 def _training(config: TrainConfig) -> str:
     task, training = config.task, config.training
     total, updates = training.samples_per_iteration, training.updates_per_iteration
@@ -99,7 +112,7 @@ def _training(config: TrainConfig) -> str:
     trained = config.trained_steps
     return (
         f"{said} of {_count(total // updates, 'sample', 'samples')} × {trained} of {task.num_inference_steps} steps = "
-        f"{_count(total // updates * trained, 'pair', 'pairs')}, in calls of up to "
+        f"{_count(pairs_per_update(config), 'pair', 'pairs')}, in calls of up to "
         f"{_count(training.train_batch_size, 'pair', 'pairs')}"
     )
 

@@ -131,7 +131,7 @@ class TrainingSettings:
     sample_batch_size: int = 0
     """Pictures drawn at once. 0: as many as divide the samples of an iteration, up to 72."""
     train_batch_size: int = 45
-    """Samples in one call of the denoiser in training; gradients are accumulated over an update's calls."""
+    """(sample, timestep) pairs in one call of the denoiser in training, whose gradients add up. 0: as many as fit."""
     updates_per_iteration: int = 0
     """Optimizer steps in an iteration and epoch. 0: with ppo as many as divide its samples, up to 4; else 1."""
     epochs: int = 0

@@ -31,6 +31,7 @@ from agents.configuration import TrainConfig
 from agents.console import ConsoleWriter
 from agents.diffusion_policy import DiffusionPolicy
 from agents.distributed import Processes, check_shares, start_processes
+from agents.memory import settle_train_batch_size
 from agents.on_policy import TensorOnPolicyAlgorithm
 from agents.run_folder import MetricsTable, RunFolder
 from agents.vec_env import VectorEnvAdapter
@@ -144,6 +145,7 @@ def prepare_run(config: TrainConfig, processes: Processes | None = None) -> Prep
     """
     processes = processes or start_processes(device_of(config), config.run.process_timeout)
     config, checkpoint = processes.from_main(lambda: resolve_config(config))
+    config = settle_train_batch_size(config, processes)
     with processes.agreement():
         check_shares(config, processes.count)
         algorithm, pictures = build_run(config, resume=checkpoint is not None, processes=processes)
@@ -171,6 +173,7 @@ def check_run(config: TrainConfig, processes: Processes | None = None) -> TrainC
     """
     processes = processes or start_processes(device_of(config))
     config, checkpoint = processes.from_main(lambda: resolve_config(config))
+    config = settle_train_batch_size(config, processes)
     with processes.agreement():
         check_shares(config, processes.count)
         check_parts(config, checkpoint is not None, processes)

@@ -22,7 +22,9 @@ from torch import nn
 
 from agents.configuration import TrainConfig
 from agents.diffusion_policy import DiffusionPolicy
+from agents.distributed import Processes
 from agents.lora import LORA_TARGETS, LoraTargets, copy_for_full_training, share_weights
+from agents.memory import settle_train_batch_size
 from agents.on_policy import TensorOnPolicyAlgorithm
 from agents.settings import Dtype, PolicySettings, RunSettings, TaskSettings, TrainingSettings
 from agents.training import build_run
@@ -45,7 +47,7 @@ class Arguments:
     sample_batch_size: int = 72
     """Pictures drawn at once."""
     train_batch_size: int = 45
-    """(sample, timestep) pairs in one call of the denoiser in training."""
+    """(sample, timestep) pairs in one call of the denoiser in training. 0: as many as fit."""
     updates: int = 4
     """Optimizer steps in an iteration."""
     num_inference_steps: int = 10
@@ -60,6 +62,8 @@ class Arguments:
     """Rank of the LoRA; 0: full training."""
     lora_targets: LoraTargets = "attention+convolutions"
     """Which layers get an adapter."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
     merge_lora: bool | None = None
     """Sample with merged adapters. Default: in float32."""
     compile_denoiser: bool = False
@@ -87,6 +91,7 @@ def configuration(arguments: Arguments, run_dir: Path) -> TrainConfig:
             guidance_scale=arguments.guidance_scale,
             lora_rank=arguments.lora_rank,
             lora_targets=arguments.lora_targets,
+            gradient_checkpointing=arguments.gradient_checkpointing,
             merge_lora=arguments.merge_lora,
             compile_denoiser=arguments.compile_denoiser,
         ),
@@ -105,11 +110,17 @@ def configuration(arguments: Arguments, run_dir: Path) -> TrainConfig:
 def plain_denoiser(policy: DiffusionPolicy) -> nn.Module:
     """Return the denoiser as peft and diffusers alone would train it: the baseline, whatever the policy does."""
     if policy.lora_rank == 0:
-        return copy_for_full_training(policy.model.denoiser)
+        return _checkpointing(copy_for_full_training(policy.model.denoiser), policy)
     plain = share_weights(policy.model.denoiser)
     rank, targets = policy.lora_rank, list(LORA_TARGETS[policy.lora_targets])
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), plain, "default")
-    return plain.to(policy.device)
+    return _checkpointing(plain.to(policy.device), policy)
+
+
+def _checkpointing(denoiser: nn.Module, policy: DiffusionPolicy) -> nn.Module:
+    if policy.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    return denoiser
 
 
 def bare_calls(
@@ -154,6 +165,7 @@ def work_of(arguments: Arguments, run_dir: Path) -> Work:
     """Return a real iteration in two parts, and the bare calls of each."""
     config = configuration(arguments, run_dir)
     config.check()
+    config = settle_train_batch_size(config, Processes())
     algorithm, _ = build_run(config)
     algorithm.set_logger(Logger(None, []))
     _, callback = algorithm._setup_learn(1, None)
@@ -166,6 +178,7 @@ def work_of(arguments: Arguments, run_dir: Path) -> Work:
         samples=arguments.samples,
         pairs=arguments.samples * config.trained_steps,
         device=algorithm.device,
+        chosen={"train_batch_size": config.training.train_batch_size},
     )
 
 

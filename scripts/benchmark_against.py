@@ -2,6 +2,7 @@
 
     python scripts/random_stable_diffusion.py model
     python scripts/benchmark_against.py --against trl-venv/bin/python --model model --threads 1
+    python scripts/benchmark_against.py --against trl-venv/bin/python --model sd14-random --device cuda --dtype bfloat16
 
 `--against` is the interpreter of an environment in which TRL is (see benchmark_trl.py). Both processes are started
 once; in every round each does an iteration, in an order that alternates, and the ratio of a round is of iterations that
@@ -13,14 +14,20 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+import random_stable_diffusion
 import tyro
 from benchmark_figures import PARTS
 
 SCRIPTS = Path(__file__).parent
+ARCHITECTURES = {"sd14-random": "sd14"}
+"""Models of a name that benchmark.py knows and TRL does not, and the architecture of their folder."""
 
 
 @dataclass(kw_only=True)
@@ -30,7 +37,9 @@ class Arguments:
     against: Path
     """Python interpreter of an environment with TRL."""
     model: str
-    """Folder in diffusers' layout, or a Hub id."""
+    """Folder in diffusers' layout, a Hub id, or sd14-random, which TRL needs as a folder: it is written first."""
+    model_folder: Path | None = None
+    """Where sd14-random is written, or was. Default: a folder for this comparison alone; 4.3 GB, in bfloat16 half."""
     resolution: int | None = None
     """Side of the pictures in pixels. Default: the model's own."""
     device: str = "cpu"
@@ -112,11 +121,38 @@ def commands(arguments: Arguments) -> dict[str, list[str]]:
     }
 
 
+@contextmanager
+def model_of(arguments: Arguments) -> Iterator[str]:
+    """Return the model that both read: that of the arguments, or the folder that is written for a name of ours.
+
+    Raises:
+        ValueError: for a folder that holds no pipeline, or one for a model that needs none.
+    """
+    if arguments.model not in ARCHITECTURES:
+        if arguments.model_folder is not None:
+            raise ValueError(
+                f"model_folder must be given with {' or '.join(ARCHITECTURES)} alone; got model {arguments.model!r}"
+            )
+        yield arguments.model
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.model_folder or Path(temporary) / arguments.model
+        if not (folder / "model_index.json").is_file():
+            print(f"writing {arguments.model} to {folder}", file=sys.stderr)
+            random_stable_diffusion.write(folder, ARCHITECTURES[arguments.model], arguments.dtype)
+        yield str(folder)
+
+
 def compare(arguments: Arguments) -> dict[str, Any]:
     """Let both take turns, and return the median ratios of ours to theirs, and the figures of each.
 
     A ratio whose name ends in `_cpu` is of the time on a processor: on a machine that others use, the steadier one.
     """
+    with model_of(arguments) as model:
+        return _compare(replace(arguments, model=model)) | {"model": arguments.model}
+
+
+def _compare(arguments: Arguments) -> dict[str, Any]:
     elsewhere = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment = {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
     contestants = {
@@ -144,7 +180,11 @@ def compare(arguments: Arguments) -> dict[str, Any]:
 def main() -> int:
     """Compare, print and write."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    text = json.dumps(compare(arguments), indent=2)
+    try:
+        text = json.dumps(compare(arguments), indent=2)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(text)
     if arguments.json is not None:
         arguments.json.write_text(text + "\n")

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +34,7 @@ class Work:
         samples: pictures of an iteration.
         pairs: (sample, timestep) pairs that it trains on.
         device: where it runs.
+        chosen: settings that were left open.
     """
 
     sampling: Callable[[], Any]
@@ -42,6 +43,7 @@ class Work:
     samples: int
     pairs: int
     device: torch.device
+    chosen: dict[str, Any] = field(default_factory=dict)
 
     def iteration(self, with_bare: bool) -> dict[str, float]:
         """Return the seconds of the parts of an iteration; with `with_bare`, of the bare calls between them too.
@@ -99,6 +101,7 @@ def measure(work: Work, repeats: int, on_request: bool, packages: tuple[str, ...
         times = [work.iteration(with_bare=True) for _ in range(repeats)]
     return summary(times, work.samples, work.pairs) | {
         "peak_memory_mb": memory,
+        "chosen": work.chosen,
         "versions": {name: version(name) for name in packages},
         "machine": machine(work.device),
     }

@@ -1,91 +1,75 @@
-"""Write a small Stable Diffusion with random weights, for benchmarks: it draws nothing, and costs what one costs.
+"""Write a Stable Diffusion with random weights, for benchmarks: it draws nothing, and costs what one costs.
 
     python scripts/random_stable_diffusion.py FOLDER
+    python scripts/random_stable_diffusion.py FOLDER --architecture sd14 --dtype bfloat16
 
-Latents 4 × 16 × 16, pictures 64 × 64, a UNet of 1.43 million weights that attends to 77 tokens at 8 × 8. The folder is
-in diffusers' layout, for any library that reads it.
+`small` has latents 4 × 16 × 16, pictures 64 × 64, a UNet of 1.43 million weights that attends to 77 tokens at 8 × 8,
+and `small-sdxl` is of that size. `sd14` and `sdxl` are the published architectures of Stable Diffusion 1.4 (4.3 GB in
+float32) and SDXL (14 GB). The folder is in diffusers' layout, for any library that reads it. This needs torch,
+diffusers and transformers, and not the package.
 """
 
 import argparse
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import DiffusionPipeline
 
-from ddpo_env.stable_diffusion_1_4 import letter_tokenizer
-
-TOKENS = 77
-TEXT_SIZE = 32
-LATENT_SIDE = 16
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def build_random_stable_diffusion(seed: int = 0) -> StableDiffusionPipeline:
-    """Return the pipeline; its weights are the seed's."""
-    tokenizer = letter_tokenizer(TOKENS)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=TEXT_SIZE,
-                intermediate_size=4 * TEXT_SIZE,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=TOKENS,
-                projection_dim=TEXT_SIZE,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-        unet = UNet2DConditionModel(
-            sample_size=LATENT_SIDE,
-            block_out_channels=(32, 64),
-            layers_per_block=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=TEXT_SIZE,
-        )
-        vae = AutoencoderKL(
-            block_out_channels=(16, 32, 32),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=8,
-            sample_size=4 * LATENT_SIDE,
-            scaling_factor=0.18215,
-        )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        prediction_type="epsilon",
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+def _random_pipelines() -> ModuleType:
+    """Return `ddpo_env.random_pipelines` by its file: where TRL is, the package is not."""
+    file = Path(__file__).resolve().parent.parent / "ddpo_env" / "random_pipelines.py"
+    spec = spec_from_file_location("random_pipelines", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+pipelines = _random_pipelines()
+
+
+def build_random_stable_diffusion(seed: int = 0) -> DiffusionPipeline:
+    """Return the small pipeline; its weights are the seed's."""
+    return pipelines.build_pipeline("small", seed=seed)
+
+
+def write(folder: Path, architecture: str = "small", dtype: str = "float32", seed: int = 0) -> None:
+    """Write the folder of an architecture's pipeline.
+
+    Args:
+        folder: to make.
+        architecture: a name in `ddpo_env.random_pipelines.ARCHITECTURES`.
+        dtype: of the weights.
+        seed: of the weights.
+
+    Raises:
+        ValueError: for another architecture, or a folder that holds something already.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"folder must be empty or not there; got {str(folder)!r}")
+    pipelines.build_pipeline(architecture, dtype=DTYPES[dtype], seed=seed).save_pretrained(folder)
 
 
 def main() -> int:
     """Write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--architecture", default="small", choices=tuple(pipelines.ARCHITECTURES))
+    parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES), help="of the weights in the files")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    build_random_stable_diffusion(arguments.seed).save_pretrained(arguments.folder)
+    try:
+        write(arguments.folder, arguments.architecture, arguments.dtype, arguments.seed)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

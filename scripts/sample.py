@@ -20,6 +20,8 @@ class Arguments:
 
     model: str = "tiny"
     """Bundled name, a folder in diffusers' layout, or a Hub id."""
+    resolution: int | None = None
+    """Side of the pictures in pixels. Default: the model's own; use what the LoRA was trained with."""
     lora: Path | None = None
     """Folder of a trained LoRA, such as runs/<name>/lora."""
     compare: bool = False
@@ -63,7 +65,7 @@ def draw(arguments: Arguments) -> tuple[list[np.ndarray], list[str]]:
     """Return a row of pictures `(prompts, height, width, 3)` uint8 for every seed, and the rows' labels."""
     from ddpo_env.models import load_model
 
-    model = load_model(arguments.model, arguments.device)
+    model = load_model(arguments.model, arguments.device, resolution=arguments.resolution)
     pipe = getattr(model, "pipeline", None)
     if not hasattr(pipe, "load_lora_weights"):
         raise ValueError(f"model must be a text-to-image pipeline; got {arguments.model!r}, a {type(model).__name__}")

@@ -43,6 +43,7 @@ def prepare() -> PreparedRun | int:
     from agents.checks import device_of
     from agents.costs import estimate_time
     from agents.distributed import Processes, start_processes
+    from agents.memory import describe_call
     from agents.plan import describe_plan
     from agents.training import check_run, prepare_run
 
@@ -57,7 +58,9 @@ def prepare() -> PreparedRun | int:
         processes.leave(error)
         return BAD_ARGUMENTS
     if processes.is_main:
-        print("\n".join(describe_plan(config, processes.count, estimate_time(config, processes.count))))
+        is_chosen = line.config.run.resume is None and line.config.training.train_batch_size == 0
+        memory = describe_call(config, processes) if is_chosen else None
+        print("\n".join(describe_plan(config, processes.count, estimate_time(config, processes.count), memory)))
     if run is not None:
         return run
     processes.leave()

@@ -3,6 +3,8 @@
 import importlib.util
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -158,6 +160,94 @@ def test_the_random_model_is_read_by_both_and_has_the_size(monkeypatch, tmp_path
     assert model.latent_shape == (4, 16, 16)
     assert sum(weight.numel() for weight in model.denoiser.parameters()) == 1_427_012
     assert model.conditioning_shapes == {"prompt_embeds": (77, 32)}
+
+
+PUBLISHED = {  # of CompVis/stable-diffusion-v1-4 and stabilityai/stable-diffusion-xl-base-1.0
+    "sd14": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
+    "sdxl": {
+        "unet": 2_567_463_684,
+        "vae": 83_653_863,
+        "text_encoder": 123_060_480,
+        "text_encoder_2": 694_659_840,
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", PUBLISHED)
+def test_published_architectures_have_the_published_numbers_of_weights(architecture):
+    from ddpo_env.random_pipelines import build_pipeline
+
+    pipeline = build_pipeline(architecture, "meta", torch.bfloat16)
+    parts = {name: getattr(pipeline, name) for name in PUBLISHED[architecture]}
+    found = {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
+    assert found == PUBLISHED[architecture]
+    assert {weight.dtype for part in parts.values() for weight in part.parameters()} == {torch.bfloat16}
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.fixture
+def small_published(monkeypatch):
+    """Let sd14 be as small as the small one."""
+    import random_stable_diffusion
+
+    architectures = random_stable_diffusion.pipelines.ARCHITECTURES
+    monkeypatch.setitem(architectures, "sd14", architectures["small"])
+
+
+def test_an_architecture_is_written_in_a_dtype(small_published, monkeypatch, capsys, tmp_path):
+    import random_stable_diffusion
+    from safetensors.torch import load_file
+
+    arguments = ["x.py", str(tmp_path / "model"), "--architecture=sd14", "--dtype=bfloat16"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert random_stable_diffusion.main() == 0
+    weights = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert random_stable_diffusion.main() == 2
+    assert "folder must be empty or not there" in capsys.readouterr().err
+
+
+def test_the_random_model_is_written_where_the_package_is_not(tmp_path):
+    code = (
+        "import sys; sys.modules.update({name: None for name in ('ddpo_env', 'agents', 'rewards', 'gymnasium')}); "
+        f"sys.path.insert(0, {str(SCRIPTS)!r}); import random_stable_diffusion as r; from pathlib import Path; "
+        f"r.write(Path({str(tmp_path / 'model')!r}))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "model" / "model_index.json").is_file()
+
+
+def test_the_comparison_writes_the_folder_that_trl_needs(small_published, monkeypatch, capsys, tmp_path):
+    import benchmark_against
+
+    against = {"against": Path("python")}
+    seen = []
+
+    def compare(arguments):
+        seen.append(Path(arguments.model))
+        assert (seen[-1] / "model_index.json").is_file()
+        return {}
+
+    monkeypatch.setattr(benchmark_against, "_compare", compare)
+    kept = benchmark_against.Arguments(model="sd14-random", model_folder=tmp_path / "sd14", **against)
+    assert benchmark_against.compare(kept) == {"model": "sd14-random"}
+    benchmark_against.compare(kept)  # found again
+    assert capsys.readouterr().err.count("writing sd14-random to") == 1
+    benchmark_against.compare(benchmark_against.Arguments(model="sd14-random", **against))
+    assert seen[:2] == [tmp_path / "sd14"] * 2
+    assert not seen[2].exists(), "it was a temporary one"
+    with pytest.raises(ValueError, match="model_folder must be given with sd14-random alone; got model 'tiny'"):
+        benchmark_against.compare(benchmark_against.Arguments(model="tiny", model_folder=tmp_path, **against))
+
+
+def test_a_benchmark_that_chooses_says_what(micro_pipeline_folder, monkeypatch, capsys):
+    import benchmark
+
+    arguments = [*SIZES, f"--model={micro_pipeline_folder}", "--repeats=1", "--train-batch-size=0"]
+    figures = figures_of(benchmark, [*arguments, "--gradient-checkpointing"], monkeypatch, capsys)
+    assert figures["chosen"] == {"train_batch_size": 2}
 
 
 def test_the_floor_of_a_guided_sample_is_two_calls_a_step(monkeypatch, capsys):

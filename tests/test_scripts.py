@@ -118,6 +118,17 @@ def test_sample_refuses_a_model_that_takes_no_prompts(monkeypatch, capsys, tmp_p
     assert "model must be a text-to-image pipeline; got" in capsys.readouterr().err
 
 
+def test_sample_draws_at_a_resolution(monkeypatch, capsys, tmp_path):
+    drawing = ["--prompts", "a cat", "--seeds", "0", "--num-inference-steps=1", "--device=cpu"]
+    assert run_script("sample", [*drawing, "--resolution=48", f"--output={tmp_path / 'x.png'}"], monkeypatch) == 0
+    script = sys.modules["sample"]
+    settings = {"prompts": ("a cat",), "seeds": (0,), "num_inference_steps": 1, "device": "cpu"}
+    shapes = [script.draw(script.Arguments(**settings, resolution=side))[0][0].shape for side in (None, 48)]
+    assert shapes == [(1, 64, 64, 3), (1, 48, 48, 3)]
+    assert run_script("sample", [*drawing, "--resolution=47"], monkeypatch) == 2
+    assert "resolution must be a multiple of" in capsys.readouterr().err
+
+
 def test_sample_refuses_a_folder_without_a_lora(monkeypatch, capsys, tmp_path):
     assert run_script("sample", [f"--lora={tmp_path}"], monkeypatch) == 2
     assert "pytorch_lora_weights.safetensors" in capsys.readouterr().err
