@@ -14,6 +14,7 @@ import torch
 from conftest import micro_pipeline
 from micro_agents import brightness, micro_config, micro_env, micro_policy, stir
 from micro_families import micro_family
+from test_ppo import collected, denoising_ppo, logged
 from torch import Tensor, nn
 
 from agents.command_line import parse_command_line
@@ -304,3 +305,16 @@ def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradients(env: Any
         torch.testing.assert_close(recomputed, plain, rtol=1e-6, atol=1e-6)
     assert sum(gradient.abs().sum() for gradient in gradients[0]) > 0
     assert kept[1] < 0.6 * kept[0]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_no_call_in_training_has_more_rows_than_a_micro_batch(micro_pipeline_folder: Path, recompute: bool) -> None:
+    model = collected(
+        denoising_ppo(micro_pipeline_folder, num_envs=6, micro_batch_size=2, recompute_log_probs=recompute)
+    )
+    rows: list[int] = []
+    for denoiser in (model.policy.denoiser, model.policy.model.denoiser):
+        denoiser.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    model.train()
+    assert set(rows) == {4}, "two pairs, doubled by guidance; measuring the drift must not need more memory"
+    assert logged(model)["train/kl_to_pretrained"] > 0
