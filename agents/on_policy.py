@@ -29,6 +29,7 @@ from agents.distributed import sharing
 from agents.rollout_buffer import Transitions
 from agents.rollouts import RolloutAlgorithm
 from agents.timesteps import check_timesteps, choose_steps
+from rewards.devices import copied_to
 
 Metrics = defaultdict[str, list[float]]
 
@@ -216,6 +217,8 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
     def drift(self, indices: npt.NDArray[np.int64]) -> dict[str, float]:
         """Measure how far the policy is from the one that sampled the rollout, and from the pretrained one.
 
+        It is called on micro-batches, so that this needs no more memory than an update.
+
         Args:
             indices: flat indices of the transitions to measure on.
 
@@ -225,12 +228,13 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         """
         knows_reference = hasattr(self.policy, "evaluate_with_reference")
         share = self.processes.share(len(indices))
-        parts = self._micro_batches(share.of(indices))
         with self.processes.agreement():
-            policies = [self.evaluate(self.rollout_buffer[part], with_reference=knows_reference) for part in parts]
-        drift = {"kl_to_sampling": approximate_kl(torch.cat([policy.log_ratio for policy in policies]))}
-        reference_kl = [policy.reference_kl for policy in policies if policy.reference_kl is not None]
-        if reference_kl:
+            parts = [
+                self.evaluate(self.rollout_buffer[part], with_reference=knows_reference)
+                for part in self._micro_batches(share.of(indices))
+            ]
+        drift = {"kl_to_sampling": approximate_kl(torch.cat([part.log_ratio for part in parts]))}
+        if reference_kl := [part.reference_kl for part in parts if part.reference_kl is not None]:
             drift["kl_to_pretrained"] = torch.cat(reference_kl).mean()
         weight = share.count / len(indices)
         return {name: float(self.processes.sum(value * weight)) for name, value in drift.items()}
@@ -345,7 +349,7 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
                     if share is not None and share.count:
                         rows = share.of(part)
                         log_prob = self.evaluate(rollout[rows], with_reference=False).log_prob
-                        own[torch.as_tensor(rows, device=rollout.device)] = log_prob
+                        own[copied_to(rows, rollout.device)] = log_prob
         chosen = torch.as_tensor(np.concatenate([part for parts in groups for part in parts]), device=rollout.device)
         log_probs = rollout.log_probs.flatten().clone()
         log_probs[chosen] = self.processes.sum(own)[chosen]

@@ -20,6 +20,7 @@ from stable_baselines3.common.preprocessing import get_obs_shape
 from torch import Tensor
 
 from ddpo_env.spaces import DenoisingObservationSpace
+from rewards.devices import copied_to
 
 TensorObservation: TypeAlias = Tensor | dict[str, Tensor]
 
@@ -244,7 +245,7 @@ class TensorRolloutBuffer:
 
     def __getitem__(self, indices: npt.NDArray[np.int64]) -> Transitions:
         """Return the transitions at flat indices `step * n_envs + environment`."""
-        chosen = torch.as_tensor(indices, device=self.device)
+        chosen = copied_to(indices, self.device)
         return Transitions(
             observations=self._observations(np.asarray(indices), chosen),
             actions=self.actions.flatten(0, 1)[chosen],
@@ -270,10 +271,10 @@ class TensorRolloutBuffer:
         segments = self.segments.ravel()
         first = np.ones(self.segments.shape, np.bool_)
         np.not_equal(self.segments[1:], self.segments[:-1], out=first[1:])
-        rows = torch.as_tensor(segments[indices], device=self.device)
+        rows = copied_to(segments[indices], self.device)
         joined = {name: parts[rows] for name, parts in self._joined.items()}
         previous = self.actions.flatten(0, 1)[(chosen - self.n_envs).clamp(min=0)]
-        begins = torch.as_tensor(first.ravel()[indices], device=self.device).view(-1, *[1] * (previous.ndim - 1))
+        begins = copied_to(first.ravel()[indices], self.device).view(-1, *[1] * (previous.ndim - 1))
         return {**stored, **joined, "latents": torch.where(begins, joined["latents"], previous)}
 
     def _segment_keys(self) -> tuple[str, ...]:

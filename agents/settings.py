@@ -82,6 +82,10 @@ class TaskSettings:
     """Name of a prompt set, or a text file with a prompt a line."""
     num_inference_steps: int = 10
     """Denoising steps, the length of an episode."""
+    offload_text_encoder: bool | None = None
+    """Have the text encoders on an accelerator only while they encode. Default: yes; on a CPU there is no effect."""
+    vae_tiling: bool = False
+    """Decode pictures one at a time, those larger than the VAE's own size in overlapping tiles: less memory."""
 
 
 @dataclass(kw_only=True)

@@ -35,6 +35,7 @@ from agents.memory import settle_train_batch_size
 from agents.on_policy import TensorOnPolicyAlgorithm
 from agents.run_folder import MetricsTable, RunFolder
 from agents.vec_env import VectorEnvAdapter
+from ddpo_env.models import load_model
 from ddpo_env.vector_env import DenoisingVectorEnv
 from rewards import StatefulReward, shared, unshared
 
@@ -261,6 +262,14 @@ def build_run(
         "non_finite_rewards": "keep" if training.non_finite_rewards == "drop" else "raise",
     }
     keep_freed_memory()
+    load_model(
+        task.model,
+        common["device"],
+        run.dtype,
+        task.resolution,
+        offload_text_encoder=task.offload_text_encoder,
+        vae_tiling=task.vae_tiling,
+    )  # which environments and policy find again
     set_random_seed(run.seed)
     env = gym.make_vec(
         "DDPO-SD-v0",

@@ -11,6 +11,8 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from rewards.devices import copied_to
+
 
 def draw_timesteps(scheduler: Any, batch: int, device: torch.device | str) -> Tensor:
     """Return timesteps uniform over the scheduler's training range, `(batch,)` int64, from torch's generator."""
@@ -36,6 +38,7 @@ def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor) 
         sigma = (timestep / config.num_train_timesteps).view(-1, *[1] * (latents.ndim - 1))
         return (1 - sigma) * latents + sigma * noise, noise - latents
     process = _forward_process(config)
+    process.alphas_cumprod = copied_to(process.alphas_cumprod, latents.device)
     noisy = process.add_noise(latents, noise, timestep)
     if config.prediction_type == "epsilon":
         return noisy, noise

@@ -49,7 +49,7 @@ class FluxModel(TextToImageModel):
         """Return `prompt_embeds` `(1, tokens, hidden of T5)` and `pooled_prompt_embeds` `(1, hidden of CLIP)`."""
         embeds, pooled, _ = self.pipeline.encode_prompt(
             prompt,
-            device=self.pipeline.device,
+            device=self.device,
             max_sequence_length=min(_T5_TOKENS, self.pipeline.tokenizer_2.model_max_length),
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}

@@ -71,6 +71,8 @@ class DiffusionModel(Protocol):
       `predict` then finds it in `conditioning["guidance"]`, `(batch,)`.
     * `sampler_options(num_inference_steps)`: keywords for `GaussianSampler.from_scheduler`, such as `sigmas`, `mu`.
     * `loading_options`, of a family's class: keywords for its pipeline's `from_pretrained`.
+    * `prepare_prompts(prompts)`: encode prompts of which the environment knows that they are going to come.
+    * `save_memory(offload_text_encoder, vae_tiling)`, as `load_model` has them; both may be `None`.
     * `resolution`: side of the pictures in pixels if it is not the pipeline's own, else `None`. The class of a model
       that has this attribute is called with `pipeline`, `source` and `resolution` for another one.
     """
@@ -152,6 +154,9 @@ def load_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     resolution: int | None = None,
+    *,
+    offload_text_encoder: bool | None = None,
+    vae_tiling: bool | None = None,
 ) -> DiffusionModel:
     """Load a diffusion model, or return the one that this process has loaded already.
 
@@ -163,19 +168,28 @@ def load_model(
         dtype: of the frozen weights: `"auto"`, `"float32"`, `"float16"`, `"bfloat16"` or the torch dtype.
         resolution: side of the pictures in pixels, for text-to-image pipelines; default: the pipeline's own. The
             adapters of two resolutions share the weights.
+        offload_text_encoder: whether the text encoders are on an accelerator only while they encode. Each distinct
+            prompt is encoded once. Default: yes; on a CPU there is no effect.
+        vae_tiling: whether pictures are decoded one at a time, and those that are larger than the VAE's own size in
+            tiles that overlap and are blended: less memory, and pictures that differ a little. Default: no.
+
+    What is not said of the last two stays as it is in a model that is loaded already.
 
     Returns:
         The model's adapter. The same arguments give the same object.
 
     Raises:
-        ValueError: unknown model, device, dtype or pipeline family; a resolution that the model cannot have; a folder
-            whose weights are pickled.
+        ValueError: unknown model, device, dtype or pipeline family; a resolution, or a way to save memory, that the
+            model cannot have; a folder whose weights are pickled.
         OSError: a Hub id that cannot be downloaded, or has no safetensors weights.
     """
     if os.getpid() != _IMPORTED_BY:
         torch.set_num_threads(1)  # a forked process has OpenMP's state without its threads, and would wait for them
     loaded = _load(model, device, dtype)
-    return loaded if resolution in (None, getattr(loaded, "resolution", None)) else at_resolution(loaded, resolution)
+    if resolution not in (None, getattr(loaded, "resolution", None)):
+        loaded = at_resolution(loaded, resolution)
+    _save_memory(loaded, offload_text_encoder, vae_tiling)
+    return loaded
 
 
 def _load(
@@ -215,6 +229,18 @@ def _load(
             return cached
     _loaded[key] = family(pipeline, source)
     return _loaded[key]
+
+
+def _save_memory(model: DiffusionModel, offload_text_encoder: bool | None, vae_tiling: bool | None) -> None:
+    if hasattr(model, "save_memory"):
+        model.save_memory(offload_text_encoder, vae_tiling)
+        return
+    for name, value, part in (
+        ("offload_text_encoder", offload_text_encoder, "text encoder to move"),
+        ("vae_tiling", vae_tiling, "VAE with tiles"),
+    ):
+        if value:
+            raise ValueError(f"{name} must be False with model {model.source!r}, which has no {part}; got {value!r}")
 
 
 def at_resolution(model: Any, resolution: int) -> DiffusionModel:

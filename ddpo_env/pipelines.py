@@ -13,6 +13,8 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+"""Names of the parts that need not be where the others are: they come when there is something to encode."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CONVERSION = (
     "Where you trust the file, load the pipeline with diffusers and write it again: pipe.save_pretrained(folder)"
@@ -38,10 +40,12 @@ def pipeline_index(location: str) -> Mapping[str, Any]:
 
 
 def place_pipeline(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype) -> None:
-    """Move a pipeline whose parts are not all on the device in the dtype."""
-    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    if any(weight.device != device or weight.dtype != dtype for part in parts for weight in part.parameters()):
-        pipeline.to(device=device, dtype=dtype)
+    """Move a pipeline whose parts are not all on the device in the dtype; its text encoders may be elsewhere."""
+    for name, part in pipeline.components.items():
+        for weight in part.parameters() if isinstance(part, nn.Module) else ():
+            if weight.dtype != dtype or (weight.device != device and name not in TEXT_ENCODERS):
+                pipeline.to(device=device, dtype=dtype)
+                return
 
 
 def refuse_pickles(folder: Path, components: Sequence[str]) -> None:

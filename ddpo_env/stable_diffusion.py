@@ -22,7 +22,7 @@ class StableDiffusionModel(TextToImageModel):
 
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         """Return `{"prompt_embeds": (1, tokens, hidden)}`."""
-        embeds, _ = self.pipeline.encode_prompt(prompt, self.pipeline.device, 1, False)
+        embeds, _ = self.pipeline.encode_prompt(prompt, self.device, 1, False)
         return {"prompt_embeds": embeds}
 
     def predict(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:

@@ -36,7 +36,7 @@ class StableDiffusion3Model(TextToImageModel):
             prompt,
             prompt_2=None,
             prompt_3=None,
-            device=self.pipeline.device,
+            device=self.device,
             do_classifier_free_guidance=False,
             max_sequence_length=_T5_TOKENS if tokenizer is None else min(_T5_TOKENS, tokenizer.model_max_length),
         )

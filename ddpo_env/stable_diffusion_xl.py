@@ -26,19 +26,22 @@ class StableDiffusionXLModel(TextToImageModel):
         """Read the shapes off the pipeline, and freeze its weights; `resolution` is the pictures' side in pixels."""
         super().__init__(pipeline, source, resolution)
         height, width = (side * pipeline.vae_scale_factor for side in self.latent_shape[1:])
-        self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=pipeline.device)
+        self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device)
 
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         """Return `prompt_embeds` `(1, tokens, hidden of both)` and `pooled_prompt_embeds` `(1, projection)`."""
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompt, device=self.pipeline.device, do_classifier_free_guidance=False
+            prompt,
+            device=self.device,
+            do_classifier_free_guidance=False,
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     @torch.no_grad()
     def negative_conditioning(self) -> dict[str, Tensor]:
         """Return what the pipeline guides away from: zeros, unless its configuration says to encode an empty prompt."""
-        _, embeds, _, pooled = self.pipeline.encode_prompt("", device=self.pipeline.device)
+        with self._text_encoders_on_device():
+            _, embeds, _, pooled = self.pipeline.encode_prompt("", device=self.device)
         return {"prompt_embeds": embeds.float(), "pooled_prompt_embeds": pooled.float()}
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpo_env.models import DiffusionModel
-from ddpo_env.prompts import Prompt, PromptDistribution
+from ddpo_env.prompts import Prompt, PromptDistribution, PromptSet
 
 
 class Start(NamedTuple):
@@ -43,6 +43,8 @@ class Starts:
     leader: np.random.Generator | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.prompts, PromptSet) and hasattr(self.model, "prepare_prompts"):
+            self.model.prepare_prompts(self.prompts.prompts)
         if self.rank:
             self.leader = np.random.default_rng()
 

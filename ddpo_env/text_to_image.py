@@ -6,9 +6,11 @@ called. Nothing here is needed to be a model: `ddpo_env.models.DiffusionModel` i
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,8 +21,11 @@ from torch import Tensor, nn
 
 from ddpo_env.models import Conditioning
 from ddpo_env.pictures import decode_latents
+from ddpo_env.pipelines import TEXT_ENCODERS
 
 _CACHED_BYTES = 2**30
+_PREPARED_PROMPTS = 1000
+"""Of a larger set only as many are encoded beforehand: it would take longer than it saves."""
 
 
 class TextToImageModel(ABC):
@@ -40,6 +45,7 @@ class TextToImageModel(ABC):
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
+        self.offload_text_encoder = self._is_accelerated()
         self._encoded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self.latent_shape: tuple[int, ...] = self._latent_shape()
         if resolution is not None:
@@ -88,17 +94,84 @@ class TextToImageModel(ABC):
 
         Prompts are encoded one by one, so that a prompt's conditioning does not depend on the batch that it came in.
         """
-        encoded = [self._remembered(prompt) for prompt in prompts]
+        self._remember(prompts)
+        encoded = [self._encoded[prompt] for prompt in prompts]
         bytes_each = sum(tensor.nbytes for tensor in encoded[0].values())
         while len(self._encoded) * bytes_each > _CACHED_BYTES:
             self._encoded.popitem(last=False)
         return {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}
 
-    def _remembered(self, prompt: str) -> dict[str, Tensor]:
-        if prompt not in self._encoded:
-            self._encoded[prompt] = {name: tensor.float() for name, tensor in self._encode(prompt).items()}
-        self._encoded.move_to_end(prompt)
-        return self._encoded[prompt]
+    def prepare_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode prompts that are going to come, if each one later would move the text encoders to the device and back.
+
+        At most 1000 of them, and as many as are kept: 1 GiB.
+        """
+        if self.offload_text_encoder:
+            bytes_each = 4 * sum(math.prod(shape) for shape in self.conditioning_shapes.values())
+            most = min(_PREPARED_PROMPTS, _CACHED_BYTES // bytes_each - len(self._encoded))
+            self._remember(list(dict.fromkeys(prompts))[: max(0, most)])
+
+    @torch.no_grad()
+    def _remember(self, prompts: Sequence[str]) -> None:
+        """Encode the prompts that are not known yet, in one visit of the text encoders, and note that all were used."""
+        unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
+        if unknown:
+            with self._text_encoders_on_device():
+                for prompt in unknown:
+                    self._encoded[prompt] = {name: tensor.float() for name, tensor in self._encode(prompt).items()}
+        for prompt in prompts:
+            self._encoded.move_to_end(prompt)
+
+    def save_memory(self, offload_text_encoder: bool | None = None, vae_tiling: bool | None = None) -> None:
+        """Choose what the model does to need less of an accelerator's memory; `None` leaves a choice as it is.
+
+        Args:
+            offload_text_encoder: whether the text encoders are on the accelerator only while they encode; at first
+                they are. On a CPU nothing moves.
+            vae_tiling: whether pictures are decoded one at a time, and those that are larger than the VAE's own
+                `sample_size` in tiles that overlap. The VAE is the pipeline's: this holds for all its resolutions.
+
+        Raises:
+            ValueError: for a value that is neither true nor false, or a VAE that cannot be tiled.
+        """
+        for name, value in {"offload_text_encoder": offload_text_encoder, "vae_tiling": vae_tiling}.items():
+            if value is not None and not isinstance(value, bool):
+                raise ValueError(f"{name} must be True, False or None; got {value!r}")
+        vae = self.pipeline.vae
+        if vae_tiling and not hasattr(vae, "use_tiling"):
+            raise ValueError(
+                f"vae_tiling must be False with model {self.source!r}, whose {type(vae).__name__} has none; got True"
+            )
+        if vae_tiling is not None and vae_tiling != getattr(vae, "use_tiling", False):
+            vae.enable_tiling() if vae_tiling else vae.disable_tiling()
+        if offload_text_encoder is not None:
+            self.offload_text_encoder = offload_text_encoder and self._is_accelerated()
+            self._place_text_encoders(self.device)
+        if self.offload_text_encoder:
+            self._place_text_encoders(torch.device("cpu"))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is: the text encoders may be elsewhere meanwhile."""
+        return next(self.denoiser.parameters()).device
+
+    def _is_accelerated(self) -> bool:
+        return self.device.type not in ("cpu", "meta")
+
+    @contextmanager
+    def _text_encoders_on_device(self) -> Iterator[None]:
+        """Inside, prompts can be encoded."""
+        self._place_text_encoders(self.device)
+        try:
+            yield
+        finally:
+            if self.offload_text_encoder:
+                self._place_text_encoders(torch.device("cpu"))
+
+    def _place_text_encoders(self, device: torch.device) -> None:
+        for name, part in self.pipeline.components.items():
+            if name in TEXT_ENCODERS and part is not None:
+                part.to(device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

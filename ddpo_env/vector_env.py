@@ -32,6 +32,7 @@ from ddpo_env.spaces import DenoisingObservationSpace, latent_box
 from ddpo_env.starts import Start, Starts
 from ddpo_env.transition import GaussianSampler
 from rewards import NonFinite, Reward, are_images, configured_reward, evaluate_reward
+from rewards.devices import copied_to
 
 Latents: TypeAlias = npt.NDArray[np.float32] | Tensor
 Observation: TypeAlias = dict[str, Any]
@@ -394,5 +395,5 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         timestep = torch.as_tensor(self._timesteps[self._step_index][:, None])
         state = {"latents": self._latents, "timestep": timestep, **self._conditioning}
         if self.backend == "torch":  # nothing is ever written in place, so tensors can be handed out as they are
-            return {name: tensor.to(self.device) for name, tensor in state.items()}
+            return {name: copied_to(tensor, self.device) for name, tensor in state.items()}
         return {name: tensor.cpu().numpy().copy() for name, tensor in state.items()}

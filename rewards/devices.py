@@ -1,6 +1,11 @@
-"""Where a model computes and in what dtype: names to devices and dtypes, for denoisers and rewards alike."""
+"""Where a model computes and in what dtype: names to devices and dtypes, for denoisers and rewards alike.
+
+And how small arrays get there without the host waiting.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -41,3 +46,12 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     elif str(dtype) in DTYPES:
         return DTYPES[str(dtype)]
     raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
+
+
+def copied_to(values: Any, device: str | torch.device) -> torch.Tensor:
+    """Return an array or a tensor on a device, without waiting for what the device has still to do.
+
+    CUDA takes pageable memory over before the call returns, so that `values` may then change; MPS does not, and waits.
+    On the device where they are already, the values are not copied.
+    """
+    return torch.as_tensor(values).to(device, non_blocking=torch.device(device).type != "mps")
