@@ -233,7 +233,9 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
                 self.evaluate(self.rollout_buffer[part], with_reference=knows_reference)
                 for part in self._micro_batches(share.of(indices))
             ]
-        drift = {"kl_to_sampling": approximate_kl(torch.cat([part.log_ratio for part in parts]))}
+        drift = dict.fromkeys(["kl_to_sampling"] + ["kl_to_pretrained"] * knows_reference, torch.zeros(()))
+        if parts:  # more processes than transitions: some measure nothing
+            drift["kl_to_sampling"] = approximate_kl(torch.cat([part.log_ratio for part in parts]))
         if reference_kl := [part.reference_kl for part in parts if part.reference_kl is not None]:
             drift["kl_to_pretrained"] = torch.cat(reference_kl).mean()
         weight = share.count / len(indices)
