@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+LEAST_INPUT = 2**20
+"""Numbers of an input from which it is worth while; of small ones, the memory is not what limits a run."""
+
 
 class _FrozenConvolution(torch.autograd.Function):
     """`conv2d` that is differentiated by its input only."""
@@ -72,6 +75,7 @@ def frozen_convolution(
     if (
         learns
         or not (torch.is_grad_enabled() and pixels.requires_grad)
+        or pixels.numel() < LEAST_INPUT
         or (torch.amp.is_autocast_available(place) and torch.is_autocast_enabled(place))
         or torch.compiler.is_compiling()  # which decides itself what is kept
     ):

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from agents.frozen import frozen_convolution
 
-LEAST_PRODUCTS = 2**22
+LEAST_PRODUCTS, LEAST_PRODUCTS_WITH_GRADIENT = 2**22, 2**24
 """Multiplications of a call from which a convolution gains; below, what it takes to begin outweighs that."""
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -67,9 +67,10 @@ def prefers_convolutions() -> bool:
 
 
 def _gains(rows: Tensor, weight: Tensor) -> bool:
+    least = LEAST_PRODUCTS_WITH_GRADIENT if torch.is_grad_enabled() else LEAST_PRODUCTS
     return (
         rows.ndim == 3
-        and rows.shape[0] * rows.shape[1] * weight.numel() >= LEAST_PRODUCTS
+        and rows.shape[0] * rows.shape[1] * weight.numel() >= least
         and rows.device.type == "cpu"
         and rows.dtype == weight.dtype == torch.float32
         and prefers_convolutions()

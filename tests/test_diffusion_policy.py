@@ -74,7 +74,7 @@ def test_guidance_1_calls_the_denoiser_on_the_prompt_alone(env, observations):
     rows = []
     for guidance_scale in (1.0, 3.0):
         policy = micro_policy(env, guidance_scale=guidance_scale)
-        policy.denoiser.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+        policy.denoiser.conv_out.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
         policy.get_distribution(observations[0])
     assert rows == [4, 8]
 

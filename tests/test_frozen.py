@@ -6,7 +6,13 @@ from micro_agents import micro_env, micro_policy, with_stock_layers
 from torch import nn
 from torch.nn import functional
 
+from agents import frozen as module
 from agents.frozen import FrozenConv2d, forget_inputs, frozen_convolution
+
+
+@pytest.fixture(autouse=True)
+def of_any_size(monkeypatch):
+    monkeypatch.setattr(module, "LEAST_INPUT", 1)
 
 
 def kept_bytes(work):
@@ -102,3 +108,12 @@ def test_an_update_keeps_less(micro_pipeline_folder):
         for network in (policy.denoiser, with_stock_layers(policy.denoiser))
     ]
     assert kept[0] < 0.9 * kept[1]
+
+
+def test_small_inputs_are_kept(monkeypatch):
+    layer, given = nn.Conv2d(4, 4, 3).requires_grad_(False), torch.randn(2, 4, 8, 8, requires_grad=True) * 1
+    forget_inputs(layer)
+    monkeypatch.setattr(module, "LEAST_INPUT", given.numel() + 1)
+    assert kept_bytes(lambda: layer(given)) == 4 * given.numel()
+    monkeypatch.setattr(module, "LEAST_INPUT", given.numel())
+    assert kept_bytes(lambda: layer(given)) == 0

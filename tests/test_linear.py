@@ -10,12 +10,15 @@ from torch.nn import functional
 from agents import linear as module
 from agents.linear import ConvolvedLinear, linear, prefers_convolutions
 
+LIMITS = ("LEAST_PRODUCTS", "LEAST_PRODUCTS_WITH_GRADIENT")
+
 
 @pytest.fixture
 def convolving(monkeypatch):
     """As on a processor that gains, for layers of any size; counts the convolutions of linear layers."""
     monkeypatch.setattr(module, "prefers_convolutions", lambda: True)
-    monkeypatch.setattr(module, "LEAST_PRODUCTS", 1)
+    for name in LIMITS:
+        monkeypatch.setattr(module, name, 1)
     calls = []
     convolution = functional.conv2d
     monkeypatch.setattr(module.functional, "conv2d", lambda *given: calls.append(given) or convolution(*given))
@@ -46,12 +49,15 @@ def test_a_product_stays_one_where_convolutions_do_not_gain(convolving, monkeypa
     linear(rows.double(), weight.double(), None)
     with torch.autocast("cpu", torch.bfloat16):
         linear(rows, weight, None)
-    monkeypatch.setattr(module, "LEAST_PRODUCTS", 2 * 3 * 5 * 8 + 1)
-    linear(rows, weight, None)
-    assert convolving == []
-    monkeypatch.setattr(module, "LEAST_PRODUCTS", 2 * 3 * 5 * 8)
-    linear(rows, weight, None)
-    assert len(convolving) == 1
+    for name, with_gradient in zip(LIMITS, (False, True), strict=True):
+        monkeypatch.setattr(module, name, 2 * 3 * 5 * 8 + 1)
+        with torch.set_grad_enabled(with_gradient):
+            linear(rows, weight, None)
+            assert convolving == []
+            monkeypatch.setattr(module, name, 2 * 3 * 5 * 8)
+            linear(rows, weight, None)
+        assert len(convolving) == 1
+        convolving.clear()
 
 
 @pytest.mark.parametrize(
@@ -77,7 +83,8 @@ def test_the_denoiser_that_learns_uses_it_and_the_shared_one_does_not(convolving
 
 def test_ratio_starts_at_1_although_the_batch_decides(convolving, micro_pipeline_folder, monkeypatch):
     """Rollouts of 6 rows convolve, updates of 5 rows do not, or only their larger layers."""
-    monkeypatch.setattr(module, "LEAST_PRODUCTS", 2**14)
+    for name in LIMITS:
+        monkeypatch.setattr(module, name, 2**14)
     model = denoising_ppo(micro_pipeline_folder, micro_batch_size=5, batch_size=12)
     stir(model.policy, 0.02)
     collected(model).train()

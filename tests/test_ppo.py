@@ -109,7 +109,7 @@ def test_timestep_fraction_trains_exactly_its_share_of_each_episode(micro_pipeli
         assert np.bincount(segments[chosen]).tolist() == [share] * 12
     assert (sorted(choices[0]) == sorted(choices[1])) == (fraction == 1)
     rows = []
-    model.policy.denoiser.register_forward_pre_hook(
+    model.policy.denoiser.conv_out.register_forward_pre_hook(
         lambda _, inputs: rows.append(len(inputs[0]) if torch.is_grad_enabled() else 0)
     )
     model.train()

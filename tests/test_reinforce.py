@@ -66,7 +66,7 @@ def test_gradient_is_ppos_before_its_first_update(micro_pipeline_folder):
 def test_rollout_is_good_for_one_update(micro_pipeline_folder):
     model = denoising_reinforce(micro_pipeline_folder, micro_batch_size=7)
     rows = []
-    model.policy.denoiser.register_forward_pre_hook(
+    model.policy.denoiser.conv_out.register_forward_pre_hook(
         lambda _, inputs: rows.append(len(inputs[0])) if torch.is_grad_enabled() else None
     )
     collected(model).train()
