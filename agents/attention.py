@@ -41,6 +41,8 @@ class _BatchedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, output = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated too, as TRPO does
+            return _differentiable_gradient(query, key, value, output, gradients[0])
         gradient = gradients[0].contiguous()
         found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         # The softmax's derivative: every weight times how much better its token is than the average that was taken.
@@ -52,6 +54,15 @@ class _BatchedAttention(torch.autograd.Function):
             torch.bmm(k, scores.transpose(1, 2), out=to_q)
             torch.bmm(q, scores, out=to_k)
         return found
+
+
+def _differentiable_gradient(
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights = _weights(query, key)
+    average = (gradient * output).sum(1).unsqueeze(2)
+    scores = (gradient.transpose(1, 2) @ value - average) * weights
+    return key @ scores.transpose(1, 2), query @ scores, gradient @ weights
 
 
 def _parts(query: Tensor, key: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -33,7 +33,6 @@ from agents.lora import LoraTargets, add_lora, copy_for_full_training
 from agents.lora_layers import merged_adapters
 from agents.policy_arguments import check_arguments, check_model, find_model
 from agents.rollout_buffer import TensorRolloutBuffer, Transitions
-from agents.shared_start import share_start
 from ddpo_env.denoising_loss import add_noise, draw_timesteps
 from ddpo_env.models import load_model
 from ddpo_env.spaces import DenoisingObservationSpace, latent_box
@@ -159,7 +158,6 @@ class DiffusionPolicy(ActorCriticPolicy):
         self.compile_denoiser = compile_denoiser
         if compile_denoiser:
             compilation.compile_denoiser(self.denoiser)
-        self.shared_start = bool(self.negative_conditioning) and not compile_denoiser and share_start(self.denoiser)
         self.optimizer = self.optimizer_class(
             self.trainable_parameters(),
             lr=lr_schedule(1),  # type: ignore[call-arg]
@@ -257,16 +255,8 @@ class DiffusionPolicy(ActorCriticPolicy):
         predict = partial(self._predict_with, denoiser)
         if not self.negative_conditioning:
             return predict(latents, timestep, conditioning)
-        return guided_output(
-            predict,
-            latents,
-            timestep,
-            conditioning,
-            self.negative_conditioning,
-            self.guidance_scale,
-            self.unconditional_gradient,
-            self.shared_start and denoiser is self.denoiser,
-        )
+        negative, scale = self.negative_conditioning, self.guidance_scale
+        return guided_output(predict, latents, timestep, conditioning, negative, scale, self.unconditional_gradient)
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -28,7 +28,6 @@ def guided_output(
     negative: dict[str, Tensor],
     scale: float,
     unconditional_gradient: bool = True,
-    shared_start: bool = False,
 ) -> Tensor:
     """Return `u + scale (c - u)`, latent-shaped, of the outputs `c` for the prompts and `u` for the negative one.
 
@@ -41,15 +40,11 @@ def guided_output(
         scale: 1 is no guidance.
         unconditional_gradient: whether `u` is differentiated. With, both are one call of twice the rows; without, two
             calls, always, so that the batch's shape is the same in sampling and in training.
-        shared_start: whether `predict` takes the latents once for both halves, see `agents.shared_start`.
     """
     leaving = {name: negative[name].to(value).expand_as(value) for name, value in conditioning.items()}
     if unconditional_gradient:
         doubled = {name: torch.cat([leaving[name], value]) for name, value in conditioning.items()}
-        copies = 1 if shared_start else 2
-        unconditional, conditional = predict(
-            torch.cat([latents] * copies), torch.cat([timestep] * copies), doubled
-        ).chunk(2)
+        unconditional, conditional = predict(torch.cat([latents] * 2), torch.cat([timestep] * 2), doubled).chunk(2)
     else:
         with torch.no_grad():
             unconditional = predict(latents, timestep, leaving)

@@ -39,6 +39,7 @@ def test_gradient_is_the_differences_of_the_output():
     torch.manual_seed(0)
     inputs = [torch.randn(2, length, 6, dtype=torch.float64, requires_grad=True) for length in (4, 5, 5)]
     assert torch.autograd.gradcheck(lambda *given: batched_attention(*given, 3), inputs)
+    assert torch.autograd.gradgradcheck(lambda *given: batched_attention(*given, 3), inputs)
 
 
 def test_large_scores_stay_finite():

@@ -124,6 +124,9 @@ def test_update_is_that_of_a_rollout_of_the_other_episodes(micro_pipeline_folder
     assert all(torch.equal(value, expected[name]) for name, value in mine.items())
     assert any(not torch.equal(value, before[name]) for name, value in mine.items())
     metrics = [{n: v for n, v in logged(model).items() if n.startswith("train/")} for model in (larger, smaller)]
+    for name in [name for name in metrics[0] if name.startswith("train/kl_to_")]:
+        drift = [one.pop(name) for one in metrics]  # measured in calls of other sizes
+        assert drift[0] == pytest.approx(drift[1], rel=1e-4, abs=1e-8), name
     assert metrics[0] == metrics[1]
 
 

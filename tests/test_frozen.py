@@ -57,6 +57,12 @@ def test_outputs_and_gradients_are_torchs_to_the_bit(settings):
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*found, strict=True))
 
 
+def test_gradient_can_be_differentiated():
+    weight = torch.randn(2, 3, 3, 3, dtype=torch.float64)
+    pixels = torch.randn(1, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda one: frozen_convolution(one.sin(), weight, None).sin(), pixels)
+
+
 def test_the_input_is_not_kept():
     layer, pixels = nn.Conv2d(4, 4, 3).requires_grad_(False), torch.randn(2, 4, 8, 8, requires_grad=True)
     forget_inputs(layer)
