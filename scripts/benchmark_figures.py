@@ -151,3 +151,14 @@ def report(figures: dict[str, Any], arguments: dict[str, Any], output: Path | No
     if output is not None:
         output.write_text(text + "\n")
     return text
+
+
+def print_figures(compute: Callable[[], dict[str, Any]]) -> int:
+    """Print what `compute` returns as JSON, or the error that the arguments are; return the exit status."""
+    try:
+        figures = compute()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(figures, indent=2))
+    return 0

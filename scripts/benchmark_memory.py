@@ -9,14 +9,13 @@ own, because a peak never falls. On a CPU glibc keeps small blocks that were fre
 the environment makes it give them back, and what is left of the difference is what kernels take inside.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import tyro
-from benchmark_figures import machine, peak_memory_mb
+from benchmark_figures import machine, peak_memory_mb, print_figures
 from torch import nn
 
 from agents.activations import Denoiser, LiveBytes, call_bytes, training_call, training_inputs
@@ -127,13 +126,7 @@ def compare(arguments: Arguments) -> dict[str, Any]:
 
 def main() -> int:
     """Count, measure and print."""
-    try:
-        figures = compare(tyro.cli(Arguments, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(figures, indent=2))
-    return 0
+    return print_figures(lambda: compare(tyro.cli(Arguments, description=__doc__)))
 
 
 if __name__ == "__main__":

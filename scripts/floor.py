@@ -8,7 +8,6 @@ copying memory; and counts the bytes that the denoiser's weights and outputs of 
 least once in a call.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 import tyro
-from benchmark_figures import machine
+from benchmark_figures import machine, print_figures
 from torch import nn
 
 from agents.costs import count_work, matmul_rate
@@ -129,13 +128,7 @@ def floor(arguments: Arguments) -> dict[str, Any]:
 
 def main() -> int:
     """Count, measure and print."""
-    try:
-        figures = floor(tyro.cli(Arguments, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(figures, indent=2))
-    return 0
+    return print_figures(lambda: floor(tyro.cli(Arguments, description=__doc__)))
 
 
 if __name__ == "__main__":

@@ -86,9 +86,10 @@ def test_the_work_is_that_of_the_bars(recipe):
 
 
 @pytest.mark.parametrize("miniature", [False, True])
-def test_every_script_takes_its_arguments(recipe, monkeypatch, miniature):
+def test_every_script_takes_its_arguments(recipe, miniature):
     import benchmark
     import benchmark_against
+    import benchmark_trl
     import tyro
 
     given = recipe.Arguments(against=Path("python"), miniature=miniature)
@@ -98,10 +99,11 @@ def test_every_script_takes_its_arguments(recipe, monkeypatch, miniature):
         if name == "against":
             ours, theirs = (benchmark_against.commands(parsed)[one][2:] for one in ("ours", "trl"))
             parsed = tyro.cli(benchmark.Arguments, args=ours)
-            import benchmark_trl
-
-            benchmark_trl.parse(theirs)
-        benchmark.configuration(parsed, Path("run")).check()
+            assert benchmark_trl.parse(theirs).num_inference_steps == parsed.num_inference_steps
+        config = benchmark.configuration(parsed, Path("run"))
+        config.check()
+        assert config.trained_steps == parsed.num_inference_steps, f"{name}: all steps are trained on"
+        assert config.policy.guidance_scale == 5
 
 
 def test_nothing_to_measure_is_an_error(recipe, monkeypatch, capsys):
