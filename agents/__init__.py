@@ -1,6 +1,6 @@
 """Reinforcement learning for the denoising MDP, on Stable-Baselines3: policy, environment adapter and algorithms."""
 
-from agents.advantages import (
+from agents.algorithms.advantages import (
     AdvantageEstimator,
     BatchAdvantage,
     GeneralizedAdvantage,
@@ -9,13 +9,13 @@ from agents.advantages import (
     PerPromptAdvantage,
     RawReturn,
 )
-from agents.diffusion_policy import DiffusionPolicy
-from agents.on_policy import TensorOnPolicyAlgorithm
-from agents.ppo import PPO
-from agents.reinforce import REINFORCE
-from agents.rollout_buffer import TensorRolloutBuffer, Transitions
-from agents.rwr import RWR
-from agents.vec_env import VectorEnvAdapter
+from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
+from agents.algorithms.ppo import PPO
+from agents.algorithms.reinforce import REINFORCE
+from agents.algorithms.rwr import RWR
+from agents.policy.diffusion_policy import DiffusionPolicy
+from agents.rollout.buffer import TensorRolloutBuffer, Transitions
+from agents.rollout.vec_env import VectorEnvAdapter
 
 __all__ = [
     "PPO",

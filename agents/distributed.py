@@ -25,7 +25,7 @@ from accelerate.utils import broadcast_object_list, gather, gather_object, reduc
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from agents.configuration import TrainConfig
+    from agents.config.train_config import TrainConfig
 
 _T = TypeVar("_T")
 

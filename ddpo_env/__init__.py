@@ -14,9 +14,9 @@ from ddpo_env.version import __version__
 if TYPE_CHECKING:
     from ddpo_env.deferred_reward import DeferredReward
     from ddpo_env.env import DenoisingEnv
-    from ddpo_env.models import DiffusionModel, load_model
+    from ddpo_env.models.loading import DiffusionModel, load_model
+    from ddpo_env.sampler.gaussian_sampler import GaussianSampler
     from ddpo_env.spaces import DenoisingObservationSpace
-    from ddpo_env.transition import GaussianSampler
     from ddpo_env.vector_env import DenoisingVectorEnv
 
 _LAZY_EXPORTS = {
@@ -24,9 +24,9 @@ _LAZY_EXPORTS = {
     "DenoisingEnv": "ddpo_env.env",
     "DenoisingObservationSpace": "ddpo_env.spaces",
     "DenoisingVectorEnv": "ddpo_env.vector_env",
-    "DiffusionModel": "ddpo_env.models",
-    "GaussianSampler": "ddpo_env.transition",
-    "load_model": "ddpo_env.models",
+    "DiffusionModel": "ddpo_env.models.loading",
+    "GaussianSampler": "ddpo_env.sampler.gaussian_sampler",
+    "load_model": "ddpo_env.models.loading",
 }
 
 __all__ = [

@@ -10,7 +10,7 @@ from typing import get_args
 
 from gymnasium.vector import AutoresetMode
 
-from ddpo_env.models import DiffusionModel
+from ddpo_env.models.loading import DiffusionModel
 from rewards import NonFinite, Reward, is_images_only, reward_name
 
 BACKENDS = ("numpy", "torch")

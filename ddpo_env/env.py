@@ -11,7 +11,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from ddpo_env.models import with_model_named
+from ddpo_env.models.loading import with_model_named
 from ddpo_env.reset_options import as_float
 from ddpo_env.vector_env import DenoisingVectorEnv, Latents, Observation
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ddpo_env.prompts import Prompt, PromptDistribution, PromptSet, load_prompts
+from ddpo_env.prompts.distributions import Prompt, PromptDistribution, PromptSet, load_prompts
 
 RESET_OPTIONS = ("prompts", "latents", "reset_mask")
 

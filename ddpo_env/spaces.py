@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium import spaces
 
 if TYPE_CHECKING:
-    from ddpo_env.models import DiffusionModel
+    from ddpo_env.models.loading import DiffusionModel
 
 LATENT_BOUND = 100.0
 """Bound of every latent in the spaces. Latents have unit scale; libraries demand finite bounds."""

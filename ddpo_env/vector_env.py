@@ -24,13 +24,13 @@ from torch import Tensor
 
 from ddpo_env.arguments import autoreset_mode_of, check_counts, check_reward_and_rendering, check_settings
 from ddpo_env.deferred_reward import RewardWorker
-from ddpo_env.models import DiffusionModel, load_model, with_model_named
-from ddpo_env.prompts import Prompt, load_prompts
+from ddpo_env.initial_states import Start, Starts
+from ddpo_env.models.loading import DiffusionModel, load_model, with_model_named
+from ddpo_env.prompts.distributions import Prompt, load_prompts
 from ddpo_env.reset_options import as_float, check_names, given_latents, given_prompts, reset_mask, slot_seeds
-from ddpo_env.scheduler_table import SMALLEST_STD
+from ddpo_env.sampler.gaussian_sampler import GaussianSampler
+from ddpo_env.sampler.scheduler_table import SMALLEST_STD
 from ddpo_env.spaces import DenoisingObservationSpace, latent_box
-from ddpo_env.starts import Start, Starts
-from ddpo_env.transition import GaussianSampler
 from rewards import NonFinite, Reward, are_images, configured_reward, evaluate_reward
 from rewards.devices import copied_to
 

@@ -18,12 +18,12 @@ from rewards.protocol import Reward
 BUILTIN_REWARDS: dict[str, str] = {
     "jpeg_compressibility": "rewards.jpeg:jpeg_compressibility",
     "jpeg_incompressibility": "rewards.jpeg:jpeg_incompressibility",
-    "aesthetic": "rewards.aesthetic:Aesthetic",
-    "clip_score": "rewards.clip_score:ClipScore",
-    "pickscore": "rewards.preference:PickScore",
-    "hps_v2": "rewards.preference:HPSv2",
-    "vlm_alignment": "rewards.vlm_alignment:VlmAlignment",
-    "vlm_vqa": "rewards.vlm_vqa:VlmVqa",
+    "aesthetic": "rewards.clip.aesthetic:Aesthetic",
+    "clip_score": "rewards.clip.clip_score:ClipScore",
+    "pickscore": "rewards.clip.preference:PickScore",
+    "hps_v2": "rewards.clip.preference:HPSv2",
+    "vlm_alignment": "rewards.judge.alignment:VlmAlignment",
+    "vlm_vqa": "rewards.judge.vqa:VlmVqa",
     "points_ring": "rewards.points:ring",
     "points_mixture": "rewards.points:mixture",
 }

@@ -63,7 +63,7 @@ class Arguments:
 
 def draw(arguments: Arguments) -> tuple[list[np.ndarray], list[str]]:
     """Return a row of pictures `(prompts, height, width, 3)` uint8 for every seed, and the rows' labels."""
-    from ddpo_env.models import load_model
+    from ddpo_env.models.loading import load_model
 
     model = load_model(arguments.model, arguments.device, resolution=arguments.resolution)
     pipe = getattr(model, "pipeline", None)
@@ -129,7 +129,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         return 2
-    from agents.picture_grid import picture_grid
+    from agents.evaluation.image_grid import picture_grid
 
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     picture_grid(rows, labels, arguments.prompts).save(arguments.output)

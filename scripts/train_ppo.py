@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what takes seconds is imported in `prepare`: a user waits for it, and may press Ctrl-C
     from agents.distributed import Processes
-    from agents.training import PreparedRun, RunResult
+    from agents.training.run import PreparedRun, RunResult
 
 STARTED = time.perf_counter()
 FAILED, BAD_ARGUMENTS, INTERRUPTED = 1, 2, 130
@@ -37,15 +37,15 @@ def prepare() -> PreparedRun | int:
     Returns:
         What is ready to train; the exit code if it cannot be, or if the plan is all that is wanted.
     """
-    from agents.command_line import parse_command_line
+    from agents.config.command_line import parse_command_line
 
     line = parse_command_line(description=__doc__)
-    from agents.checks import device_of
-    from agents.costs import estimate_time
     from agents.distributed import Processes, start_processes
-    from agents.memory import describe_call
-    from agents.plan import describe_plan
-    from agents.training import check_run, prepare_run
+    from agents.planning.flops import estimate_time
+    from agents.planning.memory import describe_call
+    from agents.planning.plan import describe_plan
+    from agents.training.checks import device_of
+    from agents.training.run import check_run, prepare_run
 
     processes = Processes()
     try:

@@ -1,0 +1,228 @@
+"""How good an action was: interchangeable estimators that every algorithm of this package takes.
+
+Seventh stop of the data's path. An estimator reads a finished rollout and returns one advantage a step. DDPO's own is
+`PerPromptAdvantage`: the reward of the final picture, standardised among pictures of the same prompt, for every step of
+the trajectory (Black et al. 2023, section 4.3 and appendix C).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from agents.rollout.buffer import TensorRolloutBuffer
+
+
+class AdvantageEstimator(Protocol):
+    """What an algorithm asks of an estimator."""
+
+    def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
+        """Return advantages `(buffer_size, n_envs)` float32 on the rollout's device."""
+        ...
+
+
+@dataclass
+class PerPromptAdvantage:
+    """Episode returns standardised by the running statistics of their own prompt.
+
+    Each prompt remembers its last `buffer_size` returns, the present rollout's included. Until it knows `min_count` of
+    them, mean and standard deviation of the whole rollout stand in.
+
+    Args:
+        buffer_size: returns remembered a prompt; DDPO uses 16 or 32.
+        min_count: returns of a prompt that its own statistics need, at least 2.
+        clip: advantages are clipped to ± this; 5 in DDPO's PyTorch code, 10 in the original.
+        eps: added to the standard deviation.
+
+    Raises:
+        ValueError: for an argument out of range; when called on a rollout that cuts episodes, or whose episodes have no
+            prompt.
+    """
+
+    buffer_size: int = 32
+    min_count: int = 8
+    clip: float = 5.0
+    eps: float = 1e-6
+    history: dict[Hashable, deque[float]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.min_count <= self.buffer_size:
+            raise ValueError(f"min_count must be between 2 and buffer_size={self.buffer_size}; got {self.min_count}")
+        if not self.clip > 0:
+            raise ValueError(f"clip must be above 0; got {self.clip}")
+
+    def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
+        """Return the advantages; the prompts' statistics move on by this rollout."""
+        returns = _episode_returns(rollout)
+        if None in rollout.contexts:
+            raise ValueError(
+                "PerPromptAdvantage needs every episode's prompt, and the environment's reset infos have none: "
+                "name their key with context_key=..., or take BatchAdvantage"
+            )
+        for prompt, value in zip(rollout.contexts, returns, strict=True):
+            self.history.setdefault(prompt, deque(maxlen=self.buffer_size)).append(float(value))
+        advantages = np.empty_like(returns)
+        for row, prompt in enumerate(rollout.contexts):
+            known = self.history[prompt]
+            sample = np.asarray(known) if len(known) >= self.min_count else returns
+            advantages[row] = (returns[row] - sample.mean()) / (sample.std() + self.eps)
+        return rollout.per_step(advantages.clip(-self.clip, self.clip))
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Return the remembered returns, for a checkpoint."""
+        return {str(prompt): list(values) for prompt, values in self.history.items()}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Bring back what `state_dict` returned."""
+        self.history = {prompt: deque(values, maxlen=self.buffer_size) for prompt, values in state.items()}
+
+
+@dataclass
+class BatchAdvantage:
+    """Episode returns standardised over the rollout, for tasks without prompts.
+
+    Args:
+        clip: advantages are clipped to ± this.
+        eps: added to the standard deviation.
+    """
+
+    clip: float = 5.0
+    eps: float = 1e-6
+
+    def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
+        """Return the advantages."""
+        returns = _episode_returns(rollout)
+        advantages = (returns - returns.mean()) / (returns.std() + self.eps)
+        return rollout.per_step(advantages.clip(-self.clip, self.clip))
+
+
+@dataclass
+class GroupRelativeAdvantage:
+    """Episode returns standardised among the rollout's episodes of the same prompt (GRPO, Shao et al. 2024, §4.1).
+
+    The environment's `samples_per_prompt` sees to it that a prompt has several.
+
+    Args:
+        standardize: whether to divide by the group's standard deviation; without, groups whose returns differ more
+            weigh more (Dr. GRPO, Liu et al. 2025).
+        clip: advantages are clipped to ± this.
+        eps: added to the standard deviation.
+
+    Raises:
+        ValueError: when called on a rollout that cuts episodes, has none of a prompt, or a single one of some prompt.
+    """
+
+    standardize: bool = True
+    clip: float = 5.0
+    eps: float = 1e-6
+
+    def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
+        """Return the advantages."""
+        returns = _episode_returns(rollout)
+        advantages = np.empty_like(returns)
+        for members in _groups(rollout, "GroupRelativeAdvantage"):
+            group = returns[members]
+            scale = group.std() + self.eps if self.standardize else 1.0
+            advantages[members] = (group - group.mean()) / scale
+        return rollout.per_step(advantages.clip(-self.clip, self.clip))
+
+
+@dataclass
+class LeaveOneOutAdvantage:
+    """Episode return less the mean of the rollout's other episodes of the same prompt (RLOO, Kool et al. 2019).
+
+    An unbiased baseline: an episode does not take part in its own. In the reward's unit, so choose `clip` by it.
+
+    Args:
+        clip: advantages are clipped to ± this; infinite by default.
+
+    Raises:
+        ValueError: as `GroupRelativeAdvantage`.
+    """
+
+    clip: float = np.inf
+
+    def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
+        """Return the advantages."""
+        returns = _episode_returns(rollout)
+        advantages = np.empty_like(returns)
+        for members in _groups(rollout, "LeaveOneOutAdvantage"):
+            group = returns[members]
+            advantages[members] = (group - group.mean()) * len(group) / max(1, len(group) - 1)
+        return rollout.per_step(advantages.clip(-self.clip, self.clip))
+
+
+@dataclass
+class RawReturn:
+    """Episode returns as they are: no baseline. DDPO's equations have them; the paper's runs do not."""
+
+    def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
+        """Return the returns, for every step of their episode."""
+        return rollout.per_step(_episode_returns(rollout))
+
+
+@dataclass
+class GeneralizedAdvantage:
+    """GAE(λ) with the policy's critic (Schulman et al. 2016, eq. 16), standardised over the rollout.
+
+    Also sets the rollout's `returns`, the critic's targets. `gamma` and `gae_lambda` are the algorithm's.
+
+    Args:
+        normalize: whether to standardise.
+    """
+
+    normalize: bool = True
+
+    def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
+        """Return the advantages."""
+        ends = np.append(rollout.episode_starts[1:], rollout.last_dones[None], axis=0)
+        alive = torch.as_tensor(~ends, dtype=torch.float32, device=rollout.device)
+        rewards = torch.as_tensor(rollout.rewards, device=rollout.device)
+        next_values = torch.cat([rollout.values[1:], rollout.last_values[None]])
+        deltas = rewards + rollout.gamma * next_values * alive - rollout.values
+        advantages = torch.empty_like(deltas)
+        running = torch.zeros_like(deltas[0])
+        for step in reversed(range(rollout.buffer_size)):
+            running = deltas[step] + rollout.gamma * rollout.gae_lambda * alive[step] * running
+            advantages[step] = running
+        rollout.returns = advantages + rollout.values
+        kept = advantages.flatten()[torch.as_tensor(rollout.kept_steps(), device=rollout.device)]
+        if self.normalize and kept.numel() > 1:
+            advantages = (advantages - kept.mean()) / (kept.std() + 1e-8)
+        return advantages
+
+
+def _groups(rollout: TensorRolloutBuffer, name: str) -> list[list[int]]:
+    """Return the rollout's episodes by prompt, each group as indices into `rollout.contexts`.
+
+    A group has two or more, unless all but one of its episodes were dropped.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for episode, prompt in enumerate(rollout.contexts):
+        groups.setdefault(prompt, []).append(episode)
+    if None in groups:
+        raise ValueError(f"{name} needs every episode's prompt, and the environment's reset infos have none")
+    lonely = {prompt for prompt, members in groups.items() if len(members) < 2}
+    alone = [prompt for prompt in groups if prompt in lonely - set(rollout.dropped_contexts)]
+    if alone:
+        raise ValueError(
+            f"{name} needs at least 2 episodes a prompt in a rollout, and {len(alone)} prompts have one, such as "
+            f"{alone[0]!r}: set the environment's samples_per_prompt to 2 or more"
+        )
+    return list(groups.values())
+
+
+def _episode_returns(rollout: TensorRolloutBuffer) -> npt.NDArray[np.float64]:
+    if not rollout.complete_segments().all():
+        raise ValueError(
+            f"n_steps={rollout.buffer_size} cuts episodes in two, and this advantage needs whole ones: "
+            "n_steps must be a multiple of the episode's length (num_inference_steps)"
+        )
+    return rollout.segment_returns()

@@ -1,0 +1,320 @@
+"""Rollouts that stay on the device, and whole-iteration logs: Stable-Baselines3's `OnPolicyAlgorithm`, two methods new.
+
+`collect_rollouts` has no NumPy round trip where the environment speaks tensors, and takes rewards that are still being
+computed; `learn` writes the log of an iteration after its update, with its update's numbers.
+"""
+
+from __future__ import annotations
+
+import numbers
+from contextlib import nullcontext
+from typing import Any, ClassVar, Literal, TypeVar, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    BasePolicy,
+    MultiInputActorCriticPolicy,
+)
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+
+from agents.algorithms.advantages import AdvantageEstimator, GeneralizedAdvantage
+from agents.distributed import Processes, sharing
+from agents.rollout.buffer import TensorRolloutBuffer
+from agents.rollout.gathered_rewards import columns, combine_rewards, gather_episodes
+from agents.rollout.joining import gather_rollout
+from agents.rollout.pending_rewards import PendingRewards
+from ddpo_env.spaces import DenoisingObservationSpace
+
+NonFiniteRewards = Literal["raise", "drop"]
+
+_Algorithm = TypeVar("_Algorithm", bound="RolloutAlgorithm")
+
+
+class RolloutAlgorithm(OnPolicyAlgorithm):
+    """Collects a rollout, gives each of its steps its credit, and calls `train`.
+
+    Args:
+        policy: policy class, or a name in `policy_aliases`.
+        env: vectorized or single environment, or its id.
+        learning_rate: a number, or a function of the remaining progress.
+        n_steps: steps of each environment in a rollout.
+        gamma: discount.
+        gae_lambda: λ of `GeneralizedAdvantage`.
+        ent_coef: weight of the entropy bonus.
+        vf_coef: weight of the critic's loss.
+        max_grad_norm: gradients are clipped to this norm.
+        advantage: estimator; default: `GeneralizedAdvantage`.
+        non_finite_rewards: `"raise"`: a reward that is NaN or infinite is an error. `"drop"`: all goes on as if its
+            episode had not been sampled, and `rollout/dropped_samples` is how many there were; the environment must not
+            raise by itself (`DenoisingVectorEnv(non_finite_rewards="keep")`).
+        processes: with which this one shares the work, see `agents.distributed`; default: none. `env` is this process's
+            part of the batch, its reward as `rewards.shared` returns it. The policy must draw for a whole batch and
+            take its share (`DiffusionPolicy` does).
+        context_key: name in the reset info under which an episode's context, such as its prompt, is found.
+        policy_kwargs: arguments of the policy.
+        stats_window_size: episodes that `rollout/ep_rew_mean` looks back on.
+        tensorboard_log: folder of TensorBoard logs.
+        verbose: 0 silent, 1 informative.
+        seed: of Python, NumPy, torch and the environment.
+        device: where the policy is; default `"auto"`.
+        _init_setup_model: as in Stable-Baselines3.
+
+    Raises:
+        ValueError: for an argument that is not valid.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": ActorCriticPolicy,
+        "CnnPolicy": ActorCriticCnnPolicy,
+        "MultiInputPolicy": MultiInputActorCriticPolicy,
+    }
+    rollout_buffer: TensorRolloutBuffer  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        *,
+        learning_rate: float | Schedule,
+        n_steps: int,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 0.5,
+        advantage: AdvantageEstimator | None = None,
+        non_finite_rewards: NonFiniteRewards = "raise",
+        processes: Processes | None = None,
+        context_key: str = "prompt",
+        policy_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        """See the class docstring for the arguments."""
+        if non_finite_rewards not in get_args(NonFiniteRewards):
+            valid = ", ".join(get_args(NonFiniteRewards))
+            raise ValueError(f"non_finite_rewards must be one of {valid}; got {non_finite_rewards!r}")
+        self.non_finite_rewards: NonFiniteRewards = non_finite_rewards
+        self.advantage: AdvantageEstimator = advantage if advantage is not None else GeneralizedAdvantage()
+        self.context_key = context_key
+        self.processes = processes if processes is not None else Processes()
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,
+            use_sde=False,
+            sde_sample_freq=-1,
+            rollout_buffer_class=TensorRolloutBuffer,  # type: ignore[arg-type]
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=_init_setup_model,
+            supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
+        )
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        if self.processes.count > 1 and not hasattr(self.policy, "share"):
+            raise ValueError(
+                f"processes must be 1 with a {type(self.policy).__name__}, which cannot draw a share of a batch; "
+                f"got {self.processes.count}"
+            )
+
+    def equalize(self) -> None:
+        """Give the weights of all processes the main one's values, before the first iteration."""
+        self.processes.equalize([p for p in self.policy.parameters() if p.requires_grad])
+
+    def learn(
+        self: _Algorithm,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "run",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> _Algorithm:
+        """Train for at least `total_timesteps` environment steps; arguments as in Stable-Baselines3."""
+        total_timesteps, callbacks = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        callbacks.on_training_start(locals(), globals())
+        iteration = 0
+        while self.num_timesteps < total_timesteps:
+            iteration += 1
+            if not self.iterate(callbacks, iteration, total_timesteps, log_interval):
+                break
+        callbacks.on_training_end()
+        return self
+
+    def iterate(
+        self, callback: BaseCallback, iteration: int, total_timesteps: int, log_interval: int | None = 1
+    ) -> bool:
+        """One iteration: a rollout, its update, its log.
+
+        Returns:
+            False if a callback asked to stop.
+        """
+        assert self.env is not None
+        if not self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps):
+            return False
+        self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+        self.train()
+        if log_interval is not None and iteration % log_interval == 0:
+            with self.processes.agreement():
+                self.dump_logs(iteration)
+        return True
+
+    def collect_rollouts(  # type: ignore[override]
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: TensorRolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        """Fill the buffer with `n_rollout_steps` steps of every environment and estimate the advantages.
+
+        Returns:
+            False if a callback asked to stop.
+
+        Raises:
+            ValueError: for a reward that is not finite, before it can reach a weight; where they are dropped, if none
+                is left.
+            Exception: whatever the reward raises; of a reward that is computed meanwhile, at the next step.
+        """
+        self.policy.set_training_mode(False)
+        rollout_buffer.reset()
+        callback.on_rollout_start()
+        pending = PendingRewards(rollout_buffer)
+        sampling_weights = getattr(self.policy, "sampling_weights", nullcontext)
+        with self.processes.agreement(), sampling_weights():
+            if not self._sample(env, callback, rollout_buffer, n_rollout_steps, pending):
+                return False
+        gather_rollout(rollout_buffer, self.processes)
+        episodes = gather_episodes(pending.ended, rollout_buffer, self.processes)
+        with self.processes.agreement():
+            combine_rewards(episodes, rollout_buffer, env, "keep" if self.non_finite_rewards == "drop" else "raise")
+            scored = [episode for episode in episodes if episode.is_finite(rollout_buffer)]
+            self._note_episodes([episode.noted for episode in scored])
+            self._drop_or_raise(rollout_buffer)
+            rollout_buffer.set_monte_carlo_returns()
+            rollout_buffer.advantages = self.credit(rollout_buffer)
+        self._record_rewards(rollout_buffer)
+        self._record_details(columns(scored))
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def _sample(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: TensorRolloutBuffer,
+        n_rollout_steps: int,
+        pending: PendingRewards,
+    ) -> bool:
+        """Fill the buffer with this process's part of the rollout; False if a callback asked to stop."""
+        dones = np.zeros(env.num_envs, np.bool_)
+        share = self.processes.share(env.num_envs * self.processes.count)
+        for step in range(n_rollout_steps):
+            self.processes.raise_interrupt()
+            observation = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
+            contexts = [info.get(self.context_key) for info in env.unwrapped.reset_infos]  # wrappers do not pass it on
+            with torch.no_grad(), sharing(self.policy, share):
+                actions, values, log_probs = self.policy(observation)
+            new_observation, rewards, dones, infos = env.step(self._env_actions(actions))
+            if self.non_finite_rewards == "raise":
+                self._require_finite(rewards)
+            self.num_timesteps += share.total
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+            self._bootstrap_time_limits(rewards, dones, infos)
+            starts = np.asarray(self._last_episode_starts, dtype=np.bool_)
+            rollout_buffer.add(observation, actions, rewards, starts, values, log_probs, contexts)
+            pending.add(step, dones, infos)
+            pending.collect()
+            self._last_obs = new_observation  # type: ignore[assignment]
+            self._last_episode_starts = dones
+        with torch.no_grad():
+            last_values = self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
+        rollout_buffer.finish(last_values, dones)
+        pending.collect(wait=True)
+        return True
+
+    def _note_episodes(self, infos: list[dict[str, Any]]) -> None:
+        """Take the last infos of finished episodes into the statistics that Stable-Baselines3 logs."""
+        self._update_info_buffer(infos, np.ones(len(infos), np.bool_))
+
+    def _require_finite(self, rewards: npt.NDArray[np.floating]) -> None:
+        if not np.isfinite(rewards).all():
+            raise ValueError(f"rewards must be finite; got {rewards} at timestep {self.num_timesteps}")
+
+    def _drop_or_raise(self, rollout: TensorRolloutBuffer) -> None:
+        """Deal with rewards that are not finite, now that all are known."""
+        if self.non_finite_rewards == "raise":
+            self._require_finite(rollout.rewards)
+            return
+        rollout.drop_non_finite()
+        count = len(rollout.dropped_contexts)
+        if not rollout.contexts:
+            raise ValueError(f"all {count} rewards of the rollout are NaN or infinite: nothing is left to train on")
+        self.logger.record("rollout/dropped_samples", count)
+
+    def credit(self, rollout: TensorRolloutBuffer) -> Tensor:
+        """Return what each step's part of the loss is multiplied by, `(buffer_size, n_envs)`: its advantage."""
+        return self.advantage(rollout)
+
+    def _env_actions(self, actions: Tensor) -> Any:
+        """What the environment is given: tensors if it speaks them, else arrays within the action space's bounds."""
+        if isinstance(self.observation_space, DenoisingObservationSpace):
+            # Latents are never clipped: the buffer relies on the environment going on from exactly this action.
+            last = self._last_obs["latents"]  # type: ignore[index]
+            return actions if isinstance(last, Tensor) else actions.cpu().numpy()
+        array = actions.cpu().numpy()
+        if not isinstance(self.action_space, spaces.Box):
+            return array
+        if self.policy.squash_output:
+            return self.policy.unscale_action(array)
+        return np.clip(array, self.action_space.low, self.action_space.high)
+
+    def _bootstrap_time_limits(
+        self, rewards: npt.NDArray[np.floating], dones: npt.NDArray[np.bool_], infos: list[dict[str, Any]]
+    ) -> None:
+        """Add the discounted value of the state in which a time limit cut an episode (Pardo et al. 2018)."""
+        for slot in np.flatnonzero(dones):
+            if infos[slot].get("TimeLimit.truncated", False):
+                terminal, _ = self.policy.obs_to_tensor(infos[slot]["terminal_observation"])
+                with torch.no_grad():
+                    rewards[slot] += self.gamma * float(self.policy.predict_values(terminal))
+
+    def _record_rewards(self, rollout: TensorRolloutBuffer) -> None:
+        returns = rollout.segment_returns()[rollout.complete_segments()]
+        if len(returns):
+            self.logger.record("rollout/reward_mean", float(returns.mean()))
+            self.logger.record("rollout/reward_std", float(returns.std()))
+            self.logger.record("rollout/episodes", len(returns))
+
+    def _record_details(self, details: dict[str, list[Any]]) -> None:
+        """Log the mean of every numeric detail that the reward reports, such as the parts of a weighted sum."""
+        for name, values in details.items():
+            if name != "non_finite" and all(isinstance(value, numbers.Real) for value in values):
+                self.logger.record(f"reward/{name}", float(np.mean(values)))

@@ -1,0 +1,54 @@
+"""Unconditional pixel diffusion (DDPM, arXiv 2006.11239) as a `DiffusionModel`: a UNet, and nothing else.
+
+No prompt has a say, no guidance is possible, and the latent is the picture itself, in [-1, 1]. The pipeline cannot read
+a LoRA, so it is saved as peft saves one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from diffusers import DDPMPipeline
+from torch import Tensor, nn
+
+from ddpo_env.models.image_decoding import to_pixels
+from ddpo_env.models.loading import Conditioning
+from ddpo_env.models.peft_format import save_peft_adapter
+
+
+class DDPMModel:
+    """Adapter of `DDPMPipeline`; see `ddpo_env.models.loading.DiffusionModel` for what each member means."""
+
+    def __init__(self, pipeline: DDPMPipeline, source: str) -> None:
+        """Read the shapes off the pipeline's configuration and freeze its weights."""
+        self.pipeline = pipeline
+        self.source = source
+        self.scheduler = pipeline.scheduler
+        self.denoiser: nn.Module = pipeline.unet.requires_grad_(False).eval()
+        size = pipeline.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.latent_shape: tuple[int, ...] = (pipeline.unet.config.in_channels, height, width)
+        self.conditioning_shapes: dict[str, tuple[int, ...]] = {}
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return no conditioning."""
+        return {}
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Round latents `(batch, channels, h, w)` to uint8 pictures `(batch, h, w, 3)`; grey ones become RGB."""
+        return to_pixels(latents.expand(-1, 3, -1, -1) if latents.shape[1] == 1 else latents)
+
+    def predict(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the UNet's output (noise, velocity or clean picture, as the scheduler's configuration says)."""
+        dtype = next(denoiser.parameters()).dtype
+        return cast(Tensor, denoiser(latents.to(dtype), timestep, return_dict=False)[0])
+
+    def save_lora(self, denoiser: nn.Module, folder: Path) -> None:
+        """Write a LoRA of the UNet in peft's format.
+
+        `pipe.unet = PeftModel.from_pretrained(pipe.unet, folder)` reads it, with `.merge_and_unload()` for a UNet of
+        its own.
+        """
+        save_peft_adapter(denoiser, folder)

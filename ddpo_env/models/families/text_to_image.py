@@ -1,0 +1,189 @@
+"""What diffusers' text-to-image pipelines have in common: text encoders, a denoiser, a VAE, a LoRA format.
+
+A family derives from `TextToImageModel` and says the rest: what a prompt's conditioning is, and how its denoiser is
+called. Nothing here is needed to be a model: `ddpo_env.models.loading.DiffusionModel` is.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from ddpo_env.models.image_decoding import decode_latents
+from ddpo_env.models.loading import Conditioning
+from ddpo_env.models.pipelines import TEXT_ENCODERS
+
+_CACHED_BYTES = 2**30
+_PREPARED_PROMPTS = 1000
+"""Of a larger set only as many are encoded beforehand: it would take longer than it saves."""
+
+
+class TextToImageModel(ABC):
+    """Adapter of a text-to-image pipeline; see `ddpo_env.models.loading.DiffusionModel` for what each member means."""
+
+    loading_options: ClassVar[dict[str, Any]] = {}
+    denoiser_name: ClassVar[str]
+    """The denoiser's name in the pipeline, and the beginning of its keys in a saved LoRA: unet or transformer."""
+
+    def __init__(self, pipeline: DiffusionPipeline, source: str, resolution: int | None = None) -> None:
+        """Read the shapes off the pipeline, and freeze its weights; `resolution` is the pictures' side in pixels."""
+        self.pipeline = pipeline
+        self.source = source
+        self.resolution = resolution
+        self.scheduler = pipeline.scheduler
+        self.denoiser: nn.Module = getattr(pipeline, self.denoiser_name)
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+        self.offload_text_encoder = self._is_accelerated()
+        self._encoded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self.latent_shape: tuple[int, ...] = self._latent_shape()
+        if resolution is not None:
+            self.latent_shape = (self.latent_shape[0], *[self._latent_side(resolution)] * 2)
+        unprompted = self.encode_prompts([""])
+        self.conditioning_shapes = {name: tuple(tensor.shape[1:]) for name, tensor in unprompted.items()}
+
+    @abstractmethod
+    def _encode(self, prompt: str) -> dict[str, Tensor]:
+        """Return the conditioning of one prompt, each tensor `(1, ...)`."""
+
+    @abstractmethod
+    def predict(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """Call `denoiser` as the pipeline does; return its output, latent-shaped."""
+
+    def _latent_shape(self) -> tuple[int, ...]:
+        """Return the latent of the denoiser's own `sample_size`, the pipeline's default resolution."""
+        config = getattr(self.pipeline, self.denoiser_name).config
+        height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
+        return config.in_channels, height, width
+
+    def _patch(self) -> tuple[int, int | None]:
+        """Return the side of the patches of latents that the denoiser takes, and how many it takes in a row at most."""
+        return 1, None
+
+    def _latent_side(self, resolution: int) -> int:
+        """Return the latent's side for pictures of `resolution` pixels.
+
+        Raises:
+            ValueError: where VAE and denoiser cannot have it.
+        """
+        patch, most = self._patch()
+        unit = self.pipeline.vae_scale_factor * patch
+        limit = "" if most is None else f", at most {most * unit}"
+        whole = isinstance(resolution, int) and not isinstance(resolution, bool)
+        if not whole or resolution < unit or resolution % unit or (most is not None and resolution > most * unit):
+            raise ValueError(
+                f"resolution must be a multiple of {unit} pixels{limit} with model {self.source!r}, whose VAE scales "
+                f"by {self.pipeline.vae_scale_factor} and whose denoiser takes patches of {patch}; got {resolution!r}"
+            )
+        return resolution // self.pipeline.vae_scale_factor
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return float32 conditioning `(batch, ...)` by name; each distinct prompt is encoded once.
+
+        Prompts are encoded one by one, so that a prompt's conditioning does not depend on the batch that it came in.
+        """
+        self._remember(prompts)
+        encoded = [self._encoded[prompt] for prompt in prompts]
+        bytes_each = sum(tensor.nbytes for tensor in encoded[0].values())
+        while len(self._encoded) * bytes_each > _CACHED_BYTES:
+            self._encoded.popitem(last=False)
+        return {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}
+
+    def prepare_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode prompts that are going to come, if each one later would move the text encoders to the device and back.
+
+        At most 1000 of them, and as many as are kept: 1 GiB.
+        """
+        if self.offload_text_encoder:
+            bytes_each = 4 * sum(math.prod(shape) for shape in self.conditioning_shapes.values())
+            most = min(_PREPARED_PROMPTS, _CACHED_BYTES // bytes_each - len(self._encoded))
+            self._remember(list(dict.fromkeys(prompts))[: max(0, most)])
+
+    @torch.no_grad()
+    def _remember(self, prompts: Sequence[str]) -> None:
+        """Encode the prompts that are not known yet, in one visit of the text encoders, and note that all were used."""
+        unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
+        if unknown:
+            with self._text_encoders_on_device():
+                for prompt in unknown:
+                    self._encoded[prompt] = {name: tensor.float() for name, tensor in self._encode(prompt).items()}
+        for prompt in prompts:
+            self._encoded.move_to_end(prompt)
+
+    def save_memory(self, offload_text_encoder: bool | None = None, vae_tiling: bool | None = None) -> None:
+        """Choose what the model does to need less of an accelerator's memory; `None` leaves a choice as it is.
+
+        Args:
+            offload_text_encoder: whether the text encoders are on the accelerator only while they encode; at first
+                they are. On a CPU nothing moves.
+            vae_tiling: whether pictures are decoded one at a time, and those that are larger than the VAE's own
+                `sample_size` in tiles that overlap. The VAE is the pipeline's: this holds for all its resolutions.
+
+        Raises:
+            ValueError: for a value that is neither true nor false, or a VAE that cannot be tiled.
+        """
+        for name, value in {"offload_text_encoder": offload_text_encoder, "vae_tiling": vae_tiling}.items():
+            if value is not None and not isinstance(value, bool):
+                raise ValueError(f"{name} must be True, False or None; got {value!r}")
+        vae = self.pipeline.vae
+        if vae_tiling and not hasattr(vae, "use_tiling"):
+            raise ValueError(
+                f"vae_tiling must be False with model {self.source!r}, whose {type(vae).__name__} has none; got True"
+            )
+        if vae_tiling is not None and vae_tiling != getattr(vae, "use_tiling", False):
+            vae.enable_tiling() if vae_tiling else vae.disable_tiling()
+        if offload_text_encoder is not None:
+            self.offload_text_encoder = offload_text_encoder and self._is_accelerated()
+            self._place_text_encoders(self.device)
+        if self.offload_text_encoder:
+            self._place_text_encoders(torch.device("cpu"))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is: the text encoders may be elsewhere meanwhile."""
+        return next(self.denoiser.parameters()).device
+
+    def _is_accelerated(self) -> bool:
+        return self.device.type not in ("cpu", "meta")
+
+    @contextmanager
+    def _text_encoders_on_device(self) -> Iterator[None]:
+        """Inside, prompts can be encoded."""
+        self._place_text_encoders(self.device)
+        try:
+            yield
+        finally:
+            if self.offload_text_encoder:
+                self._place_text_encoders(torch.device("cpu"))
+
+    def _place_text_encoders(self, device: torch.device) -> None:
+        for name, part in self.pipeline.components.items():
+            if name in TEXT_ENCODERS and part is not None:
+                part.to(device)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents `(batch, *latent_shape)` to uint8 pictures `(batch, height, width, 3)`."""
+        return decode_latents(self.pipeline.vae, latents)
+
+    def save_lora(self, denoiser: nn.Module, folder: Path) -> None:
+        """Write a LoRA of the denoiser in diffusers' format.
+
+        peft's own state dict is saved: converted to diffusers' old key names, a LoRA on attention and convolutions
+        loses its attention half when stock `load_lora_weights` reads it. The scale `alpha / rank` is 1, which is what
+        diffusers takes where a file does not say.
+        """
+        layers = {f"{self.denoiser_name}_lora_layers": get_peft_model_state_dict(denoiser)}
+        self.pipeline.save_lora_weights(folder, **layers)

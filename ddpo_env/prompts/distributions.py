@@ -1,0 +1,190 @@
+"""Prompt distributions: which prompt an episode is about, the first thing on the data's path.
+
+A distribution is anything with `sample(rng) -> (prompt, metadata)`; `load_prompts` makes one from the name of a set, a
+text file, a list or a function. The named sets are those of DDPO (arXiv 2305.13301, section 5 and appendix) and
+the bundled model's held-out words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+
+from ddpo_env.prompts import vocabulary
+
+if TYPE_CHECKING:
+    import inflect
+
+Prompt: TypeAlias = tuple[str, dict[str, Any]]
+"""A prompt and what a reward may want to know about it, such as questions and answers."""
+
+PromptFunctionLike: TypeAlias = Callable[[np.random.Generator], str | tuple[str, Mapping[str, Any]]]
+PromptSource: TypeAlias = "str | Path | Sequence[str | tuple[str, Mapping[str, Any]]] | PromptFunctionLike"
+
+
+@runtime_checkable
+class PromptDistribution(Protocol):
+    """Where the prompts of episodes come from."""
+
+    def sample(self, rng: np.random.Generator) -> Prompt:
+        """Draw a prompt and its metadata; all randomness must come from `rng`."""
+        ...
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The uniform distribution over a finite sequence of prompts; one that occurs twice is drawn twice as often.
+
+    Attributes:
+        prompts: The prompts, none empty.
+        metadata: One dictionary a prompt, or empty where no prompt has any.
+    """
+
+    prompts: tuple[str, ...]
+    metadata: tuple[Mapping[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("prompts must hold at least one prompt; got none")
+        if self.metadata and len(self.metadata) != len(self.prompts):
+            raise ValueError(f"metadata must hold {len(self.prompts)} dictionaries; got {len(self.metadata)}")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self.prompts[index], dict(self.metadata[index]) if self.metadata else {}
+
+    def sample(self, rng: np.random.Generator) -> Prompt:
+        """Draw a prompt and a copy of its metadata."""
+        return self[int(rng.integers(len(self)))]
+
+
+@dataclass(frozen=True)
+class PromptFunction:
+    """The distribution that a user's function `(rng) -> prompt` or `(rng) -> (prompt, metadata)` draws from."""
+
+    function: PromptFunctionLike
+
+    def sample(self, rng: np.random.Generator) -> Prompt:
+        """Call the function; a result that is no prompt is an error that names the function."""
+        return _checked(self.function(rng), f"prompt function {getattr(self.function, '__name__', self.function)!s}")
+
+
+def load_prompts(prompts: PromptSource | PromptDistribution) -> PromptDistribution:
+    """Return the prompt distribution that the argument describes.
+
+    Args:
+        prompts: One of
+            the name of a set in `PROMPT_SETS`, which goes before a file of the same name;
+            the path of a UTF-8 text file with one prompt a line, where lines that start with `#` are comments;
+            a sequence of prompts, each a string or `(string, metadata)`;
+            a function `(numpy.random.Generator) -> string` or `-> (string, metadata)`;
+            a distribution, which is returned as it is.
+
+    Raises:
+        ValueError: No such set or file, no prompts in it, or a prompt that is empty (the file and line are named).
+        TypeError: The argument, or a prompt, is of no such type.
+    """
+    if isinstance(prompts, str) and prompts in PROMPT_SETS:
+        return PROMPT_SETS[prompts]()
+    if isinstance(prompts, str | Path):
+        return _read_file(prompts)
+    if isinstance(prompts, PromptDistribution):
+        return prompts
+    if callable(prompts):
+        return PromptFunction(prompts)
+    if isinstance(prompts, Sequence):
+        return _collect(_checked(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts))
+    raise TypeError(f"prompts must be the name of a set, a path, a sequence or a function; got {prompts!r}")
+
+
+def _collect(prompts: Iterable[Prompt]) -> PromptSet:
+    pairs = tuple(prompts)
+    metadata = tuple(metadata for _, metadata in pairs)
+    return PromptSet(tuple(prompt for prompt, _ in pairs), metadata if any(metadata) else ())
+
+
+def _checked(prompt: object, where: str) -> Prompt:
+    """Bring a string or a `(string, metadata)` pair into one form."""
+    metadata: object = {}
+    if isinstance(prompt, tuple) and len(prompt) == 2:
+        prompt, metadata = prompt
+    if not isinstance(prompt, str) or not isinstance(metadata, Mapping):
+        raise TypeError(f"{where} must be a string or a pair (string, dictionary); got {prompt!r} and {metadata!r}")
+    if not prompt.strip():
+        raise ValueError(f"{where} must not be empty; got {prompt!r}")
+    return prompt, dict(metadata)
+
+
+def _read_file(path: str | Path) -> PromptSet:
+    if not Path(path).is_file():
+        raise ValueError(
+            f"prompts must be one of {', '.join(PROMPT_SETS)}, or an existing text file; got {str(path)!r}"
+        )
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8 text with one prompt a line; {error}") from error
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise ValueError(f"{path}, line {number}: a prompt must not be empty; remove the line or start it with #")
+        if not line.lstrip().startswith("#"):
+            prompts.append(line.strip())
+    if not prompts:
+        raise ValueError(f"{path} must hold at least one prompt, one a line; it holds none")
+    return PromptSet(tuple(prompts))
+
+
+def _grammar() -> inflect.engine:
+    import inflect  # here, because it takes longer to import than the rest of the package
+
+    return inflect.engine()
+
+
+def _with_article(nouns: Iterable[str]) -> PromptSet:
+    """`a cat`, `an ant`."""
+    grammar = _grammar()
+    return PromptSet(tuple(str(grammar.a(noun)) for noun in nouns))
+
+
+def _animal_activities() -> PromptSet:
+    """`a cat riding a bike`."""
+    animals = _with_article(vocabulary.SIMPLE_ANIMALS).prompts
+    return PromptSet(tuple(f"{animal} {activity}" for animal in animals for activity in vocabulary.ACTIVITIES))
+
+
+def _counting() -> PromptSet:
+    """`two dogs`, with the questions that a vision-language model is asked about the picture."""
+    grammar = _grammar()
+    questions = ("How many animals are in this image?", "What animals are in this image?")
+    return _collect(
+        (f"{count} {plural}", {"questions": questions, "answers": (count, plural)})
+        for plural in (str(grammar.plural(animal)) for animal in vocabulary.SIMPLE_ANIMALS)
+        for count in vocabulary.COUNTS
+    )
+
+
+def _imagenet_animals() -> PromptSet:
+    with files("ddpo_env").joinpath("data", "imagenet_animals.txt").open(encoding="utf-8") as file:
+        return _with_article(line.strip() for line in file if not line.startswith("#"))
+
+
+PROMPT_SETS: dict[str, Callable[[], PromptSet]] = {
+    "simple_animals": lambda: _with_article(vocabulary.SIMPLE_ANIMALS),
+    "animal_activities": _animal_activities,
+    "counting": _counting,
+    "held_out_animals": lambda: _with_article(vocabulary.HELD_OUT_ANIMALS),
+    "everyday_objects": lambda: _with_article(vocabulary.EVERYDAY_OBJECTS),
+    "imagenet_animals": _imagenet_animals,
+}
+"""Named prompt sets; each is built when it is asked for."""

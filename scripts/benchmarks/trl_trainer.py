@@ -1,0 +1,225 @@
+"""TRL's `DDPOTrainer` on the work of benchmark.py: the same arguments, the same figures.
+
+TRL 0.23.1 is the last release that has it. It gets an environment of its own, in which nothing of this package is:
+
+    python -m venv trl-venv
+    trl-venv/bin/pip install torch==2.13.0
+    trl-venv/bin/pip install "trl[diffusers]==0.23.1" peft
+    trl-venv/bin/python scripts/benchmarks/trl_trainer.py --model FOLDER --device cpu --threads 1 ...
+
+The work is the same: pictures, batches, denoising steps, guidance, updates, LoRA on the attention's projections (TRL
+fixes its rank at 4, `--lora-rank` replaces that), running statistics of the prompts, file size as the reward. What
+differs is each trainer's own way:
+
+* a training call of TRL has one timestep of `--train-batch-size` samples, ours that many (sample, timestep) pairs;
+* TRL encodes every batch's prompts, ours every distinct prompt once; ours also measures how far the policy has moved,
+  on 16 transitions after the updates, and draws the next starts;
+* `--dtype bfloat16` is TRL's `mixed_precision`.
+"""
+
+import argparse
+import io
+import itertools
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_figures import Work, measure, report
+
+PROMPTS = ("a cat", "a dog", "a horse", "a fox", "a lion", "a penguin", "a bear", "a bird")
+LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; the flags mean what they mean in benchmark.py."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder in diffusers' layout, or a Hub id")
+    parser.add_argument("--resolution", type=int, default=None, help="side of the pictures in pixels")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--samples", type=int, default=72)
+    parser.add_argument("--sample-batch-size", type=int, default=72)
+    parser.add_argument("--train-batch-size", type=int, default=36)
+    parser.add_argument("--updates", type=int, default=2)
+    parser.add_argument("--num-inference-steps", type=int, default=10)
+    parser.add_argument("--timestep-fraction", type=float, default=1.0)
+    parser.add_argument("--guidance-scale", type=float, default=5.0)
+    parser.add_argument("--lora-rank", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--on-request", action="store_true", help="take the iterations from standard input")
+    parser.add_argument("--json", type=Path, default=None)
+    chosen = parser.parse_args(arguments)
+    check(chosen)
+    return chosen
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse sizes that TRL cannot have.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    divisors = {
+        "sample_batch_size": (arguments.sample_batch_size, "samples", arguments.samples),
+        "train_batch_size": (arguments.train_batch_size, "sample_batch_size", arguments.sample_batch_size),
+        "updates": (arguments.updates, "samples / train_batch_size", arguments.samples // arguments.train_batch_size),
+    }
+    for name, (value, total_name, total) in divisors.items():
+        if value < 1 or total % value:
+            raise ValueError(f"{name} must divide {total_name}={total}; got {value}")
+    if arguments.lora_rank < 1:
+        raise ValueError(f"lora_rank must be at least 1; got {arguments.lora_rank}")
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of TRL's `DDPOConfig`."""
+    return {
+        "num_epochs": 1,
+        "save_freq": 10**9,
+        "mixed_precision": "bf16" if arguments.dtype == "bfloat16" else "no",
+        "accelerator_kwargs": {"cpu": arguments.device == "cpu"},
+        "sample_num_steps": arguments.num_inference_steps,
+        "sample_eta": 1.0,
+        "sample_guidance_scale": arguments.guidance_scale,
+        "sample_batch_size": arguments.sample_batch_size,
+        "sample_num_batches_per_epoch": arguments.samples // arguments.sample_batch_size,
+        "train_batch_size": arguments.train_batch_size,
+        "train_gradient_accumulation_steps": arguments.samples // arguments.train_batch_size // arguments.updates,
+        "train_learning_rate": 3e-4,
+        "train_cfg": arguments.guidance_scale != 1,
+        "train_timestep_fraction": arguments.timestep_fraction,
+        "per_prompt_stat_tracking": True,
+        "per_prompt_stat_tracking_buffer_size": 32,
+        "per_prompt_stat_tracking_min_count": 8,
+    }
+
+
+def file_sizes(images: torch.Tensor, prompts: Any, metadata: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Return minus the pictures' sizes in kB as JPEG files, the reward `jpeg_compressibility`."""
+    from PIL import Image
+
+    sizes = []
+    for pixels in (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy():
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, format="JPEG", quality=95)
+        sizes.append(-file.tell() / 1000)
+    return torch.tensor(sizes), {}
+
+
+def trainer_of(arguments: argparse.Namespace, next_prompt: Callable[[], str] | None = None, **others: Any) -> Any:
+    """Return TRL's trainer for the work.
+
+    Args:
+        arguments: of the command line.
+        next_prompt: gives a sample's prompt. Default: `PROMPTS` in turn.
+        others: settings of `DDPOConfig` in the place of the benchmark's.
+    """
+    from accelerate import PartialState
+
+    PartialState(cpu=arguments.device == "cpu")  # TRL's LoRA path logs by accelerate before it has begun
+    from peft import LoraConfig
+    from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+
+    class Pipeline(DefaultDDPOStableDiffusionPipeline):
+        """TRL's, with a rank and a resolution that can be chosen."""
+
+        def get_trainable_layers(self) -> Any:
+            rank = arguments.lora_rank
+            self.sd_pipeline.unet.add_adapter(
+                LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+            )
+            for parameter in self.sd_pipeline.unet.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.to(torch.float32)
+            return self.sd_pipeline.unet
+
+        def __call__(self, *given: Any, **named: Any) -> Any:
+            side = arguments.resolution
+            return super().__call__(*given, height=side, width=side, **named)
+
+    draw = next_prompt or partial(next, itertools.cycle(PROMPTS))
+    pipeline = Pipeline(arguments.model, use_lora=True)
+    config = DDPOConfig(**{**settings(arguments), **others})
+    trainer = DDPOTrainer(config, file_sizes, lambda: (draw(), {}), pipeline)
+    trainer.sd_pipeline.set_progress_bar_config(disable=True)
+    return trainer
+
+
+def work_of(arguments: argparse.Namespace) -> Work:
+    """Return an iteration of TRL in its two parts, and the bare calls of each."""
+    trainer = trainer_of(arguments)
+    generate, judge = trainer._generate_samples, trainer.compute_rewards
+    drawn: dict[str, Any] = {}
+
+    def sampling() -> None:
+        batches = arguments.samples // arguments.sample_batch_size
+        drawn["samples"], drawn["pairs"] = generate(iterations=batches, batch_size=arguments.sample_batch_size)
+        drawn["rewards"] = list(judge(drawn["pairs"]))
+
+    def training() -> None:
+        trainer.step(0, 0)
+
+    # A step samples, judges and trains: its first two parts were done by `sampling`.
+    trainer._generate_samples = lambda **_: (drawn["samples"], drawn["pairs"])
+    trainer.compute_rewards = lambda *_, **__: drawn["rewards"]
+    return Work(
+        sampling=sampling,
+        training=training,
+        bare=lambda: bare_calls(trainer, arguments),
+        samples=arguments.samples,
+        pairs=arguments.samples * trainer.num_train_timesteps,
+        device=trainer.accelerator.device,
+    )
+
+
+def bare_calls(trainer: Any, arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the UNet calls of an iteration alone: those of sampling, and those of training with their backward."""
+    unet, device = trainer.sd_pipeline.unet, trainer.accelerator.device
+    dtype = next(unet.parameters()).dtype
+    side = unet.config.sample_size
+    if arguments.resolution is not None:
+        side = arguments.resolution // trainer.sd_pipeline.sd_pipeline.vae_scale_factor
+    doubled = 1 if arguments.guidance_scale == 1 else 2
+
+    def call(rows: int) -> torch.Tensor:
+        rows *= doubled
+        latents = torch.randn(rows, unet.config.in_channels, side, side, device=device, dtype=dtype)
+        timestep = torch.full((rows,), 500, device=device)
+        with trainer.autocast():
+            return unet(latents, timestep, trainer.neg_prompt_embed.repeat(rows, 1, 1)).sample
+
+    @torch.no_grad()
+    def sampling() -> None:
+        for _ in range(arguments.num_inference_steps * (arguments.samples // arguments.sample_batch_size)):
+            call(arguments.sample_batch_size)
+
+    def training() -> None:
+        calls = trainer.num_train_timesteps * (arguments.samples // arguments.train_batch_size)
+        for number in range(calls):
+            call(arguments.train_batch_size).float().square().mean().backward()
+            if (number + 1) % (calls // arguments.updates) == 0:
+                unet.zero_grad()
+
+    return sampling, training
+
+
+def main() -> int:
+    """Measure, print and write."""
+    try:
+        arguments = parse()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(arguments.threads)
+    packages = ("torch", "diffusers", "peft", "trl")
+    figures = measure(work_of(arguments), arguments.repeats, arguments.on_request, packages)
+    print(report(figures, vars(arguments), arguments.json))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""Captioned 64x64 pictures of emoji: what the bundled model is pretrained on and what judges of it can learn from.
+
+Every word of `ddpo_env.prompts.vocabulary` has one emoji of Google's Noto Color Emoji font (OFL). A picture shows it on a calm
+background at a random place and size, next to a second emoji for an activity, or several times for a count. Pictures
+are never flipped or rotated: a small model fuses the two orientations into two-tailed fish.
+"""
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import inflect
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ddpo_env.prompts.vocabulary import ACTIVITIES, COUNTS, EVERYDAY_OBJECTS, HELD_OUT_ANIMALS, SIMPLE_ANIMALS
+
+FONT_PATH = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+FONT_SIZE = 109  # The font is a set of bitmaps of this one size.
+IMAGE_SIZE = 64
+CHUNK = 500  # Pictures per task; a chunk has its own random stream, so the number of workers changes nothing.
+
+_ANIMAL_EMOJI = "🐱🐶🐴🐒🐰🦓🕷🐦🐑🦌🐮🐐🦁🐯🐻🦝🦊🐺🦎🪲🐜🦋🐠🦈🐳🐬🐿🐭🐀🐍🐢🐸🐔🦆🪿🐝🐷🦃🪰🦙🐫🦇🦍🦔🦘"
+_HELD_OUT_EMOJI = "🐧🦉🐘🐼🦒🐙🐨🐊🦚🦩🦜🦢🦀🦞🐌🦂🦏🐞🦥🦛"
+_OBJECT_EMOJI = "🚗☂🎸🍎🍌🎈🏠🌳🔑⏰📕🎩🌵🚀⛵☕📷🫖🎺🥁"
+EMOJI: dict[str, str] = {
+    **dict(zip(SIMPLE_ANIMALS, _ANIMAL_EMOJI, strict=True)),
+    **dict(zip(HELD_OUT_ANIMALS, _HELD_OUT_EMOJI, strict=True)),
+    **dict(zip(EVERYDAY_OBJECTS, _OBJECT_EMOJI, strict=True)),
+    **dict(zip(ACTIVITIES, "🍽🚲♟", strict=True)),
+}
+
+_inflect = inflect.engine()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a picture shows: one `word`, or a word with an `activity`, or `count` of it (one of `COUNTS`)."""
+
+    word: str
+    activity: str | None = None
+    count: str | None = None
+
+    @property
+    def caption(self) -> str:
+        """The prompt for it, as in "an ant", "an ant playing chess", "two ants"."""
+        if self.count is not None:
+            return f"{self.count} {plural(self.word)}"
+        return f"{_with_article(self.word)} {self.activity}" if self.activity else _with_article(self.word)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How often each kind of picture is drawn, as weights."""
+
+    simple_animals: float = 0.65
+    held_out: float = 0.22
+    """Other animals and objects together."""
+    activities: float = 0.09
+    counts: float = 0.04
+
+
+@cache
+def plural(word: str) -> str:
+    """The plural of a noun: "mice", "geese", "sheep"."""
+    return str(_inflect.plural(word))
+
+
+@cache
+def _with_article(word: str) -> str:
+    return str(_inflect.a(word))
+
+
+def all_subjects() -> tuple[Subject, ...]:
+    """Every subject that `draw_subject` can return, once."""
+    words = (*SIMPLE_ANIMALS, *HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS)
+    return (
+        *(Subject(word) for word in words),
+        *(Subject(word, activity=activity) for activity in ACTIVITIES for word in SIMPLE_ANIMALS),
+        *(Subject(word, count=count) for count in COUNTS for word in SIMPLE_ANIMALS),
+    )
+
+
+def draw_subject(rng: np.random.Generator, mixture: Mixture | None = None) -> Subject:
+    """Returns a random subject: first the kind by the mixture's weights, then one of that kind, uniformly."""
+    mixture = mixture or Mixture()
+    weights = np.array([mixture.simple_animals, mixture.held_out, mixture.activities, mixture.counts])
+    kind = int(rng.choice(4, p=weights / weights.sum()))
+    word = str(rng.choice((*HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS) if kind == 1 else SIMPLE_ANIMALS))
+    if kind == 2:
+        return Subject(word, activity=str(rng.choice(ACTIVITIES)))
+    if kind == 3:
+        return Subject(word, count=str(rng.choice(COUNTS)))
+    return Subject(word)
+
+
+@cache
+def _sprite(word: str) -> Image.Image:
+    """The word's emoji, RGBA, cropped to its ink."""
+    if not FONT_PATH.is_file():
+        raise FileNotFoundError(
+            f"the emoji font {FONT_PATH} is missing; on Debian or Ubuntu: apt-get install fonts-noto-color-emoji"
+        )
+    font = ImageFont.truetype(FONT_PATH, FONT_SIZE)
+    canvas = Image.new("RGBA", (2 * FONT_SIZE, 2 * FONT_SIZE))
+    ImageDraw.Draw(canvas).text((20, 20), EMOJI[word], font=font, embedded_color=True)
+    box = canvas.getbbox()
+    if box is None:
+        raise ValueError(f"the font {FONT_PATH} has no picture for {word!r} ({EMOJI[word]}); install a newer version")
+    return canvas.crop(box)
+
+
+def _background(rng: np.random.Generator) -> np.ndarray:
+    """A pastel, flat or with a gentle linear gradient; `(64, 64, 3)` float in `[0, 255]`."""
+    hue, saturation, value = rng.uniform(0, 1), rng.uniform(0.02, 0.4), rng.uniform(0.6, 1.0)
+    phases = hue * 2 * math.pi + np.array([0, 2, 4]) * math.pi / 3
+    start = value * (1 - saturation * (0.5 - 0.5 * np.cos(phases)))
+    end = start if rng.uniform() < 0.4 else np.clip(start + rng.uniform(-0.15, 0.15, size=3), 0, 1)
+    angle = rng.uniform(0, 2 * math.pi)
+    ys, xs = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE] / (IMAGE_SIZE - 1) - 0.5
+    ramp = ((np.cos(angle) * xs + np.sin(angle) * ys) / math.sqrt(2) + 0.5)[..., None]
+    return 255 * (start * (1 - ramp) + end * ramp)
+
+
+def _paste(canvas: Image.Image, word: str, centre: tuple[float, float], size: float) -> None:
+    """Pastes the word's emoji so that its longer side is `size` pixels, kept inside the canvas."""
+    sprite = _sprite(word)
+    scale = size / max(sprite.size)
+    width, height = max(1, round(sprite.width * scale)), max(1, round(sprite.height * scale))
+    left = int(np.clip(round(centre[0] - width / 2), 0, IMAGE_SIZE - width))
+    top = int(np.clip(round(centre[1] - height / 2), 0, IMAGE_SIZE - height))
+    sprite = sprite.resize((width, height), Image.Resampling.LANCZOS)
+    canvas.paste(sprite, (left, top), sprite)
+
+
+def _places(subject: Subject, rng: np.random.Generator) -> list[tuple[str, tuple[float, float], float]]:
+    """What to paste where: a list of `(word, (x, y) centre, size)` in pixels."""
+    jitter = rng.uniform(-2, 2, size=2)
+    if subject.activity is not None:
+        size, other = rng.uniform(32, 37), rng.uniform(23, 27)
+        shift = rng.uniform(-2, 2)
+        return [
+            (subject.word, (19 + jitter[0], 32 + jitter[1]), size),
+            (subject.activity, (50 + jitter[0], 38 + jitter[1] + shift), other),
+        ]
+    if subject.count is not None:
+        size = rng.uniform(26, 30)
+        centres = {
+            "two": [(17, 32), (47, 32)],
+            "three": [(32, 17), (17, 47), (47, 47)],
+            "four": [(17, 17), (47, 17), (17, 47), (47, 47)],
+        }[subject.count]
+        return [(subject.word, (x + jitter[0], y + jitter[1]), size) for x, y in centres]
+    size = rng.uniform(40, 58)
+    free = (IMAGE_SIZE - size) / 2
+    x, y = 32 + rng.uniform(-free, free, size=2)
+    return [(subject.word, (x, y), size)]
+
+
+def render(subject: Subject, rng: np.random.Generator) -> np.ndarray:
+    """Returns a picture of the subject, `(64, 64, 3)` uint8 RGB, its background, places and sizes drawn from `rng`.
+
+    Raises:
+        FileNotFoundError: the emoji font is not installed; the message names the package.
+    """
+    canvas = Image.fromarray(_background(rng).round().astype(np.uint8))
+    for word, centre, size in _places(subject, rng):
+        _paste(canvas, word, centre, size)
+    return np.asarray(canvas)
+
+
+def _render_chunk(task: tuple[int, int, int, Mixture]) -> tuple[np.ndarray, list[Subject]]:
+    seed, chunk, number, mixture = task
+    rng = np.random.default_rng([seed, chunk])
+    subjects = [draw_subject(rng, mixture) for _ in range(number)]
+    return np.stack([render(subject, rng) for subject in subjects]), subjects
+
+
+def render_dataset(
+    number: int, seed: int, *, mixture: Mixture | None = None, workers: int = 2
+) -> tuple[np.ndarray, list[Subject]]:
+    """Returns random pictures, `(number, 64, 64, 3)` uint8 RGB, and what each of them shows (`.caption` is its prompt).
+
+    The result depends on the seed and the number alone, not on the number of worker processes.
+    """
+    _sprite(SIMPLE_ANIMALS[0])  # A missing font is an error here, not in a worker.
+    tasks = [
+        (seed, start // CHUNK, min(CHUNK, number - start), mixture or Mixture()) for start in range(0, number, CHUNK)
+    ]
+    if workers > 1 and len(tasks) > 1:
+        with ProcessPoolExecutor(workers) as pool:
+            chunks = list(pool.map(_render_chunk, tasks))
+    else:
+        chunks = [_render_chunk(task) for task in tasks]
+    return np.concatenate([images for images, _ in chunks]), [subject for _, part in chunks for subject in part]
+
+
+def grid(
+    images: Sequence[np.ndarray], columns: int, labels: Sequence[str] | None = None, scale: int = 1
+) -> Image.Image:
+    """Returns a contact sheet of equally sized `(height, width, 3)` uint8 pictures, with a caption under each.
+
+    Args:
+        images: The pictures, row by row.
+        columns: Pictures in a row.
+        labels: One short text per picture, or None for none.
+        scale: Whole-number enlargement of each picture.
+    """
+    size, text = IMAGE_SIZE * scale, 14 if labels else 0
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * (size + 2), rows * (size + text + 2)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, image in enumerate(images):
+        left, top = index % columns * (size + 2), index // columns * (size + text + 2)
+        sheet.paste(Image.fromarray(image).resize((size, size), Image.Resampling.NEAREST), (left, top))
+        if labels:
+            pen.text((left + size / 2, top + size + 1), labels[index], fill="black", anchor="ma", font_size=10)
+    return sheet

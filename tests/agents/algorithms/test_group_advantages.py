@@ -1,0 +1,104 @@
+"""Advantages within the pictures of a prompt, and the critic's targets: by hand and against Stable-Baselines3."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.rollouts import BOX, rollout
+from stable_baselines3.common.buffers import RolloutBuffer
+
+from agents import GroupRelativeAdvantage, LeaveOneOutAdvantage, RawReturn
+from agents.rollout.buffer import TensorRolloutBuffer
+
+RETURNS = [[1.0, 2.0, 6.0, 10.0, 30.0], [3.0, 20.0, 7.0, 0.0, -5.0]]
+PROMPTS = [["a cat", "a cat", "a dog", "a dog", "an ant"], ["a cat", "an ant", "a dog", "an ant", "an ant"]]
+
+
+def by_prompt():
+    groups = {}
+    for index, prompt in enumerate(np.ravel(PROMPTS)):
+        groups.setdefault(prompt, []).append(index)
+    return groups
+
+
+def test_group_relative_advantage_is_the_standard_score_within_the_prompt():
+    advantages = GroupRelativeAdvantage(clip=1.2)(rollout(RETURNS, PROMPTS))
+    flat = np.ravel(RETURNS)
+    expected = np.empty(10)
+    for members in by_prompt().values():
+        expected[members] = (flat[members] - flat[members].mean()) / flat[members].std()
+    assert np.abs(expected).max() > 1.2
+    for step in range(6):
+        np.testing.assert_allclose(advantages[step], expected.clip(-1.2, 1.2).reshape(2, 5)[step // 3], rtol=1e-4)
+
+
+def test_without_standardisation_groups_keep_their_scale():
+    advantages = GroupRelativeAdvantage(standardize=False, clip=np.inf)(rollout(RETURNS, PROMPTS))
+    assert advantages[0].tolist() == pytest.approx([-1, 0, 6 - 23 / 3, 10 - 23 / 3, 30 - 45 / 4])
+
+
+def test_leave_one_out_compares_with_the_others_mean():
+    advantages = LeaveOneOutAdvantage()(rollout(RETURNS, PROMPTS))
+    flat = np.ravel(RETURNS)
+    expected = np.empty(10)
+    for members in by_prompt().values():
+        for member in members:
+            expected[member] = flat[member] - np.mean([flat[other] for other in members if other != member])
+    for step in range(6):
+        np.testing.assert_allclose(advantages[step], expected.reshape(2, 5)[step // 3], rtol=1e-4, atol=1e-5)
+
+
+def test_leave_one_out_baseline_is_unbiased():
+    """E[(r_i − the others' mean) · s_i] is the covariance of reward and score; with the whole mean, (k−1)/k of it."""
+    generator = np.random.default_rng(0)
+    score = generator.normal(size=(4000, 4))
+    returns = score + generator.normal(size=score.shape)
+    prompts = [[str(group)] * 4 for group in range(4000)]
+    advantages = LeaveOneOutAdvantage()(rollout(returns.reshape(1, -1), np.reshape(prompts, (1, -1)), steps=1))
+    assert float((advantages.numpy().ravel() * score.ravel()).mean()) == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("estimator", [GroupRelativeAdvantage(), LeaveOneOutAdvantage()])
+def test_prompt_that_is_alone_is_refused(estimator):
+    with pytest.raises(ValueError, match="needs at least 2 episodes a prompt .* 'a dog': .*samples_per_prompt to 2"):
+        estimator(rollout([1.0, 2.0, 3.0], ["a cat", "a cat", "a dog"]))
+    with pytest.raises(ValueError, match="needs every episode's prompt"):
+        estimator(rollout([1.0, 2.0], [None, None]))
+    with pytest.raises(ValueError, match="n_steps=3 cuts episodes in two"):
+        estimator(rollout([1.0, 2.0], ["a cat", "a cat"], last_dones=False))
+
+
+@pytest.mark.parametrize("estimator", [GroupRelativeAdvantage(), LeaveOneOutAdvantage()])
+def test_equal_rewards_give_no_advantage(estimator):
+    assert not estimator(rollout([3.0, 3.0, 3.0], ["a cat"] * 3)).any()
+
+
+def test_raw_return_is_the_return_of_the_episode():
+    advantages = RawReturn()(rollout(RETURNS, PROMPTS))
+    assert advantages[:3].tolist() == [RETURNS[0]] * 3
+    assert advantages[3:].tolist() == [RETURNS[1]] * 3
+
+
+def test_critics_targets_are_stable_baselines3s_returns_at_lambda_1():
+    generator = np.random.default_rng(1)
+    theirs = RolloutBuffer(12, BOX, BOX, "cpu", gae_lambda=1.0, gamma=0.9, n_envs=3)
+    mine = TensorRolloutBuffer(12, BOX, BOX, "cpu", gamma=0.9, n_envs=3)
+    starts = np.ones(3, np.bool_)
+    for _ in range(12):
+        rewards = generator.normal(size=3).astype(np.float32)
+        values = torch.as_tensor(generator.normal(size=3), dtype=torch.float32)
+        observation = torch.zeros(3, 1)
+        theirs.add(observation.numpy(), observation.numpy(), rewards, starts.astype(np.float32), values, torch.zeros(3))
+        mine.add(observation, observation, rewards, starts, values, torch.zeros(3), [None] * 3)
+        starts = generator.random(3) < 0.25
+    last_values = torch.as_tensor(generator.normal(size=3), dtype=torch.float32)
+    theirs.compute_returns_and_advantage(last_values, starts)
+    mine.finish(last_values, starts)
+    mine.set_monte_carlo_returns()
+    assert starts.any()
+    assert not starts.all()
+    np.testing.assert_allclose(mine.returns.numpy(), theirs.returns, rtol=1e-4, atol=1e-5)
+
+
+def test_final_steps_are_those_that_end_an_episode():
+    assert (rollout(RETURNS, PROMPTS).final_steps() // 5).tolist() == [2] * 5 + [5] * 5
+    assert (rollout(RETURNS, PROMPTS, last_dones=False).final_steps() // 5).tolist() == [2] * 5

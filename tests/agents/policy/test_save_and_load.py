@@ -1,0 +1,67 @@
+"""`save` and `load` mean what they mean in Stable-Baselines3, for diffusion policies and others."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.algorithms import collected, denoising_ppo, denoising_reinforce, denoising_rwr
+from helpers.micro_agents import STEPS, micro_env, weights
+from stable_baselines3.common.env_util import make_vec_env
+
+from agents import PPO, REINFORCE, DiffusionPolicy, VectorEnvAdapter
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("make", [denoising_ppo, denoising_reinforce, denoising_rwr])
+def test_loaded_algorithm_has_the_weights_and_settings_and_trains_on(micro_pipeline_folder, tmp_path, make):
+    model = make(micro_pipeline_folder, max_grad_norm=0.7, ema_decay=0.5, timestep_window=(0.0, 0.8))
+    model.learn(2 * 6 * STEPS, log_interval=None)
+    model.save(tmp_path / "model.zip")
+    env = VectorEnvAdapter(micro_env(micro_pipeline_folder, 6, samples_per_prompt=2))
+    loaded = type(model).load(tmp_path / "model.zip", env=env, device="cpu")
+    assert isinstance(loaded.policy, DiffusionPolicy)
+    assert same(weights(loaded.policy), weights(model.policy))
+    assert (loaded.num_timesteps, loaded._n_updates) == (model.num_timesteps, model._n_updates)
+    assert (loaded.max_grad_norm, loaded.ema_decay, tuple(loaded.timestep_window)) == (0.7, 0.5, (0.0, 0.8))
+    assert type(loaded.advantage) is type(model.advantage)
+    before = weights(loaded.policy)
+    with loaded.averaged_weights(), model.averaged_weights():
+        assert same(weights(loaded.policy), weights(model.policy))
+        assert same(weights(loaded.policy), before) == (model._n_updates < 2), "the first update's average is a copy"
+    loaded.learn(6 * STEPS, reset_num_timesteps=False, log_interval=None)
+    assert loaded.num_timesteps == 3 * 6 * STEPS
+    assert not same(weights(loaded.policy), before)
+
+
+def test_optimizer_goes_on_where_it_was(micro_pipeline_folder, tmp_path):
+    model = denoising_ppo(micro_pipeline_folder)
+    model.learn(2 * 6 * STEPS, log_interval=None)
+    model.save(tmp_path / "model.zip")
+    loaded = PPO.load(tmp_path / "model.zip", device="cpu")
+    mine, theirs = (one.policy.optimizer.state_dict()["state"] for one in (loaded, model))
+    assert len(mine) == len(theirs) > 0
+    for index, state in theirs.items():
+        assert torch.equal(mine[index]["exp_avg_sq"], state["exp_avg_sq"])
+
+
+def test_without_an_environment_it_predicts_and_with_one_it_trains(micro_pipeline_folder, tmp_path):
+    model = denoising_ppo(micro_pipeline_folder)
+    model.save(tmp_path / "model.zip")
+    loaded = PPO.load(tmp_path / "model.zip", device="cpu")
+    observation, _ = micro_env(micro_pipeline_folder, 3, backend="numpy").reset(seed=0)
+    for one in (loaded, model):
+        one.policy.set_training_mode(False)
+    np.testing.assert_array_equal(
+        loaded.predict(observation, deterministic=True)[0], model.predict(observation, deterministic=True)[0]
+    )
+    loaded.set_env(VectorEnvAdapter(micro_env(micro_pipeline_folder, 6, samples_per_prompt=2)))
+    collected(loaded).train()
+
+
+def test_other_policies_are_saved_and_loaded(tmp_path):
+    env = make_vec_env("CartPole-v1", 2, seed=0)
+    model = REINFORCE("MlpPolicy", env, seed=0, device="cpu").learn(128, log_interval=None)
+    model.save(tmp_path / "model.zip")
+    assert same(weights(REINFORCE.load(tmp_path / "model.zip", device="cpu").policy), weights(model.policy))

@@ -1,0 +1,164 @@
+"""Whole runs of every algorithm and estimator from a configuration: that they run, resume and refuse."""
+
+import traceback
+
+import numpy as np
+import pytest
+import yaml
+from helpers import micro_agents
+from helpers.micro_agents import InterruptedReward, brightness, micro_config
+from helpers.run_comparison import assert_same_run, rows
+
+from agents import PPO, REINFORCE, RWR
+from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
+from agents.config.settings import ALGORITHMS, OptimizerSettings, RunSettings, TrainingSettings
+from agents.config.train_config import TrainConfig
+from agents.training.run import prepare_run, run_training
+
+
+def config_of(model, folder, algorithm="ppo", **settings):
+    """The micro run with another algorithm, whose sizes are its defaults."""
+    updates = {"updates_per_iteration": 2 if algorithm == "ppo" else 1, "epochs": ALGORITHMS[algorithm].epochs}
+    if algorithm == "rwr_sparse":
+        updates["epochs"] = 3
+    return micro_config(model, folder, training={"algorithm": algorithm, **updates, **settings})
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "settings"),
+    [
+        ("reinforce", {"kl_coef": 0.1, "advantage": "group"}),
+        ("rwr", {"ema_decay": 0.5}),
+        ("rwr_sparse", {"rwr_percentile": 50.0}),
+        ("ppo", {"advantage": "leave_one_out", "target_kl": 1.0, "recompute_log_probs": True}),
+    ],
+)
+def test_stopped_and_resumed_run_equals_one_that_was_not(
+    micro_pipeline_folder, tmp_path, monkeypatch, algorithm, settings
+):
+    run_training(config_of(micro_pipeline_folder, tmp_path / "whole", algorithm, **settings))
+    with monkeypatch.context() as patch:
+        patch.setattr(micro_agents, "brightness", InterruptedReward(7))
+        stopped = run_training(config_of(micro_pipeline_folder, tmp_path / "stopped", algorithm, **settings))
+    assert stopped.iterations == 2
+    run_training(TrainConfig(run=RunSettings(resume=tmp_path / "stopped")))
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "kind"), [("ppo", PPO), ("reinforce", REINFORCE), ("rwr", RWR), ("rwr_sparse", RWR)]
+)
+def test_configuration_names_the_algorithm(micro_pipeline_folder, tmp_path, algorithm, kind):
+    config = config_of(micro_pipeline_folder, tmp_path, algorithm, kl_coef=0.25, ema_decay=0.5)
+    model = prepare_run(config).algorithm
+    assert type(model) is kind
+    assert (model.kl_coef, model.ema_decay, model.gamma) == (0.25, 0.5, 1.0)
+    assert getattr(model, "weighting", "") == {"rwr": "exponential", "rwr_sparse": "percentile"}.get(algorithm, "")
+
+
+def test_sizes_and_learning_rate_left_open_are_the_algorithms():
+    for algorithm, defaults in ALGORITHMS.items():
+        training = TrainingSettings(algorithm=algorithm)
+        assert (training.epochs, training.updates_per_iteration) == defaults[1:]
+        assert TrainConfig(training=training).learning_rate == defaults.learning_rate
+        given = TrainConfig(training=training, optimizer=OptimizerSettings(learning_rate=0.125))
+        assert given.learning_rate == 0.125
+
+
+def test_resolved_learning_rate_is_in_the_run_folder(micro_pipeline_folder, tmp_path):
+    result = run_training(config_of(micro_pipeline_folder, tmp_path, "rwr"))
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert written["optimizer"]["learning_rate"] == result.config.learning_rate == ALGORITHMS["rwr"].learning_rate
+
+
+def test_critic_learns_beside_every_estimator(micro_pipeline_folder, tmp_path):
+    for advantage in ("per_prompt", "gae"):
+        config = config_of(micro_pipeline_folder, tmp_path / advantage, advantage=advantage)
+        config.policy.critic = True
+        run_training(config)
+        assert float(rows(tmp_path / advantage)[0]["train/value_loss"]) > 0
+    assert (
+        "train/value_loss" not in rows(run_training(config_of(micro_pipeline_folder, tmp_path / "no")).folder.path)[0]
+    )
+
+
+def test_overlapped_rewards_change_nothing(micro_pipeline_folder, tmp_path):
+    for name, overlap in (("on", True), ("off", False)):
+        run_training(config_of(micro_pipeline_folder, tmp_path / name, overlap_rewards=overlap))
+    assert_same_run(tmp_path / "on", tmp_path / "off")
+
+
+def failing(images, prompts, metadata):
+    """Works for the first evaluation and breaks in training."""
+    if len(images) == 4 and failing.calls:
+        raise RuntimeError("the judge has left")
+    failing.calls += 1
+    return brightness(images, prompts, metadata)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_error_of_a_reward_surfaces_with_its_traceback(micro_pipeline_folder, tmp_path, overlap):
+    failing.calls = 0
+    config = config_of(micro_pipeline_folder, tmp_path, overlap_rewards=overlap)
+    config.task.reward = f"{__name__}:failing"
+    config.run.eval_samples = 3
+    with pytest.raises(RuntimeError, match="the judge has left") as caught:
+        run_training(config)
+    assert "failing" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert (tmp_path / "checkpoints" / "iteration_000000").is_dir(), "the run can go on from its last iteration"
+
+
+def test_details_of_a_reward_are_logged(micro_pipeline_folder, tmp_path, monkeypatch):
+    def detailed(images, prompts, metadata):
+        scores = brightness(images, prompts, metadata)
+        return scores, {"doubled": 2 * scores, "said": ["bright"] * len(images)}
+
+    for overlap in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(micro_agents, "brightness", detailed)
+            run_training(config_of(micro_pipeline_folder, tmp_path / str(overlap), overlap_rewards=overlap))
+        for row in rows(tmp_path / str(overlap))[:3]:  # the last one is the evaluation after training
+            assert float(row["reward/doubled"]) == pytest.approx(2 * float(row["rollout/reward_mean"]), rel=1e-4)
+            assert "reward/said" not in row
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"algorithm": "sac"}, "algorithm must be one of ppo, reinforce, rwr, rwr_sparse; got 'sac'"),
+        ({"advantage": "best"}, "advantage must be one of per_prompt, batch, group, leave_one_out, gae; got 'best'"),
+        ({"advantage": "gae"}, "advantage must not be gae without a critic: add --critic"),
+        ({"advantage": "group", "samples_per_prompt": 1}, "samples_per_prompt must be at least 2 with advantage group"),
+        ({"algorithm": "reinforce", "epochs": 2}, "epochs and updates_per_iteration must be 1 with reinforce"),
+        ({"algorithm": "rwr_sparse", "updates_per_iteration": 2}, "updates_per_iteration must be 1 with rwr_sparse"),
+        ({"rwr_beta": 0.0}, "rwr_beta must be above 0; got 0.0"),
+        ({"rwr_percentile": 100.0}, "rwr_percentile must be below 100; got 100.0"),
+        ({"ema_decay": 1.0}, "ema_decay must be below 1; got 1.0"),
+        ({"kl_coef": -0.5}, "kl_coef must be at least 0; got -0.5"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_before_a_model_is_loaded(tmp_path, settings, message):
+    config = TrainConfig(run=RunSettings(run_dir=tmp_path), training=TrainingSettings(**settings))
+    config.task.model = "no-such-model"
+    with pytest.raises(ValueError, match=message):
+        prepare_run(config)
+
+
+def test_integer_rewards_keep_their_fractions(micro_pipeline_folder, tmp_path, monkeypatch):
+    """Rewards 1, 2, 3, 4 standardise to -1.34, -0.45, 0.45, 1.34, not to -1, 0, 0, 1."""
+    monkeypatch.setattr(micro_agents, "brightness", lambda images, prompts, metadata: np.arange(1, 5))
+    model = prepare_run(
+        config_of(micro_pipeline_folder, tmp_path, advantage="batch", samples_per_iteration=4)
+    ).algorithm
+    _, callback = model._setup_learn(1)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    expected = (np.arange(1, 5) - 2.5) / np.std([1, 2, 3, 4])
+    np.testing.assert_allclose(model.rollout_buffer.advantages[0].numpy(), expected, rtol=1e-4)
+
+
+def test_an_algorithm_is_its_loss():
+    class Nothing(TensorOnPolicyAlgorithm):
+        pass
+
+    with pytest.raises(TypeError, match="abstract .*loss"):
+        Nothing("MlpPolicy", "CartPole-v1", n_steps=4, learning_rate=1e-3)

@@ -1,0 +1,116 @@
+"""Pictures of another size than the model's own: latents, spaces, what the denoiser is told, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.micro_agents import micro_config, micro_env, micro_policy
+from helpers.micro_families import micro_family
+
+from agents.policy.diffusion_policy import DiffusionPolicy
+from agents.training.run import run_training
+from ddpo_env import DenoisingEnv, load_model
+from ddpo_env.models.loading import unload_models
+from ddpo_env.models.outline import outline_model
+
+FAMILIES = ("stable_diffusion_xl", "stable_diffusion_3", "flux_dev")
+
+
+def test_latents_and_pictures_have_the_size(micro_pipeline_folder):
+    own, larger = load_model(micro_pipeline_folder, "cpu"), load_model(micro_pipeline_folder, "cpu", resolution=48)
+    assert own.latent_shape == (4, 8, 8)
+    assert larger.latent_shape == (4, 12, 12)
+    assert larger.decode(torch.zeros(1, 4, 12, 12)).shape == (1, 48, 48, 3)
+    env = micro_env(micro_pipeline_folder, num_envs=2, resolution=48)
+    observation, _ = env.reset(seed=0)
+    assert observation["latents"].shape == (2, 4, 12, 12)
+    assert env.single_action_space.shape == (4, 12, 12)
+    assert DenoisingEnv(model=micro_pipeline_folder, resolution=48, device="cpu").action_space.shape == (4, 12, 12)
+
+
+def test_two_resolutions_share_the_weights_and_stay_apart(micro_pipeline_folder):
+    unload_models()
+    larger = load_model(micro_pipeline_folder, "cpu", resolution=48)
+    own = load_model(micro_pipeline_folder, "cpu")
+    assert own.denoiser is larger.denoiser
+    assert load_model(micro_pipeline_folder, "cpu", resolution=48) is larger
+    assert load_model(micro_pipeline_folder, "cpu") is own
+    assert own.latent_shape != larger.latent_shape
+    assert load_model(larger) is larger, "an adapter is passed on as it is"
+
+
+def test_the_policy_takes_the_environments_resolution_and_keeps_it(micro_pipeline_folder, tmp_path):
+    env = micro_env(micro_pipeline_folder, num_envs=2, resolution=48)
+    policy = micro_policy(env)
+    observation, _ = env.reset(seed=0)
+    assert policy.get_distribution(observation).mean.shape == (2, 4, 12, 12)
+    policy.save(tmp_path)
+    assert DiffusionPolicy.load(tmp_path, device="cpu").model.latent_shape == (4, 12, 12)
+    with pytest.raises(ValueError, match="observation_space must be that of model"):
+        micro_policy(env, resolution=32)
+
+
+def test_a_run_draws_pictures_of_the_size(micro_pipeline_folder, tmp_path):
+    seen = []
+
+    def shapes(images, prompts, metadata):
+        seen.append(images.shape[1:])
+        return np.zeros(len(images))
+
+    from helpers import micro_agents
+
+    original = micro_agents.brightness
+    micro_agents.brightness = shapes
+    try:
+        config = micro_config(micro_pipeline_folder, tmp_path / "run", task={"resolution": 48}, run={"iterations": 1})
+        run_training(config)
+    finally:
+        micro_agents.brightness = original
+    assert set(seen) == {(48, 48, 3)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_draws_another_size(family):
+    pipeline = micro_family(family)
+    own = load_model(pipeline, "cpu")
+    side = own.latent_shape[1] * pipeline.vae_scale_factor * 2
+    model = load_model(pipeline, "cpu", resolution=side)
+    assert model.latent_shape == (own.latent_shape[0], 2 * own.latent_shape[1], 2 * own.latent_shape[2])
+    latents = torch.randn(2, *model.latent_shape)
+    conditioning = model.encode_prompts(["a cat", "a dog"])
+    if getattr(model, "guidance_embeds", False):
+        conditioning["guidance"] = torch.full((2,), 3.5)
+    with torch.no_grad():
+        assert model.predict(model.denoiser, latents, torch.full((2,), 500.0), conditioning).shape == latents.shape
+    assert model.decode(latents).shape == (2, side, side, 3)
+
+
+def test_stable_diffusion_xl_is_told_the_size():
+    pipeline = micro_family("stable_diffusion_xl")
+    assert load_model(pipeline, "cpu", resolution=64).time_ids.tolist() == [[64, 64, 0, 0, 64, 64]]
+    assert load_model(pipeline, "cpu").time_ids.tolist() == [[32, 32, 0, 0, 32, 32]]
+
+
+@pytest.mark.parametrize("resolution", [0, -4, 30, 3, 32.0, True])
+def test_a_size_that_is_no_multiple_is_refused(micro_pipeline_folder, resolution):
+    with pytest.raises(ValueError, match=rf"resolution must be a multiple of 4 pixels .*; got {resolution}$"):
+        load_model(micro_pipeline_folder, "cpu", resolution=resolution)
+
+
+def test_transformers_need_whole_patches_and_places_for_them():
+    pipeline = micro_family("stable_diffusion_3")
+    patch, most = (pipeline.transformer.config[name] for name in ("patch_size", "pos_embed_max_size"))
+    unit = patch * pipeline.vae_scale_factor
+    for resolution in (unit * 2 + pipeline.vae_scale_factor, unit * (most + 1)):
+        with pytest.raises(ValueError, match=f"multiple of {unit} pixels, at most {unit * most}"):
+            load_model(pipeline, "cpu", resolution=resolution)
+
+
+@pytest.mark.parametrize("model", ["points", "ddpm"])
+def test_models_of_one_size_refuse_another(model):
+    with pytest.raises(ValueError, match=r"resolution must be None with model .*; got 64"):
+        load_model(micro_family("ddpm") if model == "ddpm" else model, "cpu", resolution=64)
+
+
+def test_the_cost_of_another_size_is_known_before_it_is_loaded(micro_pipeline_folder):
+    assert outline_model(micro_pipeline_folder, 48).latent_shape == (4, 12, 12)
+    assert outline_model("sd14-random", 256).latent_shape == (4, 32, 32)

@@ -1,0 +1,34 @@
+"""The bundled model's words."""
+
+import pytest
+
+from ddpo_env.prompts import vocabulary
+from ddpo_env.prompts.vocabulary import ACTIVITIES, COUNTS, EVERYDAY_OBJECTS, HELD_OUT_ANIMALS, SIMPLE_ANIMALS
+
+
+def test_simple_animals_are_the_45_of_the_paper() -> None:
+    assert len(SIMPLE_ANIMALS) == 45
+    assert SIMPLE_ANIMALS[:3] == ("cat", "dog", "horse")
+    assert SIMPLE_ANIMALS[-3:] == ("gorilla", "hedgehog", "kangaroo")
+
+
+def test_generalisation_sets_are_large_enough() -> None:
+    assert len(HELD_OUT_ANIMALS) >= 15
+    assert len(EVERYDAY_OBJECTS) >= 15
+
+
+def test_no_word_is_in_two_sets_or_twice_in_one() -> None:
+    words = (*SIMPLE_ANIMALS, *HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS)
+    assert len(set(words)) == len(words)
+
+
+def test_activities_and_counts_are_the_papers() -> None:
+    assert set(ACTIVITIES) == {"washing the dishes", "riding a bike", "playing chess"}
+    assert COUNTS == ("two", "three", "four")
+
+
+@pytest.mark.parametrize("name", ["SIMPLE_ANIMALS", "HELD_OUT_ANIMALS", "EVERYDAY_OBJECTS", "ACTIVITIES", "COUNTS"])
+def test_sets_are_tuples_of_lower_case_words(name: str) -> None:
+    words = getattr(vocabulary, name)
+    assert isinstance(words, tuple)
+    assert all(word == word.lower().strip() and word for word in words)

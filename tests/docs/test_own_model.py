@@ -1,0 +1,58 @@
+"""What docs/own-model.md promises: the robot's four pieces are a file that learns, and quoted lines are code."""
+
+import re
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler
+from helpers.micro_families import micro_family
+from helpers.paths import ROOT
+
+from agents import DiffusionPolicy
+from ddpo_env import DiffusionModel
+from ddpo_env.models import loading as models
+
+ROBOT, FAMILY = (ROOT / "docs" / "own-model.md").read_text("utf-8").split("## A family of pipelines")
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def test_robot_learns_to_walk_around_the_pillar(capsys, tmp_path):
+    pieces = BLOCK.findall(ROBOT)
+    assert len(pieces) == 4
+    names = {"__name__": "__main__"}
+    exec(compile("\n".join(pieces), "own-model.md", "exec"), names)
+    assert names["before"] < 0.5
+    assert names["after"] > 0.9
+    assert re.fullmatch(r"\d+% -> \d+% of the plans arrive.*\n", capsys.readouterr().out)
+    model, policy = names["model"], names["algorithm"].policy
+    assert isinstance(model, DiffusionModel)
+    policy.save(tmp_path)
+    loaded = DiffusionPolicy.load(tmp_path, model=model)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in policy.state_dict().items())
+
+
+def test_table_names_every_member():
+    members = re.findall(r"^\| `(\w+)", ROBOT, re.MULTILINE)
+    assert members == sorted(models._MEMBERS, key=members.index)
+
+
+def test_quoted_lines_are_the_code():
+    line, *quotes, _ = BLOCK.findall(FAMILY)
+    assert line in (ROOT / "ddpo_env" / "models.py").read_text()
+    source = (ROOT / "ddpo_env" / "stable_diffusion_xl.py").read_text()
+    assert len(quotes) == 2
+    assert all(quote in source for quote in quotes)
+
+
+def test_family_from_outside_is_one_line(monkeypatch):
+    monkeypatch.setattr(models, "FAMILIES", dict(models.FAMILIES))
+    pipeline = DDIMPipeline(micro_family("ddpm").unet, DDIMScheduler())
+    with pytest.raises(ValueError, match="got a DDIMPipeline"):
+        models.load_model(pipeline, "cpu")
+    exec(BLOCK.findall(FAMILY)[-1], {})
+    assert models.load_model(pipeline, "cpu").latent_shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((\.\./[^)]+)\)", ROBOT + FAMILY))
+def test_links_lead_somewhere(link):
+    assert (ROOT / "docs" / link).is_file()

@@ -1,0 +1,82 @@
+"""Algorithms on the smallest denoising MDP, and what their tests read off them."""
+
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from agents.algorithms.advantages import BatchAdvantage, RawReturn
+from agents.algorithms.ppo import PPO
+from agents.algorithms.reinforce import REINFORCE
+from agents.algorithms.rwr import RWR
+from agents.policy.diffusion_policy import DiffusionPolicy
+from agents.rollout.vec_env import VectorEnvAdapter
+from helpers.micro_agents import STEPS, micro_env
+
+POLICY = {"lora_rank": 2, "lora_targets": "attention+convolutions", "guidance_scale": 3.0}
+
+
+def denoising_ppo(model, num_envs=6, policy=None, **arguments):
+    """PPO on the denoising MDP, as DDPO has it."""
+    settings = {
+        "n_steps": STEPS,
+        "batch_size": num_envs * STEPS,
+        "n_epochs": 1,
+        "gamma": 1.0,
+        "gae_lambda": 1.0,
+        "clip_range": 1e-2,
+        "learning_rate": 1e-2,
+        "advantage": BatchAdvantage(),
+        "policy_kwargs": POLICY | (policy or {}),
+        "seed": 0,
+        "device": "cpu",
+    }
+    env = VectorEnvAdapter(micro_env(model, num_envs, samples_per_prompt=2))
+    return PPO(DiffusionPolicy, env, **settings | arguments)
+
+
+def logged(model):
+    return model.logger.name_to_value
+
+
+def collected(model):
+    """Fill the buffer as `learn` would, and stop before the update."""
+    _, callback = model._setup_learn(1)
+    assert model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    model._update_current_progress_remaining(0, 1)
+    return model
+
+
+def mean_cartpole_return(model, episodes):
+    mean, _ = evaluate_policy(model, make_vec_env("CartPole-v1", 8, seed=100), episodes, deterministic=False)
+    return mean
+
+
+def denoising_reinforce(model, num_envs=6, policy=None, **arguments):
+    """REINFORCE on the denoising MDP, as DDPO-SF has it."""
+    settings = {
+        "n_steps": STEPS,
+        "gamma": 1.0,
+        "learning_rate": 1e-2,
+        "advantage": BatchAdvantage(),
+        "policy_kwargs": {"lora_rank": 2, "lora_targets": "attention+convolutions", "guidance_scale": 3.0}
+        | (policy or {}),
+        "seed": 0,
+        "device": "cpu",
+    }
+    env = VectorEnvAdapter(micro_env(model, num_envs, samples_per_prompt=2))
+    return REINFORCE(DiffusionPolicy, env, **settings | arguments)
+
+
+def denoising_rwr(model, num_envs=6, policy=None, **arguments):
+    """RWR on the denoising MDP, as the paper has it."""
+    settings = {
+        "n_steps": STEPS,
+        "gamma": 1.0,
+        "learning_rate": 1e-2,
+        "advantage": RawReturn(),
+        "policy_kwargs": {"lora_rank": 2, "lora_targets": "attention+convolutions", "guidance_scale": 3.0}
+        | (policy or {}),
+        "seed": 0,
+        "device": "cpu",
+    }
+    env = VectorEnvAdapter(micro_env(model, num_envs, samples_per_prompt=2))
+    return RWR(DiffusionPolicy, env, **settings | arguments)

@@ -1,0 +1,161 @@
+"""What the tests of `agents` share: environments, policies and weights so small that a test takes a moment."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from torch import Tensor
+
+from agents.config.settings import PolicySettings, RunSettings, TaskSettings, TrainingSettings
+from agents.config.train_config import TrainConfig
+from agents.policy.diffusion_policy import DiffusionPolicy
+from ddpo_env.vector_env import DenoisingVectorEnv
+from rewards.composite import Composite
+
+STEPS = 5
+
+
+def brightness(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+    """Mean pixel, 0 to 1: a reward that is cheap and smooth."""
+    return images.mean(axis=(1, 2, 3)) / 255
+
+
+def contrast(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+    """Spread of the pixels, in levels, and a detail."""
+    return images.std(axis=(1, 2, 3)), {"letters": [len(prompt) for prompt in prompts]}
+
+
+def spotty(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+    """Contrast, but of pictures whose prompt's length is a multiple of 3 there is no score."""
+    return np.where([len(prompt) % 3 for prompt in prompts], contrast(images, prompts, metadata)[0], np.nan)
+
+
+class Remembering:
+    """Brightness above the mean of all that was seen: a state, and no way to share it."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.total = 0.0
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+        return self.above_average(brightness(images, prompts, metadata))
+
+    def above_average(self, scores: np.ndarray) -> np.ndarray:
+        self.seen += len(scores)
+        self.total += float(scores.sum())
+        return scores - self.total / self.seen
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen, "total": self.total}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen, self.total = state["seen"], state["total"]
+
+
+class Shareable(Remembering):
+    """The same in two stages."""
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+        return self.combine(self.measure(images, prompts, metadata))
+
+    def measure(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+        return brightness(images, prompts, metadata)
+
+    def combine(self, measurements: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        scores = self.above_average(np.array(measurements))
+        return scores, {"seen": [float(self.seen)] * len(scores)}
+
+
+class Pair(Composite):
+    """A weighted sum that can be a part of another."""
+
+    def __init__(self) -> None:
+        super().__init__("helpers.micro_agents:brightness:1,helpers.micro_agents:contrast:0.5")
+
+
+class InterruptedReward:
+    """Brightness, but its `n`-th call is where Ctrl-C comes."""
+
+    _reward = staticmethod(brightness)  # this one, whatever takes its place in the module
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+        self.__name__ = "brightness"
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return self._reward(images, prompts, metadata)
+
+
+def micro_env(model: Any, num_envs: int = 4, **arguments: Any) -> DenoisingVectorEnv:
+    """The native batch as the algorithms take it: same-step reset, tensors."""
+    settings: dict[str, Any] = {
+        "reward": brightness,
+        "num_inference_steps": STEPS,
+        "backend": "torch",
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+        "device": "cpu",
+    }
+    return DenoisingVectorEnv(num_envs, model=model, **settings | arguments)
+
+
+def micro_policy(env: DenoisingVectorEnv, seed: int = 0, **arguments: Any) -> DiffusionPolicy:
+    """A policy for the environment, with adapters of rank 2 on everything unless told otherwise."""
+    settings: dict[str, Any] = {"lora_rank": 2, "lora_targets": "attention+convolutions", "guidance_scale": 3.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return DiffusionPolicy(
+            env.single_observation_space, env.single_action_space, lambda _: 1e-2, **settings | arguments
+        )
+
+
+def stir(policy: DiffusionPolicy, scale: float = 0.2, seed: int = 1) -> DiffusionPolicy:
+    """Move everything that learns at random, as long training would: fresh adapters are the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.trainable_parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return policy
+
+
+def train_a_step(policy: DiffusionPolicy, observation: dict[str, Tensor]) -> None:
+    """One optimizer step towards larger latents."""
+    policy.optimizer.zero_grad()
+    (-policy.get_distribution(observation).mode().mean() + policy.predict_values(observation).mean()).backward()
+    policy.optimizer.step()
+
+
+def weights(policy: DiffusionPolicy) -> dict[str, Tensor]:
+    """A copy of what learns."""
+    return {name: value.detach().clone() for name, value in policy.state_dict().items()}
+
+
+def files_below(folder: Path) -> set[str]:
+    """Names of all files, relative to the folder."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def micro_config(model: Path | str, run_dir: Path | None, **groups: dict[str, Any]) -> TrainConfig:
+    """A run of moments: 3 iterations of 8 pictures in 3 steps; `groups` replace settings of a group by name."""
+    config = TrainConfig(
+        run=RunSettings(run_dir=run_dir, iterations=3, eval_samples=6, eval_interval=2, device="cpu"),
+        task=TaskSettings(model=str(model), reward="helpers.micro_agents:brightness", num_inference_steps=3),
+        policy=PolicySettings(lora_rank=2, guidance_scale=2.0),
+        training=TrainingSettings(
+            samples_per_iteration=8,
+            samples_per_prompt=2,
+            sample_batch_size=4,
+            train_batch_size=5,
+            updates_per_iteration=2,
+            stat_min_count=2,
+            timestep_fraction=0.7,
+        ),
+    )
+    for name, settings in groups.items():
+        setattr(config, name, replace(getattr(config, name), **settings))
+    return config
