@@ -9,6 +9,7 @@ from helpers.paths import ROOT
 from PIL import Image
 
 README = (ROOT / "README.md").read_text("utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 SMALLER = {
     "iterations=20": "iterations=1, samples_per_iteration=4, eval_samples=2",
@@ -45,7 +46,7 @@ def test_bundled_model_loads_with_stock_diffusers_from_the_named_folder():
     assert isinstance(StableDiffusionPipeline.from_pretrained(ROOT / "ddpo_env/data/tiny"), StableDiffusionPipeline)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_images_lead_somewhere(page):
     text = page.read_text("utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
@@ -58,10 +59,12 @@ def test_links_and_images_lead_somewhere(page):
             assert anchor in anchors, target
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
-def test_commands_name_scripts_that_exist(page):
-    scripts = set(re.findall(r"\bscripts/[\w/]+\.py\b", page.read_text("utf-8")))
-    assert [script for script in sorted(scripts) if not (ROOT / script).is_file()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_exist(page):
+    named = set(
+        re.findall(r"(?<![\w/])(?:scripts|tests|agents|ddpo_env|rewards)/[\w/]+\.py\b", page.read_text("utf-8"))
+    )
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
 def test_readme_is_short():
