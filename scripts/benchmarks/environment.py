@@ -1,4 +1,4 @@
-"""What a random, the pretrained and a trained policy earn in `DDPO-SD-v0`, and how many steps a second they take.
+"""Score a random, the pretrained and a trained policy in `DDPO-SD-v0`, and measure their steps per second.
 
     python scripts/benchmarks/environment.py
     python scripts/benchmarks/environment.py --rewards jpeg_compressibility --seeds 0 --trained runs/my-run
