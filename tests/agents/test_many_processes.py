@@ -202,7 +202,7 @@ def test_weighted_sum_of_raw_parts_is_shared(micro_pipeline_folder, tmp_path):
     expected = single(micro_pipeline_folder, tmp_path / "one", **LINEAR, **groups)
     assert run_processes(2, Job(str(micro_pipeline_folder), tmp_path / "two", LINEAR | groups)).codes == [0, 0]
     assert largest_difference(tmp_path / "two", expected) < 1e-6
-    first, second = (rows(run)[0]["reward/micro_agents:brightness"] for run in (tmp_path / "two", expected))
+    first, second = (rows(run)[0]["reward/helpers.micro_agents:brightness"] for run in (tmp_path / "two", expected))
     assert float(first) == pytest.approx(float(second))
 
 
@@ -319,10 +319,11 @@ def test_ctrl_c_stops_a_launched_run_and_it_goes_on(micro_pipeline_folder, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("scripts_on_path")
 def test_benchmark_compares_processes_with_one(micro_pipeline_folder, monkeypatch, tmp_path):
     sizes = ["--samples=4", "--sample-batch-size=4", "--train-batch-size=4", "--num-inference-steps=2", "--updates=1"]
     turns = [f"--model={micro_pipeline_folder}", "--iterations=1", "--repeats=1", f"--json={tmp_path / 'figures.json'}"]
-    assert run_script("benchmark_scaling", [*sizes, *turns], monkeypatch) == 0
+    assert run_script("benchmarks/scaling", [*sizes, *turns], monkeypatch) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     rates = {count: rate["iteration"] for count, rate in figures["samples_per_second"].items()}
     assert figures["ratio"]["iteration"] == pytest.approx(rates["2"] / rates["1"])

@@ -1,7 +1,7 @@
 """Where the host waits for the device: once a rollout and once an update, and not at every step or call.
 
 On a CPU nobody waits, but the operations that would make an accelerator's host wait are the same: reading a tensor's
-values, and copying an array from the host. They are counted here; `tests/test_cuda.py` asks the device itself.
+values, and copying an array from the host. They are counted here; `training/test_cuda.py` asks the device itself.
 """
 
 import sys
@@ -31,6 +31,7 @@ from agents.rollout.vec_env import VectorEnvAdapter
 
 READING = {"_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero", "_unique2", "unique_dim"}
 """Operations of ATen whose result is on the host, or has a size that depends on values."""
+PACKAGES = tuple(ROOT / name for name in ("agents", "ddpo_env", "rewards"))
 ONLY_ON_A_CPU = {"GaussianSampler.step_index_of", "DenoisingVectorEnv._check_actions"}
 """They look at values where that costs nothing, and say so in their code."""
 
@@ -58,7 +59,7 @@ class HostWaits(TorchDispatchMode):
         frame: Any = sys._getframe(1)
         while frame is not None:
             code = frame.f_code
-            if Path(code.co_filename).parent.parent == ROOT and Path(code.co_filename).parent.name != "tests":
+            if any(package in Path(code.co_filename).parents for package in PACKAGES):
                 if code.co_qualname not in ONLY_ON_A_CPU:
                     self.places[code.co_qualname] += 1
                 return

@@ -77,7 +77,7 @@ def test_measuring_leaves_statistics_as_they_are():
     before = json.dumps(reward.state_dict())
     _, details = evaluate_reward(SharedReward(reward), pictures(4, 1), PROMPTS, [{}] * 4)
     assert json.dumps(reward.state_dict()) == before
-    assert "helpers.micro_agents:Pair/micro_agents:contrast" in details
+    assert "helpers.micro_agents:Pair/helpers.micro_agents:contrast" in details
     assert "helpers.micro_agents:Pair" not in details, "it is not known yet"
 
 
@@ -107,7 +107,7 @@ def test_sum_inside_a_sum_is_standardised_in_its_turn():
 
 def test_score_that_is_not_finite_is_the_error_of_a_single_process():
     reward = "helpers.micro_agents:brightness:1,helpers.micro_agents:spotty:1"
-    with pytest.raises(ValueError, match="got nan for prompt 'an ant'.*micro_agents:spotty is nan") as expected:
+    with pytest.raises(ValueError, match="got nan for prompt 'an ant'.*helpers.micro_agents:spotty is nan") as expected:
         evaluate_reward(load_reward(reward), pictures(4), SPOTTY, [{}] * 4)
     with pytest.raises(ValueError, match="composite must be finite") as caught:
         in_parts(load_reward(reward), pictures(4), SPOTTY, (0, 2, 4), non_finite="raise")
@@ -219,7 +219,7 @@ def test_rollout_that_was_measured_gets_the_rewards_of_one_that_was_scored(micro
     np.testing.assert_array_equal(mine.rollout_buffer.rewards, expected.rollout_buffer.rewards)
     assert mine.rollout_buffer.advantages.equal(expected.rollout_buffer.advantages)
     assert logged(mine) == logged(expected)
-    assert "reward/micro_agents:contrast" in logged(mine) or spec != SUM
+    assert "reward/helpers.micro_agents:contrast" in logged(mine) or spec != SUM
     assert not any(MEASUREMENT in name for name in logged(mine))
     episodes = [[episode["r"] for episode in model.ep_info_buffer] for model in (mine, expected)]
     assert episodes[0] == episodes[1]

@@ -1,8 +1,8 @@
 """What only a GPU can show: how often the host waits for it, how much of its memory is used, and that training works.
 
-    pytest -m gpu tests/test_cuda.py
+    pytest -m gpu tests/agents/training/test_cuda.py
 
-`tests/test_host_waits.py` and `tests/test_saving_memory.py` are the stand-ins that need none.
+`algorithms/test_host_waits.py` and `tests/ddpo_env/models/test_saving_memory.py` are the stand-ins that need none.
 """
 
 import gc

@@ -80,7 +80,7 @@ def test_script_says_what_failed_and_how_to_go_on(monkeypatch, capsys, tmp_path)
     run = tmp_path / "a run"
     reward = FailingReward(4)
     monkeypatch.setattr(micro_agents, "brightness", reward)
-    arguments = [*MINIATURE, "--iterations=3", "--checkpoint-interval=0", "--reward=micro_agents:brightness"]
+    arguments = [*MINIATURE, "--iterations=3", "--checkpoint-interval=0", "--reward=helpers.micro_agents:brightness"]
     assert run_script("train_ppo", [*arguments, f"--run-dir={run}"], monkeypatch) == 1
     shown = capsys.readouterr()
     expected = (

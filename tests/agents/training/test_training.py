@@ -303,7 +303,7 @@ def test_default_folder_is_named_after_the_reward(micro_pipeline_folder, tmp_pat
     result = run_training(config)
     assert config == before
     assert result.folder.path.parent == Path("runs")
-    assert result.folder.path.name.startswith("micro_agents-brightness-20")
+    assert result.folder.path.name.startswith("helpers-micro_agents-brightness-20")
 
 
 def test_pictures_before_and_after_are_of_the_same_prompts_and_seeds(finished):
