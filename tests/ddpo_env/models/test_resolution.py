@@ -1,4 +1,4 @@
-"""Pictures of another size than the model's own: latents, spaces, what the denoiser is told, and what is refused."""
+"""Images of another size than the model's own: latents, spaces, the denoiser's inputs, and errors."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from ddpo_env.models.outline import outline_model
 FAMILIES = ("stable_diffusion_xl", "stable_diffusion_3", "flux_dev")
 
 
-def test_latents_and_pictures_have_the_size(micro_pipeline_folder):
+def test_latents_and_images_have_the_size(micro_pipeline_folder):
     own, larger = load_model(micro_pipeline_folder, "cpu"), load_model(micro_pipeline_folder, "cpu", resolution=48)
     assert own.latent_shape == (4, 8, 8)
     assert larger.latent_shape == (4, 12, 12)
@@ -49,7 +49,7 @@ def test_the_policy_takes_the_environments_resolution_and_keeps_it(micro_pipelin
         micro_policy(env, resolution=32)
 
 
-def test_a_run_draws_pictures_of_the_size(micro_pipeline_folder, tmp_path):
+def test_a_run_generates_images_of_the_size(micro_pipeline_folder, tmp_path):
     seen = []
 
     def shapes(images, prompts, metadata):
@@ -69,7 +69,7 @@ def test_a_run_draws_pictures_of_the_size(micro_pipeline_folder, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_draws_another_size(family):
+def test_every_family_generates_another_size(family):
     pipeline = micro_family(family)
     own = load_model(pipeline, "cpu")
     side = own.latent_shape[1] * pipeline.vae_scale_factor * 2

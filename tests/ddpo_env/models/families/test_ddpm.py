@@ -47,14 +47,14 @@ def test_nothing_conditions_it() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_picture_is_the_pipelines(channels: int) -> None:
+def test_image_is_the_pipelines(channels: int) -> None:
     pipeline = micro_family("ddpm", channels=channels)
     latents = torch.randn(2, channels, 16, 16)
-    pictures = load_model(pipeline, "cpu").decode(latents).numpy()
-    expected = [np.asarray(picture.convert("RGB")) for picture in pipeline.numpy_to_pil(
+    images = load_model(pipeline, "cpu").decode(latents).numpy()
+    expected = [np.asarray(image.convert("RGB")) for image in pipeline.numpy_to_pil(
         (latents / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     )]  # fmt: skip
-    assert np.array_equal(pictures, expected)
+    assert np.array_equal(images, expected)
 
 
 def test_lora_comes_back_merged_or_not(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_noise_level_is_the_policys_and_scales_the_noise(pipeline: StableDiffusi
         micro_policy(env, noise_level=0.0)
 
 
-def test_times_are_shifted_by_the_pictures_size_where_the_scheduler_says_so() -> None:
+def test_times_are_shifted_by_the_images_size_where_the_scheduler_says_so() -> None:
     pipeline = micro_family("stable_diffusion_3", use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64)
     config = pipeline.scheduler.config
     mu = calculate_shift(16, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
@@ -85,7 +85,7 @@ def test_times_are_shifted_by_the_pictures_size_where_the_scheduler_says_so() ->
     assert sampler.timesteps[2] > 510, "shifted times are later than even ones"
 
 
-def test_picture_is_the_pipelines(pipeline: StableDiffusion3Pipeline) -> None:
+def test_image_is_the_pipelines(pipeline: StableDiffusion3Pipeline) -> None:
     latents = torch.randn(2, 4, 8, 8)
     config = pipeline.vae.config
     assert config.shift_factor == 0.3
