@@ -8,7 +8,7 @@ import pytest
 from helpers.images import PROMPTS, pictures
 
 from rewards import StatefulReward, evaluate_reward, load_reward
-from rewards.composite import Composite, Part, RunningStatistics, parse_parts
+from rewards.composite import Composite, RunningStatistics, Term, parse_terms
 
 
 def brightness(images, prompts, metadata):
@@ -29,14 +29,14 @@ HERE = __name__
 @pytest.mark.parametrize(
     ("spec", "parts"),
     [
-        ("aesthetic:1,clip_score:0.5", [Part("aesthetic", 1.0), Part("clip_score", 0.5)]),
-        (" aesthetic:-2 , clip_score:+.5:raw ", [Part("aesthetic", -2.0), Part("clip_score", 0.5, raw=True)]),
-        ("my_rewards:score:1e-3,hps_v2:0", [Part("my_rewards:score", 0.001), Part("hps_v2", 0.0)]),
-        ("jpeg_compressibility:1", [Part("jpeg_compressibility", 1.0)]),
+        ("aesthetic:1,clip_score:0.5", [Term("aesthetic", 1.0), Term("clip_score", 0.5)]),
+        (" aesthetic:-2 , clip_score:+.5:raw ", [Term("aesthetic", -2.0), Term("clip_score", 0.5, raw=True)]),
+        ("my_rewards:score:1e-3,hps_v2:0", [Term("my_rewards:score", 0.001), Term("hps_v2", 0.0)]),
+        ("jpeg_compressibility:1", [Term("jpeg_compressibility", 1.0)]),
     ],
 )
 def test_spelling(spec, parts):
-    assert parse_parts(spec) == tuple(parts)
+    assert parse_terms(spec) == tuple(parts)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from PIL import Image
 
 from rewards import evaluate_reward, load_reward
 from rewards.judge.judge_server import JudgeServer, JudgeServerError, _seconds
-from rewards.judge.loading import Judge
+from rewards.judge.protocol import Judge
 
 FAST = {"backoff": 0.01, "timeout": 1.0, "attempts": 3}
 

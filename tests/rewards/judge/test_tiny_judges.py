@@ -19,7 +19,8 @@ from ddpo_env.prompts.vocabulary import ACTIVITIES, COUNTS, SIMPLE_ANIMALS
 from rewards import evaluate_reward, load_reward
 from rewards.judge.alignment import QUESTION
 from rewards.judge.bert_score import BertScoreRecall
-from rewards.judge.loading import encode_jpeg, load_judge
+from rewards.judge.loading import load_judge
+from rewards.judge.protocol import encode_jpeg
 from rewards.pretrained import BUNDLED_MODELS
 
 FOLDERS = {purpose: Path(rewards.__file__).parent / folder for purpose, folder in BUNDLED_MODELS.items()}
