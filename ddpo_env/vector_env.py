@@ -21,7 +21,6 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from ddpo_env.validation import arguments as validation
 from ddpo_env.deferred_reward import RewardCaller
 from ddpo_env.initial_states import InitialState, InitialStates
 from ddpo_env.models.loading import load_model, with_model_named
@@ -30,6 +29,7 @@ from ddpo_env.prompts.distributions import load_prompts
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 from ddpo_env.sampler.scheduler_table import SMALLEST_STD
 from ddpo_env.spaces import DenoisingObservationSpace, latent_box
+from ddpo_env.validation import arguments as validation
 from rewards import NonFinite, Reward, are_images, check_shareable, configured_reward
 from rewards.devices import copied_to
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from ddpo_env.models.families.stable_diffusion_1_4 import build_part
 from helpers.micro_agents import micro_config
 from helpers.micro_families import FAMILIES, micro_family
 from helpers.micro_pipeline import micro_pipeline
@@ -15,7 +16,6 @@ from agents.planning import flops as costs
 from agents.planning.flops import Work, count_work, describe_seconds, estimate_time
 from agents.planning.plan import denoiser_rows
 from agents.training.run import prepare_run
-from ddpo_env.models.families.stable_diffusion_1_4 import build_part
 from ddpo_env.models.loading import load_model
 from ddpo_env.models.outline import outline_model
 

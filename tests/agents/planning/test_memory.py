@@ -7,6 +7,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from agents.planning.activations import Denoiser, LiveBytes, call_bytes, training_call, training_inputs
 from helpers.many_processes import Job, run_processes
 from helpers.micro_agents import micro_config
 from helpers.micro_families import FAMILIES, micro_family
@@ -17,7 +18,6 @@ from agents.config.settings import RunSettings
 from agents.config.train_config import TrainConfig
 from agents.distributed import Processes
 from agents.planning import memory
-from agents.planning.activations import Denoiser, LiveBytes, call_bytes, training_call, training_inputs
 from agents.planning.memory import SAFETY, fitting_pairs, rows_of_pair, settle_train_batch_size, standing_bytes
 from agents.planning.plan import pairs_per_update
 from agents.training.run import prepare_run, run_training
