@@ -90,9 +90,10 @@ class JudgeServer:
                 f"server must be a URL such as http://localhost:8000/v1, without credentials; got {self.url!r}"
             )
         _ = parts.port  # an invalid port is an error here and not at the first question
-        for name in ("timeout", "max_backoff", "max_tokens"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        positive = {"timeout": self.timeout, "max_backoff": self.max_backoff, "max_tokens": self.max_tokens}
+        for name, value in positive.items():
+            if not value > 0:
+                raise ValueError(f"{name} must be positive; got {value}")
         if self.attempts < 1 or self.concurrency < 1 or self.backoff < 0 or self.max_answer_bytes < 1:
             raise ValueError(
                 "attempts, concurrency and max_answer_bytes must be at least 1, and backoff at least 0; "
