@@ -6,8 +6,8 @@ import yaml
 from helpers.micro_agents import micro_config
 from helpers.scripts import MINIATURE, run_script
 
-from agents.config.settings import RunSettings, TaskSettings
-from agents.config.train_config import TrainConfig
+from agents.config.settings import TaskSettings
+from agents.config.train_config import TrainConfig, train_config
 from agents.planning.plan import describe_plan
 from agents.training.run import prepare_run, run_training
 from ddpo_env import DenoisingEnv, DenoisingVectorEnv
@@ -123,12 +123,12 @@ def test_environment_takes_them(micro_pipeline_folder):
 def test_run_has_them_and_a_resumed_one_too(micro_pipeline_folder, tmp_path):
     options = ("factor=2", "judge_options.timeout=5")
     task = {"reward": f"{HERE}:Scaled", "reward_options": options}
-    result = run_training(micro_config(micro_pipeline_folder, tmp_path, task=task, run={"iterations": 1}))
-    assert result.config.task.reward_options == options
+    result = run_training(micro_config(micro_pipeline_folder, tmp_path, **task, iterations=1))
+    assert result.config.reward_options == options
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert written["task"]["reward_options"] == list(options)
-    resumed = prepare_run(TrainConfig(run=RunSettings(resume=tmp_path, iterations=2)))
-    assert resumed.config.task.reward_options == options
+    resumed = prepare_run(train_config(resume=tmp_path, iterations=2))
+    assert resumed.config.reward_options == options
     reward = resumed.algorithm.env.get_attr("reward")[0]
     assert (reward.factor, reward.judge_options) == (2, {"timeout": 5})
     del written["task"]["reward_options"]
@@ -166,7 +166,7 @@ def test_command_line_refuses_what_is_wrong(monkeypatch, capsys, tmp_path, optio
 
 def test_rewards_of_a_run_that_can_log_do(micro_pipeline_folder, tmp_path):
     task = {"reward": f"{HERE}:Logging"}
-    run_training(micro_config(micro_pipeline_folder, tmp_path, task=task, run={"iterations": 1}))
+    run_training(micro_config(micro_pipeline_folder, tmp_path, **task, iterations=1))
     assert (tmp_path / "judge" / "calls.txt").is_file()
 
 

@@ -12,8 +12,7 @@ from helpers.scripts import MINIATURE, SCRIPTS, run_script
 
 from agents.config.command_line import parse_command_line
 from agents.config.presets import PRESETS, preset_config
-from agents.config.settings import RunSettings
-from agents.config.train_config import TrainConfig
+from agents.config.train_config import TrainConfig, train_config
 from agents.distributed import Processes, check_shares
 from agents.planning.plan import describe_plan
 from agents.training.run import prepare_run, run_training
@@ -142,8 +141,8 @@ def test_presets_can_be_shared_by_two_four_or_eight_processes(name):
 )
 def test_what_is_given_wins_wherever_it_stands(arguments):
     config = parse_command_line(arguments).config
-    assert (config.training.samples_per_iteration, config.training.timestep_window) == (64, (0.0, 0.9))
-    config.training.samples_per_iteration, config.training.timestep_window = 256, (0.0, 1.0)
+    assert (config.samples_per_iteration, config.update.timestep_window) == (64, (0.0, 0.9))
+    config.samples_per_iteration, config.update.timestep_window = 256, (0.0, 1.0)
     assert config == preset_config("sd14-aesthetic")
 
 
@@ -152,9 +151,9 @@ def test_a_default_can_be_given_against_the_preset():
     arguments = ["--preset=sd14-aesthetic", f"--model={default.task.model}", f"--reward={default.task.reward}"]
     arguments += ["--learning-rate=None", "--reward-options", "preset=x", "--iterations=None"]
     config = parse_command_line(arguments).config
-    assert (config.task.model, config.task.reward) == ("tiny", "jpeg_compressibility")
+    assert (config.model, config.reward) == ("tiny", "jpeg_compressibility")
     assert (config.learning_rate, config.iterations) == (5e-3, 20)
-    assert config.task.reward_options == ("preset=x",)
+    assert config.reward_options == ("preset=x",)
 
 
 def test_without_a_preset_sizes_are_left_open_as_ever():
@@ -219,7 +218,7 @@ def test_dry_run_loads_nothing_and_leaves_nothing(nothing_happens, monkeypatch, 
     shown = capsys.readouterr()
     assert shown.err == ""
     config = preset_config(name)
-    config.run.device = "cpu"
+    config.device = "cpu"
     *plan, time = shown.out.splitlines()
     assert plan == describe_plan(config)
     assert time.startswith("time       about ")
@@ -257,7 +256,7 @@ def test_dry_run_of_a_run_to_go_on_with(monkeypatch, capsys, tmp_path, micro_pip
 
 def test_plan_of_a_preset():
     config = preset_config("sd14-aesthetic")
-    config.run.device = "cpu"
+    config.device = "cpu"
     assert describe_plan(config) == AESTHETIC
     config.run.dtype = "bfloat16"
     assert describe_plan(config)[-1].endswith("held-out pictures, 5,120,000 to compute log-densities again")
@@ -274,7 +273,7 @@ def test_preset_is_in_the_run_folder_and_survives_resuming(micro_pipeline_folder
     arguments = ["--preset=sd14-compressibility", *MINIATURE, f"--model={micro_pipeline_folder}", "--iterations=1"]
     arguments += [f"--run-dir={tmp_path}", "--updates-per-iteration=1", "--stat-buffer-size=2"]
     run_training(parse_command_line(arguments).config)
-    resumed = prepare_run(TrainConfig(run=RunSettings(resume=tmp_path, iterations=2))).config
+    resumed = prepare_run(train_config(resume=tmp_path, iterations=2)).config
     assert resumed.run.preset == "sd14-compressibility"
     assert describe_plan(resumed)[0].startswith("preset     sd14-compressibility, but iterations=2, ")
     resumed.run.preset = "of-another-version"

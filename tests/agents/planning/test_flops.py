@@ -56,7 +56,7 @@ def test_operations_of_stable_diffusion_are_the_published_ones():
 @pytest.mark.parametrize("algorithm", ["ppo", "rwr", "rwr_sparse"])
 def test_rows_are_those_that_a_run_computes(micro_pipeline_folder, tmp_path, monkeypatch, guidance, algorithm):
     choice = {"algorithm": algorithm, "updates_per_iteration": 1, "timestep_fraction": 0.5}
-    config = micro_config(micro_pipeline_folder, tmp_path / "run", policy={"guidance_scale": guidance}, training=choice)
+    config = micro_config(micro_pipeline_folder, tmp_path / "run", guidance_scale=guidance, **choice)
     algorithm = prepare_run(config).algorithm
     _, callback = algorithm._setup_learn(1)
     rows = {"sampling": 0, "training": 0}
@@ -87,7 +87,7 @@ def test_estimate_of_the_published_run(monkeypatch):
 
 def test_what_is_not_here_is_not_estimated():
     config = published()
-    config.task.model = "somebody/something"
+    config.model = "somebody/something"
     assert estimate_time(config) == "not known before somebody/something is downloaded"
 
 

@@ -14,7 +14,6 @@ from helpers.micro_families import FAMILIES, micro_family
 from helpers.micro_pipeline import micro_pipeline
 from helpers.scripts import MINIATURE, SCRIPTS, run_script
 
-from agents.config.settings import RunSettings
 from agents.config.train_config import TrainConfig
 from agents.distributed import Processes
 from agents.planning import memory
@@ -147,7 +146,7 @@ def test_rows_of_a_pair(micro_pipeline_folder, monkeypatch, groups, pairs, rows)
     """Against the rows that calls with a gradient have in a run, of one call an update."""
     groups = {**groups, "training": {"train_batch_size": 8, **groups.get("training", {})}}
     config = micro_config(micro_pipeline_folder, None, **groups)
-    model = outline_model(config.task.model)
+    model = outline_model(config.model)
     assert (pairs_per_update(config), rows_of_pair(config, model)) == (pairs, rows)
     algorithm = prepare_run(replace(config, run=replace(config.run, run_dir=micro_pipeline_folder / "no"))).algorithm
     _, callback = algorithm._setup_learn(1)

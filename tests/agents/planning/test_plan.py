@@ -4,13 +4,13 @@ import pytest
 from helpers.micro_agents import micro_config
 
 from agents.config.settings import OptimizerSettings, PolicySettings, RunSettings, TrainingSettings
-from agents.config.train_config import TrainConfig
+from agents.config.train_config import TrainConfig, train_config
 from agents.planning.plan import denoiser_rows, describe_plan
 from agents.training.build import _learning_rate
 
 
 def test_plan_of_the_default_run():
-    assert describe_plan(TrainConfig(run=RunSettings(device="cpu"))) == [
+    assert describe_plan(train_config(device="cpu")) == [
         "model      tiny, 10 steps, no guidance",
         "reward     jpeg_compressibility",
         "sampling   72 samples of 10 steps an iteration: 1 batch of 72, 9 prompts of 8 samples",
@@ -40,13 +40,13 @@ def test_plan_of_sparse_regression():
     ("groups", "measuring"),
     [
         ({}, 0),
-        ({"run": {"dtype": "bfloat16"}}, 2 * 8 * 2),
-        ({"run": {"dtype": "bfloat16"}, "training": {"recompute_log_probs": False}}, 0),
-        ({"run": {"dtype": "bfloat16"}, "training": {"algorithm": "rwr"}}, 0),
-        ({"training": {"recompute_log_probs": True, "epochs": 3}}, 2 * 8 * 3),
-        ({"policy": {"autocast": "float16"}}, 2 * 8 * 2),
-        ({"policy": {"guidance_scale": 1.0, "autocast": "float16"}}, 8 * 2),
-        ({"training": {"kl_coef": 0.1}}, 2 * 8 * 2),
+        ({"dtype": "bfloat16"}, 2 * 8 * 2),
+        ({"dtype": "bfloat16", "recompute_log_probs": False}, 0),
+        ({"dtype": "bfloat16", "algorithm": "rwr"}, 0),
+        ({"recompute_log_probs": True, "epochs": 3}, 2 * 8 * 3),
+        ({"autocast": "float16"}, 2 * 8 * 2),
+        ({"guidance_scale": 1.0, "autocast": "float16"}, 8 * 2),
+        ({"kl_coef": 0.1}, 2 * 8 * 2),
     ],
 )
 def test_rows_without_gradients(groups, measuring):

@@ -263,11 +263,11 @@ def assert_alike(folder, expected):
 def one(micro_pipeline_folder, tmp_path_factory):
     """The run of one process with a sum that is standardised."""
     folder = tmp_path_factory.mktemp("one") / "run"
-    return single(micro_pipeline_folder, folder, **LINEAR, task={"reward": SUM})
+    return single(micro_pipeline_folder, folder, **LINEAR, reward=SUM)
 
 
 def test_two_processes_keep_the_statistics_of_one(micro_pipeline_folder, one, tmp_path):
-    outcome = run_processes(2, Job(str(micro_pipeline_folder), tmp_path / "run", LINEAR | {"task": {"reward": SUM}}))
+    outcome = run_processes(2, Job(str(micro_pipeline_folder), tmp_path / "run", LINEAR | {"reward": SUM}))
     assert outcome.codes == [0, 0], outcome.said
     assert outcome.weights[0] == outcome.weights[1]
     assert outcome.said[0] == outcome.said[1]
@@ -293,7 +293,7 @@ CHOICES = {
 @pytest.mark.parametrize("name", CHOICES)
 def test_every_choice_keeps_the_statistics_of_one_process(micro_pipeline_folder, tmp_path, name):
     spec, training = CHOICES[name]
-    groups = {**LINEAR, "task": {"reward": spec}, "training": training}
+    groups = {**LINEAR, "reward": spec, **training}
     expected = single(micro_pipeline_folder, tmp_path / "one", **groups)
     outcome = run_processes(2, Job(str(micro_pipeline_folder), tmp_path / "two", groups))
     assert outcome.codes == [0, 0], outcome.said
@@ -309,7 +309,7 @@ def test_statistics_go_on_with_another_number_of_processes(micro_pipeline_folder
     folder = tmp_path / "run"
     # Calls of the reward in a process: 2 before training, then 2 an iteration.
     mishap = Mishap("raise", rank=before - 1, call=6)
-    job = Job(str(micro_pipeline_folder), folder, LINEAR | {"task": {"reward": SUM}}, mishap)
+    job = Job(str(micro_pipeline_folder), folder, LINEAR | {"reward": SUM}, mishap)
     assert run_processes(before, job).codes == [1] * before
     assert latest_checkpoint(folder / "checkpoints").name == "iteration_000001"
     assert state(folder)["parts"]["reward"]["statistics"]["helpers.micro_agents:brightness"]["count"] == 8
@@ -320,7 +320,7 @@ def test_statistics_go_on_with_another_number_of_processes(micro_pipeline_folder
 
 @pytest.mark.slow
 def test_score_that_is_missing_ends_all_processes_with_the_same_error(micro_pipeline_folder, tmp_path):
-    groups = {"task": {"reward": "helpers.micro_agents:brightness:1,helpers.micro_agents:spotty:1"}}
+    groups = {"reward": "helpers.micro_agents:brightness:1,helpers.micro_agents:spotty:1"}
     outcome = run_processes(2, Job(str(micro_pipeline_folder), tmp_path / "run", groups))
     assert outcome.codes == [1, 1]
     assert outcome.said[0] == outcome.said[1]

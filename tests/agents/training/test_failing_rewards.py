@@ -10,8 +10,7 @@ from helpers.micro_agents import InterruptedReward, brightness, micro_config
 from helpers.run_comparison import assert_same_run, rows
 from helpers.scripts import MINIATURE, run_script
 
-from agents.config.settings import RunSettings
-from agents.config.train_config import TrainConfig
+from agents.config.train_config import train_config
 from agents.training.run import run_training
 
 
@@ -48,7 +47,7 @@ class LosesTheThird:
 def whole(micro_pipeline_folder, tmp_path_factory):
     """A run that nothing stopped, with its last checkpoint alone."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    run_training(micro_config(micro_pipeline_folder, folder, run={"keep_checkpoints": 1}))
+    run_training(micro_config(micro_pipeline_folder, folder, keep_checkpoints=1))
     return folder
 
 
@@ -62,7 +61,7 @@ def test_run_goes_on_from_the_last_finished_iteration(
 ):
     folder = tmp_path / "run"
     settings = {"checkpoint_interval": interval, "keep_checkpoints": 1}
-    config = micro_config(micro_pipeline_folder, folder, run=settings, training={"overlap_rewards": overlap})
+    config = micro_config(micro_pipeline_folder, folder, **settings, overlap_rewards=overlap)
     with monkeypatch.context() as patch:
         patch.setattr(micro_agents, "brightness", FailingReward(call))
         with pytest.raises(RuntimeError, match="has left") as caught:
@@ -72,7 +71,7 @@ def test_run_goes_on_from_the_last_finished_iteration(
     assert "ConnectionError: refused" in text
     assert "the judge [at home] has left" in text
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"iteration_{done:06d}"]
-    run_training(TrainConfig(run=RunSettings(resume=folder)))
+    run_training(train_config(resume=folder))
     assert_same_run(folder, whole)
 
 
@@ -121,7 +120,7 @@ def test_ctrl_c_before_training_is_one_line(monkeypatch, capsys, tmp_path):
 
 
 def test_run_that_drops_samples_is_resumed_like_any_other(micro_pipeline_folder, tmp_path, monkeypatch):
-    drop = {"training": {"non_finite_rewards": "drop"}}
+    drop = {"non_finite_rewards": "drop"}
     with monkeypatch.context() as patch:
         patch.setattr(micro_agents, "brightness", LosesTheThird())
         run_training(micro_config(micro_pipeline_folder, tmp_path / "whole", **drop))
@@ -130,7 +129,7 @@ def test_run_that_drops_samples_is_resumed_like_any_other(micro_pipeline_folder,
     with monkeypatch.context() as patch:
         patch.setattr(micro_agents, "brightness", stopping)
         assert run_training(micro_config(micro_pipeline_folder, tmp_path / "run", **drop)).iterations == 1
-        run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run")))
+        run_training(train_config(resume=tmp_path / "run"))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     table = rows(tmp_path / "whole")
     assert [row["rollout/dropped_samples"] for row in table] == ["2", "2", "2", ""]
@@ -144,8 +143,8 @@ def test_option_changes_nothing_where_nothing_is_dropped(whole, micro_pipeline_f
         micro_config(
             micro_pipeline_folder,
             tmp_path,
-            run={"keep_checkpoints": 1},
-            training={"non_finite_rewards": "drop"},
+            keep_checkpoints=1,
+            non_finite_rewards="drop",
         )
     )
     for name in ("policy/policy.safetensors", "checkpoints/iteration_000003/tensors.safetensors"):
@@ -161,4 +160,4 @@ def test_option_changes_nothing_where_nothing_is_dropped(whole, micro_pipeline_f
 def test_held_out_pictures_without_any_score_are_an_error(micro_pipeline_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(micro_agents, "brightness", lambda images, prompts, metadata: [np.nan] * len(images))
     with pytest.raises(ValueError, match="all 6 rewards of the held-out pictures are NaN or infinite"):
-        run_training(micro_config(micro_pipeline_folder, tmp_path, training={"non_finite_rewards": "drop"}))
+        run_training(micro_config(micro_pipeline_folder, tmp_path, non_finite_rewards="drop"))

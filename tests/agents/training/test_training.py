@@ -23,8 +23,8 @@ import agents.training.checkpoint
 import agents.training.run_folder
 import ddpo_env.vector_env
 from agents.algorithms.ppo import PPO
-from agents.config.settings import RunSettings, TrainingSettings
-from agents.config.train_config import TrainConfig
+from agents.config.settings import TrainingSettings
+from agents.config.train_config import TrainConfig, train_config
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.training.console import ConsoleWriter
 from agents.training.run import run_training
@@ -95,11 +95,11 @@ def test_config_file_is_the_configuration(finished):
 
 
 def test_configuration_survives_the_file_and_is_not_changed_by_a_run(tmp_path):
-    config = TrainConfig(run=RunSettings(run_dir=tmp_path, seed=3))
+    config = train_config(run_dir=tmp_path, seed=3)
     text = yaml.safe_dump(config.as_dict())
     assert TrainConfig.from_dict(yaml.safe_load(text)) == config
     with pytest.raises(ValueError, match="settings must be those of this version's TrainConfig"):
-        TrainConfig.from_dict({**config.as_dict(), "optimizer": {"colour": 1}})
+        TrainConfig.from_dict({**config.as_dict(), "colour": 1})
 
 
 def test_written_lora_and_policy_draw_alike(finished, micro_pipeline_folder):
@@ -128,7 +128,7 @@ def test_run_stopped_in_sampling_and_resumed_equals_one_that_was_not(
     assert stopped.iterations == done
     assert (stopped.reward_before is None) == (done == 0)
     assert not (tmp_path / "run" / "summary.json").exists()
-    resumed = run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run")))
+    resumed = run_training(train_config(resume=tmp_path / "run"))
     assert_same_run(tmp_path / "run", finished.folder.path)
     assert (resumed.reward_before, resumed.reward_after) == (finished.reward_before, finished.reward_after)
     assert resumed.config.task == finished.config.task
@@ -155,7 +155,7 @@ def test_run_stopped_in_an_update_and_resumed_equals_one_that_was_not(
     checkpoint = agents.training.checkpoint.latest_checkpoint(tmp_path / "run" / "checkpoints")
     kept = load_file(checkpoint / "tensors.safetensors")
     assert all(torch.equal(value, kept[f"policy.{name}"]) for name, value in saved.items()), "no half iteration is left"
-    run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run")))
+    run_training(train_config(resume=tmp_path / "run"))
     assert_same_run(tmp_path / "run", finished.folder.path)
 
 
@@ -178,21 +178,19 @@ def test_run_killed_in_a_save_and_resumed_equals_one_that_was_not(
             run_training(micro_config(micro_pipeline_folder, tmp_path / "run"))
     assert (tmp_path / "run" / "checkpoints" / ".iteration_000002.part").exists()
     assert len(rows(tmp_path / "run")) == 2, "the iteration whose checkpoint failed is in the table"
-    run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run")))
+    run_training(train_config(resume=tmp_path / "run"))
     assert_same_run(tmp_path / "run", finished.folder.path)
 
 
 def test_finished_run_goes_on_to_more_iterations(micro_pipeline_folder, tmp_path):
     constant = {"learning_rate_schedule": "constant"}  # a falling rate depends on how many iterations there are in all
     for name, iterations in (("run", 2), ("at once", 3)):
-        run_training(
-            micro_config(micro_pipeline_folder, tmp_path / name, optimizer=constant, run={"iterations": iterations})
-        )
-    longer = run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run", iterations=3)))
-    assert longer.config.run.iterations == longer.iterations == 3
+        run_training(micro_config(micro_pipeline_folder, tmp_path / name, **constant, iterations=iterations))
+    longer = run_training(train_config(resume=tmp_path / "run", iterations=3))
+    assert longer.config.iterations == longer.iterations == 3
     assert_same_run(tmp_path / "run", tmp_path / "at once")
     with pytest.raises(ValueError, match="iterations must be at least 3, which the run has done; got 1"):
-        run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run", iterations=1)))
+        run_training(train_config(resume=tmp_path / "run", iterations=1))
 
 
 @pytest.mark.parametrize("interval", [0, 2])
@@ -200,18 +198,18 @@ def test_run_stopped_between_checkpoints_goes_on_from_its_last_iteration(
     micro_pipeline_folder, tmp_path, monkeypatch, interval
 ):
     settings = {"checkpoint_interval": interval, "keep_checkpoints": 1}
-    run_training(micro_config(micro_pipeline_folder, tmp_path / "whole", run=settings))
+    run_training(micro_config(micro_pipeline_folder, tmp_path / "whole", **settings))
     with monkeypatch.context() as patch:
         patch.setattr(micro_agents, "brightness", InterruptedReward(6))
-        assert run_training(micro_config(micro_pipeline_folder, tmp_path / "run", run=settings)).iterations == 1
+        assert run_training(micro_config(micro_pipeline_folder, tmp_path / "run", **settings)).iterations == 1
     assert agents.training.checkpoint.latest_checkpoint(tmp_path / "run" / "checkpoints").name == "iteration_000001"
-    run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run")))
+    run_training(train_config(resume=tmp_path / "run"))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("policy", [{"critic": True}, {"lora_rank": 0}])
 def test_critic_and_full_fine_tuning_run(micro_pipeline_folder, tmp_path, policy):
-    config = micro_config(micro_pipeline_folder, tmp_path, policy=policy, run={"iterations": 1, "eval_interval": 0})
+    config = micro_config(micro_pipeline_folder, tmp_path, **policy, iterations=1, eval_interval=0)
     result = run_training(config)
     assert (tmp_path / "lora").exists() == ("critic" in policy)
     assert ("train/explained_variance" in rows(tmp_path)[0]) == ("critic" in policy)
@@ -273,7 +271,7 @@ def test_what_cannot_run_is_refused_before_a_model_is_loaded(tmp_path, group, se
 def test_folder_that_holds_a_run_is_refused(finished, tmp_path):
     before = (finished.folder.path / "config.yaml").read_bytes()
     with pytest.raises(ValueError, match="holds a run already: name another folder, or resume it"):
-        run_training(micro_config("tiny", finished.folder.path, run={"seed": 5}))
+        run_training(micro_config("tiny", finished.folder.path, seed=5))
     assert (finished.folder.path / "config.yaml").read_bytes() == before
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="run_dir must be a folder; .* is a file"):
@@ -283,7 +281,7 @@ def test_folder_that_holds_a_run_is_refused(finished, tmp_path):
 @pytest.mark.usefixtures("no_model")
 def test_resuming_what_is_no_run_is_a_clear_error(finished, tmp_path):
     def resume():
-        return run_training(TrainConfig(run=RunSettings(resume=tmp_path)))
+        return run_training(train_config(resume=tmp_path))
 
     with pytest.raises(ValueError, match=r"resume must be the folder of a run, with a config.yaml; got"):
         resume()
@@ -298,7 +296,7 @@ def test_resuming_what_is_no_run_is_a_clear_error(finished, tmp_path):
 
 def test_default_folder_is_named_after_the_reward(micro_pipeline_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = micro_config(micro_pipeline_folder, None, run={"iterations": 1, "eval_interval": 0, "eval_samples": 2})
+    config = micro_config(micro_pipeline_folder, None, iterations=1, eval_interval=0, eval_samples=2)
     before = replace(config, run=replace(config.run))
     result = run_training(config)
     assert config == before
@@ -307,7 +305,7 @@ def test_default_folder_is_named_after_the_reward(micro_pipeline_folder, tmp_pat
 
 
 def test_pictures_before_and_after_are_of_the_same_prompts_and_seeds(finished):
-    strips = [np.asarray(Image.open(finished.folder.pictures / f"iteration_000{i}.png")) for i in (0, 3)]
+    strips = [np.asarray(Image.open(finished.folder.images / f"iteration_000{i}.png")) for i in (0, 3)]
     assert strips[0].shape == strips[1].shape == (32, 6 * 32, 3)
     difference = np.abs(strips[0].astype(int) - strips[1].astype(int))
     assert 0 < difference.mean() < 5, "trained a little, from the same noise"

@@ -12,7 +12,7 @@ from helpers.run_comparison import assert_same_run, rows
 from agents import PPO, REINFORCE, RWR
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.config.settings import ALGORITHMS, OptimizerSettings, RunSettings, TrainingSettings
-from agents.config.train_config import TrainConfig
+from agents.config.train_config import TrainConfig, train_config
 from agents.training.run import prepare_run, run_training
 
 
@@ -21,7 +21,7 @@ def config_of(model, folder, algorithm="ppo", **settings):
     updates = {"updates_per_iteration": 2 if algorithm == "ppo" else 1, "epochs": ALGORITHMS[algorithm].epochs}
     if algorithm == "rwr_sparse":
         updates["epochs"] = 3
-    return micro_config(model, folder, training={"algorithm": algorithm, **updates, **settings})
+    return micro_config(model, folder, algorithm=algorithm, **updates, **settings)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_stopped_and_resumed_run_equals_one_that_was_not(
         patch.setattr(micro_agents, "brightness", InterruptedReward(7))
         stopped = run_training(config_of(micro_pipeline_folder, tmp_path / "stopped", algorithm, **settings))
     assert stopped.iterations == 2
-    run_training(TrainConfig(run=RunSettings(resume=tmp_path / "stopped")))
+    run_training(train_config(resume=tmp_path / "stopped"))
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
@@ -100,7 +100,7 @@ def failing(images, prompts, metadata):
 def test_error_of_a_reward_surfaces_with_its_traceback(micro_pipeline_folder, tmp_path, overlap):
     failing.calls = 0
     config = config_of(micro_pipeline_folder, tmp_path, overlap_rewards=overlap)
-    config.task.reward = f"{__name__}:failing"
+    config.reward = f"{__name__}:failing"
     config.run.eval_samples = 3
     with pytest.raises(RuntimeError, match="the judge has left") as caught:
         run_training(config)
@@ -139,7 +139,7 @@ def test_details_of_a_reward_are_logged(micro_pipeline_folder, tmp_path, monkeyp
 )
 def test_what_does_not_fit_together_is_refused_before_a_model_is_loaded(tmp_path, settings, message):
     config = TrainConfig(run=RunSettings(run_dir=tmp_path), training=TrainingSettings(**settings))
-    config.task.model = "no-such-model"
+    config.model = "no-such-model"
     with pytest.raises(ValueError, match=message):
         prepare_run(config)
 

@@ -61,7 +61,7 @@ def test_a_run_generates_images_of_the_size(micro_pipeline_folder, tmp_path):
     original = micro_agents.brightness
     micro_agents.brightness = shapes
     try:
-        config = micro_config(micro_pipeline_folder, tmp_path / "run", task={"resolution": 48}, run={"iterations": 1})
+        config = micro_config(micro_pipeline_folder, tmp_path / "run", resolution=48, iterations=1)
         run_training(config)
     finally:
         micro_agents.brightness = original

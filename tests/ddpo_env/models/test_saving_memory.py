@@ -268,7 +268,7 @@ def test_settings_of_a_run_reach_the_model_of_its_policy(
     parsed = parse_command_line(["--vae-tiling", "--offload-text-encoder", "False", "--resolution", "64"]).config.task
     task = {name: getattr(parsed, name) for name in ("vae_tiling", "offload_text_encoder", "resolution")}
     assert list(task.values()) == [True, False, 64]
-    run = prepare_run(micro_config(micro_pipeline_folder, tmp_path / "run", task=task))
+    run = prepare_run(micro_config(micro_pipeline_folder, tmp_path / "run", **task))
     policy: Any = run.algorithm.policy
     assert policy.model.pipeline.vae.use_tiling
     assert policy.model is run.pictures.env.model

@@ -78,9 +78,10 @@ def test_run_trains_it_and_leaves_the_adapter(tmp_path: Path) -> None:
     config = micro_config(
         tmp_path / "ddpm",
         tmp_path / "run",
-        policy=SETTINGS,
-        run={"iterations": 1, "eval_interval": 0},
-        training={"advantage": "batch"},
+        **SETTINGS,
+        iterations=1,
+        eval_interval=0,
+        advantage="batch",
     )
     run_training(config)
     adapted = PeftModel.from_pretrained(micro_family("ddpm").unet, tmp_path / "run" / "lora")

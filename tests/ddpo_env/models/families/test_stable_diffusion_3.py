@@ -98,13 +98,13 @@ def test_image_is_the_pipelines(pipeline: StableDiffusion3Pipeline) -> None:
 def test_run_trains_it_with_a_noise_level(tmp_path: Path) -> None:
     folder = tmp_path / "sd3"
     micro_family("stable_diffusion_3").save_pretrained(folder)
-    config = micro_config(folder, tmp_path / "run", policy={"noise_level": 0.4}, run={"iterations": 1})
+    config = micro_config(folder, tmp_path / "run", noise_level=0.4, iterations=1)
     result = run_training(config)
     assert result.iterations == 1
     assert "noise_level: 0.4" in (tmp_path / "run" / "config.yaml").read_text()
     fresh = micro_family("stable_diffusion_3")
     fresh.load_lora_weights(tmp_path / "run" / "lora")
     assert fresh.get_active_adapters()
-    config = micro_config(folder, tmp_path / "no", policy={"noise_level": -0.4})
+    config = micro_config(folder, tmp_path / "no", noise_level=-0.4)
     with pytest.raises(ValueError, match=r"noise_level must be above 0; got -0.4"):
         run_training(config)
