@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.config.train_config import train_config
 from agents.distributed import Processes
-from agents.training.run import prepare_run, run_training
+from agents.training.preparation import prepare_run, run_training
 from helpers import micro_agents
 from helpers.paths import ROOT
 

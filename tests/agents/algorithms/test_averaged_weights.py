@@ -7,7 +7,7 @@ from helpers.micro_agents import STEPS, micro_config, weights
 from safetensors.torch import load_file
 
 from agents import DiffusionPolicy
-from agents.training.run import run_training
+from agents.training.preparation import run_training
 
 
 def flat(policy):

@@ -9,7 +9,7 @@ from helpers.scripts import MINIATURE, run_script
 from agents.config.settings import TaskSettings
 from agents.config.train_config import TrainConfig, train_config
 from agents.planning.plan import describe_plan
-from agents.training.run import prepare_run, run_training
+from agents.training.preparation import prepare_run, run_training
 from ddpo_env import DenoisingEnv, DenoisingVectorEnv
 from rewards import configured_reward, parse_options
 

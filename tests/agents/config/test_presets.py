@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from agents.training.checks import check_parts, resolve_config
+from agents.training.preparation import check_parts, resolve_config
 from helpers.scripts import MINIATURE, SCRIPTS, run_script
 
 from agents.config.command_line import parse_command_line
@@ -15,7 +15,7 @@ from agents.config.presets import PRESETS, preset_config
 from agents.config.train_config import TrainConfig, train_config
 from agents.distributed import Processes, check_shares
 from agents.planning.plan import describe_plan
-from agents.training.run import prepare_run, run_training
+from agents.training.preparation import prepare_run, run_training
 from ddpo_env import vector_env
 from ddpo_env.models import loading as models
 

@@ -15,7 +15,7 @@ from agents.config.train_config import TrainConfig
 from agents.planning import flops as costs
 from agents.planning.flops import Work, count_work, describe_seconds, estimate_time
 from agents.planning.plan import denoiser_rows
-from agents.training.run import prepare_run
+from agents.training.preparation import prepare_run
 from ddpo_env.models.loading import load_model
 from ddpo_env.models.outline import outline_model
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from agents.evaluation.evaluate import evaluate
 from agents.policy.lora import LORA_TARGETS, add_lora, merged_adapters
-from agents.training.run import prepare_run
+from agents.training.preparation import prepare_run
 
 
 class Layers(nn.Module):

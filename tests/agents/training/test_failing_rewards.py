@@ -11,7 +11,7 @@ from helpers.run_comparison import assert_same_run, rows
 from helpers.scripts import MINIATURE, run_script
 
 from agents.config.train_config import train_config
-from agents.training.run import run_training
+from agents.training.preparation import run_training
 
 
 class FailingReward:

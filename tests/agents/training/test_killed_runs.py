@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from helpers.micro_agents import micro_config
 from agents.config.train_config import TrainConfig
-from agents.training.run import run_training
+from agents.training.preparation import run_training
 
 model, folder, resume = sys.argv[1:]
 run_training(

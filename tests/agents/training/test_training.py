@@ -27,7 +27,7 @@ from agents.config.settings import TrainingSettings
 from agents.config.train_config import TrainConfig, train_config
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.training.console import ConsoleWriter
-from agents.training.run import run_training
+from agents.training.preparation import run_training
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from agents import PPO, REINFORCE, RWR
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.config.settings import ALGORITHMS, OptimizerSettings, RunSettings, TrainingSettings
 from agents.config.train_config import TrainConfig, train_config
-from agents.training.run import prepare_run, run_training
+from agents.training.preparation import prepare_run, run_training
 
 
 def config_of(model, folder, algorithm="ppo", **settings):

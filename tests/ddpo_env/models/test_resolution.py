@@ -7,7 +7,7 @@ from helpers.micro_agents import micro_config, micro_env, micro_policy
 from helpers.micro_families import micro_family
 
 from agents.policy.diffusion_policy import DiffusionPolicy
-from agents.training.run import run_training
+from agents.training.preparation import run_training
 from ddpo_env import DenoisingEnv, load_model
 from ddpo_env.models.loading import unload_models
 from ddpo_env.models.outline import outline_model

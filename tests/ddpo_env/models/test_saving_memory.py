@@ -18,7 +18,7 @@ from helpers.micro_pipeline import micro_pipeline
 from torch import Tensor, nn
 
 from agents.config.command_line import parse_command_line
-from agents.training.run import prepare_run
+from agents.training.preparation import prepare_run
 from ddpo_env.initial_states import InitialStates
 from ddpo_env.models import loading as models
 from ddpo_env.models.families.text_to_image import TextToImageModel

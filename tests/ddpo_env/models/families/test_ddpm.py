@@ -9,7 +9,7 @@ from helpers.micro_agents import micro_config, micro_env, micro_policy, stir
 from helpers.micro_families import micro_family
 from peft import PeftModel
 
-from agents.training.run import run_training
+from agents.training.preparation import run_training
 from ddpo_env.models.loading import load_model
 
 SETTINGS = {"guidance_scale": 1.0, "min_std": 0.02}

@@ -11,7 +11,7 @@ from helpers.micro_agents import STEPS, micro_config, micro_env, micro_policy
 from helpers.micro_families import micro_family
 from helpers.micro_pipeline import TOKENS
 
-from agents.training.run import run_training
+from agents.training.preparation import run_training
 from ddpo_env import GaussianSampler
 from ddpo_env.models.loading import load_model
 from ddpo_env.sampler.scheduler_table import DEFAULT_NOISE_LEVEL
