@@ -27,8 +27,6 @@ from agents.rollout.vec_env import denoising_env_of
 from ddpo_env.vector_env import DenoisingVectorEnv
 
 _NAME = re.compile(r"iteration_(\d+)")
-_KEPT = 2
-"""Number of checkpoints that a run keeps."""
 _COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining")
 
 
@@ -66,8 +64,8 @@ class Snapshot:
         states = {name: component.state_dict() for name, component in components.items()}
         return cls(iteration, tensors, json.dumps(state | {"iteration": iteration, "components": states}))
 
-    def write(self, folder: Path) -> Path:
-        """Write `folder/iteration_NNNNNN`, delete all but the last two checkpoints, and return the new one."""
+    def write(self, folder: Path, keep: int) -> Path:
+        """Write `folder/iteration_NNNNNN`, delete all but the last `keep` checkpoints, and return the new one."""
         target = folder / f"iteration_{self.iteration:06d}"
         unfinished = folder / f".{target.name}.part"
         for leftover in folder.glob(".iteration_*"):
@@ -81,7 +79,7 @@ class Snapshot:
         if target.exists():
             _delete(target)
         unfinished.rename(target)
-        for old in _checkpoints(folder)[:-_KEPT]:
+        for old in _checkpoints(folder)[:-keep]:
             _delete(old)
         return target
 
@@ -96,15 +94,22 @@ class Checkpoints:
         algorithm: what trains.
         components: what else has a state, by name; the advantage estimator's is saved with the algorithm.
         interval: iterations between checkpoints; 0 for none.
+        keep: checkpoints to keep, at least 1.
     """
 
     def __init__(
-        self, folder: Path, algorithm: TensorOnPolicyAlgorithm, components: dict[str, Stateful], interval: int
+        self,
+        folder: Path,
+        algorithm: TensorOnPolicyAlgorithm,
+        components: dict[str, Stateful],
+        interval: int,
+        keep: int = 2,
     ) -> None:
         self.folder = folder
         self.algorithm = algorithm
         self.components = components
         self.interval = interval
+        self.keep = keep
         self._unwritten: Snapshot | None = None
 
     def save(self, iteration: int) -> None:
@@ -121,7 +126,7 @@ class Checkpoints:
     def write(self) -> None:
         """Write the checkpoint of the last finished iteration in the main process, if it is not written yet."""
         if self._unwritten is not None and self.algorithm.processes.is_main:
-            self._unwritten.write(self.folder)
+            self._unwritten.write(self.folder, self.keep)
             self._unwritten = None
 
     def go_back(self) -> None:

@@ -93,7 +93,7 @@ def check_value(name: str, value: Any, hint: Any) -> None:
         raise ValueError(f"{name} must be {optional}{expected}; got {value!r}")
     for valid in ranges:
         if value not in valid:
-            raise ValueError(f"{name} must be {optional}{valid}; got {value!r}")
+            raise ValueError(f"{name} must be {valid}; got {value!r}")
 
 
 def split_options(options_class: type[_Options], arguments: dict[str, Any]) -> tuple[_Options, dict[str, Any]]:

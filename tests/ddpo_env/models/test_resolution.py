@@ -46,7 +46,7 @@ def test_the_policy_takes_the_environments_resolution_and_keeps_it(micro_pipelin
     policy.save(tmp_path)
     assert DiffusionPolicy.load(tmp_path, device="cpu").model.latent_shape == (4, 12, 12)
     with pytest.raises(ValueError, match="observation_space must be that of model"):
-        micro_policy(env, resolution=32)
+        micro_policy(env, model=load_model(env.model.source, "cpu", resolution=32))
 
 
 def test_a_run_generates_images_of_the_size(micro_pipeline_folder, tmp_path):

@@ -265,13 +265,13 @@ def test_settings_of_a_run_reach_the_model_of_its_policy(
     monkeypatch.setattr(
         TextToImageModel, "save_memory", lambda model, *choices: asked.append(choices) or save_memory(model, *choices)
     )
-    parsed = parse_command_line(["--vae-tiling", "--offload-text-encoder", "False", "--resolution", "64"]).config.task
-    task = {name: getattr(parsed, name) for name in ("vae_tiling", "offload_text_encoder", "resolution")}
-    assert list(task.values()) == [True, False, 64]
-    run = prepare_run(micro_config(micro_pipeline_folder, tmp_path / "run", **task))
+    parsed = parse_command_line(["--vae-tiling", "--offload-text-encoder", "False", "--resolution", "64"]).run
+    settings = {name: getattr(parsed, name) for name in ("vae_tiling", "offload_text_encoder", "resolution")}
+    assert list(settings.values()) == [True, False, 64]
+    run = prepare_run(micro_config(micro_pipeline_folder, tmp_path / "run", **settings))
     policy: Any = run.algorithm.policy
     assert policy.model.pipeline.vae.use_tiling
-    assert policy.model is run.pictures.env.model
+    assert policy.model is run.listeners[0].env.model
     assert (False, True) in asked
     untiled = prepare_run(micro_config(micro_pipeline_folder, tmp_path / "other"))
     assert not untiled.algorithm.policy.model.pipeline.vae.use_tiling  # type: ignore[attr-defined,union-attr]

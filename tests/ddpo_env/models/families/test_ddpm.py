@@ -40,7 +40,7 @@ def test_nothing_conditions_it() -> None:
     observation, infos = env.reset(seed=0, options={"prompts": ["a cat", "a dog"]})
     assert set(observation) == {"latents", "timestep"}
     assert list(infos["prompt"]) == ["a cat", "a dog"], "prompts are names for the rewards and the advantages alone"
-    with pytest.raises(ValueError, match=r"guidance_scale must be 1 with model .* no conditioning to guide by; got 2"):
+    with pytest.raises(ValueError, match=r"guidance_scale must be 1 with model .* no conditioning for guidance; got 2"):
         micro_policy(env, **SETTINGS | {"guidance_scale": 2.0})
     with pytest.raises(ValueError, match="Pass min_std"):
         micro_policy(env, guidance_scale=1.0)
@@ -91,6 +91,6 @@ def test_run_trains_it_and_leaves_the_adapter(tmp_path: Path) -> None:
 def test_unet_without_attention_says_which_layers_to_train() -> None:
     pipeline = micro_family("ddpm", attention=False)
     env = micro_env(pipeline, num_envs=2)
-    with pytest.raises(ValueError, match="lora_targets='attention' names no layer"):
+    with pytest.raises(ValueError, match="lora_targets='attention' matches no layer"):
         micro_policy(env, lora_targets="attention", **SETTINGS)
     micro_policy(env, lora_targets="attention+convolutions", **SETTINGS)

@@ -129,7 +129,7 @@ def test_what_needs_a_prompt_or_attention_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"guidance_scale must be 1 with model 'points'.*got 5\.0"):
         DiffusionPolicy(*spaces, lambda _: 0.0, lora_rank=0)
     with pytest.raises(
-        ValueError, match="lora_targets='attention' names no layer of this PointsDenoiser: .*lora_rank=0"
+        ValueError, match="lora_targets='attention' matches no layer of this PointsDenoiser: .*lora_rank=0"
     ):
         DiffusionPolicy(*spaces, lambda _: 0.0, lora_rank=4, guidance_scale=1.0)
     policy = DiffusionPolicy(*spaces, lambda _: 0.0, **SCRATCH)  # type: ignore[arg-type]

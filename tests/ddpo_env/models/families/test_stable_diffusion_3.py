@@ -105,6 +105,5 @@ def test_run_trains_it_with_a_noise_level(tmp_path: Path) -> None:
     fresh = micro_family("stable_diffusion_3")
     fresh.load_lora_weights(tmp_path / "run" / "lora")
     assert fresh.get_active_adapters()
-    config = micro_config(folder, tmp_path / "no", noise_level=-0.4)
     with pytest.raises(ValueError, match=r"noise_level must be above 0; got -0.4"):
-        run_training(config)
+        micro_config(folder, tmp_path / "no", noise_level=-0.4)
