@@ -126,7 +126,7 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         compute_dtype = self.abilities.compute_dtype
         recompute = self.options.recompute_log_probs
         is_half = compute_dtype != torch.float32
-        self._recomputes = self.compares_with_sampling and is_half if recompute is None else recompute
+        self.recomputes_log_probs = self.compares_with_sampling and is_half if recompute is None else recompute
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=compute_dtype == torch.float16)
         if self.options.ema_decay and self.ema is None:
             self.ema = EMAModel(self._learning_parameters(), decay=self.options.ema_decay)
@@ -158,7 +158,7 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         metrics: Metrics = defaultdict(list)
         for epoch in range(self.n_epochs):
             indices = np.random.permutation(self.select_steps())
-            if epoch == 0 and self._recomputes:
+            if epoch == 0 and self.recomputes_log_probs:
                 self._recompute_log_probs(indices)
             if not self._pass(indices, metrics):
                 break

@@ -90,7 +90,7 @@ def evaluate(
     if env.deferred_rewards:
         raise ValueError("env must have deferred_rewards=False, because rewards are read from its steps; got True")
     if not prompts:
-        raise ValueError("prompts must contain at least one prompt; got none")
+        raise ValueError("prompts must hold at least one prompt; got none")
     devices = [policy.device] if policy.device.type == "cuda" else []
     processes = processes or Processes()
     rows = processes.rows(env.num_envs * processes.count)

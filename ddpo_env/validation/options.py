@@ -46,7 +46,11 @@ class Range:
 
     def __str__(self) -> str:
         bounds = {"at least": self.at_least, "above": self.above, "below": self.below, "at most": self.at_most}
-        return " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None) or "finite"
+        given = {word: bound for word, bound in bounds.items() if bound is not None}
+        if len(given) == 2:
+            (low, first), (high, last) = given.items()
+            return f"in {'[' if low == 'at least' else '('}{first:g}, {last:g}{']' if high == 'at most' else ')'}"
+        return " ".join(f"{word} {bound:g}" for word, bound in given.items()) or "finite"
 
 
 AT_LEAST_1 = Range(at_least=1)

@@ -82,11 +82,11 @@ def test_statistics_survive_being_saved():
 
 @pytest.mark.parametrize("estimator", [PerPromptAdvantage(8, 2), BatchAdvantage()])
 def test_cut_episodes_are_refused(estimator):
-    with pytest.raises(ValueError, match=r"n_steps=3 cuts episodes in two.*num_inference_steps"):
+    with pytest.raises(ValueError, match=r"n_steps=3 cuts episodes, .*num_inference_steps"):
         estimator(rollout([1.0, 2.0], ["a cat"] * 2, last_dones=False))
     late = rollout([1.0, 2.0], ["a cat"] * 2)
     late.episode_starts[0] = False
-    with pytest.raises(ValueError, match="cuts episodes in two"):
+    with pytest.raises(ValueError, match="cuts episodes"):
         estimator(late)
 
 

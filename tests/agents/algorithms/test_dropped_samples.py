@@ -84,7 +84,7 @@ def refilled(smaller, larger):
         )
     target.finish(source.last_values[KEPT], source.last_dones[KEPT])
     target.set_monte_carlo_returns()
-    target.advantages = smaller.credit(target)
+    target.advantages = smaller.step_weights(target)
     return smaller
 
 
@@ -214,7 +214,7 @@ def test_what_is_logged_is_of_the_others(micro_pipeline_folder, deferred):
 
 
 def test_rollout_of_which_nothing_is_left_is_an_error(micro_pipeline_folder):
-    with pytest.raises(ValueError, match="all 6 rewards of the rollout are NaN or infinite: nothing is left"):
+    with pytest.raises(ValueError, match="all 6 rewards of the rollout are NaN or infinite: no sample is left"):
         collected(algorithm(PPO, micro_pipeline_folder, lost=list(range(ENVS)), batch_size=12))
 
 

@@ -59,11 +59,11 @@ def test_leave_one_out_baseline_is_unbiased():
 
 @pytest.mark.parametrize("estimator", [GroupRelativeAdvantage(), LeaveOneOutAdvantage()])
 def test_prompt_that_is_alone_is_refused(estimator):
-    with pytest.raises(ValueError, match="needs at least 2 episodes a prompt .* 'a dog': .*samples_per_prompt to 2"):
+    with pytest.raises(ValueError, match="needs at least 2 episodes per prompt .* 'a dog': .*samples_per_prompt to 2"):
         estimator(rollout([1.0, 2.0, 3.0], ["a cat", "a cat", "a dog"]))
     with pytest.raises(ValueError, match="needs every episode's prompt"):
         estimator(rollout([1.0, 2.0], [None, None]))
-    with pytest.raises(ValueError, match="n_steps=3 cuts episodes in two"):
+    with pytest.raises(ValueError, match="n_steps=3 cuts episodes"):
         estimator(rollout([1.0, 2.0], ["a cat", "a cat"], last_dones=False))
 
 

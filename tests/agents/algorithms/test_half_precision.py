@@ -59,10 +59,10 @@ def test_every_epoch_is_compared_with_recomputed_log_densities(micro_pipeline_fo
 
 
 def test_float32_recomputes_nothing(micro_pipeline_folder):
-    assert denoising_ppo(micro_pipeline_folder).recompute_log_probs is False
+    assert denoising_ppo(micro_pipeline_folder).recomputes_log_probs is False
     half = {"policy": {"autocast": "bfloat16"}}
-    assert denoising_ppo(micro_pipeline_folder, **half).recompute_log_probs is True
-    assert denoising_reinforce(micro_pipeline_folder, **half).recompute_log_probs is False, "its loss has no ratio"
+    assert denoising_ppo(micro_pipeline_folder, **half).recomputes_log_probs is True
+    assert denoising_reinforce(micro_pipeline_folder, **half).recomputes_log_probs is False, "its loss has no ratio"
 
 
 def test_what_learns_and_what_is_scored_stay_float32(micro_pipeline_folder):
@@ -110,5 +110,5 @@ def test_autocast_is_saved_with_the_policy(micro_pipeline_folder, tmp_path):
 
 
 def test_unknown_precision_is_refused(micro_pipeline_folder):
-    with pytest.raises(ValueError, match="autocast must be None, bfloat16 or float16; got 'float8'"):
+    with pytest.raises(ValueError, match="autocast must be None or one of bfloat16, float16; got 'float8'"):
         micro_policy(micro_env(micro_pipeline_folder), autocast="float8")

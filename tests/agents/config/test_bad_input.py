@@ -188,9 +188,12 @@ def test_bad_action_of_one_environment(micro_pipeline_folder: Path, action: np.n
     ("options", "message"),
     [
         ({"prompt": "a cat"}, r"reset options must be among prompts, latents, reset_mask; got 'prompt'"),
-        ({"prompts": ["a cat"]}, r"options\['prompts'\] must be a string or one a slot \(2\); got \['a cat'\]"),
-        ({"prompts": []}, r"options\['prompts'\] must be a string or one a slot \(2\); got \[\]"),
-        ({"prompts": 5}, r"options\['prompts'\] must be a string or one a slot \(2\); got 5"),
+        (
+            {"prompts": ["a cat"]},
+            r"options\['prompts'\] must be a string or one per sub-environment \(2\); got \['a cat'\]",
+        ),
+        ({"prompts": []}, r"options\['prompts'\] must be a string or one per sub-environment \(2\); got \[\]"),
+        ({"prompts": 5}, r"options\['prompts'\] must be a string or one per sub-environment \(2\); got 5"),
         ({"prompts": ["a cat", ""]}, r"options\['prompts'\].*must not be empty"),
         ({"prompts": ["a cat", 5]}, r"options\['prompts'\].*must be a string.*5"),
         ({"latents": np.zeros((4, 8, 9))}, r"options\['latents'\] must have shape \(4, 8, 8\) or \(2, 4, 8, 8\); got"),
@@ -223,7 +226,7 @@ def test_a_mask_that_splits_a_group_is_refused(make_vec: MakeVec) -> None:
 
 @pytest.mark.parametrize("seed", [[1], [1, 2, 3], 1.5])
 def test_bad_seed_is_refused(make_vec: MakeVec, seed: Any) -> None:
-    with pytest.raises(ValueError, match=r"seed must be None, an integer, or one a slot \(2\); got"):
+    with pytest.raises(ValueError, match=r"seed must be None, an integer, or one per sub-environment \(2\); got"):
         make_vec().reset(seed=seed)
 
 

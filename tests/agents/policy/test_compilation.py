@@ -52,7 +52,7 @@ def test_names_of_what_is_saved_stay(micro_pipeline_folder, tmp_path):
     policies = [micro_policy(micro_env(micro_pipeline_folder), compile_denoiser=compiled) for compiled in (True, False)]
     assert policies[0].state_dict().keys() == policies[1].state_dict().keys()
     policies[0].save(tmp_path)
-    assert DiffusionPolicy.load(tmp_path, device="cpu").compile_denoiser
+    assert DiffusionPolicy.load(tmp_path, device="cpu").options.compile_denoiser
 
 
 def test_a_missing_compiler_is_told_at_once(micro_pipeline_folder, monkeypatch):

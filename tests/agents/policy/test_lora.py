@@ -70,7 +70,7 @@ def test_bad_rank_targets_and_second_adapter_are_refused(env):
         add_lora(env.model.denoiser, 0, "attention")
     with pytest.raises(ValueError, match=r"lora_targets must be one of attention, .*; got 'all'"):
         add_lora(env.model.denoiser, 2, "all")
-    with pytest.raises(ValueError, match="model already carries a LoRA"):
+    with pytest.raises(ValueError, match="model already has a LoRA"):
         add_lora(add_lora(env.model.denoiser, 2, "attention"), 2, "attention")
 
 

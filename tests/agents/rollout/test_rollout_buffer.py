@@ -112,6 +112,8 @@ def denoising_space(latents=(1,), conditioning=(1,), steps=4):
         scheduler=SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000)),
         source="none",
         denoiser=torch.nn.Linear(1, 1),
+        encode_prompts=None,
+        decode=None,
     )
     return DenoisingObservationSpace(model, steps)
 
