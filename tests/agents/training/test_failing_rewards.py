@@ -44,21 +44,17 @@ class LosesTheThird:
         return scores
 
 
-@pytest.fixture(scope="module")
-def whole(micro_pipeline_folder, tmp_path_factory):
-    """A run that nothing stopped, with its last checkpoint alone."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    run_training(micro_config(micro_pipeline_folder, folder, run={"keep_checkpoints": 1}))
-    return folder
+# The reward is called twice before training, twice in each iteration, twice more before the third and twice at the end.
+MOMENTS = [(0, 1, 0), (0, 3, 0), (0, 7, 2), (1, 6, 1), (3, 5, 1), (3, 10, 2), (0, 11, 3)]
+WITHOUT_OVERLAP = [(0, 3, 0), (3, 10, 2)]
 
 
-# Calls of the reward: 2 before training, then 2 an iteration, 2 more before the third and 2 at the end.
-@pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize(
-    ("interval", "call", "done"), [(0, 1, 0), (0, 3, 0), (0, 7, 2), (1, 6, 1), (3, 5, 1), (3, 10, 2), (0, 11, 3)]
+    ("overlap", "interval", "call", "done"),
+    [*((True, *moment) for moment in MOMENTS), *((False, *moment) for moment in WITHOUT_OVERLAP)],
 )
 def test_run_goes_on_from_the_last_finished_iteration(
-    whole, micro_pipeline_folder, tmp_path, monkeypatch, overlap, interval, call, done
+    finished_run, micro_pipeline_folder, tmp_path, monkeypatch, overlap, interval, call, done
 ):
     folder = tmp_path / "run"
     settings = {"checkpoint_interval": interval, "keep_checkpoints": 1}
@@ -73,14 +69,15 @@ def test_run_goes_on_from_the_last_finished_iteration(
     assert "the judge [at home] has left" in text
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"iteration_{done:06d}"]
     run_training(TrainConfig(run=RunSettings(resume=folder)))
-    assert_same_run(folder, whole)
+    assert_same_run(folder, finished_run.folder.path)
 
 
-def test_script_says_what_failed_and_how_to_go_on(monkeypatch, capsys, tmp_path):
+def test_script_says_what_failed_and_how_to_go_on(micro_pipeline_folder, monkeypatch, capsys, tmp_path):
     run = tmp_path / "a run"
     reward = FailingReward(4)
     monkeypatch.setattr(micro_agents, "brightness", reward)
-    arguments = [*MINIATURE, "--iterations=3", "--checkpoint-interval=0", "--reward=helpers.micro_agents:brightness"]
+    arguments = [*MINIATURE, "--iterations=3", "--checkpoint-interval=0", f"--model={micro_pipeline_folder}"]
+    arguments.append("--reward=helpers.micro_agents:brightness")
     assert run_script("train_ppo", [*arguments, f"--run-dir={run}"], monkeypatch) == 1
     shown = capsys.readouterr()
     expected = (
@@ -139,15 +136,9 @@ def test_run_that_drops_samples_is_resumed_like_any_other(micro_pipeline_folder,
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["training"]["non_finite_rewards"] == "drop"
 
 
-def test_option_changes_nothing_where_nothing_is_dropped(whole, micro_pipeline_folder, tmp_path):
-    run_training(
-        micro_config(
-            micro_pipeline_folder,
-            tmp_path,
-            run={"keep_checkpoints": 1},
-            training={"non_finite_rewards": "drop"},
-        )
-    )
+def test_option_changes_nothing_where_nothing_is_dropped(finished_run, micro_pipeline_folder, tmp_path):
+    whole = finished_run.folder.path
+    run_training(micro_config(micro_pipeline_folder, tmp_path, training={"non_finite_rewards": "drop"}))
     for name in ("policy/policy.safetensors", "checkpoints/iteration_000003/tensors.safetensors"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
     extra = {"rollout/dropped_samples", "eval/dropped_samples"}

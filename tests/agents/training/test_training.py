@@ -30,14 +30,8 @@ from agents.training.console import ConsoleWriter
 from agents.training.run import run_training
 
 
-@pytest.fixture(scope="module")
-def finished(micro_pipeline_folder, tmp_path_factory):
-    """A run that nothing stopped."""
-    return run_training(micro_config(micro_pipeline_folder, tmp_path_factory.mktemp("runs") / "finished"))
-
-
-def test_run_folder_holds_what_its_docstring_says(finished):
-    files = files_below(finished.folder.path)
+def test_run_folder_holds_what_its_docstring_says(finished_run):
+    files = files_below(finished_run.folder.path)
     events = {name for name in files if name.startswith("tensorboard/events.out.tfevents.")}
     assert len(events) == 1
     iterations = ("0000", "0002", "0003")
@@ -62,24 +56,27 @@ def test_run_folder_holds_what_its_docstring_says(finished):
     assert all(any(name.startswith(part) for name in files) for part in set(parts) - sometimes if part)
 
 
-def test_summary_says_how_the_run_went(finished):
-    summary = json.loads((finished.folder.path / "summary.json").read_text())
-    assert (summary["reward_before"], summary["reward_after"]) == (finished.reward_before, finished.reward_after)
+def test_summary_says_how_the_run_went(finished_run):
+    summary = json.loads((finished_run.folder.path / "summary.json").read_text())
+    assert (summary["reward_before"], summary["reward_after"]) == (
+        finished_run.reward_before,
+        finished_run.reward_after,
+    )
     assert summary["reward_before"] != summary["reward_after"]
-    assert summary["iterations"] == finished.iterations == 3
+    assert summary["iterations"] == finished_run.iterations == 3
     assert summary["seed"] == 0
     assert summary["reward_queries"] == 24
-    assert 0 < summary["wall_clock_seconds"] <= finished.wall_clock_seconds + 0.1
+    assert 0 < summary["wall_clock_seconds"] <= finished_run.wall_clock_seconds + 0.1
     assert summary["versions"]["torch"] == torch.__version__ == version("torch")
     assert {"stable_baselines3", "gymnasium", "diffusers", "transformers", "peft"} < summary["versions"].keys()
 
 
-def test_metrics_have_a_row_an_iteration(finished):
-    table = rows(finished.folder.path)
+def test_metrics_have_a_row_an_iteration(finished_run):
+    table = rows(finished_run.folder.path)
     assert [row["time/iterations"] for row in table] == ["1", "2", "3", ""]
     assert [bool(row["eval/reward_mean"]) for row in table] == [True, False, True, True]
-    assert float(table[0]["eval/reward_mean"]) == finished.reward_before
-    assert float(table[3]["eval/reward_mean"]) == finished.reward_after
+    assert float(table[0]["eval/reward_mean"]) == finished_run.reward_before
+    assert float(table[3]["eval/reward_mean"]) == finished_run.reward_after
     assert [row["train/n_updates"] for row in table[:3]] == ["2", "4", "6"]
     rates = [float(row["train/learning_rate"]) for row in table[:3]]
     assert rates == pytest.approx([5e-3, 5e-3 * 2 / 3, 5e-3 / 3])
@@ -87,9 +84,9 @@ def test_metrics_have_a_row_an_iteration(finished):
     assert list(table[0]) == sorted(table[0])
 
 
-def test_config_file_is_the_configuration(finished):
-    written = yaml.safe_load((finished.folder.path / "config.yaml").read_text())
-    assert TrainConfig.from_dict(written) == finished.config
+def test_config_file_is_the_configuration(finished_run):
+    written = yaml.safe_load((finished_run.folder.path / "config.yaml").read_text())
+    assert TrainConfig.from_dict(written) == finished_run.config
     assert written["run"]["iterations"] == 3
     assert written["task"]["reward"] == "helpers.micro_agents:brightness"
 
@@ -102,8 +99,8 @@ def test_configuration_survives_the_file_and_is_not_changed_by_a_run(tmp_path):
         TrainConfig.from_dict({**config.as_dict(), "optimizer": {"colour": 1}})
 
 
-def test_written_lora_and_policy_draw_alike(finished, micro_pipeline_folder):
-    folder = finished.folder
+def test_written_lora_and_policy_draw_alike(finished_run, micro_pipeline_folder):
+    folder = finished_run.folder
     pipeline = StableDiffusionPipeline.from_pretrained(micro_pipeline_folder, safety_checker=None)
     pipeline.load_lora_weights(str(folder.lora))
     policy = DiffusionPolicy.load(folder.policy, device="cpu")
@@ -119,7 +116,7 @@ def test_written_lora_and_policy_draw_alike(finished, micro_pipeline_folder):
 # Calls of the reward: 2 before training, then 2 an iteration, 2 more before the third and 2 at the end.
 @pytest.mark.parametrize(("call", "done"), [(1, 0), (3, 0), (6, 1), (7, 2), (11, 3)])
 def test_run_stopped_in_sampling_and_resumed_equals_one_that_was_not(
-    finished, micro_pipeline_folder, tmp_path, monkeypatch, call, done
+    finished_run, micro_pipeline_folder, tmp_path, monkeypatch, call, done
 ):
     with monkeypatch.context() as patch:
         patch.setattr(micro_agents, "brightness", InterruptedReward(call))
@@ -129,14 +126,14 @@ def test_run_stopped_in_sampling_and_resumed_equals_one_that_was_not(
     assert (stopped.reward_before is None) == (done == 0)
     assert not (tmp_path / "run" / "summary.json").exists()
     resumed = run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run")))
-    assert_same_run(tmp_path / "run", finished.folder.path)
-    assert (resumed.reward_before, resumed.reward_after) == (finished.reward_before, finished.reward_after)
-    assert resumed.config.task == finished.config.task
+    assert_same_run(tmp_path / "run", finished_run.folder.path)
+    assert (resumed.reward_before, resumed.reward_after) == (finished_run.reward_before, finished_run.reward_after)
+    assert resumed.config.task == finished_run.config.task
 
 
 @pytest.mark.parametrize("update", [2, 3])
 def test_run_stopped_in_an_update_and_resumed_equals_one_that_was_not(
-    finished, micro_pipeline_folder, tmp_path, monkeypatch, update
+    finished_run, micro_pipeline_folder, tmp_path, monkeypatch, update
 ):
     calls = []
 
@@ -156,11 +153,11 @@ def test_run_stopped_in_an_update_and_resumed_equals_one_that_was_not(
     kept = load_file(checkpoint / "tensors.safetensors")
     assert all(torch.equal(value, kept[f"policy.{name}"]) for name, value in saved.items()), "no half iteration is left"
     run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run")))
-    assert_same_run(tmp_path / "run", finished.folder.path)
+    assert_same_run(tmp_path / "run", finished_run.folder.path)
 
 
 def test_run_killed_in_a_save_and_resumed_equals_one_that_was_not(
-    finished, micro_pipeline_folder, tmp_path, monkeypatch
+    finished_run, micro_pipeline_folder, tmp_path, monkeypatch
 ):
     saves = []
 
@@ -179,34 +176,32 @@ def test_run_killed_in_a_save_and_resumed_equals_one_that_was_not(
     assert (tmp_path / "run" / "checkpoints" / ".iteration_000002.part").exists()
     assert len(rows(tmp_path / "run")) == 2, "the iteration whose checkpoint failed is in the table"
     run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run")))
-    assert_same_run(tmp_path / "run", finished.folder.path)
+    assert_same_run(tmp_path / "run", finished_run.folder.path)
 
 
 def test_finished_run_goes_on_to_more_iterations(micro_pipeline_folder, tmp_path):
     constant = {"learning_rate_schedule": "constant"}  # a falling rate depends on how many iterations there are in all
-    for name, iterations in (("run", 2), ("at once", 3)):
-        run_training(
-            micro_config(micro_pipeline_folder, tmp_path / name, optimizer=constant, run={"iterations": iterations})
-        )
-    longer = run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run", iterations=3)))
-    assert longer.config.run.iterations == longer.iterations == 3
+    for name, iterations in (("run", 1), ("at once", 2)):
+        settings = {"iterations": iterations, "eval_interval": 1}
+        run_training(micro_config(micro_pipeline_folder, tmp_path / name, optimizer=constant, run=settings))
+    longer = run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run", iterations=2)))
+    assert longer.config.run.iterations == longer.iterations == 2
     assert_same_run(tmp_path / "run", tmp_path / "at once")
-    with pytest.raises(ValueError, match="iterations must be at least 3, which the run has done; got 1"):
+    with pytest.raises(ValueError, match="iterations must be at least 2, which the run has done; got 1"):
         run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run", iterations=1)))
 
 
 @pytest.mark.parametrize("interval", [0, 2])
 def test_run_stopped_between_checkpoints_goes_on_from_its_last_iteration(
-    micro_pipeline_folder, tmp_path, monkeypatch, interval
+    finished_run, micro_pipeline_folder, tmp_path, monkeypatch, interval
 ):
     settings = {"checkpoint_interval": interval, "keep_checkpoints": 1}
-    run_training(micro_config(micro_pipeline_folder, tmp_path / "whole", run=settings))
     with monkeypatch.context() as patch:
         patch.setattr(micro_agents, "brightness", InterruptedReward(6))
         assert run_training(micro_config(micro_pipeline_folder, tmp_path / "run", run=settings)).iterations == 1
     assert agents.training.checkpoint.latest_checkpoint(tmp_path / "run" / "checkpoints").name == "iteration_000001"
     run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run")))
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", finished_run.folder.path)
 
 
 @pytest.mark.parametrize("policy", [{"critic": True}, {"lora_rank": 0}])
@@ -270,18 +265,18 @@ def test_what_cannot_run_is_refused_before_a_model_is_loaded(tmp_path, group, se
 
 
 @pytest.mark.usefixtures("no_model")
-def test_folder_that_holds_a_run_is_refused(finished, tmp_path):
-    before = (finished.folder.path / "config.yaml").read_bytes()
+def test_folder_that_holds_a_run_is_refused(finished_run, tmp_path):
+    before = (finished_run.folder.path / "config.yaml").read_bytes()
     with pytest.raises(ValueError, match="holds a run already: name another folder, or resume it"):
-        run_training(micro_config("tiny", finished.folder.path, run={"seed": 5}))
-    assert (finished.folder.path / "config.yaml").read_bytes() == before
+        run_training(micro_config("tiny", finished_run.folder.path, run={"seed": 5}))
+    assert (finished_run.folder.path / "config.yaml").read_bytes() == before
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="run_dir must be a folder; .* is a file"):
         run_training(micro_config("tiny", tmp_path / "file"))
 
 
 @pytest.mark.usefixtures("no_model")
-def test_resuming_what_is_no_run_is_a_clear_error(finished, tmp_path):
+def test_resuming_what_is_no_run_is_a_clear_error(finished_run, tmp_path):
     def resume():
         return run_training(TrainConfig(run=RunSettings(resume=tmp_path)))
 
@@ -291,7 +286,7 @@ def test_resuming_what_is_no_run_is_a_clear_error(finished, tmp_path):
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(ValueError, match=r"resume: .*config.yaml' is no run's configuration"):
             resume()
-    (tmp_path / "config.yaml").write_text((finished.folder.path / "config.yaml").read_text())
+    (tmp_path / "config.yaml").write_text((finished_run.folder.path / "config.yaml").read_text())
     with pytest.raises(ValueError, match="resume: there is no checkpoint in"):
         resume()
 
@@ -306,12 +301,12 @@ def test_default_folder_is_named_after_the_reward(micro_pipeline_folder, tmp_pat
     assert result.folder.path.name.startswith("helpers-micro_agents-brightness-20")
 
 
-def test_pictures_before_and_after_are_of_the_same_prompts_and_seeds(finished):
-    strips = [np.asarray(Image.open(finished.folder.pictures / f"iteration_000{i}.png")) for i in (0, 3)]
+def test_pictures_before_and_after_are_of_the_same_prompts_and_seeds(finished_run):
+    strips = [np.asarray(Image.open(finished_run.folder.pictures / f"iteration_000{i}.png")) for i in (0, 3)]
     assert strips[0].shape == strips[1].shape == (32, 6 * 32, 3)
     difference = np.abs(strips[0].astype(int) - strips[1].astype(int))
     assert 0 < difference.mean() < 5, "trained a little, from the same noise"
-    width, height = Image.open(finished.folder.samples / "before_after.png").size
+    width, height = Image.open(finished_run.folder.samples / "before_after.png").size
     assert width > 6 * 112
     assert height > 3 * 112
 

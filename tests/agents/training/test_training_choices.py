@@ -15,13 +15,17 @@ from agents.config.settings import ALGORITHMS, OptimizerSettings, RunSettings, T
 from agents.config.train_config import TrainConfig
 from agents.training.run import prepare_run, run_training
 
+SHORT = {"iterations": 2, "eval_interval": 0, "eval_samples": 4}
+"""Two iterations; the reward is called once before training, twice in each iteration and once at the end."""
+ONE = SHORT | {"iterations": 1, "eval_samples": 2}
 
-def config_of(model, folder, algorithm="ppo", **settings):
-    """The micro run with another algorithm, whose sizes are its defaults."""
+
+def config_of(model, folder, algorithm="ppo", run=SHORT, **settings):
+    """A short micro run with another algorithm, whose sizes are its defaults."""
     updates = {"updates_per_iteration": 2 if algorithm == "ppo" else 1, "epochs": ALGORITHMS[algorithm].epochs}
     if algorithm == "rwr_sparse":
         updates["epochs"] = 3
-    return micro_config(model, folder, training={"algorithm": algorithm, **updates, **settings})
+    return micro_config(model, folder, run=run, training={"algorithm": algorithm, **updates, **settings})
 
 
 @pytest.mark.parametrize(
@@ -38,9 +42,9 @@ def test_stopped_and_resumed_run_equals_one_that_was_not(
 ):
     run_training(config_of(micro_pipeline_folder, tmp_path / "whole", algorithm, **settings))
     with monkeypatch.context() as patch:
-        patch.setattr(micro_agents, "brightness", InterruptedReward(7))
+        patch.setattr(micro_agents, "brightness", InterruptedReward(5))
         stopped = run_training(config_of(micro_pipeline_folder, tmp_path / "stopped", algorithm, **settings))
-    assert stopped.iterations == 2
+    assert stopped.iterations == 1
     run_training(TrainConfig(run=RunSettings(resume=tmp_path / "stopped")))
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
@@ -66,20 +70,19 @@ def test_sizes_and_learning_rate_left_open_are_the_algorithms():
 
 
 def test_resolved_learning_rate_is_in_the_run_folder(micro_pipeline_folder, tmp_path):
-    result = run_training(config_of(micro_pipeline_folder, tmp_path, "rwr"))
+    result = run_training(config_of(micro_pipeline_folder, tmp_path, "rwr", run=ONE))
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert written["optimizer"]["learning_rate"] == result.config.learning_rate == ALGORITHMS["rwr"].learning_rate
 
 
 def test_critic_learns_beside_every_estimator(micro_pipeline_folder, tmp_path):
     for advantage in ("per_prompt", "gae"):
-        config = config_of(micro_pipeline_folder, tmp_path / advantage, advantage=advantage)
+        config = config_of(micro_pipeline_folder, tmp_path / advantage, run=ONE, advantage=advantage)
         config.policy.critic = True
         run_training(config)
         assert float(rows(tmp_path / advantage)[0]["train/value_loss"]) > 0
-    assert (
-        "train/value_loss" not in rows(run_training(config_of(micro_pipeline_folder, tmp_path / "no")).folder.path)[0]
-    )
+    run_training(config_of(micro_pipeline_folder, tmp_path / "no", run=ONE))
+    assert "train/value_loss" not in rows(tmp_path / "no")[0]
 
 
 def test_overlapped_rewards_change_nothing(micro_pipeline_folder, tmp_path):
@@ -117,7 +120,7 @@ def test_details_of_a_reward_are_logged(micro_pipeline_folder, tmp_path, monkeyp
         with monkeypatch.context() as patch:
             patch.setattr(micro_agents, "brightness", detailed)
             run_training(config_of(micro_pipeline_folder, tmp_path / str(overlap), overlap_rewards=overlap))
-        for row in rows(tmp_path / str(overlap))[:3]:  # the last one is the evaluation after training
+        for row in rows(tmp_path / str(overlap))[:2]:  # the last one is the evaluation after training
             assert float(row["reward/doubled"]) == pytest.approx(2 * float(row["rollout/reward_mean"]), rel=1e-4)
             assert "reward/said" not in row
 
