@@ -1,21 +1,67 @@
-"""Reinforcement learning for the denoising MDP, on Stable-Baselines3: policy, environment adapter and algorithms."""
+"""Reinforcement learning for diffusion models (ddpo-env): policy, algorithms and training runs, on Stable-Baselines3.
 
-from agents.algorithms.advantages import (
-    AdvantageEstimator,
-    BatchAdvantage,
-    GeneralizedAdvantage,
-    GroupRelativeAdvantage,
-    LeaveOneOutAdvantage,
-    PerPromptAdvantage,
-    RawReturn,
-)
-from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
-from agents.algorithms.ppo import PPO
-from agents.algorithms.reinforce import REINFORCE
-from agents.algorithms.rwr import RWR
-from agents.policy.diffusion_policy import DiffusionPolicy
-from agents.rollout.buffer import TensorRolloutBuffer, Transitions
-from agents.rollout.vec_env import VectorEnvAdapter
+A vectorized denoising environment comes in, a trained `DiffusionPolicy` goes out. Nothing heavy is imported before a
+public name is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agents.algorithms.advantages import (
+        AdvantageEstimator,
+        BatchAdvantage,
+        GeneralizedAdvantage,
+        GroupRelativeAdvantage,
+        LeaveOneOutAdvantage,
+        PerPromptAdvantage,
+        RawReturn,
+    )
+    from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
+    from agents.algorithms.options import UpdateOptions
+    from agents.algorithms.ppo import PPO
+    from agents.algorithms.reinforce import REINFORCE
+    from agents.algorithms.rwr import RWR
+    from agents.config.presets import preset_config
+    from agents.config.train_config import TrainConfig, train_config
+    from agents.distributed import Maximum
+    from agents.evaluation.evaluate import Evaluation, evaluate
+    from agents.policy.abilities import PolicyAbilities
+    from agents.policy.diffusion_policy import DiffusionPolicy
+    from agents.policy.options import PolicyOptions
+    from agents.rollout.buffer import TensorRolloutBuffer, Transitions
+    from agents.rollout.vec_env import VectorEnvAdapter
+    from agents.training.preparation import prepare_run, run_training
+    from agents.training.run import Run, RunListener, RunResult
+
+_MODULES = {
+    "agents.algorithms.advantages": (
+        "AdvantageEstimator",
+        "BatchAdvantage",
+        "GeneralizedAdvantage",
+        "GroupRelativeAdvantage",
+        "LeaveOneOutAdvantage",
+        "PerPromptAdvantage",
+        "RawReturn",
+    ),
+    "agents.algorithms.on_policy": ("TensorOnPolicyAlgorithm",),
+    "agents.algorithms.options": ("UpdateOptions",),
+    "agents.algorithms.ppo": ("PPO",),
+    "agents.algorithms.reinforce": ("REINFORCE",),
+    "agents.algorithms.rwr": ("RWR",),
+    "agents.config.presets": ("preset_config",),
+    "agents.config.train_config": ("TrainConfig", "train_config"),
+    "agents.distributed": ("Maximum",),
+    "agents.evaluation.evaluate": ("Evaluation", "evaluate"),
+    "agents.policy.abilities": ("PolicyAbilities",),
+    "agents.policy.diffusion_policy": ("DiffusionPolicy",),
+    "agents.policy.options": ("PolicyOptions",),
+    "agents.rollout.buffer": ("TensorRolloutBuffer", "Transitions"),
+    "agents.rollout.vec_env": ("VectorEnvAdapter",),
+    "agents.training.preparation": ("prepare_run", "run_training"),
+    "agents.training.run": ("Run", "RunListener", "RunResult"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "PPO",
@@ -24,13 +70,34 @@ __all__ = [
     "AdvantageEstimator",
     "BatchAdvantage",
     "DiffusionPolicy",
+    "Evaluation",
     "GeneralizedAdvantage",
     "GroupRelativeAdvantage",
     "LeaveOneOutAdvantage",
+    "Maximum",
     "PerPromptAdvantage",
+    "PolicyAbilities",
+    "PolicyOptions",
     "RawReturn",
+    "Run",
+    "RunListener",
+    "RunResult",
     "TensorOnPolicyAlgorithm",
     "TensorRolloutBuffer",
+    "TrainConfig",
     "Transitions",
+    "UpdateOptions",
     "VectorEnvAdapter",
+    "evaluate",
+    "prepare_run",
+    "preset_config",
+    "run_training",
+    "train_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is used (PEP 562)."""
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,9 @@
-"""Several processes that train as one: each samples and differentiates a share, and all hold the same numbers.
+"""Several processes that act as one: each computes some rows of every batch, and all hold the same numbers.
 
-`accelerate launch` or `torchrun` starts the processes; accelerate joins them. What is drawn, is drawn in every process
-for the whole batch, from equal random states, and each takes its rows: the result does not depend on how many processes
-there are, up to the rounding of sums. Whatever fails in one process fails in all at the next `agreement`.
+`accelerate launch` or `torchrun` starts the processes, and accelerate connects them. Every process draws the random
+numbers of the whole batch from the same generator state and keeps its own rows, so the result does not depend on the
+number of processes, except for the rounding of sums. If one process fails, all of them fail at the end of the current
+`fail_together` block.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import math
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,13 +25,10 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from agents.config.train_config import TrainConfig
-
 _T = TypeVar("_T")
 
 _SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Where launchers say how many processes there are; the same that accelerate looks at."""
+"""Environment variables in which launchers give the number of processes; accelerate reads the same ones."""
 _UNUSED_SETTINGS = {
     "ACCELERATE_USE_FSDP": (
         "false",
@@ -38,27 +36,27 @@ _UNUSED_SETTINGS = {
     ),
     "ACCELERATE_USE_DEEPSPEED": ("false", "DeepSpeed is not supported: see docs/scaling.md"),
     "ACCELERATE_USE_MEGATRON_LM": ("false", "Megatron-LM is not supported"),
-    "ACCELERATE_MIXED_PRECISION": ("no", "mixed precision is --autocast bfloat16 or float16 of the script"),
-    "ACCELERATE_DYNAMO_BACKEND": ("no", "compilation is not the launcher's business here"),
+    "ACCELERATE_MIXED_PRECISION": ("no", "use the script's --autocast bfloat16 or float16 for mixed precision"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "use the script's --compile-denoiser to compile"),
 }
-"""What `accelerate launch` or its configuration file may ask for and would not get: without effect, and what to do."""
-_BUCKET = 2**25
-"""Numbers that are summed over the processes at once, so that full training needs no second copy of every gradient."""
+"""Launcher settings that would have no effect here: the value that asks for nothing, and what to do instead."""
+_BUCKET_ELEMENTS = 2**25
+"""Gradient elements that are summed over the processes at once, so that no second copy of every gradient is needed."""
 
 
 class OtherProcessError(RuntimeError):
-    """Another process of the run failed; `__cause__` is its traceback as a text."""
+    """Another process of the run failed; `__cause__` holds its traceback as text."""
 
 
 @dataclass(frozen=True)
-class Share:
-    """The rows of a batch that are this process's: `start` to `stop` of `total`.
+class Rows:
+    """The rows of a batch that one process computes: `start` to `stop` of `total`.
 
     Attributes:
         total: rows of the whole batch.
-        start: the first row.
-        stop: behind the last. There is always a row: who has none to do gets one, and `count` is then 0.
-        count: rows that count.
+        start: first row of this process.
+        stop: one past its last row. There is always at least one row, also where a process has none to compute.
+        count: rows that count in sums and means; 0 where the one row only keeps the process busy.
     """
 
     total: int
@@ -67,48 +65,45 @@ class Share:
     count: int
 
     @classmethod
-    def of_worker(cls, total: int, worker: int, workers: int) -> Share:
-        """Return the share of one of several workers."""
-        start, stop = (total * edge // workers for edge in (worker, worker + 1))
+    def of_process(cls, total: int, index: int, count: int) -> Rows:
+        """Return the rows of process `index` of `count` processes."""
+        start, stop = (total * edge // count for edge in (index, index + 1))
         return cls(total, start, max(stop, start + 1), stop - start)
 
-    def of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return this process's part of an array of `total` rows."""
-        return rows[self.start : self.stop]
+    def of(self, values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return this process's rows of an array with `total` rows."""
+        return values[self.start : self.stop]
 
     def draw(self, draw: Callable[[int], Tensor]) -> Tensor:
-        """Draw for the whole batch, as every process does, and return this process's rows."""
+        """Draw random numbers for the whole batch, as every process does, and return this process's rows."""
         return draw(self.total)[self.start : self.stop]
 
 
-def noise_like(rows: Tensor, share: Share | None) -> Tensor:
-    """Return standard normal noise for some rows: all there are, or a share of a batch."""
-    if share is None or share.total == len(rows):
-        return torch.randn_like(rows)
-    return share.draw(lambda total: torch.randn(total, *rows.shape[1:], dtype=rows.dtype, device=rows.device))
+@dataclass(frozen=True)
+class Maximum:
+    """A metric of a loss that is combined by its largest value, where plain tensors are averaged.
+
+    Attributes:
+        value: scalar.
+    """
+
+    value: Tensor
 
 
-@contextmanager
-def sharing(policy: Any, share: Share) -> Iterator[None]:
-    """Let a policy draw for a whole batch, and take its share of it, as long as this context lasts."""
-    policy.share = share
-    try:
-        yield
-    finally:
-        policy.share = None
+Metric = Tensor | Maximum
 
 
 class Processes:
     """The processes of a run, seen from one of them; without arguments, the only one.
 
     Args:
-        index: this process's number; 0 is the main one, which writes and prints.
-        count: how many there are.
-        device: this process's, where `--device` leaves it open; `None` if there is one process.
+        index: number of this process; 0 is the main one, which writes files and prints.
+        count: number of processes.
+        device: device of this process where `--device` leaves it open; `None` with one process.
     """
 
     def __init__(self, index: int = 0, count: int = 1, device: str | None = None) -> None:
-        """Describe the processes; `start_processes` joins them."""
+        """Describe the processes; `start_processes` connects them."""
         self.index = index
         self.count = count
         self.device = device
@@ -117,29 +112,32 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """Whether this process writes files and prints."""
         return self.index == 0
 
-    def share(self, total: int) -> Share:
-        """Return this process's share of `total` rows, which are at least one; shares differ by a row at most."""
-        return Share.of_worker(total, self.index, self.count)
+    def rows(self, total: int) -> Rows:
+        """Return this process's rows of `total`, at least one; processes differ by at most one row."""
+        return Rows.of_process(total, self.index, self.count)
 
-    def deal(self, calls: Sequence[int]) -> list[Share | None]:
-        """Deal out calls of the policy, given by their rows: return this process's share of each, `None` for no share.
+    def assign_calls(self, sizes: Sequence[int]) -> list[Rows | None]:
+        """Assign calls of the policy to processes; return this process's rows of each call, `None` for no rows.
 
-        As long as there are enough of them calls stay whole, so that a call is the same, to the bit, whatever the
-        number of processes. If not, several processes share the rows of one.
+        While there are enough calls, each stays whole in one process, so that a call is bit-identical for any number
+        of processes. Otherwise several processes compute the rows of one call.
+
+        Args:
+            sizes: rows of each call.
         """
-        number = len(calls)
+        number = len(sizes)
         if number >= self.count:
             return [
-                Share.of_worker(rows, 0, 1) if call % self.count == self.index else None
-                for call, rows in enumerate(calls)
+                Rows.of_process(size, 0, 1) if call % self.count == self.index else None
+                for call, size in enumerate(sizes)
             ]
         workers = len(range(self.index % number, self.count, number))
         return [
-            Share.of_worker(rows, self.index // number, workers) if call == self.index % number else None
-            for call, rows in enumerate(calls)
+            Rows.of_process(size, self.index // number, workers) if call == self.index % number else None
+            for call, size in enumerate(sizes)
         ]
 
     def gather_objects(self, value: _T) -> list[_T]:
@@ -147,7 +145,7 @@ class Processes:
         return [value] if self.count == 1 else gather_object([value])
 
     def gather_rows(self, rows: Tensor, axis: int = 0) -> Tensor:
-        """Join tensors of the same shape along an axis, in the order of the processes."""
+        """Concatenate tensors of the same shape along an axis, in the order of the processes."""
         return rows if self.count == 1 else gather(rows.movedim(axis, 0).contiguous()).movedim(0, axis).contiguous()
 
     def sum(self, values: Tensor) -> Tensor:
@@ -155,24 +153,24 @@ class Processes:
         return values if self.count == 1 else reduce(values, "sum")
 
     def from_main(self, work: Callable[[], _T]) -> _T:
-        """Do something in the main process alone, and return its result to all; if it fails, all do."""
+        """Run `work` in the main process only and return its result to all; if it fails, all processes fail."""
         if self.count == 1:
             return work()
         result: list[Any] = [None]
-        with self.agreement():
+        with self.fail_together():
             if self.is_main:
                 result = [work()]
         return broadcast_object_list(result)[0]
 
     @contextmanager
-    def agreement(self) -> Iterator[None]:
-        """What is inside succeeds in all processes, or ends with an exception in all.
+    def fail_together(self) -> Iterator[None]:
+        """Make the block succeed in all processes, or raise in all of them.
 
-        Inside, no process may wait for another.
+        Inside the block no process may wait for another.
 
         Raises:
-            OtherProcessError: if it failed in other processes only.
-            KeyboardInterrupt: if Ctrl-C came, to any process.
+            OtherProcessError: if the block failed in other processes only.
+            KeyboardInterrupt: if any process received Ctrl-C.
         """
         if self.count == 1:
             yield
@@ -182,62 +180,64 @@ class Processes:
             yield
         except (Exception, KeyboardInterrupt) as raised:
             error = raised
-        self._settle(error)
+        self._raise_together(error)
 
     def combine(
-        self, parameters: Sequence[torch.nn.Parameter], metrics: dict[str, Tensor], error: Exception | None
+        self, parameters: Sequence[torch.nn.Parameter], metrics: Mapping[str, Metric], error: Exception | None
     ) -> dict[str, Tensor]:
-        """Add up the gradients of all processes, in place, and their metrics; raise if any of them has failed.
-
-        A metric whose name ends in `_deviation` is the largest of all instead.
+        """Add up the gradients of all processes, in place, and combine their metrics; raise if any has failed.
 
         Args:
-            parameters: what learns, in the same order everywhere; a gradient may be missing.
-            metrics: scalars, of the same names everywhere.
-            error: what kept this process from computing its part.
+            parameters: the weights that learn, in the same order everywhere; a gradient may be missing.
+            metrics: scalars, with the same names everywhere. Tensors are added up, a `Maximum` is the largest of all.
+            error: what kept this process from computing its rows.
+
+        Returns:
+            The combined metrics, scalars.
 
         Raises:
             Exception: `error`.
             OtherProcessError: if another process has one.
-            KeyboardInterrupt: if Ctrl-C came, to any process.
+            KeyboardInterrupt: if any process received Ctrl-C.
         """
         if error is not None and self.count == 1:
             raise error
+        values = {name: one.value if isinstance(one, Maximum) else one for name, one in metrics.items()}
         if self.count == 1:
-            return metrics
-        self._settle(error)
+            return values
+        self._raise_together(error)
         device = parameters[0].device
         present = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
-        own = torch.stack([value.detach().to(device, torch.float32) for value in metrics.values()])
-        # One row a process, so that sums and largest values come out of one exchange.
+        own = torch.stack([value.detach().to(device, torch.float32) for value in values.values()])
+        # One row per process, so that sums and largest values come out of one exchange.
         table = torch.zeros(self.count, len(present) + len(own), device=device)
         table[self.index] = torch.cat([present, own])
         table = self.sum(table)
         learning = [p for p, known in zip(parameters, table[:, : len(present)].sum(0).tolist(), strict=True) if known]
         self._sum_gradients(learning)
-        values = table[:, len(present) :]
+        columns = table[:, len(present) :].unbind(1)
         return {
-            name: values[:, column].max() if name.endswith("_deviation") else values[:, column].sum()
-            for column, name in enumerate(metrics)
+            name: column.max() if isinstance(metrics[name], Maximum) else column.sum()
+            for name, column in zip(metrics, columns, strict=True)
         }
 
     def _sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         for bucket in _buckets(parameters):
             gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bucket]
             total = self.sum(torch.cat([gradient.flatten() for gradient in gradients]))
-            parts = total.split([p.numel() for p in bucket])
-            for parameter, part in zip(bucket, parts, strict=True):
-                parameter.grad = part.view_as(parameter)
+            summed = total.split([p.numel() for p in bucket])
+            for parameter, gradient in zip(bucket, summed, strict=True):
+                parameter.grad = gradient.view_as(parameter)
 
-    def equalize(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast_weights(self, tensors: Sequence[Tensor]) -> None:
         """Give all processes the main one's values, in place."""
         if self.count > 1:
             for tensor in tensors:
                 torch.distributed.broadcast(tensor.data, src=0)
 
     @contextmanager
-    def keeping_interrupts(self) -> Iterator[None]:
-        """Keep Ctrl-C until the processes agree on it: an exception at any other moment would part them."""
+    def defer_interrupts(self) -> Iterator[None]:
+        """Hold Ctrl-C back until `raise_interrupt`: an exception elsewhere would stop one process only."""
         if self.count == 1:
             yield
             return
@@ -248,25 +248,30 @@ class Processes:
             signal.signal(signal.SIGINT, before)
 
     def raise_interrupt(self) -> None:
-        """Raise the Ctrl-C that was kept, inside an `agreement`, where it reaches all."""
+        """Raise the Ctrl-C that was held back; call it inside `fail_together`, so that it reaches all processes."""
         if self._interrupted:
             raise KeyboardInterrupt
 
-    def leave(self, error: BaseException | None = None) -> None:
-        """Wait for the other processes, which may still be writing, and part.
+    def shutdown(self, error: BaseException | None = None) -> None:
+        """Wait for the other processes, which may still be writing, and disconnect.
 
-        A launcher kills what is left when a process ends with an error. Whoever fails alone does not wait.
+        A launcher kills the remaining processes when one ends with an error. A process that fails alone does not wait.
 
         Args:
-            error: with which this process ends.
+            error: the error with which this process ends.
         """
         if self.count > 1 and (error is None or error is self._agreed):
             self.gather_objects(None)
             PartialState().destroy_process_group()
 
-    def _settle(self, error: BaseException | None) -> None:
-        """Raise in all processes if one of them has failed, or was interrupted."""
-        reports = self.gather_objects((_described(error), self._interrupted or _is_interrupt(error)))
+    def mark_agreed(self, error: BaseException) -> BaseException:
+        """Note that all processes raise this error, because they hold the same numbers, and return it."""
+        self._agreed = error
+        return error
+
+    def _raise_together(self, error: BaseException | None) -> None:
+        """Raise in all processes if one of them failed or was interrupted."""
+        reports = self.gather_objects((_report(error), self._interrupted or _is_interrupt(error)))
         failed = [(index, failure) for index, (failure, _) in enumerate(reports) if failure is not None]
         if failed and (error is None or _is_interrupt(error)):
             index, (message, text) = failed[0]
@@ -276,24 +281,19 @@ class Processes:
             self._interrupted = False
             error = KeyboardInterrupt()
         if error is not None:
-            raise self.alike(error)
-
-    def alike(self, error: BaseException) -> BaseException:
-        """Take note that all processes raise an error, because they hold the same numbers, and return it."""
-        self._agreed = error
-        return error
+            raise self.mark_agreed(error)
 
 
 def start_processes(device: str = "auto", timeout: float = 1800.0) -> Processes:
-    """Join the processes that a launcher started, or return the only one.
+    """Connect the processes that a launcher started, or return the only one.
 
     Args:
-        device: `auto`, `cpu` or `cuda`; with one process any.
-        timeout: seconds that processes wait for each other before the run ends with an error; the slowest batch's
-            reward must take less.
+        device: `auto`, `cpu` or `cuda`; with one process any device.
+        timeout: seconds that processes wait for each other before the run ends with an error. The reward of the
+            slowest batch must take less.
 
     Raises:
-        ValueError: for a device that several processes cannot have, or a launcher's setting that would have no effect.
+        ValueError: for a device that several processes cannot have, or a launcher setting that would have no effect.
     """
     for name, (none, reason) in _UNUSED_SETTINGS.items():
         value = os.environ.get(name, none)
@@ -311,25 +311,8 @@ def start_processes(device: str = "auto", timeout: float = 1800.0) -> Processes:
     return Processes(state.process_index, state.num_processes, chosen)
 
 
-def check_shares(config: TrainConfig, processes: int) -> None:
-    """Refuse sizes that the processes cannot share; they are totals.
-
-    Raises:
-        ValueError: naming the setting.
-    """
-    training = config.training
-    eval_slots = min(config.run.eval_samples, training.sample_batch_size)
-    for name, value in (
-        ("samples_per_iteration", training.samples_per_iteration),
-        ("sample_batch_size", training.sample_batch_size),
-        ("eval_samples", eval_slots),
-    ):
-        if value % processes:
-            raise ValueError(f"{name} must be a multiple of the number of processes, {processes}; got {value}")
-
-
-def _described(error: BaseException | None) -> tuple[str, str] | None:
-    """What other processes are told of an error: a line, and the traceback. Ctrl-C is none."""
+def _report(error: BaseException | None) -> tuple[str, str] | None:
+    """Return what other processes are told about an error: one line, and the traceback. Ctrl-C is no error."""
     if error is None or _is_interrupt(error):
         return None
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
@@ -342,9 +325,9 @@ def _is_interrupt(error: BaseException | None) -> bool:
 
 def _buckets(parameters: Sequence[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
     buckets: list[list[torch.nn.Parameter]] = []
-    size = _BUCKET
+    size = _BUCKET_ELEMENTS
     for parameter in parameters:
-        if size + parameter.numel() > _BUCKET:
+        if size + parameter.numel() > _BUCKET_ELEMENTS:
             buckets.append([])
             size = 0
         buckets[-1].append(parameter)

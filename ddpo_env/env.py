@@ -1,4 +1,4 @@
-"""One denoising episode at a time: the one-slot view of `DenoisingVectorEnv` that `gym.make("DDPO-SD-v0")` returns."""
+"""One denoising episode at a time: the view of one sub-environment that `gym.make("DDPO-SD-v0")` returns."""
 
 from __future__ import annotations
 
@@ -12,22 +12,33 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from ddpo_env.models.loading import with_model_named
-from ddpo_env.reset_options import as_float
+from ddpo_env.validation.arguments import as_float
 from ddpo_env.vector_env import DenoisingVectorEnv, Latents, Observation
 
 
 class DenoisingEnv(gym.Env[Observation, Latents]):
-    """Denoising as a Gymnasium environment.
+    """Denoising as a Gymnasium environment: a batch of one.
 
-    Spaces, rewards, starting state, episode end and arguments are those of `ddpo_env.DenoisingVectorEnv`, without the
-    batch: an action is one latent, `reset(options={"prompts": "a cat", "latents": latent})` fixes the start. What the
-    batch has and one environment cannot have, `num_envs`, `autoreset_mode`, `samples_per_prompt` and
-    `deferred_rewards`, may be given and must then be what one environment is: 1, disabled, 1, false. With
-    `backend="torch"` pass `disable_env_checker=True` to `gym.make`: Gymnasium's checker knows NumPy arrays only, and
-    says so at the first steps.
+    `ddpo_env.DenoisingVectorEnv` documents spaces, rewards, starting state, episode end and arguments. Here they have
+    no batch axis: an action is one latent, and `reset(options={"prompts": "a cat", "latents": latent})` fixes the
+    start. The arguments `num_envs`, `autoreset_mode`, `samples_per_prompt` and `deferred_rewards` may be given; their
+    only values are 1, disabled, 1 and false. With `backend="torch"` pass `disable_env_checker=True` to `gym.make`:
+    Gymnasium's checker knows NumPy arrays only, and warns in the first steps.
+
+    ```python
+    >>> import gymnasium as gym
+    >>> env = gym.make("ddpo_env:DDPO-SD-v0", num_inference_steps=1)
+    >>> observation, info = env.reset(seed=0, options={"prompts": "a fox"})
+    >>> observation["latents"].shape
+    (4, 16, 16)
+    >>> observation, reward, terminated, truncated, info = env.step(env.action_space.sample())
+    >>> terminated, info["prompt"], info["image"].shape
+    (True, 'a fox', (64, 64, 3))
+
+    ```
 
     Attributes:
-        batch: the one-slot `DenoisingVectorEnv` behind this view.
+        batch: the `DenoisingVectorEnv` with one sub-environment behind this view.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
@@ -42,7 +53,7 @@ class DenoisingEnv(gym.Env[Observation, Latents]):
         deferred_rewards: bool = False,
         **arguments: Any,
     ) -> None:
-        """Make the one-slot batch; `arguments` are those of `DenoisingVectorEnv`."""
+        """Make the batch of one; `arguments` are those of `DenoisingVectorEnv`."""
         for name, value, only in (
             ("num_envs", num_envs, (1,)),
             ("samples_per_prompt", samples_per_prompt, (1,)),
@@ -51,7 +62,7 @@ class DenoisingEnv(gym.Env[Observation, Latents]):
         ):
             if value not in only:
                 raise ValueError(
-                    f"{name} of one environment must be {only[0]!r}, and gym.make_vec has the others; got {value!r}"
+                    f"{name} of one environment must be {only[0]!r}, use gym.make_vec for other values; got {value!r}"
                 )
         self.batch = DenoisingVectorEnv(1, autoreset_mode=AutoresetMode.DISABLED, **arguments)
         self.observation_space = self.batch.single_observation_space
@@ -64,7 +75,7 @@ class DenoisingEnv(gym.Env[Observation, Latents]):
         """Begin an episode.
 
         Args:
-            seed: of the prompt and the initial noise.
+            seed: seed of the prompt and the initial noise.
             options: `prompts` (one prompt) and `latents` (one latent, `latent_shape`).
 
         Returns:
@@ -91,7 +102,7 @@ class DenoisingEnv(gym.Env[Observation, Latents]):
 
     @property
     def spec(self) -> EnvSpec | None:
-        """What Gymnasium made this environment from; a pipeline object is named there, not held."""
+        """What Gymnasium made this environment from; it names a model object and does not hold it."""
         return self._spec
 
     @spec.setter

@@ -1,24 +1,78 @@
-"""The observation space of the denoising MDP: an ordinary ``Dict`` that also says which denoiser it is made for.
+"""The observation space of the denoising MDP: an ordinary ``Dict`` that also carries the model it is made for.
 
-An environment and a policy must agree on the model and on the clock. The environment writes both on its space, and the
-policy reads them there, so ``PPO(DiffusionPolicy, env)`` needs no second copy of these settings.
+An environment and a policy must agree on the model and on the timesteps. The environment puts both into the handle of
+its space, and the policy reads them there, so ``PPO(DiffusionPolicy, env)`` needs no second copy of these settings.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
-if TYPE_CHECKING:
-    from ddpo_env.models.loading import DiffusionModel
+from ddpo_env.models.loading import load_model
+from ddpo_env.models.protocol import DiffusionModel, abilities_of
 
 LATENT_BOUND = 100.0
 """Bound of every latent in the spaces. Latents have unit scale; libraries demand finite bounds."""
 
 CONDITIONING_BOUND = 1.0e4
 """Bound of the conditioning tensors in the observation space (text embeddings stay well below 100)."""
+
+
+@dataclass(frozen=True, init=False)
+class ModelHandle:
+    """The model that an environment is made for, and the length of its episodes.
+
+    A copy is the same object. A pickle holds names and no weights: an unpickled handle finds its model in the process,
+    or loads it, when `model` is read for the first time.
+
+    Attributes:
+        source: name by which `ddpo_env.load_model` finds the model in this process.
+        device: device of the model, e.g. `"cuda:0"`.
+        dtype: dtype of its frozen weights, e.g. `"float32"`.
+        resolution: side of the images in pixels if it is not the model's own, else `None`.
+        num_inference_steps: length of an episode, which fixes the timesteps.
+    """
+
+    source: str
+    device: str
+    dtype: str
+    resolution: int | None
+    num_inference_steps: int
+
+    def __init__(self, model: DiffusionModel, num_inference_steps: int) -> None:
+        """Take a loaded model."""
+        weight = next(model.denoiser.parameters())
+        vars(self).update(
+            source=model.source,
+            device=str(weight.device),
+            dtype=str(weight.dtype).removeprefix("torch."),
+            resolution=abilities_of(model).resolution,
+            num_inference_steps=num_inference_steps,
+            model=model,
+        )
+
+    @cached_property
+    def model(self) -> DiffusionModel:
+        """The model itself.
+
+        Raises:
+            ValueError: in a process to which the handle was pickled, for a model object that is not there.
+        """
+        return load_model(self.source, self.device, self.dtype, self.resolution)
+
+    def __copy__(self) -> ModelHandle:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelHandle:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "model"}
 
 
 class DenoisingObservationSpace(spaces.Dict):
@@ -28,14 +82,10 @@ class DenoisingObservationSpace(spaces.Dict):
     | --- | --- | --- |
     | `latents` | latent shape, e.g. `(4, 64, 64)` | `x_t`, float32 |
     | `timestep` | `(1,)` | `t` on the scheduler's training scale, float32 |
-    | others, e.g. `prompt_embeds` | as the model's text encoder gives them | `c`, float32, constant in an episode |
+    | others, e.g. `prompt_embeds` | as the model's text encoder returns them | `c`, float32, constant in an episode |
 
     Attributes:
-        model: what `ddpo_env.load_model` needs to find the denoiser again in this process.
-        device: where that model is, e.g. `"cuda:0"`.
-        dtype: of its frozen weights, e.g. `"float32"`.
-        resolution: that was asked for, in pixels; `None`: the model's own.
-        num_inference_steps: length of an episode, which fixes the timesteps.
+        handle: the model and the length of an episode.
         conditioning_keys: names of the conditioning tensors.
     """
 
@@ -48,15 +98,10 @@ class DenoisingObservationSpace(spaces.Dict):
         for name, shape in model.conditioning_shapes.items():
             boxes[name] = spaces.Box(-CONDITIONING_BOUND, CONDITIONING_BOUND, shape, np.float32)
         super().__init__(boxes, seed=seed)
-        weight = next(model.denoiser.parameters())
-        self.model = model.source
-        self.device = str(weight.device)
-        self.dtype = str(weight.dtype).removeprefix("torch.")  # type: ignore[assignment]  # a Dict has none of its own
-        self.resolution: int | None = getattr(model, "resolution", None)
-        self.num_inference_steps = num_inference_steps
+        self.handle = ModelHandle(model, num_inference_steps)
         self.conditioning_keys = tuple(model.conditioning_shapes)
 
 
 def latent_box(latent_shape: tuple[int, ...]) -> spaces.Box:
-    """Box of one latent: the action space, and the `latents` part of the observation space."""
+    """Return the box of one latent: the action space, and the `latents` of the observation space."""
     return spaces.Box(-LATENT_BOUND, LATENT_BOUND, latent_shape, np.float32)

@@ -1,40 +1,51 @@
-"""How good is the finished picture: built-in rewards, the protocol that they and a user's own follow, and the check."""
+"""How good a finished sample is: the built-in rewards, and the functions that call a reward and check its answer.
 
+In come decoded images (or other arrays), their prompts and metadata; out come one score per sample and details.
+"""
+
+from rewards.composite import check_shareable
 from rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
-from rewards.options import parse_options
 from rewards.protocol import (
     Details,
+    Freezable,
     Images,
+    Loadable,
+    LogsAnswers,
     Metadata,
     NonFinite,
     Reward,
     Samples,
     StatefulReward,
     TwoStageReward,
+    Unloadable,
     are_images,
+    combine_measurements,
     evaluate_reward,
     images_only,
     is_images_only,
+    measure_reward,
     per_sample,
     reward_name,
 )
-from rewards.registry import BUILTIN_REWARDS, configured_reward, load_reward
-from rewards.shared import MEASUREMENT, Measurement, SharedReward, shared, unshared
+from rewards.registry import BUILTIN_REWARDS, configured_reward, load_reward, parse_options
 
 __all__ = [
     "BUILTIN_REWARDS",
-    "MEASUREMENT",
     "Details",
+    "Freezable",
     "Images",
-    "Measurement",
+    "Loadable",
+    "LogsAnswers",
     "Metadata",
     "NonFinite",
     "Reward",
     "Samples",
-    "SharedReward",
     "StatefulReward",
     "TwoStageReward",
+    "Unloadable",
     "are_images",
+    "check_shareable",
+    "combine_measurements",
     "configured_reward",
     "evaluate_reward",
     "images_only",
@@ -42,9 +53,8 @@ __all__ = [
     "jpeg_compressibility",
     "jpeg_incompressibility",
     "load_reward",
+    "measure_reward",
     "parse_options",
     "per_sample",
     "reward_name",
-    "shared",
-    "unshared",
 ]

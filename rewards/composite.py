@@ -1,15 +1,15 @@
-"""Several rewards as one: a weighted sum, each part brought to a common scale by its own running statistics.
+"""A weighted sum of rewards, in which running statistics bring every term to a common scale.
 
-On the command line it is spelled `--reward "aesthetic:1,clip_score:0.5"`. Rewards of different units (a rating, a
-cosine, a file size) cannot be added as they are; a part to be taken as it is says so: `jpeg_compressibility:0.1:raw`.
+On the command line it is written `--reward "aesthetic:1,clip_score:0.5"`. Rewards of different units (a rating, a
+cosine, a file size) cannot be added directly. The term `jpeg_compressibility:0.1:raw` is added without scaling.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,34 @@ from numpy.typing import NDArray
 
 from rewards.protocol import (
     Details,
-    Images,
+    Freezable,
+    Loadable,
+    LogsAnswers,
     Metadata,
     Reward,
+    Samples,
     StatefulReward,
     TwoStageReward,
+    Unloadable,
+    combine_measurements,
     evaluate_reward,
     is_images_only,
+    measure_reward,
+    reward_name,
 )
-from rewards.shared import MEASUREMENT, SharedReward, combine
+from rewards.registry import load_reward
 
-_RAW = "raw"
+_RAW = ":raw"
 
 
 @dataclass(frozen=True)
-class Part:
-    """One summand.
+class Term:
+    """One term of the sum.
 
     Attributes:
         name: What `load_reward` takes.
-        weight: Its factor, of any sign.
-        raw: Taken as it is, and not standardised.
+        weight: Its factor, which may be negative.
+        raw: Whether its scores are added as they are, without standardisation.
     """
 
     name: str
@@ -46,14 +53,14 @@ class Part:
     raw: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunningStatistics:
-    """Mean and variance of everything seen so far (Welford; batches joined as in Chan et al. 1983).
+    """Mean and variance of all values so far (Welford's method; batches are joined as in Chan et al. 1983).
 
     Attributes:
-        count: How many values.
+        count: Number of values.
         mean: Their mean.
-        squares: Sum of the squared deviations from it.
+        squares: Sum of their squared deviations from the mean.
     """
 
     count: int = 0
@@ -66,7 +73,7 @@ class RunningStatistics:
         return math.sqrt(self.squares / self.count) if self.count else 0.0
 
     def joined(self, values: NDArray[np.float64]) -> RunningStatistics:
-        """Return the statistics with these values, (batch,), added."""
+        """Return the statistics of the values so far and these values, (batch,)."""
         if not len(values):
             return self
         count = self.count + len(values)
@@ -80,139 +87,155 @@ class RunningStatistics:
         )
 
     def standardise(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return (value - mean) / std; zeros where there has been no variation."""
+        """Return (value - mean) / std; zeros if all values so far are equal."""
         return (values - self.mean) / self.std if self.std > 0 else np.zeros_like(values)
 
 
-def parse_parts(spec: str) -> tuple[Part, ...]:
-    """Read `name:weight,name:weight:raw,...`; a name may be `module:function`.
+def parse_terms(spec: str) -> tuple[Term, ...]:
+    """Read `name:weight,name:weight:raw,...`, where a name may be `module:function`.
 
     Raises:
-        ValueError: A part has no name or no number, or a name occurs twice; the message quotes the part.
+        ValueError: A term has no name or no finite weight, or a name occurs twice; the message quotes the term.
     """
-    parts = tuple(_parse_part(text.strip(), spec) for text in spec.split(","))
-    names = [part.name for part in parts]
+    terms = tuple(_parse_term(text.strip(), spec) for text in spec.split(","))
+    names = [term.name for term in terms]
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
-        raise ValueError(f"reward {spec!r} must name each part once; {', '.join(twice)} occurs more often")
-    return parts
+        raise ValueError(f"reward {spec!r} must name each term once; {', '.join(twice)} occurs more often")
+    return terms
 
 
-def _parse_part(text: str, spec: str) -> Part:
-    name, raw = (text[: -len(_RAW) - 1], True) if text.endswith(f":{_RAW}") else (text, False)
-    name, _, number = name.rpartition(":")
+def _parse_term(text: str, spec: str) -> Term:
+    name, _, number = text.removesuffix(_RAW).rpartition(":")
     try:
         weight = float(number)
     except ValueError:
         weight = math.nan
     if not name.strip() or not math.isfinite(weight):
         raise ValueError(
-            f"each part of reward {spec!r} must be name:weight or name:weight:raw with a finite number, such as "
+            f"each term of reward {spec!r} must be name:weight or name:weight:raw with a finite number, such as "
             f"aesthetic:1,clip_score:0.5; got {text!r}"
         )
-    return Part(name.strip(), weight, raw)
+    return Term(name.strip(), weight, raw=text.endswith(_RAW))
 
 
-def _of_part(part: Part, details: Details) -> dict[str, Sequence[Any]]:
-    return {f"{part.name}/{key}": values for key, values in details.items() if key != "non_finite"}
+def check_shareable(reward: Reward) -> None:
+    """Check that several processes can share a reward.
+
+    Raises:
+        ValueError: The reward, or a term of a weighted sum, has a state but no `measure` and `combine`.
+    """
+    if names := _unshareable(reward, reward_name(reward)):
+        raise ValueError(
+            f"reward {', '.join(names)} keeps a state (state_dict), and each of several processes would keep its own: "
+            "it must have measure(images, prompts, metadata) and combine(measurements), see rewards.TwoStageReward; "
+            "or start one process"
+        )
+
+
+def _unshareable(reward: Reward, name: str) -> list[str]:
+    if isinstance(reward, Composite):
+        return [found for key, term in reward.rewards.items() for found in _unshareable(term, key)]
+    return [name] if isinstance(reward, StatefulReward) and not isinstance(reward, TwoStageReward) else []
 
 
 class Composite:
-    """Weighted sum of rewards; each part's own score, and its details, are among the details."""
+    """A weighted sum of rewards. The details contain each term's own scores, by the term's name, and its details.
+
+    Attributes:
+        terms: The terms of the sum, in their order.
+        rewards: The reward of each term, by the term's name.
+        statistics: The running statistics of each term that is not raw, by the term's name.
+    """
 
     __name__ = "composite"
 
-    def __init__(self, parts: str | Sequence[Part], options: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-        """Load every part.
+    def __init__(self, terms: str | Sequence[Term], options: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """Create the reward of every term.
 
         Args:
-            parts: `name:weight,...` as in `parse_parts`, or `Part`s.
-            options: Arguments of each part's class, by name.
+            terms: `name:weight,...` as for `parse_terms`, or a sequence of `Term`.
+            options: Arguments of each term's class, by the term's name.
 
         Raises:
-            ValueError: The spelling is wrong, there is no such reward, or options for a part that is not there.
+            ValueError: The spelling is wrong, there is no such reward, or an option does not belong to a term.
         """
-        from rewards.registry import load_reward
-
         options = options or {}
-        self.parts = parse_parts(parts) if isinstance(parts, str) else tuple(parts)
-        if unknown := set(options) - {part.name for part in self.parts}:
-            raise ValueError(f"options must be of {', '.join(p.name for p in self.parts)}; got {', '.join(unknown)}")
-        self.rewards: dict[str, Reward] = {
-            part.name: load_reward(part.name, **options.get(part.name, {})) for part in self.parts
-        }
-        self.statistics = {part.name: RunningStatistics() for part in self.parts if not part.raw}
+        self.terms = parse_terms(terms) if isinstance(terms, str) else tuple(terms)
+        names = [term.name for term in self.terms]
+        if unknown := set(options) - set(names):
+            raise ValueError(f"options must be of {', '.join(names)}; got {', '.join(unknown)}")
+        self.rewards: dict[str, Reward] = {name: load_reward(name, **options.get(name, {})) for name in names}
+        self.statistics = {term.name: RunningStatistics() for term in self.terms if not term.raw}
         self._is_frozen = False
 
     @property
     def images_only(self) -> bool:
-        """Whether any part is of pictures alone."""
+        """Whether a term takes only images."""
         return any(is_images_only(reward) for reward in self.rewards.values())
 
     def __call__(
-        self, images: Images, prompts: Sequence[str], metadata: Metadata
+        self, images: Samples, prompts: Sequence[str], metadata: Metadata
     ) -> tuple[NDArray[np.float64], Details]:
         """Score a batch.
 
-        Statistics take in the batch before they standardise it. A part's score that is not finite makes the sum of that
-        picture so, which is then an error that names the part; where such pictures are kept, to be dropped, they stay
-        out of every part's statistics.
+        The batch's scores enter the statistics before they are standardised. If a term's score is not finite, the sum
+        of that sample is NaN, and none of the sample's scores enters the statistics.
 
         Returns:
-            The weighted sum, (batch,), and as details each part's score as it is, by the part's name, and its details
-            as `part/detail`.
+            The weighted sum, (batch,); and as details each term's scores before standardisation, by the term's name,
+            and each term's details as `term/detail`.
         """
         measurements, details = self.measure(images, prompts, metadata)
         total, added = self.combine(measurements)
         return total, {**details, **added}
 
     def measure(
-        self, images: Images, prompts: Sequence[str], metadata: Metadata
+        self, images: Samples, prompts: Sequence[str], metadata: Metadata
     ) -> tuple[list[tuple[Any, ...]], Details]:
-        """Score a batch by each part.
+        """Measure or score a batch by each term.
 
         Returns:
-            One tuple a picture: each part's score as it is, or its measurement, if it is of two stages itself. And as
-            details these scores by the part's name, and the parts' details as `part/detail`.
+            One tuple per sample with a value per term: a measurement if the term is a `TwoStageReward`, else a score;
+            and the details that are known so far.
         """
-        columns: list[Sequence[Any]] = []
+        columns: list[list[Any]] = []
         details: dict[str, Sequence[Any]] = {}
-        for part in self.parts:
-            reward = self.rewards[part.name]
+        for name, reward in self.rewards.items():
             if isinstance(reward, TwoStageReward):
-                _, own = evaluate_reward(SharedReward(reward), images, prompts, metadata, non_finite="keep")
-                columns.append([one.value for one in own.pop(MEASUREMENT)])
+                column, own = measure_reward(reward, images, prompts, metadata)
             else:
                 scores, own = evaluate_reward(reward, images, prompts, metadata, non_finite="keep")
-                columns.append(scores.tolist())
-                details[part.name] = columns[-1]
-            details.update(_of_part(part, own))
+                details[name] = column = scores.tolist()
+            columns.append(column)
+            details.update(_details_of(name, own))
         return list(zip(*columns, strict=True)), details
 
     def combine(self, measurements: Sequence[tuple[Any, ...]]) -> tuple[NDArray[np.float64], Details]:
-        """Form a batch's sums, and let its scores into the statistics.
+        """Form the sums of a whole batch and update the statistics.
 
         Args:
-            measurements: what `measure` returned, of all pictures of the batch.
+            measurements: What `measure` returned, for the whole batch.
 
         Returns:
-            The weighted sum, (batch,), and as details the scores and the details that `measure` did not know yet.
+            The weighted sum, (batch,), and the details that `measure` did not know yet.
         """
         columns: list[NDArray[np.float64]] = []
         details: dict[str, Sequence[Any]] = {}
-        for index, part in enumerate(self.parts):
-            reward, scores = self.rewards[part.name], [one[index] for one in measurements]
+        for index, (name, reward) in enumerate(self.rewards.items()):
+            column = [one[index] for one in measurements]
             if isinstance(reward, TwoStageReward):
-                combined, own = combine(reward, scores)
-                details[part.name] = scores = combined.tolist()
-                details.update(_of_part(part, own))
-            columns.append(np.array(scores, np.float64))
+                scores, own = combine_measurements(reward, column, {}, (), "keep")
+                details[name] = scores.tolist()
+                details.update(_details_of(name, own))
+            else:
+                scores = np.array(column, np.float64)
+            columns.append(scores)
         finite = np.isfinite(columns).all(axis=0)
         total = np.where(finite, 0.0, np.nan)
-        for part, column in zip(self.parts, columns, strict=True):
-            total[finite] += part.weight * (
-                column[finite] if part.raw else self._standardised(part.name, column[finite])
-            )
+        for term, scores in zip(self.terms, columns, strict=True):
+            scaled = scores[finite] if term.raw else self._standardised(term.name, scores[finite])
+            total[finite] += term.weight * scaled
         return total, details
 
     def _standardised(self, name: str, scores: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -223,52 +246,50 @@ class Composite:
         return statistics.standardise(scores)
 
     def log_to(self, folder: Path) -> None:
-        """Let every part that keeps a log keep it in a folder of its own, unless it has one already."""
+        """Give every term that writes files a folder of its own inside this folder."""
         for name, reward in self.rewards.items():
-            getattr(reward, "log_to", lambda _: None)(folder / name.replace(":", "-"))
+            if isinstance(reward, LogsAnswers):
+                reward.log_to(folder / name.replace(":", "-"))
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Leave the statistics as they are inside this context, as for an evaluation between two iterations.
-
-        So do the parts that have a method `frozen`.
-        """
+        """Keep the statistics unchanged inside this context, and the states of terms that are `Freezable`."""
         before, self._is_frozen = self._is_frozen, True
         try:
-            with ExitStack() as parts:
+            with ExitStack() as stack:
                 for reward in self.rewards.values():
-                    parts.enter_context(getattr(reward, "frozen", nullcontext)())
+                    if isinstance(reward, Freezable):
+                        stack.enter_context(reward.frozen())
                 yield
         finally:
             self._is_frozen = before
 
     def load(self) -> None:
-        """Load the models of all parts now."""
+        """Load the models of all terms now."""
         for reward in self.rewards.values():
-            getattr(reward, "load", lambda: None)()
+            if isinstance(reward, Loadable):
+                reward.load()
 
     def unload(self) -> None:
-        """Let the models of all parts go."""
+        """Release the models of all terms."""
         for reward in self.rewards.values():
-            getattr(reward, "unload", lambda: None)()
+            if isinstance(reward, Unloadable):
+                reward.unload()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the statistics, and the state of parts that have one, as plain values for JSON."""
+        """Return the statistics and the states of stateful terms, as plain values for JSON."""
         return {
-            "statistics": {
-                name: {"count": one.count, "mean": one.mean, "squares": one.squares}
-                for name, one in self.statistics.items()
-            },
+            "statistics": {name: asdict(one) for name, one in self.statistics.items()},
             "rewards": {
                 name: reward.state_dict() for name, reward in self.rewards.items() if isinstance(reward, StatefulReward)
             },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` of a composite with the same parts returned.
+        """Restore the state that `state_dict` of a composite with the same terms returned.
 
         Raises:
-            ValueError: It is of other parts.
+            ValueError: The state belongs to other terms.
         """
         if set(state["statistics"]) != set(self.statistics):
             raise ValueError(
@@ -279,3 +300,7 @@ class Composite:
             reward = self.rewards[name]
             if isinstance(reward, StatefulReward):
                 reward.load_state_dict(own)
+
+
+def _details_of(name: str, details: Details) -> dict[str, Sequence[Any]]:
+    return {f"{name}/{key}": values for key, values in details.items() if key != "non_finite"}

@@ -1,7 +1,4 @@
-"""Where a model computes and in what dtype: names to devices and dtypes, for denoisers and rewards alike.
-
-And how small arrays get there without the host waiting.
-"""
+"""Names of devices and dtypes turned into PyTorch's objects, for denoisers and rewards; and copies to a device."""
 
 from __future__ import annotations
 
@@ -13,10 +10,10 @@ DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.flo
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Turn `"auto"` or a device's name into a device that exists.
+    """Turn `"auto"` or the name of a device into a device of this machine.
 
     Raises:
-        ValueError: if the name is no device, or the device is not on this machine.
+        ValueError: This is not the name of a device, or the machine has no such device.
     """
     available = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
@@ -37,7 +34,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Turn `"auto"` (float32 on a CPU, bfloat16 on an accelerator) or a name into the dtype of the frozen weights."""
+    """Turn `"auto"` (float32 on a CPU, bfloat16 on an accelerator) or a name into the dtype of the frozen weights.
+
+    Raises:
+        ValueError: It is not one of `DTYPES`.
+    """
     if isinstance(dtype, torch.dtype):
         if dtype in DTYPES.values():
             return dtype
@@ -49,9 +50,9 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def copied_to(values: Any, device: str | torch.device) -> torch.Tensor:
-    """Return an array or a tensor on a device, without waiting for what the device has still to do.
+    """Return an array or a tensor on a device, without waiting for the device's unfinished work.
 
-    CUDA takes pageable memory over before the call returns, so that `values` may then change; MPS does not, and waits.
-    On the device where they are already, the values are not copied.
+    The caller may change `values` afterwards: CUDA reads pageable memory before the call returns. MPS does not, so the
+    copy to MPS waits. Values that are on the device already are not copied.
     """
     return torch.as_tensor(values).to(device, non_blocking=torch.device(device).type != "mps")

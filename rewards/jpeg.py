@@ -1,7 +1,7 @@
-"""JPEG size as a reward: the paper's two tasks that need no model (DDPO, arXiv 2305.13301, section 5.1).
+"""JPEG size as a reward: the two tasks of the DDPO paper that need no model (arXiv 2305.13301, section 5.1).
 
-The score is the size of the encoded picture in kB (1000 bytes) at quality 95, with the encoder's default chroma
-subsampling, as in the authors' code; negative where small files are wanted.
+The score is the size of the encoded image in kB (1000 bytes), or minus this size. As in the authors' code, the quality
+is 95 and the chroma subsampling is the encoder's default.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ QUALITY = 95
 
 
 def jpeg_kilobytes(images: Images) -> NDArray[np.float64]:
-    """Return the JPEG size of each picture in kB, (batch,), encoded in parallel threads (Pillow frees the lock)."""
+    """Return the JPEG size of each image in kB, (batch,). Threads encode in parallel: Pillow releases the GIL."""
     with ThreadPoolExecutor(max_workers=min(max(len(images), 1), _available_cores())) as pool:
         return np.fromiter(pool.map(_kilobytes, images), dtype=np.float64, count=len(images))
 
 
 @images_only
 def jpeg_incompressibility(images: Images, prompts: Sequence[str], metadata: Metadata) -> NDArray[np.float64]:
-    """Reward pictures that do not compress: their size in kB, (batch,)."""
+    """Reward images that do not compress well: their size in kB, (batch,)."""
     return jpeg_kilobytes(images)
 
 
 @images_only
 def jpeg_compressibility(images: Images, prompts: Sequence[str], metadata: Metadata) -> NDArray[np.float64]:
-    """Reward pictures that compress well: minus their size in kB, (batch,)."""
+    """Reward images that compress well: minus their size in kB, (batch,)."""
     return -jpeg_kilobytes(images)
 
 

@@ -1,4 +1,4 @@
-"""Rewards of points in the plane: analytic, smooth and free, for training from scratch and for tests of algorithms."""
+"""Rewards for points in the plane. They are smooth formulas that cost no time, for tests of algorithms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from rewards.protocol import Metadata
 
 RING_WIDTH = 0.25
-"""Standard deviation of the ring's profile across its radius of 1."""
+"""Standard deviation of the score along the radius; the radius of the ring is 1."""
 
 MIXTURE_CENTRES = np.array([(1.0, 1.0), (-1.0, 1.0), (-1.0, -1.0), (1.0, -1.0)])
 """Centres of the mixture, (4, 2)."""
@@ -20,7 +20,7 @@ MIXTURE_STD = 0.3
 
 
 def ring(samples: NDArray[np.floating], prompts: Sequence[str], metadata: Metadata) -> NDArray[np.float64]:
-    """Reward points on the unit circle: exp(-(|x| - 1)² / (2 · 0.25²)), (batch,), 1 on it and 0 far from it."""
+    """Reward points on the unit circle: exp(-(|x| - 1)² / (2 · 0.25²)), (batch,); 1 on the circle, 0 far from it."""
     radii = np.linalg.norm(_points(samples, "points_ring"), axis=1)
     return np.exp(-((radii - 1) ** 2) / (2 * RING_WIDTH**2))
 
@@ -28,8 +28,8 @@ def ring(samples: NDArray[np.floating], prompts: Sequence[str], metadata: Metada
 def mixture(samples: NDArray[np.floating], prompts: Sequence[str], metadata: Metadata) -> NDArray[np.float64]:
     """Reward points near (±1, ±1): log Σ_k exp(-|x - c_k|² / (2 · 0.3²)), (batch,).
 
-    It is the log-density of a mixture of four equal Gaussians up to a constant: 0 at a centre, -9.7 at the origin, and
-    falling with the square of the distance, so that points from anywhere are told where to go.
+    Up to a constant, this is the log-probability density of a mixture of four equal Gaussians: 0 at a centre and -9.7
+    at the origin. Far away it falls with the square of the distance, so that it has a useful slope everywhere.
     """
     points = _points(samples, "points_mixture")
     squares = ((points[:, None] - MIXTURE_CENTRES) ** 2).sum(axis=2)

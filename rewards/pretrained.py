@@ -1,7 +1,7 @@
-"""Where a pretrained model comes from, on which device it lives, and that this process holds it only once.
+"""Where the files of a pretrained model are, and a cache that loads each model only once per process.
 
-Every reward with a model goes through here. Nothing is loaded before it is used, nothing is unpickled but tensors, and
-two rewards that name the same model on the same device share it until both have let it go.
+Every reward with a model loads it through this module. Only tensors are unpickled. Two rewards that use the same model
+on the same device share it until both have released it.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from rewards.devices import resolve_device, resolve_dtype
+
 TINY = "tiny"
-"""The name of the models that ship inside the package, trained on the bundled Stable Diffusion's vocabulary."""
+"""The name of the models inside this package, which know the vocabulary of the bundled Stable Diffusion."""
 
 BUNDLED_MODELS: dict[str, str] = {
     "clip": "data/tiny_clip",
     "judge": "data/tiny_llava",
     "text_encoder": "data/tiny_text_encoder",
 }
-"""What they are for, to folder below `rewards`."""
+"""Purpose to folder inside `rewards`."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)/([\w./+-]+)")
@@ -45,7 +47,7 @@ def require(module: str, purpose: str) -> ModuleType:
     """Import an optional dependency.
 
     Raises:
-        ImportError: It is not installed; the message says which extra brings it.
+        ImportError: It is not installed; the message names the extra that installs it.
     """
     if find_spec(module.partition(".")[0]) is None:
         raise ImportError(f'{purpose} needs the package {module!r}: pip install "ddpo-env[rewards]"')
@@ -53,14 +55,14 @@ def require(module: str, purpose: str) -> ModuleType:
 
 
 def resolve_source(model: str | Path, purpose: str = "") -> str:
-    """Turn a bundled name, a folder or a Hub id into what `from_pretrained` takes; nothing is loaded.
+    """Turn a bundled model's name, a folder or a Hub id into what `from_pretrained` takes. Nothing is loaded.
 
     Args:
-        model: `"tiny"` where `purpose` is one of `BUNDLED_MODELS`, a folder or a Hub id.
-        purpose: What the model is for.
+        model: A folder, a Hub id, or `"tiny"` if `purpose` is one of `BUNDLED_MODELS`.
+        purpose: What the model is used for.
 
     Raises:
-        ValueError: It is none of them.
+        ValueError: `model` is none of these.
     """
     name = str(model)
     if name == TINY and purpose in BUNDLED_MODELS:
@@ -68,11 +70,11 @@ def resolve_source(model: str | Path, purpose: str = "") -> str:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(f"model folder {name!r} holds no transformers model: it has no config.json")
+            raise ValueError(f"model folder {name!r} contains no transformers model: it has no config.json")
         return str(folder.resolve())
     if isinstance(model, Path) or name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
         bundled = f"{TINY!r} for the bundled one, " if purpose in BUNDLED_MODELS else ""
-        missing = "" if bundled or name != TINY else ": only clip_score, vlm_alignment and vlm_vqa have a miniature"
+        missing = "" if bundled or name != TINY else ": only clip_score, vlm_alignment and vlm_vqa have a bundled model"
         raise ValueError(
             f"model must be {bundled}a folder that exists, or a Hub id such as 'openai/clip-vit-large-patch14'; "
             f"got {name!r}{missing}"
@@ -81,10 +83,10 @@ def resolve_source(model: str | Path, purpose: str = "") -> str:
 
 
 def resolve_weights(weights: str | Path) -> str:
-    """Turn a file, or `owner/repository/file` on the Hub, into what `load_weights` takes; nothing is loaded.
+    """Turn a file, or `owner/repository/file` on the Hub, into what `load_weights` takes. Nothing is loaded.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: `weights` is neither.
     """
     name = str(weights)
     path = Path(name).expanduser()
@@ -99,11 +101,11 @@ def load_weights(weights: str | Path) -> dict[str, Tensor]:
     """Load a file of named tensors to the CPU: safetensors, or PyTorch's format with `weights_only=True`.
 
     Args:
-        weights: A file, or `owner/repository/file` on the Hub, which is downloaded once. A dictionary under the key
-            `state_dict` is taken out.
+        weights: A file, or `owner/repository/file` on the Hub, which is downloaded once. If the file has the key
+            `state_dict`, the tensors under this key are returned.
 
     Raises:
-        ValueError: There is no such file, or it holds anything but tensors by name.
+        ValueError: There is no such file, or it contains something other than named tensors.
         OSError: It cannot be downloaded.
     """
     path = resolve_weights(weights)
@@ -129,8 +131,8 @@ def load_weights(weights: str | Path) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def shared(load: Callable[..., _T], source: str, *arguments: object) -> _T:
-    """Return `load(source, *arguments)`, or what that call returned before while anybody still holds it.
+def load_cached(load: Callable[..., _T], source: str, *arguments: object) -> _T:
+    """Return `load(source, *arguments)`, or the earlier result of this call while something still refers to it.
 
     Raises:
         OSError: The source cannot be read or downloaded; the message names it.
@@ -142,14 +144,63 @@ def shared(load: Callable[..., _T], source: str, *arguments: object) -> _T:
             try:
                 loaded = load(source, *arguments)
             except OSError as error:
-                hint = f"without a network give a folder, or {TINY!r} where a miniature is bundled"
+                hint = f"without a network give a folder, or {TINY!r} if there is a bundled model"
                 raise OSError(f"cannot load {source!r}; {hint}: {error}") from error
             _loaded[key] = loaded
     return loaded
 
 
-def free_memory(device: torch.device) -> None:
-    """Give the memory of models that nobody holds any more back to the device."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+class ModelHolder(Generic[_T]):
+    """Base of the classes that compute with one pretrained model.
+
+    The model is loaded by its first use or by `load`, and holders of the same model share it. `unload` releases it; the
+    next use loads it again.
+
+    Attributes:
+        source: Folder or Hub id of the model.
+        device: The device of the model.
+        dtype: The dtype of its weights.
+        batch_size: Inputs per call of the model.
+    """
+
+    def __init__(
+        self,
+        loader: Callable[..., _T],
+        source: str,
+        *arguments: object,
+        device: str | torch.device,
+        dtype: str | torch.dtype,
+        batch_size: int,
+    ) -> None:
+        """Check the arguments. `loader(source, device, dtype, *arguments)` will load the model.
+
+        Raises:
+            ValueError: The device, the dtype or the batch size is not valid.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        self.source = source
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        self.batch_size = batch_size
+        self._loader = loader
+        self._arguments = arguments
+        self._loaded: _T | None = None
+
+    @property
+    def loaded(self) -> _T:
+        """The model, which is loaded at its first use."""
+        if self._loaded is None:
+            self._loaded = load_cached(self._loader, self.source, self.device, self.dtype, *self._arguments)
+        return self._loaded
+
+    def load(self) -> None:
+        """Load the model now, so that errors appear early."""
+        _ = self.loaded
+
+    def unload(self) -> None:
+        """Release the model. Its memory is free when no other holder uses it."""
+        self._loaded = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()

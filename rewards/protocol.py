@@ -1,8 +1,8 @@
-"""What a reward is, and the one place where its answer is checked: between the decoded picture and the algorithm.
+"""What a reward is, and the functions that call a reward and check its answer.
 
-A reward is a function of a batch of pictures (or of whatever else the model draws), their prompts and the prompts'
-metadata. Whatever it returns goes through `evaluate_reward`, so that a wrong shape, a NaN or a text is an error that
-names the reward, never a gradient.
+A reward is called with a batch of decoded images (or of other arrays), their prompts and the prompts' metadata.
+`evaluate_reward` returns checked scores, so that a wrong shape, a text or a NaN is an error that names the reward. When
+several processes share a reward, `measure_reward` and `combine_measurements` do the same in two steps.
 """
 
 from __future__ import annotations
@@ -10,112 +10,148 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Images: TypeAlias = NDArray[np.uint8]
-"""Pictures, (batch, height, width, 3), 0 to 255, RGB."""
+"""RGB images, (batch, height, width, 3), with values from 0 to 255."""
 
 Samples: TypeAlias = NDArray[Any]
-"""What a model draws: pictures, or any other array whose first axis is the batch, such as points (batch, 2)."""
+"""What a reward is given: images, or another array whose first axis is the batch, such as points (batch, 2)."""
 
 Metadata: TypeAlias = Sequence[Mapping[str, Any]]
-"""One dictionary a picture: what the prompt set knows about the prompt, often nothing."""
+"""One dictionary per sample with what the prompt set knows about the prompt; it is often empty."""
 
 Details: TypeAlias = Mapping[str, Sequence[Any]]
-"""Whatever else is worth logging, by name, one value a picture."""
+"""Further values to log: by name, one value per sample."""
 
 NonFinite: TypeAlias = Literal["raise", "keep"]
-"""What becomes of scores that are NaN or infinite: an error, or the caller's business."""
+"""What happens to a score that is NaN or infinite: it is an error, or it is returned with a flag."""
 
 _Marked = TypeVar("_Marked", bound=Callable[..., Any])
 
 
 @runtime_checkable
 class Reward(Protocol):
-    """Scores a batch of pictures; higher is better. A plain function is a reward."""
+    """Scores a batch of samples; a higher score is better. A plain function is a reward."""
 
     def __call__(
         self, images: Samples, prompts: Sequence[str], metadata: Metadata
     ) -> ArrayLike | tuple[ArrayLike, Details]:
-        """Return one finite number a picture, (batch,), alone or with details."""
+        """Return one finite number per sample, (batch,), with or without details."""
         ...
 
 
 @runtime_checkable
 class StatefulReward(Protocol):
-    """A reward whose scores depend on what it has scored before; a checkpoint must hold its state.
+    """A reward whose scores depend on earlier batches. A checkpoint must contain its state.
 
-    Several processes can have it if it is a `TwoStageReward` too.
+    Several processes can share it only if it is also a `TwoStageReward`.
     """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return that state as plain values for JSON."""
+        """Return the state as plain values for JSON."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         ...
 
 
 @runtime_checkable
 class TwoStageReward(Protocol):
-    """A reward that several processes can share although a picture's score depends on other pictures.
+    """A reward that several processes can share although the score of a sample depends on other samples.
 
-    Each process measures its own pictures; then every one of them combines the measurements of the whole batch, so that
-    all have the same scores, and a state moves in the same way everywhere. Calling the reward, which one process does,
-    must return what `combine` makes of the measurements.
+    Each process measures its own samples. Then every process combines the measurements of the whole batch, so that all
+    processes have the same scores and the same state. A single process calls the reward itself, which must return what
+    `combine` returns for the batch's measurements.
     """
 
     def measure(
         self, images: Samples, prompts: Sequence[str], metadata: Metadata
     ) -> Sequence[Any] | tuple[Sequence[Any], Details]:
-        """Look at each picture by itself; no state changes.
+        """Measure each sample independently of the others. This must not change the state.
 
         Returns:
-            One measurement a picture, a list or an array of `batch` values of any kind that can be pickled; alone or
-            with details.
+            A list or an array with one measurement per sample, of any type that can be pickled, with or without
+            details.
         """
         ...
 
     def combine(self, measurements: Sequence[Any]) -> ArrayLike | tuple[ArrayLike, Details]:
-        """Score a batch from its pictures' measurements; a state changes here alone.
+        """Score a whole batch from its measurements. Only this method may change the state.
 
         Returns:
-            What a reward returns: one number a picture, (batch,), alone or with details.
+            What calling the reward returns: one number per sample, (batch,), with or without details.
         """
         ...
 
 
-def per_sample(score: Callable[[NDArray[np.uint8], str, Mapping[str, Any]], Any]) -> Reward:
-    """Make a reward from a function that scores a single picture.
+@runtime_checkable
+class Loadable(Protocol):
+    """A reward that can load its model before the first batch, so that errors appear early."""
 
-        @per_sample
-        def brightness(image, prompt, metadata):
-            return image.mean() / 255
+    def load(self) -> None:
+        """Load the model now."""
+        ...
 
-    Args:
-        score: `(image, prompt, metadata)` to a number, or to a number and a dictionary of details; `image` is
-            (height, width, 3) uint8. Every picture must have the same details.
-    """
 
-    @functools.wraps(score)
-    def batched(images: Images, prompts: Sequence[str], metadata: Metadata) -> ArrayLike | tuple[ArrayLike, Details]:
-        answers = [split_answer(score(*sample)) for sample in zip(images, prompts, metadata, strict=True)]
-        scores = [one for one, _ in answers]
-        details = [one for _, one in answers]
-        if len({frozenset(one) for one in details}) > 1:
-            raise ValueError(
-                f"reward {reward_name(score)} must return the same details for every picture; got {details}"
-            )
-        return scores, {name: [one[name] for one in details] for name in (details[0] if details else ())}
+@runtime_checkable
+class Unloadable(Protocol):
+    """A reward that can release its model."""
 
-    # Not `score`: its signature takes one picture, and a signature check would follow the link there.
-    del batched.__wrapped__
-    return batched
+    def unload(self) -> None:
+        """Release the model; the next call loads it again."""
+        ...
+
+
+@runtime_checkable
+class LogsAnswers(Protocol):
+    """A reward that can write files for people to read, such as a judge's answers."""
+
+    def log_to(self, folder: Path) -> None:
+        """Write to this folder from now on, unless the reward already has a folder."""
+        ...
+
+
+@runtime_checkable
+class Freezable(Protocol):
+    """A reward whose state can be kept unchanged for a while, such as during an evaluation."""
+
+    def frozen(self) -> AbstractContextManager[None]:
+        """Return a context in which calls do not change the state."""
+        ...
+
+
+@runtime_checkable
+class _MarkedReward(Protocol):
+    """A reward that says whether it takes only images."""
+
+    @property
+    def images_only(self) -> bool: ...
+
+
+def images_only(reward: _Marked) -> _Marked:
+    """Mark a reward function or class as one that takes only images; `evaluate_reward` then refuses other samples."""
+    reward.images_only = True  # type: ignore[attr-defined]
+    return reward
+
+
+def is_images_only(reward: object) -> bool:
+    """Whether a reward is marked by `images_only`."""
+    return isinstance(reward, _MarkedReward) and bool(reward.images_only)
+
+
+def are_images(samples: object) -> bool:
+    """Whether samples are images: a uint8 array (batch, height, width, 3)."""
+    return (
+        isinstance(samples, np.ndarray) and samples.dtype == np.uint8 and samples.ndim == 4 and samples.shape[-1] == 3
+    )
 
 
 def reward_name(reward: object) -> str:
@@ -123,22 +159,30 @@ def reward_name(reward: object) -> str:
     return str(getattr(reward, "__name__", type(reward).__name__))
 
 
-def are_images(samples: object) -> bool:
-    """Whether samples are pictures: a uint8 array (batch, height, width, 3)."""
-    return (
-        isinstance(samples, np.ndarray) and samples.dtype == np.uint8 and samples.ndim == 4 and samples.shape[-1] == 3
-    )
+def per_sample(score: Callable[[NDArray[np.uint8], str, Mapping[str, Any]], Any]) -> Reward:
+    """Turn a function that scores a single image into a reward.
 
+        @per_sample
+        def brightness(image, prompt, metadata):
+            return image.mean() / 255
 
-def images_only(reward: _Marked) -> _Marked:
-    """Mark a reward function, or a class of rewards, as one of pictures: `evaluate_reward` gives it nothing else."""
-    reward.images_only = True  # type: ignore[attr-defined]
-    return reward
+    Args:
+        score: Called with `(image, prompt, metadata)`, where `image` is (height, width, 3) uint8. It returns a number,
+            or a number and a dictionary of details. Every image must have the same details.
+    """
 
+    @functools.wraps(score)
+    def batched(images: Images, prompts: Sequence[str], metadata: Metadata) -> ArrayLike | tuple[ArrayLike, Details]:
+        answers = [_split_answer(score(*sample)) for sample in zip(images, prompts, metadata, strict=True)]
+        scores = [one for one, _ in answers]
+        details = [one for _, one in answers]
+        if len({frozenset(one) for one in details}) > 1:
+            raise ValueError(f"reward {reward_name(score)} must return the same details for every image; got {details}")
+        return scores, {name: [one[name] for one in details] for name in (details[0] if details else ())}
 
-def is_images_only(reward: object) -> bool:
-    """Whether a reward is marked by `images_only`."""
-    return bool(getattr(reward, "images_only", False))
+    # A check of the signature would follow this link to `score`, whose signature is the one for a single image.
+    del batched.__wrapped__
+    return batched
 
 
 def evaluate_reward(
@@ -152,128 +196,187 @@ def evaluate_reward(
     """Score a batch of samples and check the answer.
 
     Args:
-        reward: Returns scores as an array, a list or a tensor on any device, of floats, integers or booleans.
-        samples: Pictures, (batch, height, width, 3) uint8, or what else the reward takes, (batch, ...).
-        prompts: One a sample.
-        metadata: One dictionary a sample.
-        non_finite: What becomes of NaN and infinity: `raise`, or `keep` for a caller that leaves those samples out.
-            With `keep` there is a detail `non_finite`, true for each of them, whose sum is their number.
+        reward: May return scores as an array, a list or a tensor on any device, of floats, integers or booleans.
+        samples: Images, (batch, height, width, 3) uint8, or another array that the reward takes, (batch, ...).
+        prompts: One per sample.
+        metadata: One dictionary per sample.
+        non_finite: `raise` makes a NaN or infinite score an error. `keep` returns it and adds the detail `non_finite`,
+            which is true for each such sample, so that the caller can drop these samples.
 
     Returns:
-        Scores, (batch,) float64, all finite unless kept, and the details, by name, each a list of `batch` values.
+        Scores, (batch,) float64, all finite unless they are kept; and the details by name, lists of `batch` values.
 
     Raises:
-        Exception: Whatever the reward raises, with a note that names the reward.
+        Exception: The reward raised it; a note with the reward's name is added.
         TypeError: The reward returned something other than numbers.
-        ValueError: The samples are no array, or not of the kind that the reward takes, or the answer has the wrong
-            length or is not finite.
+        ValueError: The samples are not an array, or not images although the reward takes only images; or the answer has
+            the wrong length or is not finite.
     """
-    name = reward_name(reward)
     if non_finite not in ("raise", "keep"):
         raise ValueError(f"non_finite must be raise or keep; got {non_finite!r}")
-    shape, dtype = getattr(samples, "shape", None), getattr(samples, "dtype", type(samples).__name__)
-    if not isinstance(samples, np.ndarray) or not samples.ndim:
-        raise ValueError(f"samples must be a NumPy array whose first axis is the batch; got {dtype} of shape {shape}")
-    if is_images_only(reward) and not are_images(samples):
-        raise ValueError(
-            f"reward {name} scores pictures, a uint8 array (batch, height, width, 3); got {dtype} of shape {shape}"
-        )
-    batch = len(samples)
-    if len(prompts) != batch or len(metadata) != batch:
-        raise ValueError(
-            f"there must be one prompt and one metadata dictionary for each of {batch} samples;"
-            f" got {len(prompts)} prompts and {len(metadata)} dictionaries"
-        )
-    try:
+    _check_batch(reward, samples, prompts, metadata)
+    with _naming(reward, f"asked about {len(samples)} samples"):
         answer = reward(samples, prompts, metadata)
-    except Exception as error:
-        error.add_note(f"raised by the reward {name}, asked about {batch} samples")
-        raise
-    scores, details = check_answer(answer, name, batch)
-    return scores, treat_non_finite(scores, details, name, prompts, non_finite)
+    scores, details = _check_answer(answer, reward_name(reward), len(samples))
+    return scores, raise_or_flag_non_finite(scores, details, reward_name(reward), prompts, non_finite)
 
 
-def check_answer(answer: Any, name: str, batch: int) -> tuple[NDArray[np.float64], dict[str, list[Any]]]:
-    """Bring what a reward returned to scores, (batch,) float64, finite or not, and details, lists of `batch` values.
+def measure_reward(
+    reward: TwoStageReward, samples: Samples, prompts: Sequence[str], metadata: Metadata
+) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Measure the samples of one process, given as for `evaluate_reward`. The state of the reward does not change.
+
+    Returns:
+        One measurement per sample for `combine_measurements`, and the details by name, lists of `batch` values.
 
     Raises:
-        TypeError: The reward returned something other than numbers.
-        ValueError: Something has the wrong length.
+        Exception: As `evaluate_reward`.
+        ValueError: The samples are not what the reward takes, or there is not one measurement per sample.
     """
-    raw_scores, raw_details = split_answer(answer)
-    scores = _as_numbers(raw_scores, name)
-    if scores.shape != (batch,):
-        raise ValueError(f"reward {name} must return shape ({batch},), one score a picture; got {scores.shape}")
-    return scores, {key: _as_list(values, key, name, batch) for key, values in raw_details.items()}
+    _check_batch(reward, samples, prompts, metadata)
+    name, batch = reward_name(reward), len(samples)
+    with _naming(reward, f"measuring {batch} samples"):
+        measurements, details = _split_answer(reward.measure(samples, prompts, metadata))
+    if (count := _length(measurements)) != batch:
+        raise ValueError(f"reward {name}: measure must return {batch} measurements, one per sample; got {count}")
+    return list(measurements), _check_details(details, name, batch)
 
 
-def treat_non_finite(
+def combine_measurements(
+    reward: TwoStageReward,
+    measurements: Sequence[Any],
+    details: Details,
+    prompts: Sequence[str],
+    non_finite: NonFinite,
+) -> tuple[NDArray[np.float64], dict[str, list[Any]]]:
+    """Score a whole batch from its measurements. Every process calls this with the same batch.
+
+    Args:
+        reward: The reward that measured the samples.
+        measurements: What `measure_reward` returned, for the whole batch in its order.
+        details: The details that `measure_reward` returned, for the whole batch.
+        prompts: One per sample.
+        non_finite: As for `evaluate_reward`.
+
+    Returns:
+        What `evaluate_reward` returns for the whole batch.
+
+    Raises:
+        Exception: As `evaluate_reward`, for the answer of `combine`.
+    """
+    name = reward_name(reward)
+    with _naming(reward, f"combining {len(measurements)} measurements"):
+        answer = reward.combine(measurements)
+    scores, added = _check_answer(answer, name, len(measurements))
+    known = {key: list(values) for key, values in details.items()}
+    return scores, raise_or_flag_non_finite(scores, known | added, name, prompts, non_finite)
+
+
+def raise_or_flag_non_finite(
     scores: NDArray[np.float64],
     details: dict[str, list[Any]],
     name: str,
     prompts: Sequence[str],
     non_finite: NonFinite,
 ) -> dict[str, list[Any]]:
-    """Return the details, with `non_finite` among them if such scores are kept.
+    """Return the details; with `keep`, the detail `non_finite` is among them.
 
     Raises:
-        ValueError: With `raise`, for a score that is NaN or infinite, naming the reward, the prompt and the details
-            that are not finite either.
+        ValueError: With `raise`, a score is NaN or infinite. The message names the reward, the prompt and each detail
+            of this sample that is not finite either.
     """
     invalid = ~np.isfinite(scores)
     if non_finite == "keep":
         return {**details, "non_finite": invalid.tolist()}
     if invalid.any():
         first = int(np.flatnonzero(invalid)[0])
+        values = {key: column[first] for key, column in details.items() if isinstance(column[first], float)}
+        causes = [f"; {key} is {value}" for key, value in values.items() if not math.isfinite(value)]
         raise ValueError(
             f"reward {name} must be finite; got {scores[first]} for prompt {prompts[first]!r}"
-            f" (picture {first} of {len(scores)}, {invalid.sum()} in all){_culprits(details, first)};"
+            f" (sample {first} of {len(scores)}, {invalid.sum()} not finite){''.join(causes)};"
             " the option non_finite_rewards can leave such samples out"
         )
     return details
 
 
-def _culprits(details: Mapping[str, Sequence[Any]], index: int) -> str:
-    """Name the details that are not finite either: the parts of a sum that spoiled it."""
-    values = {key: column[index] for key, column in details.items() if isinstance(column[index], float)}
-    spoiled = [f"{key} is {value}" for key, value in values.items() if not math.isfinite(value)]
-    return f"; {', '.join(spoiled)}" if spoiled else ""
+def _check_batch(reward: object, samples: Samples, prompts: Sequence[str], metadata: Metadata) -> None:
+    if not isinstance(samples, np.ndarray) or not samples.ndim:
+        given = "one without axes" if isinstance(samples, np.ndarray) else type(samples).__name__
+        raise ValueError(f"samples must be a NumPy array whose first axis is the batch; got {given}")
+    if is_images_only(reward) and not are_images(samples):
+        raise ValueError(
+            f"reward {reward_name(reward)} scores images, a uint8 array (batch, height, width, 3);"
+            f" got {samples.dtype} of shape {samples.shape}"
+        )
+    if not len(prompts) == len(metadata) == len(samples):
+        raise ValueError(
+            f"there must be one prompt and one metadata dictionary for each of {len(samples)} samples;"
+            f" got {len(prompts)} prompts and {len(metadata)} dictionaries"
+        )
 
 
-def split_answer(answer: Any) -> tuple[Any, Mapping[str, Any]]:
-    """Separate the details, if there are any, from the scores: a pair of plain numbers is two scores."""
+@contextmanager
+def _naming(reward: object, occasion: str) -> Iterator[None]:
+    """Add the reward's name to every exception as a note."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"raised by the reward {reward_name(reward)}, {occasion}")
+        raise
+
+
+def _split_answer(answer: Any) -> tuple[Any, Mapping[str, Any]]:
+    """Separate the scores from the details, if there are any: a tuple of two numbers is two scores."""
     if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping):
         return answer
     return answer, {}
 
 
-def _off_device(value: Any) -> Any:
-    """Bring a torch tensor to NumPy; torch itself is not imported for it."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        return (value.double() if value.is_floating_point() else value).numpy()
-    return value
+def _check_answer(answer: Any, name: str, batch: int) -> tuple[NDArray[np.float64], dict[str, list[Any]]]:
+    """Return the scores, (batch,) float64, finite or not, and the details of what a reward returned."""
+    raw_scores, details = _split_answer(answer)
+    scores = _as_numbers(raw_scores, name)
+    if scores.shape != (batch,):
+        raise ValueError(f"reward {name} must return shape ({batch},), one score per sample; got {scores.shape}")
+    return scores, _check_details(details, name, batch)
+
+
+def _check_details(details: Mapping[str, Any], name: str, batch: int) -> dict[str, list[Any]]:
+    lists: dict[str, list[Any]] = {}
+    for key, given in details.items():
+        values = _as_numpy(given)
+        if _length(values) != batch:
+            raise ValueError(
+                f"reward {name} must return {batch} values of the detail {key!r}, one per sample; got {values!r}"
+            )
+        lists[key] = list(values)
+    return lists
+
+
+def _length(values: object) -> int | None:
+    """Return the length of an array or a list, and None for a text or a single value."""
+    return len(values) if isinstance(values, Sized) and not isinstance(values, str) else None
 
 
 def _as_numbers(scores: Any, name: str) -> NDArray[np.float64]:
     if scores is None:
         raise TypeError(f"reward {name} must return scores; got None: is a return statement missing?")
     if isinstance(scores, list | tuple):
-        scores = [_off_device(score) for score in scores]
+        scores = [_as_numpy(score) for score in scores]
     try:
-        array = np.asarray(_off_device(scores))
+        array = np.asarray(_as_numpy(scores))
     except ValueError as error:
-        raise TypeError(f"reward {name} must return one number a picture; got {scores!r}") from error
+        raise TypeError(f"reward {name} must return one number per sample; got {scores!r}") from error
     if array.dtype.kind not in "fiub":
-        raise TypeError(f"reward {name} must return one number a picture; got {scores!r}")
+        raise TypeError(f"reward {name} must return one number per sample; got {scores!r}")
     return array.astype(np.float64)
 
 
-def _as_list(values: Any, key: str, name: str, batch: int) -> list[Any]:
-    values = _off_device(values)
-    if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != batch:
-        raise ValueError(
-            f"reward {name} must return {batch} values of the detail {key!r}, one a picture; got {values!r}"
-        )
-    return list(values)
+def _as_numpy(value: Any) -> Any:
+    """Convert a torch tensor to NumPy and return everything else as it is, without importing torch."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return (value.double() if value.is_floating_point() else value).numpy()
+    return value

@@ -1,6 +1,6 @@
-"""From what a user writes, a name, `module:function` or a callable, to a reward: before anything heavy is loaded.
+"""From what a user writes (a name, `module:function` or a callable, and options) to a reward object.
 
-A built-in reward is one line of `BUILTIN_REWARDS`; its module is imported only when it is asked for.
+A built-in reward is one line of `BUILTIN_REWARDS`. Its module is imported only when the reward is asked for.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, cast
+
+import yaml
 
 from rewards.protocol import Reward
 
@@ -29,67 +32,112 @@ BUILTIN_REWARDS: dict[str, str] = {
 }
 """Name to `module:attribute`, where the attribute is a reward function, or a class whose instances are rewards."""
 
+_COMPOSITE = "rewards.composite:Composite"
 _WEIGHTED = re.compile(r".*,.*|.*:\s*[-+.\d][^:]*(:raw)?|.*:raw", re.DOTALL)
+_YAML_SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "null")}
+_POWER_OF_TEN = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 def load_reward(spec: str | Callable[..., Any], **options: Any) -> Reward:
     """Return the reward that `spec` names.
 
     Args:
-        spec: A name in `BUILTIN_REWARDS`; `"module:attribute"`, looked up on `sys.path` and then in the current
-            folder; a weighted sum of these, `"name:weight,name:weight:raw"` (`rewards.composite.Composite`); or a
-            callable `(images, prompts, metadata) -> scores`, which is returned as it is. A class, named or given, is
-            instantiated.
-        **options: Arguments of that class.
+        spec: A name in `BUILTIN_REWARDS`; `"module:attribute"`, which is looked up on `sys.path` and then in the
+            current folder; a weighted sum of these, `"name:weight,name:weight:raw"` (`rewards.composite.Composite`); or
+            a callable `(images, prompts, metadata) -> scores`, which is returned as it is. A class is instantiated.
+        **options: Arguments of the class.
 
     Raises:
-        ValueError: There is no such reward, module or attribute, or `options` for a reward that has none.
-        TypeError: What is named or given is not callable as a reward, or the class does not take the options.
+        ValueError: There is no such reward, module or attribute; or `options` are given for a reward without options.
+        TypeError: The result is not callable as a reward, or the class does not take the options.
     """
-    if isinstance(spec, str) and _is_weighted_sum(spec):
-        from rewards.composite import Composite
-
-        return Composite(spec, **options)
-    if isinstance(spec, str):
-        return _instantiated(_imported(BUILTIN_REWARDS.get(spec, spec), spec), spec, options)
-    return _instantiated(spec, repr(spec), options)
+    if not isinstance(spec, str):
+        return _instantiated(spec, repr(spec), options)
+    if _is_weighted_sum(spec):
+        return cast(Reward, resolve_name(_COMPOSITE)(spec, **options))
+    if spec in BUILTIN_REWARDS:
+        return _instantiated(resolve_name(BUILTIN_REWARDS[spec]), spec, options)
+    return _instantiated(_imported_by_user(spec), spec, options)
 
 
 def configured_reward(spec: str | Callable[..., Any], options: Mapping[str, Any]) -> Reward:
-    """Return the reward that `spec` names, with its options in one dictionary, as a configuration has them.
+    """Return the reward that `spec` names, with its options in one dictionary, as a configuration stores them.
 
     Args:
         spec: As for `load_reward`.
-        options: Arguments of the reward's class; of a weighted sum, those of each part by its name.
+        options: Arguments of the reward's class. For a weighted sum: the arguments of each term, by the term's name.
 
     Raises:
-        ValueError: As `load_reward`; for options of a function or of a reward object, which take none; and for options
-            of a weighted sum that are of no part.
+        ValueError: As `load_reward`; or an option of a weighted sum does not belong to one of its terms.
         TypeError: As `load_reward`.
     """
     if not (isinstance(spec, str) and _is_weighted_sum(spec)):
         return load_reward(spec, **options)
-    if of_no_part := [name for name, value in options.items() if not isinstance(value, Mapping)]:
+    if without_term := [name for name, value in options.items() if not isinstance(value, Mapping)]:
         raise ValueError(
-            f"reward_options of the weighted sum {spec!r} must begin with a part's name, such as clip_score.device; "
-            f"got {', '.join(of_no_part)}"
+            f"reward_options of the weighted sum {spec!r} must begin with a term's name, such as clip_score.device; "
+            f"got {', '.join(without_term)}"
         )
     return load_reward(spec, options=options)
 
 
+def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
+    """Turn `key=value` pairs of a command line, such as `judge_options.timeout=30`, into a nested dictionary.
+
+    A dot in a key separates levels, except before the colon of `module:function.key`, where a term of a weighted sum is
+    named. A value is a YAML scalar: numbers, booleans and null have their types, everything else is text. Quotes turn
+    any value into text.
+
+    Raises:
+        ValueError: A pair has no `=` or no name, or repeats a key; the message quotes the pair.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        module, colon, rest = key.rpartition(":")
+        first, *others = rest.split(".")
+        *levels, last = [module + colon + first, *others]
+        if not equals or not all([*levels, last]):
+            raise ValueError(f"reward_options must be key=value pairs, such as judge_options.timeout=30; got {pair!r}")
+        inner = options
+        for name in levels:
+            inner = inner.setdefault(name, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"reward_options must not give {name} a value and options of its own; got {pair!r}")
+        if last in inner:
+            raise ValueError(f"reward_options must name each key once; {key} comes again in {pair!r}")
+        inner[last] = _scalar(text)
+    return options
+
+
+def _scalar(text: str) -> bool | int | float | str | None:
+    """Read a YAML scalar; but `1e-3` is a number, and the sexagesimal `10:30` of YAML 1.1 is text."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    if _POWER_OF_TEN.fullmatch(text):
+        return float(text)
+    loader = yaml.SafeLoader("")
+    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+    if tag not in _YAML_SCALARS or ":" in text:
+        return text
+    value: bool | int | float | None = loader.construct_object(yaml.ScalarNode(tag, text))
+    return value
+
+
 def _is_weighted_sum(spec: str) -> bool:
-    """Tell a sum from `module:function`: a comma, a number as the last part, or a weight, right or wrong, of a name."""
+    """Tell a sum from `module:function`: it has a comma, or ends in a number, or gives a built-in reward a weight."""
     return bool(_WEIGHTED.fullmatch(spec)) or spec.partition(":")[0] in BUILTIN_REWARDS.keys() - {spec}
 
 
-def _imported(target: str, spec: str) -> Any:
-    module_name, separator, attribute = target.partition(":")
+def _imported_by_user(spec: str) -> Any:
+    """Import `module:attribute` from `sys.path` or the current folder."""
+    module_name, separator, attribute = spec.partition(":")
     if not separator or not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
         raise ValueError(
             f"reward must be one of {', '.join(BUILTIN_REWARDS)}; or module:function; or a weighted sum such as "
             f"aesthetic:1,clip_score:0.5; got {spec!r}"
         )
-    if spec not in BUILTIN_REWARDS and os.getcwd() not in sys.path:
+    if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         module = import_module(module_name)
@@ -109,6 +157,7 @@ def _imported(target: str, spec: str) -> Any:
 
 
 def _instantiated(reward: Any, label: str, options: dict[str, Any]) -> Reward:
+    """Instantiate a class with its options, and check that the result can be called as a reward."""
     if inspect.isclass(reward):
         try:
             reward = reward(**options)
@@ -123,5 +172,5 @@ def _instantiated(reward: Any, label: str, options: dict[str, Any]) -> Reward:
     except TypeError as error:
         raise TypeError(f"reward {label} must be callable as (images, prompts, metadata): {error}") from error
     except ValueError:
-        pass  # a function written in C may not tell its signature
+        pass  # a function written in C may have no signature
     return cast(Reward, reward)

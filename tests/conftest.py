@@ -34,36 +34,36 @@ def micro_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished_run(micro_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> "RunResult":
+def finished(micro_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> "RunResult":
     """The run of `micro_config` that nothing stopped; tests only read its folder."""
     from helpers.micro_agents import micro_config
 
-    from agents.training.run import run_training
+    from agents.training.preparation import run_training
 
     return run_training(micro_config(micro_pipeline_folder, tmp_path_factory.mktemp("runs") / "finished"))
 
 
 @pytest.fixture(scope="session")
-def counted_work() -> dict[Any, Any]:
-    """The operations that `count_once` has counted."""
+def counted_flops() -> dict[Any, Any]:
+    """Operations by model, as `count_once` has counted them."""
     return {}
 
 
 @pytest.fixture
-def count_once(monkeypatch: pytest.MonkeyPatch, counted_work: dict[Any, Any]) -> None:
-    """Count the operations of each model once per session: Stable Diffusion 1.4 takes two seconds."""
+def count_once(monkeypatch: pytest.MonkeyPatch, counted_flops: dict[Any, Any]) -> None:
+    """Count the operations of each model once per session: counting those of Stable Diffusion 1.4 takes two seconds."""
     from agents.planning import flops
 
-    count = flops.count_work
+    count = flops.count_flops
 
     def look_up(model: Any, lora_rank: int, lora_targets: Any = "attention") -> Any:
         weights = tuple(weight.shape for weight in model.denoiser.parameters())
         key = (type(model), model.latent_shape, weights, lora_rank, lora_targets)
-        if key not in counted_work:
-            counted_work[key] = count(model, lora_rank, lora_targets)
-        return counted_work[key]
+        if key not in counted_flops:
+            counted_flops[key] = count(model, lora_rank, lora_targets)
+        return counted_flops[key]
 
-    monkeypatch.setattr(flops, "count_work", look_up)
+    monkeypatch.setattr(flops, "count_flops", look_up)
 
 
 @pytest.fixture

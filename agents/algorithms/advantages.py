@@ -1,7 +1,7 @@
-"""How good an action was: interchangeable estimators that every algorithm of this package takes.
+"""Advantage estimators: how good each action was. Every algorithm of this package takes any of them.
 
-Seventh stop of the data's path. An estimator reads a finished rollout and returns one advantage a step. DDPO's own is
-`PerPromptAdvantage`: the reward of the final picture, standardised among pictures of the same prompt, for every step of
+Seventh stop of the data's path. An estimator reads a finished rollout and returns one advantage per step. DDPO's own is
+`PerPromptAdvantage`: the reward of the final image, standardised among samples of the same prompt, for every step of
 the trajectory (Black et al. 2023, section 4.3 and appendix C).
 """
 
@@ -21,7 +21,7 @@ from agents.rollout.buffer import TensorRolloutBuffer
 
 
 class AdvantageEstimator(Protocol):
-    """What an algorithm asks of an estimator."""
+    """What an algorithm calls an estimator with."""
 
     def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
         """Return advantages `(buffer_size, n_envs)` float32 on the rollout's device."""
@@ -32,13 +32,13 @@ class AdvantageEstimator(Protocol):
 class PerPromptAdvantage:
     """Episode returns standardised by the running statistics of their own prompt.
 
-    Each prompt remembers its last `buffer_size` returns, the present rollout's included. Until it knows `min_count` of
-    them, mean and standard deviation of the whole rollout stand in.
+    Each prompt keeps its last `buffer_size` returns, including the current rollout's. Until it has `min_count` of them,
+    mean and standard deviation of the whole rollout are used.
 
     Args:
-        buffer_size: returns remembered a prompt; DDPO uses 16 or 32.
-        min_count: returns of a prompt that its own statistics need, at least 2.
-        clip: advantages are clipped to ± this; 5 in DDPO's PyTorch code, 10 in the original.
+        buffer_size: returns kept per prompt; DDPO uses 16 or 32.
+        min_count: returns that a prompt's own statistics need, at least 2.
+        clip: advantages are clipped to plus/minus this; 5 in DDPO's PyTorch code, 10 in the original.
         eps: added to the standard deviation.
 
     Raises:
@@ -59,12 +59,12 @@ class PerPromptAdvantage:
             raise ValueError(f"clip must be above 0; got {self.clip}")
 
     def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
-        """Return the advantages; the prompts' statistics move on by this rollout."""
+        """Return the advantages, and add this rollout to the prompts' statistics."""
         returns = _episode_returns(rollout)
         if None in rollout.contexts:
             raise ValueError(
                 "PerPromptAdvantage needs every episode's prompt, and the environment's reset infos have none: "
-                "name their key with context_key=..., or take BatchAdvantage"
+                "name their key with context_key=..., or use BatchAdvantage"
             )
         for prompt, value in zip(rollout.contexts, returns, strict=True):
             self.history.setdefault(prompt, deque(maxlen=self.buffer_size)).append(float(value))
@@ -76,11 +76,11 @@ class PerPromptAdvantage:
         return rollout.per_step(advantages.clip(-self.clip, self.clip))
 
     def state_dict(self) -> dict[str, list[float]]:
-        """Return the remembered returns, for a checkpoint."""
+        """Return the kept returns, for a checkpoint."""
         return {str(prompt): list(values) for prompt, values in self.history.items()}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Bring back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.history = {prompt: deque(values, maxlen=self.buffer_size) for prompt, values in state.items()}
 
 
@@ -89,7 +89,7 @@ class BatchAdvantage:
     """Episode returns standardised over the rollout, for tasks without prompts.
 
     Args:
-        clip: advantages are clipped to ± this.
+        clip: advantages are clipped to plus/minus this.
         eps: added to the standard deviation.
     """
 
@@ -107,16 +107,17 @@ class BatchAdvantage:
 class GroupRelativeAdvantage:
     """Episode returns standardised among the rollout's episodes of the same prompt (GRPO, Shao et al. 2024, §4.1).
 
-    The environment's `samples_per_prompt` sees to it that a prompt has several.
+    The environment's `samples_per_prompt` makes several episodes per prompt.
 
     Args:
-        standardize: whether to divide by the group's standard deviation; without, groups whose returns differ more
-            weigh more (Dr. GRPO, Liu et al. 2025).
-        clip: advantages are clipped to ± this.
+        standardize: whether to divide by the group's standard deviation. Without it, groups whose returns differ more
+            have more weight (Dr. GRPO, Liu et al. 2025).
+        clip: advantages are clipped to plus/minus this.
         eps: added to the standard deviation.
 
     Raises:
-        ValueError: when called on a rollout that cuts episodes, has none of a prompt, or a single one of some prompt.
+        ValueError: when called on a rollout that cuts episodes, whose episodes have no prompt, or with a single episode
+            of some prompt.
     """
 
     standardize: bool = True
@@ -136,12 +137,13 @@ class GroupRelativeAdvantage:
 
 @dataclass
 class LeaveOneOutAdvantage:
-    """Episode return less the mean of the rollout's other episodes of the same prompt (RLOO, Kool et al. 2019).
+    """Episode return minus the mean of the rollout's other episodes of the same prompt (RLOO, Kool et al. 2019).
 
-    An unbiased baseline: an episode does not take part in its own. In the reward's unit, so choose `clip` by it.
+    The baseline is unbiased, because an episode is not part of its own. Advantages have the reward's unit, and so does
+    `clip`.
 
     Args:
-        clip: advantages are clipped to ± this; infinite by default.
+        clip: advantages are clipped to plus/minus this; infinite by default.
 
     Raises:
         ValueError: as `GroupRelativeAdvantage`.
@@ -161,10 +163,10 @@ class LeaveOneOutAdvantage:
 
 @dataclass
 class RawReturn:
-    """Episode returns as they are: no baseline. DDPO's equations have them; the paper's runs do not."""
+    """Episode returns without a baseline. They stand in DDPO's equations; the paper's runs standardise them."""
 
     def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
-        """Return the returns, for every step of their episode."""
+        """Return each episode's return for all of its steps."""
         return rollout.per_step(_episode_returns(rollout))
 
 
@@ -200,9 +202,9 @@ class GeneralizedAdvantage:
 
 
 def _groups(rollout: TensorRolloutBuffer, name: str) -> list[list[int]]:
-    """Return the rollout's episodes by prompt, each group as indices into `rollout.contexts`.
+    """Return the rollout's episodes grouped by prompt, each group as indices into `rollout.contexts`.
 
-    A group has two or more, unless all but one of its episodes were dropped.
+    A group has at least two episodes, unless the others were dropped.
     """
     groups: dict[Hashable, list[int]] = {}
     for episode, prompt in enumerate(rollout.contexts):
@@ -213,7 +215,7 @@ def _groups(rollout: TensorRolloutBuffer, name: str) -> list[list[int]]:
     alone = [prompt for prompt in groups if prompt in lonely - set(rollout.dropped_contexts)]
     if alone:
         raise ValueError(
-            f"{name} needs at least 2 episodes a prompt in a rollout, and {len(alone)} prompts have one, such as "
+            f"{name} needs at least 2 episodes per prompt in a rollout, and {len(alone)} prompts have one, such as "
             f"{alone[0]!r}: set the environment's samples_per_prompt to 2 or more"
         )
     return list(groups.values())
@@ -222,7 +224,7 @@ def _groups(rollout: TensorRolloutBuffer, name: str) -> list[list[int]]:
 def _episode_returns(rollout: TensorRolloutBuffer) -> npt.NDArray[np.float64]:
     if not rollout.complete_segments().all():
         raise ValueError(
-            f"n_steps={rollout.buffer_size} cuts episodes in two, and this advantage needs whole ones: "
+            f"n_steps={rollout.buffer_size} cuts episodes, and this advantage needs whole ones: "
             "n_steps must be a multiple of the episode's length (num_inference_steps)"
         )
     return rollout.segment_returns()

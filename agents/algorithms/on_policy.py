@@ -1,7 +1,17 @@
-"""The update that this package's algorithms share; an algorithm is what it adds, its `loss`.
+"""The update that all algorithms of this package share; an algorithm adds its `loss`.
 
-Chosen timesteps, batches, micro-batches whose gradients are accumulated, half precision, gradient clipping, the KL
-divergences from the sampling and from the pretrained policy, averaged weights, metrics.
+One iteration (`RolloutAlgorithm.iterate`):
+
+    rollout = sample n_steps of every sub-environment with the current policy, and score the samples
+    weights = advantages of the rollout's steps
+    for each epoch:
+        steps = the steps inside timestep_window, a random timestep_fraction of each episode's, shuffled
+        for batch in steps, batch_size at a time:                   one optimizer step
+            for micro_batch in batch, micro_batch_size at a time:   gradients add up
+                loss(micro_batch).backward()
+            clip the gradient; optimizer.step(); update the averaged weights
+        stop early if the estimated KL from the sampling policy exceeds target_kl
+    log the metrics of the rollout and of the update
 """
 
 from __future__ import annotations
@@ -12,41 +22,42 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from diffusers.training_utils import EMAModel
-from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import explained_variance
 from torch import Tensor
 from torch.nn import functional
 
+from agents.algorithms.options import UpdateOptions
 from agents.algorithms.rollout_algorithm import RolloutAlgorithm
-from agents.algorithms.timesteps import check_timesteps, choose_steps
-from agents.distributed import sharing
+from agents.algorithms.timesteps import choose_steps
+from agents.distributed import Maximum, Metric
 from agents.rollout.buffer import Transitions
+from ddpo_env.validation.options import AT_LEAST_1, check_value, shows_options, split_options
 from rewards.devices import copied_to
 
 Metrics = defaultdict[str, list[float]]
 
 _DRIFT_ROWS = 16
-"""Transitions on which an iteration's drift is measured, so that it costs next to nothing."""
+"""Transitions on which an iteration's drift is measured; few, so that it costs little."""
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What the present policy says of some transitions.
+class PolicyEvaluation:
+    """Some transitions, evaluated under the current policy.
 
     Attributes:
-        values: the critic's, `(batch,)`.
-        log_prob: of their actions, `(batch,)`.
-        log_ratio: `log_prob` less that of the policy that sampled them, `(batch,)`.
+        values: the critic's values, `(batch,)`.
+        log_prob: log-probabilities of the actions, `(batch,)`.
+        log_ratio: `log_prob` minus the log-probability under the policy that sampled them, `(batch,)`.
         entropy: `(batch,)`.
-        reference_kl: KL divergence from the pretrained policy, `(batch,)`; `None` where it was not asked for.
+        reference_kl: KL divergence from the pretrained policy, `(batch,)`; `None` where it was not computed.
     """
 
     values: Tensor
@@ -62,101 +73,83 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
     Args:
         policy: policy class, or `"MlpPolicy"`, `"CnnPolicy"`, `"MultiInputPolicy"`.
         env: environment, vectorized environment or id.
+        learning_rate: a number, or a function of the remaining progress.
+        n_steps: steps of each sub-environment in a rollout.
         batch_size: transitions in one update; default: all that are trained on.
         micro_batch_size: transitions in one call of the policy; the gradients of an update's calls are added up.
             Default: `batch_size`.
         n_epochs: passes over the rollout.
-        target_kl: the iteration's updates end when the estimated KL from the sampling policy exceeds 1.5 times this.
-        kl_coef: weight of the KL divergence from the pretrained policy in the loss; the policy must know it
-            (`DiffusionPolicy` does). Reduced over the latent as the log-density is.
-        timestep_fraction: share of each episode's steps, chosen at random, that is trained on; in (0, 1].
-        timestep_window: part of each episode from which these steps are chosen, as shares of its length. The last step
-            of a denoising trajectory has almost no noise: its gradient is by far the largest, and its effect on the
-            picture the smallest, so `(0.0, 0.9)` can learn much faster.
-        recompute_log_probs: whether the sampling policy's log-densities are computed again before the first update, in
-            the very micro-batches that are trained on. In half precision they depend on the batch's shape, and the
-            ratio would start off 1. Default: in half precision only, and where the loss has a ratio.
-        ema_decay: decay of an exponential moving average of what learns, see `averaged_weights`; 0 for none.
-        **arguments: of `RolloutAlgorithm`: `learning_rate`, `n_steps`, `gamma`, `advantage`, `policy_kwargs`, ...
+        **arguments: the fields of `UpdateOptions` (`timestep_fraction`, `timestep_window`, `kl_coef`, `target_kl`,
+            `ema_decay`, ...) and the arguments of `RolloutAlgorithm` (`gamma`, `advantage`, `policy_kwargs`, ...).
+
+    Attributes:
+        options: the `UpdateOptions`.
 
     Raises:
         ValueError: for an argument that is not valid.
     """
 
     compares_with_sampling: ClassVar[bool] = True
-    """Whether the loss compares the policy with the one that sampled, by the log-densities that the rollout holds."""
+    """Whether the loss compares the policy with the one that sampled, by the rollout's log-probabilities."""
 
+    @shows_options(UpdateOptions)
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str,
         *,
+        learning_rate: float | Schedule,
+        n_steps: int,
         batch_size: int | None = None,
         n_epochs: int = 1,
         micro_batch_size: int | None = None,
-        target_kl: float | None = None,
-        kl_coef: float = 0.0,
-        timestep_fraction: float = 1.0,
-        timestep_window: tuple[float, float] = (0.0, 1.0),
-        recompute_log_probs: bool | None = None,
-        ema_decay: float = 0.0,
-        learning_rate: float | Schedule,
-        n_steps: int,
         **arguments: Any,
     ) -> None:
-        """See the class docstring for the arguments."""
         sizes = {"n_steps": n_steps, "n_epochs": n_epochs, "batch_size": batch_size}
         for name, value in (sizes | {"micro_batch_size": micro_batch_size}).items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
-        if not 0 <= kl_coef < np.inf:
-            raise ValueError(f"kl_coef must be at least 0; got {kl_coef}")
-        if target_kl is not None and not target_kl > 0:
-            raise ValueError(f"target_kl must be above 0, or None; got {target_kl}")
-        if not 0 <= ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1); got {ema_decay}")
-        check_timesteps(timestep_fraction, timestep_window)
+            check_value(name, value, Annotated[int | None, AT_LEAST_1])
+        self.options, arguments = split_options(UpdateOptions, arguments)
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.n_epochs = n_epochs
-        self.target_kl = target_kl
-        self.kl_coef = kl_coef
-        self.timestep_fraction = timestep_fraction
-        self.timestep_window = timestep_window
-        self.recompute_log_probs = recompute_log_probs
-        self.ema_decay = ema_decay
         self.ema: EMAModel | None = None
         self._n_updates = 0
         super().__init__(policy, env, learning_rate=learning_rate, n_steps=n_steps, **arguments)
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        if self.kl_coef and not hasattr(self.policy, "evaluate_with_reference"):
+        if self.options.kl_coef and not self.abilities.knows_reference:
             raise ValueError(
-                f"kl_coef must be 0 for a {type(self.policy).__name__}, which knows no pretrained policy "
-                f"(no evaluate_with_reference); got {self.kl_coef}"
+                f"kl_coef must be 0 for a {type(self.policy).__name__}, which has no pretrained policy to compare with "
+                f"(PolicyAbilities.knows_reference); got {self.options.kl_coef}"
             )
-        compute_dtype = getattr(self.policy, "compute_dtype", torch.float32)
-        if self.recompute_log_probs is None:
-            self.recompute_log_probs = self.compares_with_sampling and compute_dtype != torch.float32
+        compute_dtype = self.abilities.compute_dtype
+        recompute = self.options.recompute_log_probs
+        is_half = compute_dtype != torch.float32
+        self._recomputes = self.compares_with_sampling and is_half if recompute is None else recompute
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=compute_dtype == torch.float16)
-        if self.ema_decay and self.ema is None:
-            self.ema = EMAModel(self._learning_parameters(), decay=self.ema_decay)
+        if self.options.ema_decay and self.ema is None:
+            self.ema = EMAModel(self._learning_parameters(), decay=self.options.ema_decay)
 
     @abstractmethod
-    def loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of some transitions, and what is to be logged, each averaged over them."""
+    def loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Metric]]:
+        """Return the loss of some transitions, and metrics by name.
 
-    def pass_over(self, rows: int) -> None:
-        """Draw the random numbers that `loss` would for `rows` transitions, which another process computes."""
+        A metric is a scalar tensor, averaged over the transitions, or a `Maximum`.
+        """
+
+    def advance_rng(self, rows: int) -> None:
+        """Draw the random numbers that `loss` draws for `rows` transitions that another process computes."""
 
     def select_steps(self) -> npt.NDArray[np.int64]:
         """Return the flat indices of the rollout's steps that an epoch trains on."""
-        return choose_steps(self.rollout_buffer.segments, self.timestep_fraction, self.timestep_window)
+        options = self.options
+        return choose_steps(self.rollout_buffer.segments, options.timestep_fraction, options.timestep_window)
 
     def random_steps(self, count: int) -> npt.NDArray[np.int64]:
-        """Return flat indices of up to `count` of the steps that `timestep_window` lets through, drawn at random."""
-        return np.random.permutation(choose_steps(self.rollout_buffer.segments, 1.0, self.timestep_window))[:count]
+        """Return flat indices of up to `count` random steps inside `timestep_window`."""
+        steps = choose_steps(self.rollout_buffer.segments, 1.0, self.options.timestep_window)
+        return np.random.permutation(steps)[:count]
 
     def train(self) -> None:
         """Update the policy on the rollout: `n_epochs` passes in batches of `batch_size` transitions."""
@@ -165,7 +158,7 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         metrics: Metrics = defaultdict(list)
         for epoch in range(self.n_epochs):
             indices = np.random.permutation(self.select_steps())
-            if epoch == 0 and self.recompute_log_probs:
+            if epoch == 0 and self._recomputes:
                 self._recompute_log_probs(indices)
             if not self._pass(indices, metrics):
                 break
@@ -173,29 +166,28 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
             metrics[name].append(value)
         self._record_training(metrics)
 
-    def evaluate(self, batch: Transitions, with_reference: bool | None = None) -> Evaluation:
-        """Evaluate transitions under the present policy.
+    def evaluate(self, batch: Transitions, with_reference: bool | None = None) -> PolicyEvaluation:
+        """Evaluate transitions under the current policy.
 
         Args:
             batch: out of the rollout buffer.
-            with_reference: whether to run the pretrained policy too; default: if there is a penalty.
+            with_reference: whether to run the pretrained policy too; default: if there is a KL penalty.
         """
-        discrete = isinstance(self.action_space, spaces.Discrete)
-        actions = batch.actions.long().flatten() if discrete else batch.actions
         reference_kl = None
-        if self.kl_coef > 0 if with_reference is None else with_reference:
-            values, log_prob, entropy, reference_kl = self.policy.evaluate_with_reference(batch.observations, actions)  # type: ignore[operator]
+        if self.options.kl_coef > 0 if with_reference is None else with_reference:
+            evaluated = self.abilities.evaluate_with_reference(batch.observations, batch.actions)
+            values, log_prob, entropy, reference_kl = evaluated
         else:
-            values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
+            values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, batch.actions)
         entropy = -log_prob if entropy is None else entropy  # a distribution without a closed form
-        return Evaluation(values.flatten(), log_prob, log_prob - batch.log_probs, entropy, reference_kl)
+        return PolicyEvaluation(values.flatten(), log_prob, log_prob - batch.log_probs, entropy, reference_kl)
 
     def regularized(
-        self, policy_loss: Tensor, policy: Evaluation, batch: Transitions
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return a policy's loss with what every algorithm adds (critic, entropy bonus, KL penalty), and metrics."""
+        self, policy_loss: Tensor, policy: PolicyEvaluation, batch: Transitions
+    ) -> tuple[Tensor, dict[str, Metric]]:
+        """Return a policy's loss plus the terms of every algorithm (critic, entropy bonus, KL penalty), and metrics."""
         loss = policy_loss
-        logged = {"policy_gradient_loss": policy_loss.detach()}
+        logged: dict[str, Metric] = {"policy_gradient_loss": policy_loss.detach()}
         if policy.values.requires_grad:
             value_loss = functional.mse_loss(policy.values, batch.returns)
             loss = loss + self.vf_coef * value_loss
@@ -205,45 +197,45 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         logged["entropy_loss"] = entropy_loss.detach()
         if policy.reference_kl is not None:
             penalty = policy.reference_kl.mean()
-            loss = loss + self.kl_coef * penalty
-            logged["kl_penalty"] = self.kl_coef * penalty.detach()
+            loss = loss + self.options.kl_coef * penalty
+            logged["kl_penalty"] = self.options.kl_coef * penalty.detach()
         log_ratio = policy.log_ratio.detach()
         logged["loss"] = loss.detach()
         logged["approx_kl"] = approximate_kl(log_ratio)
-        logged["ratio_deviation"] = torch.expm1(log_ratio).abs().max()
+        logged["ratio_deviation"] = Maximum(torch.expm1(log_ratio).abs().max())
         return loss, logged
 
     @torch.no_grad()
     def drift(self, indices: npt.NDArray[np.int64]) -> dict[str, float]:
         """Measure how far the policy is from the one that sampled the rollout, and from the pretrained one.
 
-        It is called on micro-batches, so that this needs no more memory than an update.
+        The policy is called on micro-batches, so this needs no more memory than an update.
 
         Args:
             indices: flat indices of the transitions to measure on.
 
         Returns:
-            `kl_to_sampling`, Schulman's estimate from log-ratios, and `kl_to_pretrained`, in closed form, if the policy
-            knows a pretrained one. Both are reduced over the latent as the log-density is.
+            `kl_to_sampling`, estimated from log-ratios (`approximate_kl`), and `kl_to_pretrained`, in closed form, if
+            the policy knows a pretrained one. Both are reduced over the latent like the log-probability.
         """
-        knows_reference = hasattr(self.policy, "evaluate_with_reference")
-        share = self.processes.share(len(indices))
-        with self.processes.agreement():
-            parts = [
-                self.evaluate(self.rollout_buffer[part], with_reference=knows_reference)
-                for part in self._micro_batches(share.of(indices))
+        knows_reference = self.abilities.knows_reference
+        rows = self.processes.rows(len(indices))
+        with self.processes.fail_together():
+            evaluated = [
+                self.evaluate(self.rollout_buffer[micro_batch], with_reference=knows_reference)
+                for micro_batch in self._micro_batches(rows.of(indices))
             ]
         drift = dict.fromkeys(["kl_to_sampling"] + ["kl_to_pretrained"] * knows_reference, torch.zeros(()))
-        if parts:  # more processes than transitions: some measure nothing
-            drift["kl_to_sampling"] = approximate_kl(torch.cat([part.log_ratio for part in parts]))
-        if reference_kl := [part.reference_kl for part in parts if part.reference_kl is not None]:
+        if evaluated:  # with more processes than transitions some measure nothing
+            drift["kl_to_sampling"] = approximate_kl(torch.cat([one.log_ratio for one in evaluated]))
+        if reference_kl := [one.reference_kl for one in evaluated if one.reference_kl is not None]:
             drift["kl_to_pretrained"] = torch.cat(reference_kl).mean()
-        weight = share.count / len(indices)
+        weight = rows.count / len(indices)
         return {name: float(self.processes.sum(value * weight)) for name, value in drift.items()}
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Put the averaged weights into the policy for a while, if there are any (`ema_decay`)."""
+        """Use the averaged weights inside this context, if there are any (`ema_decay`)."""
         if self.ema is None:
             yield
             return
@@ -255,19 +247,21 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
             self.ema.restore(self._learning_parameters())
 
     def _pass(self, indices: npt.NDArray[np.int64], metrics: Metrics) -> bool:
-        """One epoch; False if the KL target stopped it."""
+        """Run one epoch; return False if the KL target stopped it."""
         for batch in self._batches(indices):
             if not self._update(batch, metrics):
                 return False
-        if self.target_kl is None or metrics["approx_kl"]:
+        target_kl = self.options.target_kl
+        if target_kl is None or metrics["approx_kl"]:
             return True
-        # A loss without log-densities says nothing of the KL: measure it once an epoch.
-        return self.drift(self.random_steps(_DRIFT_ROWS))["kl_to_sampling"] <= 1.5 * self.target_kl
+        # A loss without log-probabilities does not show the KL: measure it once per epoch.
+        return self.drift(self.random_steps(_DRIFT_ROWS))["kl_to_sampling"] <= 1.5 * target_kl
 
     def _update(self, indices: npt.NDArray[np.int64], metrics: Metrics) -> bool:
-        """One optimizer step on the transitions at `indices`; False if the KL target stopped it."""
+        """Take one optimizer step on the transitions at `indices`; return False if the KL target stopped it."""
         self.policy.optimizer.zero_grad()
-        own, failure = {}, None
+        own: dict[str, Metric] = {}
+        failure = None
         try:
             own = self._accumulate(indices)
         except Exception as error:
@@ -275,28 +269,33 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         for name, value in self.processes.combine(self._learning_parameters(), own, failure).items():
             if name != "ratio_deviation" or not metrics[name]:  # only the first update of an iteration is on-policy
                 metrics[name].append(float(value))
-        if self.target_kl is not None and metrics["approx_kl"] and metrics["approx_kl"][-1] > 1.5 * self.target_kl:
+        target_kl = self.options.target_kl
+        if target_kl is not None and metrics["approx_kl"] and metrics["approx_kl"][-1] > 1.5 * target_kl:
             return False
         self._step(metrics)
         return True
 
-    def _accumulate(self, indices: npt.NDArray[np.int64]) -> dict[str, Tensor]:
-        """Add up the gradients of the micro-batches that are this process's, and return its part of the metrics."""
-        logged: defaultdict[str, list[Tensor]] = defaultdict(list)
-        parts = self._micro_batches(indices)
-        for part, share in zip(parts, self.processes.deal([len(part) for part in parts]), strict=True):
-            if share is None:
-                self.pass_over(len(part))
+    def _accumulate(self, indices: npt.NDArray[np.int64]) -> dict[str, Metric]:
+        """Add up the gradients of this process's micro-batches, and return its contribution to the metrics."""
+        sums: defaultdict[str, list[Tensor]] = defaultdict(list)
+        largest: defaultdict[str, list[Tensor]] = defaultdict(list)
+        micro_batches = self._micro_batches(indices)
+        calls = self.processes.assign_calls([len(micro_batch) for micro_batch in micro_batches])
+        for micro_batch, rows in zip(micro_batches, calls, strict=True):
+            if rows is None:
+                self.advance_rng(len(micro_batch))
                 continue
-            weight = share.count / len(indices)
-            with sharing(self.policy, share):
-                loss, values = self.loss(self.rollout_buffer[share.of(part)])
+            weight = rows.count / len(indices)
+            with self.abilities.computing(rows):
+                loss, metrics = self.loss(self.rollout_buffer[rows.of(micro_batch)])
             self.scaler.scale(loss * weight).backward()
-            for name, value in values.items():
-                logged[name].append(value if name == "ratio_deviation" else value * weight)
-        deviations = logged.pop("ratio_deviation", [])
-        largest = {"ratio_deviation": torch.stack(deviations).max()} if deviations else {}
-        return largest | {name: torch.as_tensor(sum(parts)) for name, parts in logged.items()}
+            for name, metric in metrics.items():
+                if isinstance(metric, Maximum):
+                    largest[name].append(metric.value)
+                else:
+                    sums[name].append(metric * weight)
+        combined: dict[str, Metric] = {name: Maximum(torch.stack(values).max()) for name, values in largest.items()}
+        return combined | {name: torch.as_tensor(sum(values)) for name, values in sums.items()}
 
     def _step(self, metrics: Metrics) -> None:
         """Clip the accumulated gradient and take the optimizer's step."""
@@ -309,7 +308,7 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
                 f"the gradient is not finite after {self._n_updates} updates (loss {loss}): "
                 "lower learning_rate or clip_range, or train in float32"
             )
-            raise self.processes.alike(error)
+            raise self.processes.mark_agreed(error)
         if torch.isfinite(norm):
             metrics["grad_norm"].append(float(norm))
             self._n_updates += 1
@@ -323,8 +322,8 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
     def _batches(self, indices: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
         """Cut an epoch's steps into the batches of its updates.
 
-        Where samples were dropped there are as many updates as there would have been with them, of about the same size:
-        no remainder of a few steps gets an update of its own.
+        Where samples were dropped there are as many updates as there would have been with them, of about the same size,
+        so that no small remainder gets an update of its own.
         """
         size = self.batch_size or len(indices)
         rollout = self.rollout_buffer
@@ -339,22 +338,23 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
 
     @torch.no_grad()
     def _recompute_log_probs(self, indices: npt.NDArray[np.int64]) -> None:
-        """Compute the log-densities of the sampling policy again, in the batches in which they will be compared."""
+        """Compute the sampling policy's log-probabilities again, in the batches in which they will be compared."""
         groups = [self._micro_batches(batch) for batch in self._batches(indices)]
         if self.n_epochs > 1:  # later epochs may choose other steps
             groups.append(self._micro_batches(np.setdiff1d(self.rollout_buffer.kept_steps(), indices)))
         rollout = self.rollout_buffer
         own = torch.zeros_like(rollout.log_probs).flatten()
-        with self.processes.agreement():
-            for parts in groups:
-                for part, share in zip(parts, self.processes.deal([len(part) for part in parts]), strict=True):
-                    if share is not None and share.count:
-                        rows = share.of(part)
-                        log_prob = self.evaluate(rollout[rows], with_reference=False).log_prob
-                        own[copied_to(rows, rollout.device)] = log_prob
-        chosen = torch.as_tensor(np.concatenate([part for parts in groups for part in parts]), device=rollout.device)
+        with self.processes.fail_together():
+            for group in groups:
+                calls = self.processes.assign_calls([len(micro_batch) for micro_batch in group])
+                for micro_batch, rows in zip(group, calls, strict=True):
+                    if rows is not None and rows.count:
+                        chosen = rows.of(micro_batch)
+                        log_prob = self.evaluate(rollout[chosen], with_reference=False).log_prob
+                        own[copied_to(chosen, rollout.device)] = log_prob
+        recomputed = torch.as_tensor(np.concatenate([one for group in groups for one in group]), device=rollout.device)
         log_probs = rollout.log_probs.flatten().clone()
-        log_probs[chosen] = self.processes.sum(own)[chosen]
+        log_probs[recomputed] = self.processes.sum(own)[recomputed]
         rollout.log_probs = log_probs.view_as(rollout.log_probs)
 
     def _learning_parameters(self) -> list[torch.nn.Parameter]:
@@ -365,16 +365,16 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
             if values:
                 self.logger.record(f"train/{name}", float(np.mean(values)))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        if (share := self._share_below_epsilon()) is not None:
-            self.logger.record("train/adam_epsilon_share", share)
+        if (fraction := self._fraction_below_epsilon()) is not None:
+            self.logger.record("train/adam_epsilon_fraction", fraction)
         if self.rollout_buffer.values.any():
             kept = self.rollout_buffer.kept_steps()
             predicted = self.rollout_buffer.values.flatten().cpu().numpy()[kept]
             returns = self.rollout_buffer.returns.flatten().cpu().numpy()[kept]
             self.logger.record("train/explained_variance", float(explained_variance(predicted, returns)))
 
-    def _share_below_epsilon(self) -> float | None:
-        """Share of the weights whose gradients' RMS is below Adam's epsilon, which then sets their step."""
+    def _fraction_below_epsilon(self) -> float | None:
+        """Return the fraction of the weights whose gradient RMS is below Adam's epsilon: it limits their step."""
         optimizer = self.policy.optimizer
         moments = [state["exp_avg_sq"] for state in optimizer.state.values() if "exp_avg_sq" in state]
         if not moments:
@@ -384,8 +384,9 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
 
 
 def approximate_kl(log_ratio: Tensor) -> Tensor:
-    """Return Schulman's estimate of the KL from log-ratios (http://joschu.net/blog/kl-approx.html), a scalar.
+    """Return the mean of `expm1(r) − r` over log-ratios `r`, a scalar.
 
-    `expm1` keeps its digits near ratio 1.
+    This is Schulman's estimate of the KL divergence (http://joschu.net/blog/kl-approx.html); `expm1` keeps its digits
+    near ratio 1.
     """
     return (torch.expm1(log_ratio) - log_ratio).mean()

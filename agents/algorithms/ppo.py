@@ -7,7 +7,7 @@ with the ratio clipped to [1 − ε, 1 + ε] at every denoising step (Schulman e
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -16,23 +16,25 @@ from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
+from agents.distributed import Metric
 from agents.rollout.buffer import Transitions
+from ddpo_env.validation.options import POSITIVE, check_value
 
 
 class PPO(TensorOnPolicyAlgorithm):
     """PPO with interchangeable advantages, gradient accumulation and training on a subset of the timesteps.
 
-    On other policies and environments it is Stable-Baselines3's PPO, with its defaults.
+    With other policies and environments it behaves like Stable-Baselines3's PPO, with its defaults.
 
     Args:
         policy: policy class, or `"MlpPolicy"`, `"CnnPolicy"`, `"MultiInputPolicy"`.
         env: environment, vectorized environment or id.
         learning_rate: a number, or a function of the remaining progress.
-        n_steps: steps of each environment in a rollout.
+        n_steps: steps of each sub-environment in a rollout.
         batch_size: transitions in one update.
         n_epochs: passes over the rollout.
-        clip_range: ε, or a function of the remaining progress. With log-densities averaged over the latent, as DDPO has
-            them, it is tiny: 1e-4 at 16,384 dimensions.
+        clip_range: ε, or a function of the remaining progress. DDPO averages log-probabilities over the latent's
+            dimensions, so it is tiny there: 1e-4 at 16,384 dimensions.
         **arguments: of `TensorOnPolicyAlgorithm`: `micro_batch_size`, `target_kl`, `kl_coef`, `timestep_fraction`, ...;
             and of `RolloutAlgorithm`: `gamma`, `gae_lambda`, `advantage`, `policy_kwargs`, `seed`, `device`, ...
 
@@ -51,9 +53,8 @@ class PPO(TensorOnPolicyAlgorithm):
         clip_range: float | Schedule = 0.2,
         **arguments: Any,
     ) -> None:
-        """See the class docstring for the arguments."""
-        if not callable(clip_range) and not clip_range > 0:
-            raise ValueError(f"clip_range must be above 0; got {clip_range}")
+        if not callable(clip_range):
+            check_value("clip_range", clip_range, Annotated[float, POSITIVE])
         self.clip_range = clip_range
         super().__init__(
             policy,
@@ -69,7 +70,7 @@ class PPO(TensorOnPolicyAlgorithm):
         super()._setup_model()
         self.clip_range = FloatSchedule(self.clip_range)
 
-    def loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Metric]]:
         """Return the clipped surrogate objective, negative, with critic, entropy and KL terms; and metrics."""
         clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
         policy = self.evaluate(batch)

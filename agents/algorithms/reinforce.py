@@ -2,7 +2,7 @@
 
     ∇J = E[ Σ_t  ∇ log p_θ(x_{t-1}|x_t,c) · A(x_0,c) ]          (DDPO-SF)
 
-The expectation is under the policy of the moment, so a rollout is good for one gradient step.
+The expectation is under the current policy, so one rollout is used for one gradient step.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import Tensor
 
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
+from agents.distributed import Metric
 from agents.rollout.buffer import Transitions
 
 
@@ -26,7 +27,7 @@ class REINFORCE(TensorOnPolicyAlgorithm):
         policy: policy class, or `"MlpPolicy"`, `"CnnPolicy"`, `"MultiInputPolicy"`.
         env: environment, vectorized environment or id.
         learning_rate: a number, or a function of the remaining progress.
-        n_steps: steps of each environment in a rollout.
+        n_steps: steps of each sub-environment in a rollout.
         **arguments: of `TensorOnPolicyAlgorithm`: `micro_batch_size`, `kl_coef`, `timestep_fraction`, `ema_decay`, ...;
             and of `RolloutAlgorithm`: `gamma`, `gae_lambda`, `advantage`, `policy_kwargs`, `seed`, `device`, ...
 
@@ -44,12 +45,11 @@ class REINFORCE(TensorOnPolicyAlgorithm):
         n_steps: int = 32,
         **arguments: Any,
     ) -> None:
-        """See the class docstring for the arguments."""
         super().__init__(
             policy, env, learning_rate=learning_rate, n_steps=n_steps, batch_size=None, n_epochs=1, **arguments
         )
 
-    def loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Metric]]:
         """Return the negative log-likelihood weighted by advantages, with critic, entropy and KL terms; and metrics."""
         policy = self.evaluate(batch)
         return self.regularized(-(batch.advantages * policy.log_prob).mean(), policy, batch)

@@ -1,14 +1,13 @@
-"""Rollouts that stay on the device, and whole-iteration logs: Stable-Baselines3's `OnPolicyAlgorithm`, two methods new.
+"""An algorithm that collects rollouts: Stable-Baselines3's `OnPolicyAlgorithm` with two methods replaced.
 
-`collect_rollouts` has no NumPy round trip where the environment speaks tensors, and takes rewards that are still being
-computed; `learn` writes the log of an iteration after its update, with its update's numbers.
+`collect_rollouts` makes no NumPy round trip where the environment returns tensors, and accepts rewards that are still
+being computed. `learn` logs an iteration after its update, together with the update's metrics.
 """
 
 from __future__ import annotations
 
 import numbers
-from contextlib import nullcontext
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,12 +27,13 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from agents.algorithms.advantages import AdvantageEstimator, GeneralizedAdvantage
-from agents.distributed import Processes, sharing
+from agents.distributed import Processes
+from agents.policy.abilities import PolicyAbilities, abilities_of
 from agents.rollout.buffer import TensorRolloutBuffer
-from agents.rollout.gathered_rewards import columns, combine_rewards, gather_episodes
-from agents.rollout.joining import gather_rollout
-from agents.rollout.pending_rewards import PendingRewards
+from agents.rollout.scores import PendingScores, details_by_name, score_measured
+from agents.rollout.vec_env import denoising_env_of
 from ddpo_env.spaces import DenoisingObservationSpace
+from ddpo_env.validation.options import check_value
 
 NonFiniteRewards = Literal["raise", "drop"]
 
@@ -41,7 +41,7 @@ _Algorithm = TypeVar("_Algorithm", bound="RolloutAlgorithm")
 
 
 class RolloutAlgorithm(OnPolicyAlgorithm):
-    """Collects a rollout, gives each of its steps its credit, and calls `train`.
+    """Collects a rollout, computes the weight of each of its steps, and calls `train`.
 
     Args:
         policy: policy class, or a name in `policy_aliases`.
@@ -54,15 +54,15 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         vf_coef: weight of the critic's loss.
         max_grad_norm: gradients are clipped to this norm.
         advantage: estimator; default: `GeneralizedAdvantage`.
-        non_finite_rewards: `"raise"`: a reward that is NaN or infinite is an error. `"drop"`: all goes on as if its
-            episode had not been sampled, and `rollout/dropped_samples` is how many there were; the environment must not
-            raise by itself (`DenoisingVectorEnv(non_finite_rewards="keep")`).
-        processes: with which this one shares the work, see `agents.distributed`; default: none. `env` is this process's
-            part of the batch, its reward as `rewards.shared` returns it. The policy must draw for a whole batch and
-            take its share (`DiffusionPolicy` does).
-        context_key: name in the reset info under which an episode's context, such as its prompt, is found.
+        non_finite_rewards: `"raise"`: a reward that is NaN or infinite is an error. `"drop"`: its sample is removed and
+            counted in `rollout/dropped_samples`. The environment must not raise by itself then
+            (`DenoisingVectorEnv(non_finite_rewards="keep")`).
+        processes: the processes that share the work, see `agents.distributed`; default: this one only. `env` holds this
+            process's sub-environments. The policy must be able to compute the rows of a batch
+            (`PolicyAbilities.shares_batches`).
+        context_key: key of an episode's context, such as its prompt, in the reset info.
         policy_kwargs: arguments of the policy.
-        stats_window_size: episodes that `rollout/ep_rew_mean` looks back on.
+        stats_window_size: number of episodes that `rollout/ep_rew_mean` averages.
         tensorboard_log: folder of TensorBoard logs.
         verbose: 0 silent, 1 informative.
         seed: of Python, NumPy, torch and the environment.
@@ -104,10 +104,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        """See the class docstring for the arguments."""
-        if non_finite_rewards not in get_args(NonFiniteRewards):
-            valid = ", ".join(get_args(NonFiniteRewards))
-            raise ValueError(f"non_finite_rewards must be one of {valid}; got {non_finite_rewards!r}")
+        check_value("non_finite_rewards", non_finite_rewards, NonFiniteRewards)
         self.non_finite_rewards: NonFiniteRewards = non_finite_rewards
         self.advantage: AdvantageEstimator = advantage if advantage is not None else GeneralizedAdvantage()
         self.context_key = context_key
@@ -137,15 +134,20 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        if self.processes.count > 1 and not hasattr(self.policy, "share"):
+        if self.processes.count > 1 and not self.abilities.shares_batches:
             raise ValueError(
-                f"processes must be 1 with a {type(self.policy).__name__}, which cannot draw a share of a batch; "
-                f"got {self.processes.count}"
+                f"processes must be 1 with a {type(self.policy).__name__}, which cannot compute the rows of a shared "
+                f"batch; got {self.processes.count}"
             )
 
-    def equalize(self) -> None:
+    @property
+    def abilities(self) -> PolicyAbilities:
+        """What the policy can do beyond Stable-Baselines3's interface."""
+        return abilities_of(self.policy)
+
+    def broadcast_weights(self) -> None:
         """Give the weights of all processes the main one's values, before the first iteration."""
-        self.processes.equalize([p for p in self.policy.parameters() if p.requires_grad])
+        self.processes.broadcast_weights([p for p in self.policy.parameters() if p.requires_grad])
 
     def learn(
         self: _Algorithm,
@@ -172,7 +174,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
     def iterate(
         self, callback: BaseCallback, iteration: int, total_timesteps: int, log_interval: int | None = 1
     ) -> bool:
-        """One iteration: a rollout, its update, its log.
+        """Run one iteration: a rollout, its update and its log.
 
         Returns:
             False if a callback asked to stop.
@@ -183,42 +185,43 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
         self.train()
         if log_interval is not None and iteration % log_interval == 0:
-            with self.processes.agreement():
+            with self.processes.fail_together():
                 self.dump_logs(iteration)
         return True
 
     def collect_rollouts(  # type: ignore[override]
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: TensorRolloutBuffer, n_rollout_steps: int
     ) -> bool:
-        """Fill the buffer with `n_rollout_steps` steps of every environment and estimate the advantages.
+        """Fill the buffer with `n_rollout_steps` steps of every sub-environment and compute the step weights.
 
         Returns:
             False if a callback asked to stop.
 
         Raises:
-            ValueError: for a reward that is not finite, before it can reach a weight; where they are dropped, if none
-                is left.
-            Exception: whatever the reward raises; of a reward that is computed meanwhile, at the next step.
+            ValueError: for a reward that is not finite, before it can reach a weight; where such samples are dropped,
+                if none is left.
+            Exception: whatever the reward raises. If rewards are computed in the background, at the next step.
         """
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
         callback.on_rollout_start()
-        pending = PendingRewards(rollout_buffer)
-        sampling_weights = getattr(self.policy, "sampling_weights", nullcontext)
-        with self.processes.agreement(), sampling_weights():
+        pending = PendingScores(rollout_buffer)
+        with self.processes.fail_together(), self.abilities.sampling_weights():
             if not self._sample(env, callback, rollout_buffer, n_rollout_steps, pending):
                 return False
-        gather_rollout(rollout_buffer, self.processes)
-        episodes = gather_episodes(pending.ended, rollout_buffer, self.processes)
-        with self.processes.agreement():
-            combine_rewards(episodes, rollout_buffer, env, "keep" if self.non_finite_rewards == "drop" else "raise")
+        rollout_buffer.gather(self.processes)
+        episodes = pending.join(self.processes)
+        denoising_env = denoising_env_of(env)
+        with self.processes.fail_together():
+            reward = None if denoising_env is None else denoising_env.reward
+            score_measured(episodes, rollout_buffer, reward, "keep" if self.non_finite_rewards == "drop" else "raise")
             scored = [episode for episode in episodes if episode.is_finite(rollout_buffer)]
-            self._note_episodes([episode.noted for episode in scored])
+            self._note_episodes([episode.statistics for episode in scored])
             self._drop_or_raise(rollout_buffer)
             rollout_buffer.set_monte_carlo_returns()
-            rollout_buffer.advantages = self.credit(rollout_buffer)
+            rollout_buffer.advantages = self.step_weights(rollout_buffer)
         self._record_rewards(rollout_buffer)
-        self._record_details(columns(scored))
+        self._record_details(details_by_name(scored))
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
@@ -229,21 +232,21 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         callback: BaseCallback,
         rollout_buffer: TensorRolloutBuffer,
         n_rollout_steps: int,
-        pending: PendingRewards,
+        pending: PendingScores,
     ) -> bool:
-        """Fill the buffer with this process's part of the rollout; False if a callback asked to stop."""
+        """Fill the buffer with this process's sub-environments; return False if a callback asked to stop."""
         dones = np.zeros(env.num_envs, np.bool_)
-        share = self.processes.share(env.num_envs * self.processes.count)
+        rows = self.processes.rows(env.num_envs * self.processes.count)
         for step in range(n_rollout_steps):
             self.processes.raise_interrupt()
             observation = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
             contexts = [info.get(self.context_key) for info in env.unwrapped.reset_infos]  # wrappers do not pass it on
-            with torch.no_grad(), sharing(self.policy, share):
+            with torch.no_grad(), self.abilities.computing(rows):
                 actions, values, log_probs = self.policy(observation)
             new_observation, rewards, dones, infos = env.step(self._env_actions(actions))
             if self.non_finite_rewards == "raise":
                 self._require_finite(rewards)
-            self.num_timesteps += share.total
+            self.num_timesteps += rows.total
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
@@ -261,7 +264,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         return True
 
     def _note_episodes(self, infos: list[dict[str, Any]]) -> None:
-        """Take the last infos of finished episodes into the statistics that Stable-Baselines3 logs."""
+        """Add the last infos of finished episodes to the statistics that Stable-Baselines3 logs."""
         self._update_info_buffer(infos, np.ones(len(infos), np.bool_))
 
     def _require_finite(self, rewards: npt.NDArray[np.floating]) -> None:
@@ -269,24 +272,24 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             raise ValueError(f"rewards must be finite; got {rewards} at timestep {self.num_timesteps}")
 
     def _drop_or_raise(self, rollout: TensorRolloutBuffer) -> None:
-        """Deal with rewards that are not finite, now that all are known."""
+        """Drop samples whose reward is not finite, or raise, now that all rewards are known."""
         if self.non_finite_rewards == "raise":
             self._require_finite(rollout.rewards)
             return
         rollout.drop_non_finite()
         count = len(rollout.dropped_contexts)
         if not rollout.contexts:
-            raise ValueError(f"all {count} rewards of the rollout are NaN or infinite: nothing is left to train on")
+            raise ValueError(f"all {count} rewards of the rollout are NaN or infinite: no sample is left to train on")
         self.logger.record("rollout/dropped_samples", count)
 
-    def credit(self, rollout: TensorRolloutBuffer) -> Tensor:
-        """Return what each step's part of the loss is multiplied by, `(buffer_size, n_envs)`: its advantage."""
+    def step_weights(self, rollout: TensorRolloutBuffer) -> Tensor:
+        """Return the factor of each step in the loss, `(buffer_size, n_envs)`: its advantage."""
         return self.advantage(rollout)
 
     def _env_actions(self, actions: Tensor) -> Any:
-        """What the environment is given: tensors if it speaks them, else arrays within the action space's bounds."""
+        """Return the actions for the environment: tensors if it takes them, else arrays inside the action space."""
         if isinstance(self.observation_space, DenoisingObservationSpace):
-            # Latents are never clipped: the buffer relies on the environment going on from exactly this action.
+            # Latents are never clipped: the buffer relies on the next latent being exactly this action.
             last = self._last_obs["latents"]  # type: ignore[index]
             return actions if isinstance(last, Tensor) else actions.cpu().numpy()
         array = actions.cpu().numpy()
@@ -299,12 +302,12 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
     def _bootstrap_time_limits(
         self, rewards: npt.NDArray[np.floating], dones: npt.NDArray[np.bool_], infos: list[dict[str, Any]]
     ) -> None:
-        """Add the discounted value of the state in which a time limit cut an episode (Pardo et al. 2018)."""
-        for slot in np.flatnonzero(dones):
-            if infos[slot].get("TimeLimit.truncated", False):
-                terminal, _ = self.policy.obs_to_tensor(infos[slot]["terminal_observation"])
+        """Add the discounted value of the state where a time limit cut an episode (Pardo et al. 2018)."""
+        for index in np.flatnonzero(dones):
+            if infos[index].get("TimeLimit.truncated", False):
+                terminal, _ = self.policy.obs_to_tensor(infos[index]["terminal_observation"])
                 with torch.no_grad():
-                    rewards[slot] += self.gamma * float(self.policy.predict_values(terminal))
+                    rewards[index] += self.gamma * float(self.policy.predict_values(terminal))
 
     def _record_rewards(self, rollout: TensorRolloutBuffer) -> None:
         returns = rollout.segment_returns()[rollout.complete_segments()]
@@ -314,7 +317,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
             self.logger.record("rollout/episodes", len(returns))
 
     def _record_details(self, details: dict[str, list[Any]]) -> None:
-        """Log the mean of every numeric detail that the reward reports, such as the parts of a weighted sum."""
+        """Log the mean of every numeric detail that the reward reports, such as the terms of a weighted sum."""
         for name, values in details.items():
             if name != "non_finite" and all(isinstance(value, numbers.Real) for value in values):
                 self.logger.record(f"reward/{name}", float(np.mean(values)))

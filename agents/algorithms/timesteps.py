@@ -1,4 +1,4 @@
-"""Which steps of a rollout an update trains on: a share of each episode's, drawn from a window of it."""
+"""The steps of a rollout that an update trains on: a fraction of each episode's steps, drawn from a window of it."""
 
 from __future__ import annotations
 
@@ -8,28 +8,16 @@ import numpy as np
 import numpy.typing as npt
 
 
-def check_timesteps(fraction: float, window: tuple[float, float]) -> None:
-    """Refuse a fraction or a window that selects nothing.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"timestep_fraction must be in (0, 1]; got {fraction}")
-    if len(window) != 2 or not 0 <= window[0] < window[1] <= 1:
-        raise ValueError(f"timestep_window must be two shares, 0 <= start < end <= 1; got {window}")
-
-
 def choose_steps(
     segments: npt.NDArray[np.int64], fraction: float, window: tuple[float, float]
 ) -> npt.NDArray[np.int64]:
     """Draw `fraction` of each episode's steps, at least one, from those inside `window`.
 
     Args:
-        segments: which episode, or part of one, each step belongs to, in the order of time: `(steps, n_envs)`. Negative
-            for steps that are not to be drawn.
-        fraction: share of the episode's length.
-        window: start and end as shares of the episode's length.
+        segments: number of the episode, or of the part of one, that each step belongs to, in the order of time:
+            `(steps, n_envs)`. Negative for steps that must not be drawn.
+        fraction: of the episode's length.
+        window: start and end as fractions of the episode's length.
 
     Returns:
         Flat indices into `segments`, ascending.
@@ -46,7 +34,7 @@ def choose_steps(
 
 
 def _rank_within(groups: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Rank of each value among those of its group, from 0."""
+    """Return the rank of each value among those of its group, from 0."""
     order = np.lexsort((values, groups))
     sizes = np.bincount(groups)
     ranks = np.empty(len(groups), np.int64)

@@ -1,216 +1,246 @@
-"""A whole run's settings: what does not fit together is refused here, before anything is loaded."""
+"""`TrainConfig`: all settings of a run, frozen, checked when it is made, and completed by `resolved`.
+
+The settings that matter most are fields of `TrainConfig`; the others are in groups. All names are unique, so settings
+are given flat: `train_config(model="tiny", lora_rank=4)`, on the command line and in `config.yaml` alike.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, NamedTuple
 
-from agents.algorithms.rollout_algorithm import NonFiniteRewards
-from agents.config.settings import (
-    ALGORITHMS,
-    Advantage,
-    OptimizerSettings,
-    PolicySettings,
-    RunSettings,
-    Schedule,
-    TaskSettings,
-    TrainingSettings,
-)
-from agents.config.sizes import must_divide
-from agents.policy.lora import LORA_TARGETS
+from agents.algorithms.options import UpdateOptions
+from agents.config.settings import Algorithm, OptimizerSettings, RunSettings, TrainingSettings
+from agents.config.sizes import largest_divisor, must_divide
+from agents.policy.options import PolicyOptions
+from ddpo_env.validation.options import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, check_fields
 from rewards import parse_options
 
 _ITERATIONS = 20
+_REMOVED: dict[str, Any] = {"overlap_rewards": True, "keep_checkpoints": 2}
+"""Settings of older versions, and the one value that still describes what a run does."""
 
 
-@dataclass(kw_only=True)
+class AlgorithmDefaults(NamedTuple):
+    """Values of settings that depend on the algorithm where they are left open."""
+
+    learning_rate: float
+    epochs: int
+    updates_per_iteration: int
+
+
+ALGORITHMS: dict[str, AlgorithmDefaults] = {
+    "ppo": AlgorithmDefaults(5e-3, 1, 4),
+    "reinforce": AlgorithmDefaults(1e-2, 1, 1),
+    "rwr": AlgorithmDefaults(2e-3, 5, 1),
+    "rwr_sparse": AlgorithmDefaults(5e-4, 50, 1),
+}
+"""Learning rates from the search of `scripts/experiments/algorithms.py` on the bundled model; epochs from the paper."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A whole run of `scripts/train_ppo.py`."""
+    """All settings of a training run.
 
-    run: RunSettings = field(default_factory=RunSettings)
-    task: TaskSettings = field(default_factory=TaskSettings)
-    policy: PolicySettings = field(default_factory=PolicySettings)
+    Raises:
+        ValueError: for a value that is not valid, naming the setting.
+    """
+
+    preset: str | None = None
+    """Settings of a DDPO experiment: sd14-compressibility, sd14-incompressibility, sd14-aesthetic or sd14-alignment."""
+    model: str = "tiny"
+    """Bundled name (tiny), folder in diffusers' layout, or Hub id such as CompVis/stable-diffusion-v1-4."""
+    reward: str = "jpeg_compressibility"
+    """Built-in name, module:function of your own, or weighted sum such as aesthetic:1,clip_score:0.5."""
+    reward_options: tuple[str, ...] = ()
+    """Arguments of the reward as key=value, such as device=cpu judge_options.timeout=30; term.key=value in a sum."""
+    prompts: str = "simple_animals"
+    """Name of a prompt set, or a text file with one prompt per line."""
+    num_inference_steps: Annotated[int, AT_LEAST_1] = 10
+    """Denoising steps, the length of an episode."""
+    algorithm: Algorithm = "ppo"
+    """ppo (DDPO-IS), reinforce (DDPO-SF), or reward-weighted regression: rwr (exponential weights), rwr_sparse."""
+    iterations: Annotated[int | None, AT_LEAST_1] = None
+    """Rounds of sampling and training in total. Default: 20; for a resumed run, the number that it started with."""
+    samples_per_iteration: Annotated[int, AT_LEAST_1] = 72
+    """Samples generated in each iteration."""
+    learning_rate: Annotated[float | None, POSITIVE] = None
+    """At the start of the run. Default: the algorithm's, tuned on the bundled model (5e-3 for ppo)."""
+    seed: Annotated[int, NOT_NEGATIVE] = 0
+    """Seed of weights, prompts, noise and batches."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    run_dir: Path | None = None
+    """Folder of the run. Default: runs/<reward>-<date>-<time>."""
+    resume: Path | None = None
+    """Folder of a run to continue from its last checkpoint, with its own settings; only iterations can change."""
+
+    policy: PolicyOptions = field(
+        default_factory=lambda: PolicyOptions(guidance_scale=1.0, lora_rank=8, lora_targets="attention+convolutions")
+    )
+    update: UpdateOptions = field(
+        default_factory=lambda: UpdateOptions(timestep_window=(0.0, 0.9), timestep_fraction=0.5)
+    )
     training: TrainingSettings = field(default_factory=TrainingSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    run: RunSettings = field(default_factory=RunSettings)
 
-    def check(self) -> None:
-        """Refuse what cannot run, before anything is loaded.
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def changed(self, **settings: Any) -> TrainConfig:
+        """Return a configuration with other values of some settings, by name.
 
         Raises:
-            ValueError: naming the setting, its value, and what is valid; for sizes that do not divide, the nearest that
+            ValueError: for a name that is no setting, or a value that is not valid.
+        """
+        groups = {one.name: getattr(self, one.name) for one in fields(self)}
+        owners = {name: group for group, value in groups.items() if is_dataclass(value) for name in vars(value)}
+        own = {name: value for name, value in settings.items() if name in groups}
+        for name, value in settings.items():
+            if name in owners:
+                group = own.get(owners[name], groups[owners[name]])
+                own[owners[name]] = replace(group, **{name: value})
+            elif name not in groups:
+                near = difflib.get_close_matches(name, [*groups, *owners], 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"there is no setting {name!r}{hint}")
+        return replace(self, **own)
+
+    def resolved(self) -> TrainConfig:
+        """Return the settings with every open one filled in, once they fit together.
+
+        Raises:
+            ValueError: naming the setting, its value and what is valid; for sizes that do not divide, the nearest that
                 do.
         """
-        self._check_algorithm()
-        self._check_ranges()
-        self._check_choices()
-        training = self.training
-        total = training.samples_per_iteration
-        must_divide("sample_batch_size", training.sample_batch_size, "samples_per_iteration", total)
-        must_divide("samples_per_prompt", training.samples_per_prompt, "sample_batch_size", training.sample_batch_size)
-        must_divide("updates_per_iteration", training.updates_per_iteration, "samples_per_iteration", total)
+        training, total = self.training, self.samples_per_iteration
+        defaults = ALGORITHMS[self.algorithm]
+        batch = training.sample_batch_size or largest_divisor(total, 72)
+        config = self.changed(
+            iterations=self.iterations or _ITERATIONS,
+            learning_rate=self.learning_rate or defaults.learning_rate,
+            sample_batch_size=batch,
+            samples_per_prompt=training.samples_per_prompt or largest_divisor(batch, 8),
+            updates_per_iteration=training.updates_per_iteration
+            or largest_divisor(total, defaults.updates_per_iteration),
+            epochs=training.epochs or defaults.epochs,
+            advantage=training.advantage or ("gae" if self.policy.critic else "per_prompt"),
+        )
+        config._check_algorithm()
+        config._check_sizes()
+        parse_options(self.reward_options)
+        return config
 
-    def _check_ranges(self) -> None:
-        training, optimizer = self.training, self.optimizer
-        at_least_one = {
-            "iterations": self.iterations,
-            "eval_samples": self.run.eval_samples,
-            "keep_checkpoints": self.run.keep_checkpoints,
-            "num_inference_steps": self.task.num_inference_steps,
-            "samples_per_iteration": training.samples_per_iteration,
-            "samples_per_prompt": training.samples_per_prompt,
-            "sample_batch_size": training.sample_batch_size,
-            "updates_per_iteration": training.updates_per_iteration,
-            "epochs": training.epochs,
-        }
-        not_negative = {
-            "seed": self.run.seed,
-            "train_batch_size": training.train_batch_size,
-            "eval_interval": self.run.eval_interval,
-            "checkpoint_interval": self.run.checkpoint_interval,
-            "guidance_scale": self.policy.guidance_scale,
-            "lora_rank": self.policy.lora_rank,
-            "weight_decay": optimizer.weight_decay,
-            "kl_coef": training.kl_coef,
-            "rwr_percentile": training.rwr_percentile,
-            "ema_decay": training.ema_decay,
-        }
-        above_zero = {
-            "process_timeout": self.run.process_timeout,
-            "eta": self.policy.eta,
-            "noise_level": 1.0 if self.policy.noise_level is None else self.policy.noise_level,
-            "clip_range": training.clip_range,
-            "advantage_clip": training.advantage_clip,
-            "timestep_fraction": training.timestep_fraction,
-            "learning_rate": self.learning_rate,
-            "rwr_beta": training.rwr_beta,
-            "adam_epsilon": optimizer.adam_epsilon,
-            "max_grad_norm": optimizer.max_grad_norm,
-            "target_kl": 1.0 if training.target_kl is None else training.target_kl,
-        }
-        for name, value in at_least_one.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
-        for name, number in not_negative.items():
-            if not 0 <= number < math.inf:
-                raise ValueError(f"{name} must be at least 0; got {number}")
-        for name, number in above_zero.items():
-            if not 0 < number < math.inf:
-                raise ValueError(f"{name} must be above 0; got {number}")
+    def check_processes(self, count: int) -> None:
+        """Refuse sizes that `count` processes cannot divide among them; sizes are totals.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        for name, value in (
+            ("samples_per_iteration", self.samples_per_iteration),
+            ("sample_batch_size", self.training.sample_batch_size),
+            ("eval_samples", self.eval_batch_size),
+        ):
+            if value % count:
+                raise ValueError(f"{name} must be a multiple of the number of processes, {count}; got {value}")
+
+    @property
+    def total_iterations(self) -> int:
+        """Number of iterations of a resolved configuration."""
+        assert self.iterations is not None
+        return self.iterations
+
+    @property
+    def trained_steps(self) -> int:
+        """Steps of each trajectory that are trained on."""
+        steps = self.num_inference_steps
+        start, end = (round(edge * steps) for edge in self.update.timestep_window)
+        return min(max(1, round(self.update.timestep_fraction * steps)), end - start)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Held-out samples that are generated at once, by all processes together."""
+        return min(self.run.eval_samples, self.training.sample_batch_size)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return every setting as plain values, for `config.yaml`."""
+        return _plain(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Return the configuration that `as_dict` of this or an older version wrote.
+
+        Raises:
+            ValueError: if it holds something else.
+        """
+        flat: dict[str, Any] = {}
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            flat |= value if isinstance(value, Mapping) else {name: value}
+        for name, only in _REMOVED.items():
+            if flat.pop(name, only) != only:
+                raise ValueError(f"{name} is no longer a setting, and runs behave as with {only}; go on with 0.1.0")
+        if "model" not in flat:
+            raise ValueError("it holds no settings of a run")
+        for name in ("run_dir", "resume"):
+            flat[name] = None if flat.get(name) is None else Path(flat[name])
+        for name, value in flat.items():
+            flat[name] = tuple(value) if isinstance(value, list) else value
+        return train_config(**flat)
 
     def _check_algorithm(self) -> None:
-        training = self.training
-        if training.algorithm not in ALGORITHMS:
-            raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}; got {training.algorithm!r}")
-        if training.advantage not in (None, *get_args(Advantage)):
-            raise ValueError(f"advantage must be one of {', '.join(get_args(Advantage))}; got {training.advantage!r}")
+        training, algorithm = self.training, self.algorithm
         if training.advantage == "gae" and not self.policy.critic:
             raise ValueError("advantage must not be gae without a critic: add --critic")
         if training.advantage in ("group", "leave_one_out") and training.samples_per_prompt < 2:
             raise ValueError(
-                f"samples_per_prompt must be at least 2 with advantage {training.advantage}, which compares pictures "
-                f"of a prompt; got {training.samples_per_prompt}"
+                f"samples_per_prompt must be at least 2 with advantage {training.advantage}, which compares samples of "
+                f"a prompt; got {training.samples_per_prompt}"
             )
-        if training.algorithm == "reinforce" and (training.epochs, training.updates_per_iteration) != (1, 1):
+        if algorithm == "reinforce" and (training.epochs, training.updates_per_iteration) != (1, 1):
             raise ValueError(
-                "epochs and updates_per_iteration must be 1 with reinforce, whose gradient is right for the policy "
-                f"that sampled only; got {training.epochs} and {training.updates_per_iteration}"
+                "epochs and updates_per_iteration must be 1 with reinforce, whose gradient is correct only for the "
+                f"policy that sampled; got {training.epochs} and {training.updates_per_iteration}"
             )
-        if training.algorithm == "rwr_sparse" and training.updates_per_iteration != 1:
+        if algorithm == "rwr_sparse" and training.updates_per_iteration != 1:
             raise ValueError(
-                f"updates_per_iteration must be 1 with rwr_sparse, which imitates few pictures, in many epochs; "
+                "updates_per_iteration must be 1 with rwr_sparse, which imitates few samples in many epochs; "
                 f"got {training.updates_per_iteration}"
             )
-        for name, value, below in (
-            ("rwr_percentile", training.rwr_percentile, 100),
-            ("ema_decay", training.ema_decay, 1),
-        ):
-            if value >= below:
-                raise ValueError(f"{name} must be below {below}; got {value}")
-
-    def _check_choices(self) -> None:
-        training, optimizer = self.training, self.optimizer
-        parse_options(self.task.reward_options)
-        if training.non_finite_rewards not in get_args(NonFiniteRewards):
-            valid = ", ".join(get_args(NonFiniteRewards))
-            raise ValueError(f"non_finite_rewards must be one of {valid}; got {training.non_finite_rewards!r}")
-        if self.policy.autocast not in (None, "bfloat16", "float16"):
-            raise ValueError(f"autocast must be None, bfloat16 or float16; got {self.policy.autocast!r}")
-        start, end = training.timestep_window
-        if not 0 <= start < end <= 1 or self.trained_steps < 1:
-            raise ValueError(
-                f"timestep_window must be two shares, 0 <= start < end <= 1, with at least one of the "
-                f"{self.task.num_inference_steps} steps between them; got {training.timestep_window}"
-            )
-        if training.timestep_fraction > 1:
-            raise ValueError(f"timestep_fraction must be in (0, 1]; got {training.timestep_fraction}")
-        if optimizer.learning_rate_schedule not in get_args(Schedule):
-            raise ValueError(
-                f"learning_rate_schedule must be one of {', '.join(get_args(Schedule))}; "
-                f"got {optimizer.learning_rate_schedule!r}"
-            )
-        for name, beta in {"adam_beta1": optimizer.adam_beta1, "adam_beta2": optimizer.adam_beta2}.items():
-            if not 0 <= beta < 1:
-                raise ValueError(f"{name} must be in [0, 1); got {beta}")
-        if self.policy.lora_targets not in LORA_TARGETS:
-            raise ValueError(f"lora_targets must be one of {', '.join(LORA_TARGETS)}; got {self.policy.lora_targets!r}")
-        if self.policy.log_prob_reduction not in ("mean", "sum"):
-            raise ValueError(f"log_prob_reduction must be mean or sum; got {self.policy.log_prob_reduction!r}")
-        if not 2 <= training.stat_min_count <= training.stat_buffer_size:
+        if training.stat_min_count > training.stat_buffer_size:
             raise ValueError(
                 f"stat_min_count must be between 2 and stat_buffer_size={training.stat_buffer_size}; "
                 f"got {training.stat_min_count}"
             )
 
-    @property
-    def iterations(self) -> int:
-        """How many there are in all."""
-        return _ITERATIONS if self.run.iterations is None else self.run.iterations
-
-    @property
-    def learning_rate(self) -> float:
-        """At the start of the run."""
-        given = self.optimizer.learning_rate
-        return ALGORITHMS[self.training.algorithm].learning_rate if given is None else given
-
-    @property
-    def trained_steps(self) -> int:
-        """Steps of each trajectory that are trained on."""
-        training, steps = self.training, self.task.num_inference_steps
-        start, end = (round(edge * steps) for edge in training.timestep_window)
-        return min(max(1, round(training.timestep_fraction * steps)), end - start)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return every setting in groups of plain values, for `config.yaml`."""
-        groups: dict[str, Any] = asdict(self)
-        for group in groups.values():
-            for name, value in group.items():
-                if isinstance(value, Path):
-                    group[name] = str(value)
-                elif isinstance(value, tuple):
-                    group[name] = list(value)
-        return groups
-
-    @classmethod
-    def from_dict(cls, groups: dict[str, Any]) -> TrainConfig:
-        """Return the configuration that `as_dict` wrote.
-
-        Raises:
-            ValueError: if that is not what it is.
-        """
-        try:
-            run = {**groups["run"]}
-            for name in ("run_dir", "resume"):
-                run[name] = Path(run[name]) if run[name] is not None else None
-            window = tuple(groups["training"]["timestep_window"])
-            options = tuple(groups["task"].get("reward_options", ()))
-            return cls(
-                run=RunSettings(**run),
-                task=TaskSettings(**{**groups["task"], "reward_options": options}),
-                policy=PolicySettings(**groups["policy"]),
-                training=TrainingSettings(**{**groups["training"], "timestep_window": window}),
-                optimizer=OptimizerSettings(**groups["optimizer"]),
+    def _check_sizes(self) -> None:
+        training, total = self.training, self.samples_per_iteration
+        must_divide("sample_batch_size", training.sample_batch_size, "samples_per_iteration", total)
+        must_divide("samples_per_prompt", training.samples_per_prompt, "sample_batch_size", training.sample_batch_size)
+        must_divide("updates_per_iteration", training.updates_per_iteration, "samples_per_iteration", total)
+        if self.trained_steps < 1:
+            raise ValueError(
+                f"timestep_window must contain at least one of the {self.num_inference_steps} steps; "
+                f"got {self.update.timestep_window}"
             )
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"settings must be those of this version's TrainConfig: {error}") from error
+
+
+def train_config(**settings: Any) -> TrainConfig:
+    """Return a configuration with the given settings, by name, and defaults for the others.
+
+    Raises:
+        ValueError: for a name that is no setting, or a value that is not valid.
+    """
+    return TrainConfig().changed(**settings)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value

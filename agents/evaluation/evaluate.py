@@ -1,9 +1,9 @@
-"""Pictures of a policy for given prompts and seeds: the same ones before, during and after training."""
+"""Samples of a policy for given prompts and seeds, the same before, during and after training, and their scores."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,47 +13,49 @@ import torch
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.utils import obs_as_tensor
 
-from agents.distributed import Processes, sharing
+from agents.distributed import Processes
 from agents.policy.diffusion_policy import DiffusionPolicy
-from ddpo_env.prompts.distributions import Prompt, PromptSet
+from ddpo_env.prompts import Prompt, PromptSet
 from ddpo_env.vector_env import DenoisingVectorEnv
-from rewards import SharedReward, unshared
+from rewards import Freezable, TwoStageReward, combine_measurements
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a policy drew.
+    """Samples of a policy, and their scores.
 
     Attributes:
-        images: `(samples, height, width, 3)` uint8, or `(samples, ...)` where the model draws something else.
-        prompts: one a sample.
-        rewards: `(samples,)` float64; where the environment keeps such scores, NaN or infinite for some.
-        details: the reward's details by name, one value a sample.
+        images: `(samples, height, width, 3)` uint8, or `(samples, ...)` if the model generates something else.
+        prompts: one per sample.
+        rewards: `(samples,)` float64. Some are NaN or infinite if the environment keeps such scores.
+        details: the reward's details by name, one value per sample.
+        measurements: what a two-stage reward measured, one per sample, while the scores are not known yet.
     """
 
     images: npt.NDArray[Any]
     prompts: list[str]
     rewards: npt.NDArray[np.float64]
     details: dict[str, list[Any]]
+    measurements: list[Any] | None = None
 
     @property
     def dropped_samples(self) -> int:
-        """How many rewards are NaN or infinite."""
+        """Number of rewards that are NaN or infinite."""
         return int((~np.isfinite(self.rewards)).sum())
 
     def finite_rewards(self) -> npt.NDArray[np.float64]:
-        """Return the rewards that say something.
+        """Return the rewards that are finite.
 
         Raises:
-            ValueError: if none does.
+            ValueError: if none is.
         """
         finite = self.rewards[np.isfinite(self.rewards)]
         if not len(finite):
-            raise ValueError(f"all {len(self.rewards)} rewards of the held-out pictures are NaN or infinite")
+            raise ValueError(f"all {len(self.rewards)} rewards of the held-out samples are NaN or infinite")
         return finite
 
     def first(self, samples: int) -> Evaluation:
-        """Return the first samples alone."""
+        """Return the first samples only."""
         details = {name: values[:samples] for name, values in self.details.items()}
         return Evaluation(self.images[:samples], self.prompts[:samples], self.rewards[:samples], details)
 
@@ -65,21 +67,20 @@ def evaluate(
     seed: int,
     processes: Processes | None = None,
 ) -> Evaluation:
-    """Draw one picture a prompt with the policy's stochastic sampler, and score it.
+    """Generate one sample per prompt with the policy's stochastic sampler, and score it.
 
-    Sample `i` starts from the noise of seed `seed + i`, and the sampler's own noise is seeded too: the same arguments
-    give the same pictures for the same policy. The random state of training, and the statistics of a reward that keeps
-    some, are left as they were.
+    Sample `i` starts from the noise of seed `seed + i`, and the sampler's noise is seeded too, so the same arguments
+    give the same samples for the same policy. The random state of training, and the statistics of a reward that has
+    some, do not change.
 
     Args:
-        policy: what draws; it is not changed.
-        env: autoreset must be off; its number of slots is the batch size. The sampler's noise is drawn a batch at a
-            time, so only evaluations with the same number of slots draw the same pictures.
-        prompts: one a picture; `(prompt, metadata)` where the reward is to have other metadata than the environment's
-            prompt set knows.
-        seed: of the first picture.
-        processes: that draw a share each and return all; `env` is this one's part of the batch, with a reward as
-            `rewards.shared` returns it. Default: this one.
+        policy: generates the samples; it does not change.
+        env: autoreset must be off. Its number of sub-environments is the batch size. The sampler's noise is drawn one
+            batch at a time, so evaluations with another batch size give other samples.
+        prompts: one per sample; `(prompt, metadata)` for other metadata than that of the environment's prompt set.
+        seed: of the first sample.
+        processes: the processes that generate some rows each and return all samples. `env` then holds this process's
+            sub-environments. Default: this process only.
 
     Raises:
         ValueError: if `env` resets itself or defers its rewards, or there are no prompts.
@@ -87,35 +88,47 @@ def evaluate(
     if env.autoreset_mode is not AutoresetMode.DISABLED:
         raise ValueError(f"env must have autoreset_mode 'Disabled'; got {env.autoreset_mode.value!r}")
     if env.deferred_rewards:
-        raise ValueError("env must have deferred_rewards=False: the rewards are read off its steps; got True")
+        raise ValueError("env must have deferred_rewards=False, because rewards are read from its steps; got True")
     if not prompts:
-        raise ValueError("prompts must hold at least one prompt; got none")
+        raise ValueError("prompts must contain at least one prompt; got none")
     devices = [policy.device] if policy.device.type == "cuda" else []
     processes = processes or Processes()
-    share = processes.share(env.num_envs * processes.count)
+    rows = processes.rows(env.num_envs * processes.count)
     own = []
     training = policy.training
-    frozen_reward = getattr(unshared(env.reward), "frozen", nullcontext)
     with (
-        processes.agreement(),
-        frozen_reward(),
+        processes.fail_together(),
+        _frozen(env),
         torch.random.fork_rng(devices=devices),
         torch.no_grad(),
-        sharing(policy, share),
+        policy.computing(rows),
         policy.sampling_weights(),
     ):
         torch.manual_seed(seed)
         policy.set_training_mode(False)
-        for start in range(0, len(prompts), share.total):
+        for start in range(0, len(prompts), rows.total):
             processes.raise_interrupt()
-            wanted = list(prompts[start : start + share.total])
-            padded = wanted + [wanted[-1]] * (share.total - len(wanted))
-            own.append(_episode(policy, env, padded[share.start : share.stop], seed + start))
+            wanted = list(prompts[start : start + rows.total])
+            padded = wanted + [wanted[-1]] * (rows.total - len(wanted))
+            own.append(_episode(policy, env, padded[rows.start : rows.stop], seed + start))
     policy.set_training_mode(training)
-    batches = [_joined(parts) for parts in zip(*processes.gather_objects(own), strict=True)]
-    with processes.agreement(), frozen_reward():
+    batches = [_joined(batch) for batch in zip(*processes.gather_objects(own), strict=True)]
+    with processes.fail_together(), _frozen(env):
         whole = _joined([_scored(batch, env) for batch in batches])
     return whole.first(len(prompts))
+
+
+def evaluation_prompts(env: DenoisingVectorEnv, count: int, seed: int) -> list[Prompt]:
+    """Choose prompts for an evaluation, with their metadata: a finite set in turn, else draws from the distribution."""
+    rng = np.random.default_rng(seed)
+    if not isinstance(env.prompts, PromptSet):
+        return [env.prompts.sample(rng) for _ in range(count)]
+    order = rng.permutation(len(env.prompts))
+    return [env.prompts[order[i % len(order)]] for i in range(count)]
+
+
+def _frozen(env: DenoisingVectorEnv) -> AbstractContextManager[None]:
+    return env.reward.frozen() if isinstance(env.reward, Freezable) else nullcontext()
 
 
 def _episode(policy: DiffusionPolicy, env: DenoisingVectorEnv, prompts: list[str | Prompt], seed: int) -> Evaluation:
@@ -126,31 +139,33 @@ def _episode(policy: DiffusionPolicy, env: DenoisingVectorEnv, prompts: list[str
         actions = policy.get_distribution(obs_as_tensor(observation, policy.device)).sample()
         observation, rewards, _, _, infos = env.step(actions)
     details = {name: list(values) for name, values in infos.get("reward_details", {}).items() if name[0] != "_"}
+    measurements = None
+    if "deferred_reward" in infos:  # several processes share the batch, and the reward has only measured
+        deferred = list(infos["deferred_reward"])
+        measurements = [one.measurement() for one in deferred]
+        details = {name: [one.details()[name] for one in deferred] for name in deferred[0].details()}
     texts = [prompt if isinstance(prompt, str) else prompt[0] for prompt in prompts]
-    return Evaluation(infos["image"] if "image" in infos else infos["sample"], texts, rewards, details)
+    return Evaluation(infos["image"] if "image" in infos else infos["sample"], texts, rewards, details, measurements)
 
 
 def _scored(batch: Evaluation, env: DenoisingVectorEnv) -> Evaluation:
-    """Give a whole batch its scores, where the processes have only measured it."""
-    if not isinstance(env.reward, SharedReward):
+    """Score a whole batch that several processes have measured."""
+    if batch.measurements is None:
         return batch
-    rewards, details = env.reward.combined(batch.details, batch.prompts, env.non_finite_rewards)
-    return replace(batch, rewards=rewards, details=details)
-
-
-def _joined(parts: Sequence[Evaluation]) -> Evaluation:
-    return Evaluation(
-        images=np.concatenate([part.images for part in parts]),
-        prompts=[prompt for part in parts for prompt in part.prompts],
-        rewards=np.concatenate([part.rewards for part in parts]),
-        details={name: [value for part in parts for value in part.details.get(name, [])] for name in parts[0].details},
+    assert isinstance(env.reward, TwoStageReward)
+    rewards, details = combine_measurements(
+        env.reward, batch.measurements, batch.details, batch.prompts, env.non_finite_rewards
     )
+    return replace(batch, rewards=rewards, details=details, measurements=None)
 
 
-def evaluation_prompts(env: DenoisingVectorEnv, count: int, seed: int) -> list[Prompt]:
-    """Choose prompts, with their metadata, to evaluate on: a finite set in turn, else draws from the distribution."""
-    rng = np.random.default_rng(seed)
-    if not isinstance(env.prompts, PromptSet):
-        return [env.prompts.sample(rng) for _ in range(count)]
-    order = rng.permutation(len(env.prompts))
-    return [env.prompts[order[i % len(order)]] for i in range(count)]
+def _joined(batches: Sequence[Evaluation]) -> Evaluation:
+    names = batches[0].details
+    measured = [one for batch in batches for one in batch.measurements or ()]
+    return Evaluation(
+        images=np.concatenate([batch.images for batch in batches]),
+        prompts=[prompt for batch in batches for prompt in batch.prompts],
+        rewards=np.concatenate([batch.rewards for batch in batches]),
+        details={name: [value for batch in batches for value in batch.details.get(name, [])] for name in names},
+        measurements=None if batches[0].measurements is None else measured,
+    )

@@ -1,4 +1,4 @@
-"""Grids of pictures with captions, and the reward's curve: what a person looks at after a run."""
+"""Grids of images with captions, and the plot of the reward: what a person looks at after a run."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _LABEL_WIDTH = 84
 _SMALLEST_TILE = 112
 
 
-def picture_grid(
+def image_grid(
     rows: Sequence[npt.NDArray[np.uint8]], row_labels: Sequence[str], column_labels: Sequence[str]
 ) -> Image.Image:
-    """Lay pictures out in labelled rows, small pictures enlarged without smoothing.
+    """Return a grid of images in labelled rows; small images are enlarged without smoothing.
 
     Args:
-        rows: per row, pictures `(columns, height, width, 3)` uint8.
-        row_labels: one a row, at the left; a line break starts a new line.
-        column_labels: one a column, above it.
+        rows: for each row, images `(columns, height, width, 3)` uint8.
+        row_labels: one per row, at the left; a line break starts a new line.
+        column_labels: one per column, above it.
     """
     height, width = rows[0].shape[1:3]
     scale = max(1, -(-_SMALLEST_TILE // width))
@@ -40,22 +40,22 @@ def picture_grid(
     for column, caption in enumerate(captions):
         x = left + column * (tile[0] + _MARGIN) + tile[0] // 2
         draw.multiline_text((x, top - 3), "\n".join(caption), "black", font, anchor="md", align="center")
-    for index, (pictures, label) in enumerate(zip(rows, row_labels, strict=True)):
+    for index, (images, label) in enumerate(zip(rows, row_labels, strict=True)):
         y = top + index * (tile[1] + _MARGIN)
         draw.multiline_text((_MARGIN, y + tile[1] // 2), label, "black", font, anchor="lm")
-        for column, picture in enumerate(pictures):
-            enlarged = Image.fromarray(picture).resize(tile, Image.Resampling.NEAREST)
+        for column, image in enumerate(images):
+            enlarged = Image.fromarray(image).resize(tile, Image.Resampling.NEAREST)
             sheet.paste(enlarged, (left + column * (tile[0] + _MARGIN), y))
     return sheet
 
 
-def write_strip(path: Path, pictures: npt.NDArray[np.uint8]) -> None:
-    """Write pictures `(count, height, width, 3)` uint8 side by side, as they are, to a PNG file."""
-    Image.fromarray(np.concatenate(pictures, axis=1)).save(path)
+def write_strip(path: Path, images: npt.NDArray[np.uint8]) -> None:
+    """Write images `(count, height, width, 3)` uint8 side by side, unchanged, to a PNG file."""
+    Image.fromarray(np.concatenate(images, axis=1)).save(path)
 
 
 def read_strip(path: Path, count: int) -> npt.NDArray[np.uint8]:
-    """Read the `count` pictures that `write_strip` wrote, `(count, height, width, 3)` uint8."""
+    """Read the `count` images that `write_strip` wrote, `(count, height, width, 3)` uint8."""
     return np.stack(np.split(np.asarray(Image.open(path).convert("RGB")), count, axis=1))
 
 

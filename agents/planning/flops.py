@@ -1,7 +1,7 @@
-"""What a run costs before it starts: floating-point operations of its networks, and the time they take on a device.
+"""The cost of a run before it starts: floating-point operations of its networks, and the time that they take.
 
-Operations are counted by torch on the meta device, where no number is computed; the rate at which the device does them
-is that of a matrix product, measured in a moment, times the share of it that a denoiser reaches.
+torch counts the operations on the meta device, where nothing is computed. The device's rate is that of a matrix
+product, measured in a moment, times the fraction of it that a denoiser reaches.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agents.config.train_config import TrainConfig
 from agents.planning.plan import denoiser_rows
-from agents.policy.lora import add_lora
-from ddpo_env.models.loading import DiffusionModel
+from agents.policy.lora import LoraTargets, add_lora
+from ddpo_env.models import DiffusionModel, abilities_of
 from ddpo_env.models.outline import outline_model
 from rewards.devices import resolve_device, resolve_dtype
 
 EFFICIENCY: dict[str, float] = {"cpu": 0.9, "cuda": 0.2, "mps": 0.2}
-"""Share of the rate of matrix products that denoisers reach: measured on a CPU (docs/scaling.md); for a GPU what the
-published 144 s an iteration on eight A100s amount to, so that it says too much rather than too little."""
+"""Fraction of the rate of matrix products that denoisers reach. The CPU's is measured (docs/scaling.md). The GPU's
+follows from the published 144 s per iteration on eight A100s; it makes estimates too long rather than too short."""
 
-_MATRIX: dict[str, int] = {"cpu": 1024}
+_MATRIX_SIDE: dict[str, int] = {"cpu": 1024}
 _REPEATS = 5
 
 
 @dataclass(frozen=True)
-class Work:
-    """Floating-point operations of one picture or row, a multiplication and an addition being two.
+class Flops:
+    """Floating-point operations per sample or row; a multiplication and an addition are two.
 
     Attributes:
-        forward: of the denoiser called on one latent, without a gradient.
-        training: the same with the gradient of what learns.
-        decoding: of the decoder, for one picture; 0 if it does not run on torch's networks.
+        forward: the denoiser on one latent, without a gradient.
+        training: the same, with the gradient of the weights that learn.
+        decoding: the decoder, for one image; 0 if it uses no torch network.
     """
 
     forward: float
@@ -45,7 +45,7 @@ class Work:
     decoding: float
 
 
-def count_work(model: DiffusionModel, lora_rank: int, lora_targets: Any = "attention") -> Work:
+def count_flops(model: DiffusionModel, lora_rank: int, lora_targets: LoraTargets = "attention") -> Flops:
     """Count the operations of a model on the meta device, see `ddpo_env.models.outline`."""
     with torch.device("meta"):
         learning: nn.Module = (
@@ -54,21 +54,21 @@ def count_work(model: DiffusionModel, lora_rank: int, lora_targets: Any = "atten
     latents = torch.zeros(1, *model.latent_shape, device="meta")
     timestep = torch.zeros(1, device="meta")
     conditioning = {name: torch.zeros(1, *shape, device="meta") for name, shape in model.conditioning_shapes.items()}
-    if getattr(model, "guidance_embeds", False):
+    if abilities_of(model).guidance_embeds:
         conditioning["guidance"] = torch.zeros(1, device="meta")
 
     def forward() -> Tensor:
         return model.predict(learning, latents, timestep, conditioning)
 
     with torch.no_grad():
-        alone = _operations(forward)
-    both = _operations(lambda: forward().float().sum().backward())
-    return Work(alone, both, _operations(lambda: model.decode(latents)))
+        sampling = _count(forward)
+    training = _count(lambda: forward().float().sum().backward())
+    return Flops(sampling, training, _count(lambda: model.decode(latents)))
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Measure a device's floating-point operations per second in a matrix product; takes a tenth of a second."""
-    side = _MATRIX.get(device.type, 8192)
+    side = _MATRIX_SIDE.get(device.type, 8192)
     left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     seconds = []
     for _ in range(_REPEATS):
@@ -79,42 +79,41 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def estimate_time(config: TrainConfig, processes: int = 1) -> str:
-    """Say about how long a checked configuration takes on this machine, without loading the model.
+    """Describe about how long a resolved configuration takes on this machine, without loading the model.
 
     Args:
-        config: as resolved.
-        processes: that share the work.
+        config: resolved.
+        processes: number of processes that share the work.
     """
-    model = outline_model(config.task.model, config.task.resolution)
+    model = outline_model(config.model, config.run.resolution)
     if model is None:
-        return f"not known before {config.task.model} is downloaded"
-    policy = config.policy
-    work, rows = count_work(model, policy.lora_rank, policy.lora_targets), denoiser_rows(config)
-    sampling = rows.sampling * work.forward + config.iterations * config.training.samples_per_iteration * work.decoding
-    training = rows.training * work.training + rows.measuring * work.forward
-    whole = sampling + training + rows.held_out * work.forward
-    device = resolve_device(config.run.device)
+        return f"not known before {config.model} is downloaded"
+    policy, iterations = config.policy, config.total_iterations
+    flops, rows = count_flops(model, policy.lora_rank, policy.lora_targets), denoiser_rows(config)
+    sampling = rows.sampling * flops.forward + iterations * config.samples_per_iteration * flops.decoding
+    training = rows.training * flops.training + rows.measuring * flops.forward
+    total = sampling + training + rows.held_out * flops.forward
+    device = resolve_device(config.device)
     rate = processes * matmul_rate(device, resolve_dtype(policy.autocast or config.run.dtype, device))
     usable = rate * EFFICIENCY[device.type]
-    iteration = (sampling + training) / config.iterations
     return (
-        f"about {describe_seconds(whole / usable)} and the reward's, {describe_seconds(iteration / usable)} "
-        f"an iteration: {describe_operations(sampling / config.iterations)} of sampling and "
-        f"{describe_operations(training / config.iterations)} of training at {EFFICIENCY[device.type]:.0%} of "
-        f"{describe_operations(rate)}/s, the rate of matrix products"
+        f"about {describe_seconds(total / usable)} plus the reward's, "
+        f"{describe_seconds((sampling + training) / iterations / usable)} per iteration: "
+        f"{describe_flops(sampling / iterations)} of sampling and {describe_flops(training / iterations)} of training "
+        f"at {EFFICIENCY[device.type]:.0%} of {describe_flops(rate)}/s, the rate of matrix products"
     )
 
 
 def describe_seconds(seconds: float) -> str:
-    """Return a time in the unit that suits it, with two digits."""
+    """Return a time in a suitable unit, with two digits."""
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{_two_digits(seconds / size)} {unit}"
     return f"{_two_digits(seconds)} s"
 
 
-def describe_operations(operations: float) -> str:
-    """Return a number of floating-point operations in the unit that suits it, with two digits."""
+def describe_flops(operations: float) -> str:
+    """Return a number of floating-point operations in a suitable unit, with two digits."""
     for size, unit in ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP")):
         if operations >= size:
             return f"{_two_digits(operations / size)} {unit}"
@@ -125,7 +124,7 @@ def _two_digits(number: float) -> str:
     return f"{number:.0f}" if number >= 10 else f"{number:.1f}"
 
 
-def _operations(work: Callable[[], Any]) -> float:
+def _count(work: Callable[[], Any]) -> float:
     with FlopCounterMode(display=False) as counter:
         work()
     return float(counter.get_total_flops())

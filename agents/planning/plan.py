@@ -11,14 +11,14 @@ from rewards.devices import resolve_device
 
 
 class DenoiserRows(NamedTuple):
-    """Rows that the denoiser is called on in a whole run; a guided call has two for each latent.
+    """Rows that the denoiser computes in a whole run; a guided call has two rows per latent.
 
     Attributes:
-        sampling: to draw the samples that are trained on.
+        sampling: to generate the samples that are trained on.
         training: forward and backward, in the updates.
-        held_out: to draw the held-out pictures.
-        measuring: without gradients, to compute log-densities again in half precision, and those of the pretrained
-            policy where there is a KL penalty.
+        held_out: to generate the held-out images.
+        measuring: without gradients, to compute log-probabilities again in half precision, and those of the pretrained
+            policy for a KL penalty.
     """
 
     sampling: int
@@ -27,141 +27,135 @@ class DenoiserRows(NamedTuple):
     measuring: int
 
 
-def describe_plan(
-    config: TrainConfig, processes: int = 1, estimate: str | None = None, memory: str | None = None
-) -> list[str]:
-    """Return the plan of a checked configuration, a line a subject; sizes are in samples, that is in pictures.
+def describe_plan(config: TrainConfig, processes: int = 1, estimate: str | None = None) -> list[str]:
+    """Return the plan of a resolved configuration, one line per subject; sizes are in samples.
 
     Args:
-        config: checked.
-        processes: that share the run.
+        config: resolved.
+        processes: number of processes that share the run.
         estimate: how long it will take, in words.
-        memory: what a training call holds, in words, where its size was chosen by that.
     """
-    task, training = config.task, config.training
-    total, steps = training.samples_per_iteration, task.num_inference_steps
+    training, total, steps = config.training, config.samples_per_iteration, config.num_inference_steps
     batches, groups = total // training.sample_batch_size, total // training.samples_per_prompt
     guidance = "no guidance" if config.policy.guidance_scale == 1 else f"guidance {config.policy.guidance_scale:g}"
-    sampling = (
-        f"sampling   {total:,} samples of {steps} steps an iteration: {_count(batches, 'batch', 'batches')} of "
-        f"{training.sample_batch_size}, {_count(groups, 'prompt', 'prompts')} of "
-        f"{_count(training.samples_per_prompt, 'sample', 'samples')}"
-    )
-    whole = (
-        f"in all     {_count(config.iterations, 'iteration', 'iterations')}, {config.iterations * total:,} reward "
-        f"queries, {config.iterations * training.epochs * training.updates_per_iteration:,} updates at most"
-    )
+    updates = config.total_iterations * training.epochs * training.updates_per_iteration
     return [
         *_preset(config),
-        f"model      {task.model}, {_count(steps, 'step', 'steps')}, {guidance}",
+        f"model      {config.model}, {_count(steps, 'step', 'steps')}, {guidance}",
         *_reward(config),
         *([f"processes  {processes}, which share every batch"] if processes > 1 else []),
-        sampling,
+        f"sampling   {total:,} samples of {steps} steps per iteration: {_count(batches, 'batch', 'batches')} of "
+        f"{training.sample_batch_size}, {_count(groups, 'prompt', 'prompts')} with "
+        f"{_count(training.samples_per_prompt, 'sample', 'samples')} each",
         _training(config),
-        whole,
+        f"total      {_count(config.total_iterations, 'iteration', 'iterations')}, "
+        f"{config.total_iterations * total:,} reward queries, at most {updates:,} updates",
         _denoiser(config),
-        *([f"memory     {memory}"] if memory else []),
         *([f"time       {estimate}"] if estimate else []),
     ]
 
 
 def denoiser_rows(config: TrainConfig) -> DenoiserRows:
-    """Count the rows of a checked configuration's denoiser calls, as if the model took guidance by a second row."""
-    task, training, run = config.task, config.training, config.run
-    total, steps = training.samples_per_iteration, task.num_inference_steps
+    """Count the rows of a resolved configuration's denoiser calls, as if guidance always took a second row."""
+    training, run = config.training, config.run
+    total, steps = config.samples_per_iteration, config.num_inference_steps
     rows = 1 if config.policy.guidance_scale == 1 else 2
-    evaluations = 2 + (config.iterations - 1) // run.eval_interval if run.eval_interval else 2
-    slots = min(run.eval_samples, training.sample_batch_size)
-    if training.algorithm.startswith("rwr"):  # a denoising loss of each finished sample, without guidance
+    evaluations = 2 + (config.total_iterations - 1) // run.eval_interval if run.eval_interval else 2
+    batch = config.eval_batch_size
+    if config.algorithm.startswith("rwr"):  # a denoising loss of each finished sample, without guidance
         trained = training.epochs * _imitated(config)
         measuring = 0
     else:
         trained = rows * training.epochs * total * config.trained_steps
         measuring = rows * total * (config.trained_steps if training.epochs == 1 else steps) * _recomputes(config)
-    measuring += trained if training.kl_coef else 0
+    measuring += trained if config.update.kl_coef else 0
     return DenoiserRows(
-        sampling=config.iterations * rows * total * steps,
-        training=config.iterations * trained,
-        held_out=evaluations * rows * math.ceil(run.eval_samples / slots) * slots * steps,
-        measuring=config.iterations * measuring,
+        sampling=config.total_iterations * rows * total * steps,
+        training=config.total_iterations * trained,
+        held_out=evaluations * rows * math.ceil(run.eval_samples / batch) * batch * steps,
+        measuring=config.total_iterations * measuring,
     )
 
 
 def pairs_per_update(config: TrainConfig) -> int:
-    """Return the (sample, timestep) pairs of a checked configuration's update; a sample that is imitated is one."""
-    training = config.training
-    if training.algorithm == "rwr_sparse":
+    """Return the (sample, timestep) pairs in one update of a resolved configuration; an imitated sample is one pair."""
+    if config.algorithm == "rwr_sparse":
         return _imitated(config)
-    each = 1 if training.algorithm == "rwr" else config.trained_steps
-    return training.samples_per_iteration // training.updates_per_iteration * each
+    each = 1 if config.algorithm == "rwr" else config.trained_steps
+    return config.samples_per_iteration // config.training.updates_per_iteration * each
 
 
 def _training(config: TrainConfig) -> str:
-    task, training = config.task, config.training
-    total, updates = training.samples_per_iteration, training.updates_per_iteration
-    said = f"training   {training.algorithm}: {_count(training.epochs, 'epoch', 'epochs')} of "
-    said += _count(updates, "update", "updates")
-    if training.algorithm.startswith("rwr"):
-        chosen = (
-            f"the best {100 - training.rwr_percentile:g} %" if training.algorithm == "rwr_sparse" else "all, weighted"
-        )
-        return (
-            f"{said} on the finished samples ({chosen}), in calls of up to "
-            f"{_count(min(training.train_batch_size, total), 'sample', 'samples')}"
-        )
-    trained = config.trained_steps
+    training, total = config.training, config.samples_per_iteration
+    updates = training.updates_per_iteration
+    text = f"training   {config.algorithm}: {_count(training.epochs, 'epoch', 'epochs')} of "
+    text += _count(updates, "update", "updates")
+    if config.algorithm.startswith("rwr"):
+        is_sparse = config.algorithm == "rwr_sparse"
+        chosen = f"the best {100 - training.rwr_percentile:g} %" if is_sparse else "all, weighted"
+        size = min(training.train_batch_size, total)
+        return f"{text} on the finished samples ({chosen}), {_call(config, size, 'sample')}"
     return (
-        f"{said} of {_count(total // updates, 'sample', 'samples')} × {trained} of {task.num_inference_steps} steps = "
-        f"{_count(pairs_per_update(config), 'pair', 'pairs')}, in calls of up to "
-        f"{_count(training.train_batch_size, 'pair', 'pairs')}"
+        f"{text} with {_count(total // updates, 'sample', 'samples')} × {config.trained_steps} of "
+        f"{config.num_inference_steps} steps = {_count(pairs_per_update(config), 'pair', 'pairs')}, "
+        f"{_call(config, training.train_batch_size, 'pair')}"
     )
+
+
+def _call(config: TrainConfig, size: int, unit: str) -> str:
+    if config.training.train_batch_size == 0:
+        return f"in calls of as many {unit}s as fit into the memory"
+    return f"in calls of up to {_count(size, unit, unit + 's')}"
 
 
 def _denoiser(config: TrainConfig) -> str:
     rows = denoiser_rows(config)
-    measuring = f", {rows.measuring:,} to compute log-densities again" if rows.measuring else ""
+    measuring = f", {rows.measuring:,} to compute log-probabilities again" if rows.measuring else ""
     return (
         f"denoiser   {sum(rows):,} rows: {rows.sampling:,} to sample, {rows.training:,} to train, {rows.held_out:,} "
-        f"for held-out pictures{measuring}"
+        f"for held-out images{measuring}"
     )
 
 
 def _preset(config: TrainConfig) -> list[str]:
-    """Name the preset, and what was changed in it."""
-    if config.run.preset not in PRESETS:
+    """Name the preset, and the settings that differ from it."""
+    if config.preset not in PRESETS:
         return []
-    given, published = _settings(config), _settings(preset_config(config.run.preset))
+    given, published = _settings(config), _settings(preset_config(config.preset).resolved())
     changed = [f"{name}={value}" for name, value in given.items() if value != published[name]]
-    return [f"preset     {config.run.preset}{', but ' + ', '.join(changed) if changed else ''}"]
+    return [f"preset     {config.preset}{', but ' + ', '.join(changed) if changed else ''}"]
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    """Every setting but the folder and the device, which are no part of an experiment."""
-    groups = config.as_dict().values()
-    return {name: value for group in groups for name, value in group.items() if name not in ("run_dir", "device")}
+    """Return every setting by name, without the folder and the device, which do not define an experiment."""
+    flat: dict[str, Any] = {}
+    for name, value in config.as_dict().items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return {name: value for name, value in flat.items() if name not in ("run_dir", "device")}
 
 
 def _reward(config: TrainConfig) -> list[str]:
     """Name the reward with its options, and say whether samples without a score are dropped."""
-    said = list(config.task.reward_options)
+    notes = list(config.reward_options)
     if config.training.non_finite_rewards == "drop":
-        said.append("samples whose score is NaN or infinite are dropped")
-    return [f"reward     {config.task.reward}{': ' + ', '.join(said) if said else ''}"]
+        notes.append("samples whose score is NaN or infinite are dropped")
+    return [f"reward     {config.reward}{': ' + ', '.join(notes) if notes else ''}"]
 
 
 def _imitated(config: TrainConfig) -> int:
-    """How many samples of an iteration reward-weighted regression trains on, where no two are equally good."""
-    total = config.training.samples_per_iteration
-    share = config.training.rwr_percentile / 100 if config.training.algorithm == "rwr_sparse" else 0
-    return total - math.ceil(share * (total - 1))
+    """Return how many samples per iteration reward-weighted regression trains on, if no two have the same reward."""
+    total = config.samples_per_iteration
+    fraction = config.training.rwr_percentile / 100 if config.algorithm == "rwr_sparse" else 0
+    return total - math.ceil(fraction * (total - 1))
 
 
 def _recomputes(config: TrainConfig) -> bool:
-    """Whether log-densities are computed again before the first update: by default in half precision with PPO."""
-    if config.training.recompute_log_probs is not None or config.training.algorithm != "ppo":
-        return bool(config.training.recompute_log_probs)
+    """Return whether log-probabilities are computed again before the first update: by default PPO in half precision."""
+    recompute = config.update.recompute_log_probs
+    if recompute is not None or config.algorithm != "ppo":
+        return bool(recompute)
     dtype = config.policy.autocast or config.run.dtype
-    return dtype in ("float16", "bfloat16") or (dtype == "auto" and resolve_device(config.run.device).type != "cpu")
+    return dtype in ("float16", "bfloat16") or (dtype == "auto" and resolve_device(config.device).type != "cpu")
 
 
 def _count(number: int, one: str, many: str) -> str:

@@ -1,4 +1,4 @@
-"""The denoiser compiled by `torch.compile`: faster calls after minutes of compiling, for runs that are long."""
+"""The denoiser compiled by `torch.compile`: faster calls after minutes of compiling, for long runs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ BACKEND = "inductor"
 
 
 def compile_denoiser(denoiser: nn.Module) -> None:
-    """Let a denoiser be compiled at its first call, in place: its weights keep their names.
+    """Compile a denoiser at its first call, in place; its weights keep their names.
 
-    There is one graph for sampling, one for training and one for measuring without gradients; the batch's size is no
-    part of any, as long as its inputs go through `any_batch_size`.
+    There is one graph for sampling, one for training and one for calls without gradients. No graph depends on the
+    batch size, if the inputs go through `mark_batch_dynamic`.
 
     Raises:
-        ValueError: where there is no C++ compiler for a denoiser on a CPU.
+        ValueError: if the denoiser is on a CPU and there is no C++ compiler.
     """
     compiler = os.environ.get("CXX", "g++")
     if next(denoiser.parameters()).device.type == "cpu" and shutil.which(compiler) is None:
@@ -29,7 +29,7 @@ def compile_denoiser(denoiser: nn.Module) -> None:
     denoiser.compile(**options)
 
 
-def any_batch_size(tensors: Iterable[Tensor]) -> None:
+def mark_batch_dynamic(tensors: Iterable[Tensor]) -> None:
     """Tell the compiler that the first axis of these tensors has another size in other calls."""
     for tensor in tensors:
         torch._dynamo.maybe_mark_dynamic(tensor, 0)

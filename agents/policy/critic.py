@@ -1,7 +1,7 @@
 """A small value network over the state `(x_t, t, c)`, for algorithms that want a critic.
 
-DDPO itself has none: with one terminal reward and per-prompt statistics there is little for it to do.
-Stable-Baselines3's GAE can use it.
+DDPO has none: with one terminal reward and statistics per prompt a critic helps little. Stable-Baselines3's GAE uses
+one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The policy's action distribution as Stable-Baselines3 knows distributions: one Gaussian step of the sampler."""
+"""The policy's action distribution in Stable-Baselines3's interface: one Gaussian step of the sampler."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from stable_baselines3.common.distributions import Distribution
 from torch import Tensor, nn
 
-from agents.distributed import Share, noise_like
+from agents.distributed import Rows
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler, Reduction
 
 
 class DenoisingDistribution(Distribution):
-    """`π(x_{t-1} | x_t, c) = N(mean, std_t² I)`, with the log-density averaged over the latent's dimensions by default.
+    """`π(x_{t-1} | x_t, c) = N(mean, std_t² I)`.
 
-    The average is DDPO's convention (it keeps importance ratios in the range of floats, and sets the scale of
-    `clip_range`); `reduction="sum"` is the joint density.
+    By default the log-probability is averaged over the latent's dimensions, as in DDPO. The average keeps importance
+    ratios in the range of floats and sets the scale of `clip_range`. `reduction="sum"` gives the joint log-probability.
 
     Attributes:
-        distribution: the same Gaussian as a torch distribution, one a dimension, for code that wants closed forms.
+        distribution: the same Gaussian as a torch distribution, one per dimension, for code that wants closed forms.
     """
 
     def __init__(
@@ -28,14 +28,14 @@ class DenoisingDistribution(Distribution):
         mean: Tensor,
         step_index: Tensor,
         reduction: Reduction = "mean",
-        share: Share | None = None,
+        rows: Rows | None = None,
     ) -> None:
         """Take the sampler's table, the means `(batch, *latent_shape)` and the rows `(batch,)` of the table.
 
-        With `share` they are a share of a batch, for which noise is drawn as a whole.
+        With `rows` the means are those rows of a batch, and noise is drawn for the whole batch.
         """
         super().__init__()
-        self.share = share
+        self.rows = rows
         self.sampler = sampler
         self.mean = mean
         self.step_index = step_index
@@ -44,17 +44,20 @@ class DenoisingDistribution(Distribution):
         self.distribution: torch.distributions.Normal = torch.distributions.Normal(mean, self.std, validate_args=False)
 
     def log_prob(self, actions: Tensor) -> Tensor:
-        """Return the log-density of `actions` `(batch, ...)`, reduced over the latent: `(batch,)` float32."""
+        """Return the log-probability of `actions` `(batch, ...)`, reduced over the latent: `(batch,)` float32."""
         return self.sampler.log_prob(actions.reshape(self.mean.shape), self.mean, self.step_index, self.reduction)
 
     def entropy(self) -> Tensor:
-        """Return the differential entropy, reduced as the log-density: `(batch,)`. It depends on the timestep only."""
+        """Return the differential entropy, reduced like the log-probability: `(batch,)`.
+
+        It depends on the timestep only.
+        """
         entropy = self.distribution.entropy().flatten(1)
         return entropy.mean(1) if self.reduction == "mean" else entropy.sum(1)
 
     def sample(self) -> Tensor:
         """Return next latents `(batch, *latent_shape)`."""
-        return self.mean + self.std * noise_like(self.mean, self.share)
+        return self.mean + self.std * _noise_like(self.mean, self.rows)
 
     def mode(self) -> Tensor:
         """Return the mean of the next latents."""
@@ -66,14 +69,21 @@ class DenoisingDistribution(Distribution):
 
     def proba_distribution(self, mean: Tensor, step_index: Tensor) -> DenoisingDistribution:
         """Return the distribution with other parameters."""
-        return DenoisingDistribution(self.sampler, mean, step_index, self.reduction, self.share)
+        return DenoisingDistribution(self.sampler, mean, step_index, self.reduction, self.rows)
 
     def actions_from_params(self, mean: Tensor, step_index: Tensor, deterministic: bool = False) -> Tensor:
         """Return next latents for other parameters."""
         return self.proba_distribution(mean, step_index).get_actions(deterministic)
 
     def log_prob_from_params(self, mean: Tensor, step_index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return next latents for other parameters, and their log-density."""
+        """Return next latents for other parameters, and their log-probability."""
         other = self.proba_distribution(mean, step_index)
         actions = other.sample()
         return actions, other.log_prob(actions)
+
+
+def _noise_like(mean: Tensor, rows: Rows | None) -> Tensor:
+    """Return standard normal noise for a whole batch, or for some rows of one."""
+    if rows is None or rows.total == len(mean):
+        return torch.randn_like(mean)
+    return rows.draw(lambda total: torch.randn(total, *mean.shape[1:], dtype=mean.dtype, device=mean.device))

@@ -1,9 +1,9 @@
-"""Trajectories as tensors on the device, each latent and each prompt's conditioning stored once.
+"""Trajectories as tensors on the device; each latent and each prompt's conditioning is stored once.
 
-Sixth stop of the data's path. Stable-Baselines3's dictionary buffer keeps observation *and* action of every step and
-repeats the conditioning at each; but the next observation's latent is the action, and the conditioning is constant. So
-a trajectory of T steps is T + 1 latents and one conditioning here. Other environments' observations are stored as they
-are.
+Sixth stop of the data's path. Stable-Baselines3's dictionary buffer keeps the observation *and* the action of every
+step and repeats the conditioning at each. But the latent of the next observation is the action, and the conditioning
+is constant, so a trajectory of T steps takes T + 1 latents and one conditioning here. Observations of other
+environments are stored as they are.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_obs_shape
 from torch import Tensor
 
+from agents.distributed import Processes
 from ddpo_env.spaces import DenoisingObservationSpace
 from rewards.devices import copied_to
 
 TensorObservation: TypeAlias = Tensor | dict[str, Tensor]
 
 DROPPED = -1
-"""The part number of steps that `drop_non_finite` has taken out."""
+"""The segment number of steps that `drop_non_finite` has removed."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Transitions:
         actions: `(batch, *action_shape)`.
         log_probs: of the actions when they were taken, `(batch,)`.
         values: the critic's when they were taken, `(batch,)`.
-        advantages: `(batch,)`.
+        advantages: `(batch,)`; for reward-weighted regression the weights of the samples.
         returns: targets of the critic, `(batch,)`.
     """
 
@@ -55,10 +56,10 @@ class TensorRolloutBuffer:
     Attributes:
         rewards: `(buffer_size, n_envs)` float32 on the host.
         episode_starts: `(buffer_size, n_envs)` bool on the host.
-        segments: `(buffer_size, n_envs)` int64 on the host: which part of an episode a step belongs to. Parts are
-            numbered from 0; an episode that crosses the rollout's edge is two parts. `DROPPED` for what was taken out.
-        contexts: per part, what the episode was about (the prompt), or `None`.
-        dropped_contexts: the same of the parts that were taken out.
+        segments: `(buffer_size, n_envs)` int64 on the host: the segment that a step belongs to. A segment is an episode
+            or the part of one that is in the rollout. Segments are numbered from 0; removed steps have `DROPPED`.
+        contexts: per segment, the context of its episode (the prompt), or `None`.
+        dropped_contexts: contexts of the removed segments.
         values, log_probs, advantages, returns: `(buffer_size, n_envs)` float32 on `device`.
         actions: `(buffer_size, n_envs, *action_shape)` on `device`.
 
@@ -67,9 +68,9 @@ class TensorRolloutBuffer:
         observation_space: of one environment.
         action_space: of one environment.
         device: where tensors are kept.
-        gae_lambda: for `agents.algorithms.advantages.GeneralizedAdvantage`.
+        gae_lambda: for `agents.GeneralizedAdvantage`.
         gamma: discount.
-        n_envs: environments in the batch.
+        n_envs: sub-environments in the batch.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class TensorRolloutBuffer:
         }
 
     def reset(self) -> None:
-        """Forget the rollout, and what other processes added to it."""
+        """Discard the rollout, and what other processes added to it."""
         if self.n_envs != self.own_envs:
             self._allocate()
         self.pos = 0
@@ -134,7 +135,7 @@ class TensorRolloutBuffer:
         log_probs: Tensor,
         contexts: Sequence[Any],
     ) -> None:
-        """Append one step of every environment.
+        """Append one step of every sub-environment.
 
         Args:
             observation: before the step, `(n_envs, ...)`.
@@ -143,7 +144,10 @@ class TensorRolloutBuffer:
             episode_starts: whether `observation` is the first of an episode, `(n_envs,)`.
             values: `(n_envs, 1)` or `(n_envs,)`.
             log_probs: `(n_envs,)`.
-            contexts: what each environment's current episode is about.
+            contexts: context of each sub-environment's current episode.
+
+        Raises:
+            ValueError: if the buffer is full.
         """
         if self.full:
             raise ValueError(f"buffer_size={self.buffer_size} steps are stored already: call reset() first")
@@ -156,8 +160,8 @@ class TensorRolloutBuffer:
         observation = observation if isinstance(observation, dict) else {"": observation}
         if begins.any():
             rows = torch.as_tensor(np.flatnonzero(begins), device=self.device)
-            for name, parts in self._segment_observations.items():
-                parts.append(observation[name].to(self.device)[rows])
+            for name, stored in self._segment_observations.items():
+                stored.append(observation[name].to(self.device)[rows])
         for name, store in self._step_observations.items():
             store[step] = torch.as_tensor(observation[name], device=self.device).reshape(store[step].shape)
         self.rewards[step] = rewards
@@ -173,18 +177,57 @@ class TensorRolloutBuffer:
 
         Args:
             last_values: the critic's, after the last step, `(n_envs,)` or `(n_envs, 1)`.
-            last_dones: which environments ended with the last step, `(n_envs,)`.
+            last_dones: which episodes ended with the last step, `(n_envs,)`.
         """
         self.last_values = last_values.flatten()
         self.last_dones = np.asarray(last_dones, dtype=np.bool_)
-        self._joined = {name: torch.cat(parts) for name, parts in self._segment_observations.items()}
+        self._joined = {name: torch.cat(stored) for name, stored in self._segment_observations.items()}
         self._segment_observations = {name: [] for name in self._segment_keys()}
 
-    def drop_non_finite(self) -> None:
-        """Take the parts of episodes with a NaN or infinite reward out, as if they had not been sampled.
+    def gather(self, processes: Processes) -> None:
+        """Put the rollouts of all processes side by side, sub-environment by sub-environment, until `reset`.
 
-        The other parts are numbered anew. The grid keeps the steps of those that are gone, with reward 0 and as part
-        `DROPPED`: nothing that goes by parts, or by `kept_steps`, meets them.
+        Every process then holds the whole rollout. Advantages, statistics, batches and metrics are computed from the
+        same numbers everywhere, and any process can compute any row of an update. This takes the memory of one process
+        with the same number of samples.
+        """
+        if processes.count == 1:
+            return
+        begins = self.episode_starts.copy()
+        begins[0] = True
+        contexts = np.full(begins.shape, None, dtype=object)
+        contexts[begins] = np.fromiter(self.contexts, dtype=object, count=len(self.contexts))
+        own: dict[str, Any] = {
+            "begins": begins,
+            "contexts": contexts,
+            "rewards": self.rewards,
+            "episode_starts": self.episode_starts,
+            "segments": self.segments,
+            "last_dones": self.last_dones,
+        }
+        gathered = processes.gather_objects(own)
+        joined = {name: np.concatenate([one[name] for one in gathered], axis=-1) for name in own}
+        begins = joined["begins"]
+        self.n_envs = begins.shape[1]
+        self.rewards, self.episode_starts = joined["rewards"], joined["episode_starts"]
+        self.last_dones = joined["last_dones"]
+        self.contexts = joined["contexts"][begins].tolist()
+        self.segments = _numbered(begins)
+        for name in ("values", "log_probs", "advantages", "returns", "actions"):
+            setattr(self, name, processes.gather_rows(getattr(self, name), axis=1))
+        self.last_values = processes.gather_rows(self.last_values)
+        for name, store in self._step_observations.items():
+            self._step_observations[name] = processes.gather_rows(store, axis=1)
+        offsets = np.cumsum([0, *(one["begins"].sum() for one in gathered[:-1])])
+        numbers = [one["segments"] + offset for one, offset in zip(gathered, offsets, strict=True)]
+        order = torch.as_tensor(np.concatenate(numbers, axis=1)[begins], device=self.device)
+        self._joined = {name: processes.gather_rows(rows)[order] for name, rows in self._joined.items()}
+
+    def drop_non_finite(self) -> None:
+        """Remove the segments with a NaN or infinite reward, as if they had not been sampled.
+
+        The other segments are numbered anew. The grid keeps the removed steps, with reward 0 and segment `DROPPED`;
+        nothing that goes by segments or by `kept_steps` reads them.
         """
         spoiled = np.unique(self.segments[~np.isfinite(self.rewards)])
         if not len(spoiled):
@@ -194,17 +237,17 @@ class TensorRolloutBuffer:
         numbers[kept] = np.arange(len(kept))
         self.segments = numbers[self.segments]
         self.rewards[self.segments == DROPPED] = 0
-        self.dropped_contexts = [self.contexts[part] for part in spoiled]
-        self.contexts = [self.contexts[part] for part in kept]
+        self.dropped_contexts = [self.contexts[segment] for segment in spoiled]
+        self.contexts = [self.contexts[segment] for segment in kept]
         rows = torch.as_tensor(kept, device=self.device)
-        self._joined = {name: parts[rows] for name, parts in self._joined.items()}
+        self._joined = {name: segments[rows] for name, segments in self._joined.items()}
 
     def kept_steps(self) -> npt.NDArray[np.int64]:
-        """Flat indices of all steps but those that were taken out, ascending."""
+        """Return the flat indices of all steps that were not removed, ascending."""
         return np.flatnonzero(self.segments != DROPPED)
 
     def set_monte_carlo_returns(self) -> None:
-        """Set `returns`, the critic's targets, to each step's discounted rewards to come.
+        """Set `returns`, the critic's targets, to the discounted sum of the rewards from each step on.
 
         Where the rollout cuts an episode, the critic's last value stands for the rest. Estimators with better targets
         set their own.
@@ -218,33 +261,33 @@ class TensorRolloutBuffer:
         self.returns = torch.as_tensor(returns, dtype=torch.float32, device=self.device)
 
     def segment_returns(self) -> npt.NDArray[np.float64]:
-        """Sum of rewards of each part of an episode, `(len(contexts),)`."""
+        """Return the sum of rewards of each segment, `(len(contexts),)`."""
         kept = self.kept_steps()
         sums = np.bincount(self.segments.ravel()[kept], self.rewards.ravel()[kept], len(self.contexts))
         return sums.astype(np.float64)
 
     def complete_segments(self) -> npt.NDArray[np.bool_]:
-        """Which parts are whole episodes, `(len(contexts),)`."""
+        """Return which segments are whole episodes, `(len(contexts),)`."""
         complete = np.ones(len(self.contexts), np.bool_)
         cut = np.append(self.segments[0][~self.episode_starts[0]], self.segments[-1][~self.last_dones])
         complete[cut[cut != DROPPED]] = False
         return complete
 
     def final_steps(self) -> npt.NDArray[np.int64]:
-        """Flat indices of the last step of every episode that ends in this rollout and was not taken out."""
+        """Return the flat indices of the last step of every episode that ends in this rollout and was not removed."""
         ends = np.append(self.episode_starts[1:], self.last_dones[None], axis=0)
         return np.flatnonzero(ends & (self.segments != DROPPED))
 
     def per_step(self, segment_values: npt.NDArray[np.floating]) -> Tensor:
-        """Give every step the value of its part: `(len(contexts),)` → `(buffer_size, n_envs)` on the device.
+        """Give every step the value of its segment: `(len(contexts),)` → `(buffer_size, n_envs)` on the device.
 
-        Steps that were taken out get 0.
+        Removed steps get 0.
         """
-        values = np.append(segment_values, 0.0)  # at the end, which is where `DROPPED` points
+        values = np.append(segment_values, 0.0)  # `DROPPED` is the index of the last one
         return torch.as_tensor(values[self.segments], dtype=torch.float32, device=self.device)
 
     def __getitem__(self, indices: npt.NDArray[np.int64]) -> Transitions:
-        """Return the transitions at flat indices `step * n_envs + environment`."""
+        """Return the transitions at flat indices `step * n_envs + sub-environment`."""
         chosen = copied_to(indices, self.device)
         return Transitions(
             observations=self._observations(np.asarray(indices), chosen),
@@ -257,10 +300,10 @@ class TensorRolloutBuffer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors and arrays that hold the rollout."""
+        """Number of bytes of all tensors and arrays that hold the rollout."""
         tensors = [self.values, self.log_probs, self.advantages, self.returns, self.actions]
         tensors += [*self._step_observations.values(), *self._joined.values()]
-        tensors += [part for parts in self._segment_observations.values() for part in parts]
+        tensors += [rows for stored in self._segment_observations.values() for rows in stored]
         arrays = (self.rewards, self.episode_starts, self.segments)
         return sum(t.nbytes for t in tensors) + sum(a.nbytes for a in arrays)
 
@@ -272,7 +315,7 @@ class TensorRolloutBuffer:
         first = np.ones(self.segments.shape, np.bool_)
         np.not_equal(self.segments[1:], self.segments[:-1], out=first[1:])
         rows = copied_to(segments[indices], self.device)
-        joined = {name: parts[rows] for name, parts in self._joined.items()}
+        joined = {name: stored[rows] for name, stored in self._joined.items()}
         previous = self.actions.flatten(0, 1)[(chosen - self.n_envs).clamp(min=0)]
         begins = copied_to(first.ravel()[indices], self.device).view(-1, *[1] * (previous.ndim - 1))
         return {**stored, **joined, "latents": torch.where(begins, joined["latents"], previous)}
@@ -283,20 +326,26 @@ class TensorRolloutBuffer:
         return ()
 
     def _step_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of what is stored at every step, by name; "" is an observation that is no dictionary."""
+        """Return shape and dtype of what is stored at every step, by name; "" names an observation without names."""
         space = self.observation_space
-        parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
+        boxes = space.spaces if isinstance(space, spaces.Dict) else {"": space}
         layout = {}
-        for name, part in parts.items():
-            shape = get_obs_shape(part)
+        for name, box in boxes.items():
+            shape = get_obs_shape(box)
             if isinstance(shape, dict):
-                raise ValueError(f"observation_space must not nest dictionaries; {name!r} is a {part}")
+                raise ValueError(f"observation_space must not nest dictionaries; {name!r} is a {box}")
             if name not in self._segment_keys():
-                layout[name] = (shape, _torch_dtype(part))
+                layout[name] = (shape, _torch_dtype(box))
         return layout
 
 
 def _torch_dtype(space: spaces.Space[Any]) -> torch.dtype:
-    """The dtype in which observations are kept: the space's own, as float32 where it is float64."""
+    """Return the dtype in which observations are kept: the space's own, but float32 for float64."""
     dtype = torch.as_tensor(np.empty(0, space.dtype)).dtype
     return torch.float32 if dtype == torch.float64 else dtype
+
+
+def _numbered(begins: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Number the segments in the order in which they begin, as `TensorRolloutBuffer.add` does."""
+    numbers = np.where(begins, begins.ravel().cumsum().reshape(begins.shape) - 1, -1)
+    return np.maximum.accumulate(numbers, axis=0)

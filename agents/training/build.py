@@ -1,12 +1,11 @@
-"""From a configuration's words to an algorithm and its parts."""
+"""From a resolved configuration to an algorithm with its policy, advantage estimator and learning rate."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
-
-from stable_baselines3.common.vec_env import VecEnv
 
 from agents.algorithms.advantages import (
     AdvantageEstimator,
@@ -23,49 +22,44 @@ from agents.algorithms.rwr import RWR
 from agents.config.train_config import TrainConfig
 from agents.distributed import Processes
 from agents.policy.diffusion_policy import DiffusionPolicy
+from agents.rollout.vec_env import VectorEnvAdapter
 
 
-def build_algorithm(config: TrainConfig, env: VecEnv, processes: Processes) -> TensorOnPolicyAlgorithm:
-    """Make the algorithm that a checked configuration names, with a `DiffusionPolicy` on `env`.
+def build_algorithm(config: TrainConfig, env: VectorEnvAdapter, processes: Processes) -> TensorOnPolicyAlgorithm:
+    """Make the algorithm that a resolved configuration names, with a `DiffusionPolicy` on `env`.
 
-    Of several processes each has its part of the batch in `env`.
+    With several processes, `env` holds this process's sub-environments.
     """
-    task, training, optimizer = config.task, config.training, config.optimizer
-    total = training.samples_per_iteration
+    training, total = config.training, config.samples_per_iteration
     common: dict[str, Any] = {
         "learning_rate": _learning_rate(config),
-        "n_steps": task.num_inference_steps * total // (env.num_envs * processes.count),
-        "micro_batch_size": training.train_batch_size,
+        "n_steps": config.num_inference_steps * total // (env.num_envs * processes.count),
+        "micro_batch_size": training.train_batch_size or None,
         "gamma": 1.0,
         "gae_lambda": 1.0,
-        "max_grad_norm": optimizer.max_grad_norm,
-        "target_kl": training.target_kl,
-        "kl_coef": training.kl_coef,
-        "timestep_fraction": training.timestep_fraction,
-        "timestep_window": training.timestep_window,
-        "recompute_log_probs": training.recompute_log_probs,
-        "ema_decay": training.ema_decay,
+        "max_grad_norm": config.optimizer.max_grad_norm,
         "advantage": _advantage(config),
         "non_finite_rewards": training.non_finite_rewards,
         "policy_kwargs": _policy_arguments(config),
         "stats_window_size": total,
         "processes": processes,
-        "seed": config.run.seed,
-        "device": env.get_attr("device")[0],
+        "seed": config.seed,
+        "device": env.denoising_env.device if env.denoising_env is not None else "auto",
+        **asdict(config.update),
     }
-    if training.algorithm == "reinforce":
+    if config.algorithm == "reinforce":
         return REINFORCE(DiffusionPolicy, env, **common)
-    if training.algorithm == "ppo":
+    if config.algorithm == "ppo":
         batch_size = total * config.trained_steps // training.updates_per_iteration
         common |= {"batch_size": batch_size, "n_epochs": training.epochs}
         return PPO(DiffusionPolicy, env, clip_range=training.clip_range, **common)
-    sparse = training.algorithm == "rwr_sparse"
+    is_sparse = config.algorithm == "rwr_sparse"
     return RWR(
         DiffusionPolicy,
         env,
-        batch_size=None if sparse else total // training.updates_per_iteration,
+        batch_size=None if is_sparse else total // training.updates_per_iteration,
         n_epochs=training.epochs,
-        weighting="percentile" if sparse else "exponential",
+        weighting="percentile" if is_sparse else "exponential",
         beta=training.rwr_beta,
         percentile=training.rwr_percentile,
         **common,
@@ -75,15 +69,14 @@ def build_algorithm(config: TrainConfig, env: VecEnv, processes: Processes) -> T
 def _advantage(config: TrainConfig) -> AdvantageEstimator:
     training = config.training
     clip = training.advantage_clip
-    name = training.advantage or ("gae" if config.policy.critic else "per_prompt")
-    estimators: dict[str, Callable[[], AdvantageEstimator]] = {
+    estimators: dict[str | None, Callable[[], AdvantageEstimator]] = {
         "per_prompt": lambda: PerPromptAdvantage(training.stat_buffer_size, training.stat_min_count, clip),
         "batch": lambda: BatchAdvantage(clip),
         "group": lambda: GroupRelativeAdvantage(clip=clip),
         "leave_one_out": LeaveOneOutAdvantage,
         "gae": GeneralizedAdvantage,
     }
-    return estimators[name]()
+    return estimators[training.advantage]()
 
 
 def _learning_rate(config: TrainConfig) -> float | Callable[[float], float]:
@@ -91,7 +84,8 @@ def _learning_rate(config: TrainConfig) -> float | Callable[[float], float]:
 
     Iteration `i` of `n`, counted from 1, has progress `1 - i / n` left, so the first one gets the whole rate.
     """
-    rate, last = config.learning_rate, config.iterations
+    rate, last = config.learning_rate, config.total_iterations
+    assert rate is not None
     if config.optimizer.learning_rate_schedule == "constant":
         return rate
     if config.optimizer.learning_rate_schedule == "cosine":
@@ -102,7 +96,7 @@ def _learning_rate(config: TrainConfig) -> float | Callable[[float], float]:
 def _policy_arguments(config: TrainConfig) -> dict[str, Any]:
     optimizer = config.optimizer
     return {
-        **vars(config.policy),
+        **asdict(config.policy),
         "optimizer_kwargs": {
             "betas": (optimizer.adam_beta1, optimizer.adam_beta2),
             "eps": optimizer.adam_epsilon,

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: everything that the next iteration depends on, written whole or not at all.
+"""Checkpoints of a run: everything that the next iteration depends on, written completely or not at all.
 
-Tensors are safetensors, the rest is JSON: nothing that is read back can execute code. A checkpoint is written to a
-hidden folder and renamed when it is complete, and only then are older ones deleted, from a hidden name too: a kill at
-any moment leaves a good one, and no half of one under a checkpoint's name.
+Tensors are stored as safetensors and the rest as JSON, so nothing that is read back can execute code. A checkpoint is
+written to a hidden folder and renamed when it is complete. Only then are older ones deleted, under a hidden name too.
+A kill at any moment leaves a complete checkpoint, and no half of one under a checkpoint's name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,10 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
+from agents.rollout.vec_env import denoising_env_of
+from ddpo_env.vector_env import DenoisingVectorEnv
 
 _NAME = re.compile(r"iteration_(\d+)")
+_COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining")
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """Anything whose state is plain values (numbers, strings, lists, dictionaries)."""
 
@@ -35,16 +39,16 @@ class Stateful(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a state over."""
+        """Restore what `state_dict` returned."""
         ...
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds, in memory: a copy, which later iterations do not change.
+    """The content of a checkpoint in memory: a copy that later iterations do not change.
 
     Attributes:
-        iteration: iterations that are done.
+        iteration: number of finished iterations.
         tensors: copies on the host.
         state: the rest, as JSON.
     """
@@ -54,91 +58,81 @@ class Snapshot:
     state: str
 
     @classmethod
-    def of(cls, iteration: int, algorithm: TensorOnPolicyAlgorithm, parts: dict[str, Stateful]) -> Snapshot:
-        """Copy the state of an algorithm between two iterations, and of what else has one; see `save_checkpoint`."""
+    def of(cls, iteration: int, algorithm: TensorOnPolicyAlgorithm, components: dict[str, Stateful]) -> Snapshot:
+        """Copy the state of an algorithm between two iterations, and the states of other components, by name."""
         tensors, state = _algorithm_state(algorithm)
-        state |= {"iteration": iteration, "parts": {name: value.state_dict() for name, value in parts.items()}}
-        return cls(iteration, tensors, json.dumps(state))
+        states = {name: component.state_dict() for name, component in components.items()}
+        return cls(iteration, tensors, json.dumps(state | {"iteration": iteration, "components": states}))
 
     def write(self, folder: Path, keep: int) -> Path:
         """Write `folder/iteration_NNNNNN`, delete all but the last `keep` checkpoints, and return the new one."""
         target = folder / f"iteration_{self.iteration:06d}"
-        part = folder / f".{target.name}.part"
+        unfinished = folder / f".{target.name}.part"
         for leftover in folder.glob(".iteration_*"):
             shutil.rmtree(leftover)
-        part.mkdir(parents=True)
-        save_file(self.tensors, part / "tensors.safetensors")
-        (part / "state.json").write_text(self.state)
-        for file in part.iterdir():
+        unfinished.mkdir(parents=True)
+        save_file(self.tensors, unfinished / "tensors.safetensors")
+        (unfinished / "state.json").write_text(self.state)
+        for file in unfinished.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
         if target.exists():
             _delete(target)
-        part.rename(target)
+        unfinished.rename(target)
         for old in _checkpoints(folder)[:-keep]:
             _delete(old)
         return target
 
 
-def save_checkpoint(
-    folder: Path, iteration: int, algorithm: TensorOnPolicyAlgorithm, parts: dict[str, Stateful], keep: int
-) -> Path:
-    """Write `folder/iteration_NNNNNN` and delete all but the last `keep` checkpoints.
+class Checkpoints:
+    """A run's checkpoints. One is written every few iterations, and a run can always go back to the last iteration.
+
+    A snapshot of the last finished iteration stays in memory until its checkpoint is written.
 
     Args:
         folder: the run's `checkpoints`.
-        iteration: iterations that are done.
-        algorithm: between two iterations.
-        parts: what else has a state, by name; the advantage estimator is found on the algorithm.
-        keep: checkpoints to keep, at least 1.
-
-    Returns:
-        The new checkpoint's folder.
-    """
-    snapshot = Snapshot.of(iteration, algorithm, parts)
-    return algorithm.processes.from_main(lambda: snapshot.write(folder, keep))
-
-
-class Checkpoints:
-    """A run's checkpoints: every few iterations one is written, and the last iteration can always be gone back to.
-
-    Of an iteration without a checkpoint a snapshot is kept in memory, until the next iteration is done.
-
-    Args:
-        folder: the run's `checkpoints`, which holds at least one.
         algorithm: what trains.
-        parts: what else has a state, by name.
+        components: what else has a state, by name; the advantage estimator's is saved with the algorithm.
         interval: iterations between checkpoints; 0 for none.
         keep: checkpoints to keep, at least 1.
     """
 
     def __init__(
-        self, folder: Path, algorithm: TensorOnPolicyAlgorithm, parts: dict[str, Stateful], interval: int, keep: int
+        self,
+        folder: Path,
+        algorithm: TensorOnPolicyAlgorithm,
+        components: dict[str, Stateful],
+        interval: int,
+        keep: int = 2,
     ) -> None:
-        """See the class docstring for the arguments."""
         self.folder = folder
         self.algorithm = algorithm
-        self.parts = parts
+        self.components = components
         self.interval = interval
         self.keep = keep
         self._unwritten: Snapshot | None = None
 
+    def save(self, iteration: int) -> None:
+        """Write a checkpoint now."""
+        self._unwritten = Snapshot.of(iteration, self.algorithm, self.components)
+        self.algorithm.processes.from_main(self.write)
+
     def finished(self, iteration: int) -> None:
-        """Take note that an iteration is done, and write its checkpoint if it is due."""
-        self._unwritten = Snapshot.of(iteration, self.algorithm, self.parts)
+        """Note that an iteration is finished, and write its checkpoint if it is due."""
+        self._unwritten = Snapshot.of(iteration, self.algorithm, self.components)
         if self.interval and iteration % self.interval == 0:
             self.algorithm.processes.from_main(self.write)
 
     def write(self) -> None:
-        """Write the checkpoint of the last finished iteration, if there is none yet, in the main process."""
+        """Write the checkpoint of the last finished iteration in the main process, if it is not written yet."""
         if self._unwritten is not None and self.algorithm.processes.is_main:
             self._unwritten.write(self.folder, self.keep)
             self._unwritten = None
 
     def go_back(self) -> None:
-        """Bring everything to where the last finished iteration left it; there is a checkpoint of it then."""
+        """Restore the state after the last finished iteration, and make sure that it has a checkpoint."""
         checkpoint = self.algorithm.processes.from_main(self._written)
-        load_checkpoint(checkpoint, self.algorithm, self.parts)
+        load_checkpoint(checkpoint, self.algorithm, self.components)
 
     def _written(self) -> Path:
         self.write()
@@ -157,28 +151,29 @@ def latest_checkpoint(folder: Path) -> Path:
     return found[-1]
 
 
-def iterations_done(checkpoint: Path | None) -> int:
-    """Return how many iterations a checkpoint has behind it; 0 for none."""
-    return int(checkpoint.name.removeprefix("iteration_")) if checkpoint is not None else 0
+def iterations_done(checkpoint: Path) -> int:
+    """Return the number of iterations that a checkpoint has finished."""
+    return int(checkpoint.name.removeprefix("iteration_"))
 
 
-def load_checkpoint(checkpoint: Path, algorithm: TensorOnPolicyAlgorithm, parts: dict[str, Stateful]) -> None:
-    """Bring algorithm, environment, random generators and `parts` to where the checkpoint was written.
+def load_checkpoint(checkpoint: Path, algorithm: TensorOnPolicyAlgorithm, components: dict[str, Stateful]) -> None:
+    """Restore algorithm, environment, random generators and components from a checkpoint.
 
-    Of several processes the main one reads, and tells the others; there may be more or fewer than when it was written.
+    With several processes the main one reads and tells the others. Their number may differ from when it was written.
 
     Raises:
-        ValueError: if the checkpoint lacks something, as one of an older version may.
+        ValueError: if the checkpoint lacks something, as one of an older version does.
     """
     tensors, state = algorithm.processes.from_main(lambda: _read(checkpoint))
     try:
+        states = state["components"]
         _load_algorithm_state(algorithm, tensors, state)
-        for name, value in parts.items():
-            value.load_state_dict(state["parts"][name])
+        for name, component in components.items():
+            component.load_state_dict(states[name])
     except KeyError as error:
         raise ValueError(
-            f"checkpoint {str(checkpoint)!r} lacks {error}: it was written by an older version, with which the run can "
-            "go on"
+            f"checkpoint {str(checkpoint)!r} has no {error}: an older version wrote it, and the run can only be "
+            "resumed with that version"
         ) from error
 
 
@@ -208,7 +203,7 @@ def _algorithm_state(algorithm: TensorOnPolicyAlgorithm) -> tuple[dict[str, Tens
     tensors["random.torch"] = torch.get_rng_state()
     if algorithm.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(algorithm.device)
-    advantage_state: dict[str, Any] = getattr(algorithm.advantage, "state_dict", dict)()
+    advantage = algorithm.advantage
     env_tensors, env_state = _env_state(algorithm)
     state = {
         "counters": {name: getattr(algorithm, name) for name in _COUNTERS},
@@ -217,7 +212,7 @@ def _algorithm_state(algorithm: TensorOnPolicyAlgorithm) -> tuple[dict[str, Tens
         "optimizer": optimizer["param_groups"],
         "average": averages,
         "scaler": algorithm.scaler.state_dict(),
-        "advantage": advantage_state,
+        "advantage": advantage.state_dict() if isinstance(advantage, Stateful) else {},
         "random": {"python": random.getstate(), "numpy": _numpy_state()},
         "env": env_state,
     }
@@ -242,18 +237,13 @@ def _load_algorithm_state(
         parameters = [shadow[str(index)].to(algorithm.device) for index in range(len(shadow))]
         algorithm.ema.load_state_dict({**state["average"], "shadow_params": parameters})
     algorithm.scaler.load_state_dict(state["scaler"])
-    for name, value in state["counters"].items():
-        setattr(algorithm, name, value)
+    for name in _COUNTERS:
+        setattr(algorithm, name, state["counters"][name])
     algorithm.ep_info_buffer = deque(state["episodes"], maxlen=algorithm._stats_window_size)
     algorithm.ep_success_buffer = deque(state["successes"], maxlen=algorithm._stats_window_size)
-    if hasattr(algorithm.advantage, "load_state_dict"):
+    if isinstance(algorithm.advantage, Stateful):
         algorithm.advantage.load_state_dict(state["advantage"])
-    env = _batch(algorithm)
-    env.load_state_dict(below("env."), state["env"])
-    algorithm._last_obs = env.observe()
-    algorithm._last_episode_starts = np.ones(env.num_envs, dtype=bool)
-    own = state["env"]["prompts"][env.first_slot : env.first_slot + env.num_envs]
-    algorithm.env.reset_infos = [{"prompt": prompt} for prompt in own]  # type: ignore[union-attr]
+    _load_env_state(algorithm, below("env."), state["env"])
     version, internal, gauss = state["random"]["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(state["random"]["numpy"])
@@ -262,20 +252,30 @@ def _load_algorithm_state(
         torch.cuda.set_rng_state(tensors["random.cuda"], algorithm.device)
 
 
-_COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining")
-
-
 def _numpy_state() -> list[Any]:
-    return [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()]
+    return [value.tolist() if isinstance(value, np.ndarray) else value for value in np.random.get_state()]
 
 
-def _batch(algorithm: TensorOnPolicyAlgorithm) -> Any:
-    return algorithm.env.vector_env.unwrapped  # type: ignore[union-attr]
+def _denoising_env(algorithm: TensorOnPolicyAlgorithm) -> DenoisingVectorEnv:
+    assert algorithm.env is not None
+    env = denoising_env_of(algorithm.env)
+    if env is None:
+        raise TypeError(f"checkpoints need a DenoisingVectorEnv; got a {type(algorithm.env).__name__}")
+    return env
 
 
 def _env_state(algorithm: TensorOnPolicyAlgorithm) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of the whole batch, of which every process has a part."""
-    tensors, state = _batch(algorithm).state_dict()
-    parts = algorithm.processes.gather_objects(({name: value.cpu() for name, value in tensors.items()}, state))
-    whole = {f"env.{name}": torch.cat([part[name] for part, _ in parts]) for name in tensors}
-    return whole, {name: [value for _, part in parts for value in part[name]] for name in state}
+    """Return the state of the whole batch; every process has some of its sub-environments."""
+    tensors, state = _denoising_env(algorithm).state_dict()
+    gathered = algorithm.processes.gather_objects(({name: value.cpu() for name, value in tensors.items()}, state))
+    whole = {f"env.{name}": torch.cat([one[name] for one, _ in gathered]) for name in tensors}
+    return whole, {name: [value for _, one in gathered for value in one[name]] for name in state}
+
+
+def _load_env_state(algorithm: TensorOnPolicyAlgorithm, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    env = _denoising_env(algorithm)
+    env.load_state_dict(tensors, state)
+    algorithm._last_obs = env.observe()
+    algorithm._last_episode_starts = np.ones(env.num_envs, dtype=bool)
+    own = state["prompts"][env.first_index : env.first_index + env.num_envs]
+    algorithm.env.reset_infos = [{"prompt": prompt} for prompt in own]  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""A run on the screen: a progress bar on a terminal, a plain line per iteration elsewhere."""
+"""A run on the screen: a progress bar in a terminal, one plain line per iteration elsewhere."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _SHOWN = (
 
 
 class ConsoleWriter(KVWriter):
-    """An output format of Stable-Baselines3's logger that shows reward, KL, dropped samples and time left.
+    """An output format of Stable-Baselines3's logger that shows reward, KL, dropped samples and remaining time.
 
     Args:
-        iterations: how many there will be.
-        start: how many are done already.
+        iterations: number of iterations of the run.
+        start: number of iterations that are done already.
         console: where to write; default: standard output.
     """
 
     def __init__(self, iterations: int, start: int = 0, console: Console | None = None) -> None:
-        """Show an empty bar, on a terminal."""
+        """Show an empty bar in a terminal."""
         self.console = console or Console()
         self._total = iterations
         self._done = self._start = start
@@ -47,7 +47,7 @@ class ConsoleWriter(KVWriter):
             self._task = self._progress.add_task("training", total=iterations, completed=start, metrics="")
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
-        """Show one iteration's metrics."""
+        """Show the metrics of one iteration."""
         if "rollout/reward_mean" not in key_values:
             return
         self._done += 1

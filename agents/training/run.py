@@ -1,60 +1,42 @@
-"""A whole training run from its configuration: environment, policy, algorithm, pictures, checkpoints, summary."""
+"""A training run as an object: a folder, an iteration counter and a curve.
+
+`Run.train` is the loop over iterations. What happens beside training listens to the run (`RunListener`).
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
-from gymnasium.vector import AutoresetMode
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
-from stable_baselines3.common.utils import set_random_seed
 
-import ddpo_env  # noqa: F401  (registers DDPO-SD-v0)
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.config.train_config import TrainConfig
-from agents.distributed import Processes, check_shares, start_processes
-from agents.planning.memory import settle_train_batch_size
+from agents.evaluation.image_grid import reward_curve
 from agents.policy.diffusion_policy import DiffusionPolicy
-from agents.rollout.vec_env import VectorEnvAdapter
-from agents.training.build import build_algorithm
-from agents.training.checkpoint import (
-    Checkpoints,
-    Stateful,
-    iterations_done,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
-from agents.training.checks import check_parts, device_of, resolve_config
+from agents.rollout.vec_env import denoising_env_of
+from agents.training.checkpoint import Checkpoints, Stateful, iterations_done, latest_checkpoint, load_checkpoint
 from agents.training.console import ConsoleWriter
-from agents.training.held_out_images import HeldOutPictures
 from agents.training.run_folder import MetricsTable, RunFolder
-from ddpo_env.models.loading import load_model
-from ddpo_env.vector_env import DenoisingVectorEnv
-from rewards import StatefulReward, shared, unshared
-
-_EVAL_SEED_OFFSET = 1_000_000
-"""Held-out seeds begin this far above the run's; the training slots' seeds are the ones right above the run's."""
-_GRID_COLUMNS = 9
+from rewards import StatefulReward
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run went.
+    """The outcome of a run.
 
     Attributes:
-        config: as resolved; of a resumed run, the run's own.
-        folder: where everything is.
-        reward_before: mean on the held-out seeds before training; `None` if the run was stopped in its first
-            iteration.
+        config: as resolved; for a resumed run, the run's own.
+        folder: with everything that the run wrote.
+        reward_before: mean reward on the held-out seeds before training; `None` if the run stopped before that.
         reward_after: the same after training; `None` if the run was stopped.
-        iterations: that are done.
-        wall_clock_seconds: of this process, from the call of `run_training` on.
+        iterations: number of finished iterations.
+        wall_clock_seconds: of this process, from the start of the program or of `train`.
     """
 
     config: TrainConfig
@@ -65,28 +47,78 @@ class RunResult:
     wall_clock_seconds: float
 
 
-@dataclass(frozen=True)
-class PreparedRun:
-    """A run that is ready: everything is loaded and checked, nothing is trained yet.
+class RunListener:
+    """Something that happens beside training, such as an evaluation. A subclass overrides the moments that it needs."""
+
+    def on_start(self, run: Run) -> None:
+        """Act before the first iteration of this process; `run.iteration` are done already."""
+
+    def on_iteration(self, run: Run) -> None:
+        """Act after an iteration, before it is logged and before its checkpoint."""
+
+    def on_end(self, run: Run) -> None:
+        """Act after the last iteration; not for a run that was stopped."""
+
+
+class Run:
+    """A run that is ready to train: everything is loaded and checked.
+
+    With several processes each has a `Run`, and all of them train.
+
+    Args:
+        config: resolved.
+        algorithm: what trains.
+        folder: of the run.
+        listeners: in the order in which they are told. Those that are `Stateful` are part of every checkpoint.
 
     Attributes:
-        config: as resolved.
-        algorithm: what trains.
-        pictures: the held-out pictures, and through them the run's folder.
-        checkpoint: where a resumed run goes on.
-
-    Of several processes each has a `PreparedRun`, and all of them train.
+        iteration: number of finished iterations.
+        training_rewards: mean training reward of every iteration.
+        evaluations: (iteration, mean reward) on the held-out seeds.
     """
 
-    config: TrainConfig
-    algorithm: TensorOnPolicyAlgorithm
-    pictures: HeldOutPictures
-    checkpoint: Path | None
+    def __init__(
+        self,
+        config: TrainConfig,
+        algorithm: TensorOnPolicyAlgorithm,
+        folder: RunFolder,
+        listeners: Sequence[RunListener],
+    ) -> None:
+        self.config = config
+        self.algorithm = algorithm
+        self.processes = algorithm.processes
+        self.folder = folder
+        self.listeners = listeners
+        self.iteration = 0
+        self.training_rewards: list[float] = []
+        self.evaluations: list[tuple[int, float]] = []
+        self.checkpoints = Checkpoints(
+            folder.checkpoints, algorithm, self._components(), config.run.checkpoint_interval
+        )
+        self._is_new = True
+        self._callback: BaseCallback = CallbackList([])
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint of this run."""
+        load_checkpoint(checkpoint, self.algorithm, self.checkpoints.components)
+        self._is_new = False
+
+    def set_train_batch_size(self, pairs: int) -> None:
+        """Set the (sample, timestep) pairs of one training call, for a configuration that leaves it open."""
+        self.config = self.config.changed(train_batch_size=pairs)
+        self.algorithm.micro_batch_size = pairs
 
     def train(self, started: float | None = None) -> RunResult:
         """Run the iterations that are left.
 
-        Whatever stops a run, it can be resumed from its last finished iteration.
+        A run that stops for any reason can be resumed from its last finished iteration.
+
+            write config.yaml, and the first checkpoint of a new run
+            tell the listeners: the held-out images are generated and scored
+            for each iteration that is left:
+                collect a rollout and update the policy      (agents/algorithms/on_policy.py)
+                tell the listeners, log the iteration, write its checkpoint
+            tell the listeners; save policy and LoRA; write the summary
 
         Args:
             started: `time.perf_counter()` at the start of the program, so that the time includes imports and loading.
@@ -95,246 +127,165 @@ class PreparedRun:
             Reward before and after, and the run's folder. After Ctrl-C, `reward_after` is `None`.
 
         Raises:
-            Exception: whatever the reward raises, with a note that names it, or training does; its traceback is in the
-                folder's `error.txt` too. Where several processes train, all of them raise.
+            Exception: whatever the reward raises, with a note that names it, or training does. The traceback is also in
+                the folder's `error.txt`. With several processes all of them raise.
         """
         started = time.perf_counter() if started is None else started
-        config, algorithm, pictures = self.config, self.algorithm, self.pictures
-        processes = algorithm.processes
         try:
-            with (
-                processes.keeping_interrupts(),
-                _logging(algorithm, pictures.folder, config.iterations, iterations_done(self.checkpoint)),
-            ):
-                _begin(algorithm, pictures, config, is_new=self.checkpoint is None)
-                after = _train(algorithm, pictures, config)
-            processes.from_main(lambda: _save_weights(algorithm, pictures.folder))
+            with self.processes.defer_interrupts(), self._logging():
+                self._begin()
+                finished = self._iterate()
+            self.processes.from_main(self._save_weights)
         except Exception as error:
-            if processes.is_main:
-                pictures.folder.write_error(error)
+            if self.processes.is_main:
+                self.folder.write_error(error)
             raise
-        before = pictures.evaluations[0][1] if pictures.evaluations else None
+        before = self.evaluations[0][1] if self.evaluations else None
+        after = self.evaluations[-1][1] if finished else None
         seconds = time.perf_counter() - started
-        result = RunResult(config, pictures.folder, before, after, pictures.iteration, seconds)
-        if after is not None and processes.is_main:
-            pictures.folder.write_summary(_summary(result, processes.count))
+        result = RunResult(self.config, self.folder, before, after, self.iteration, seconds)
+        if finished and self.processes.is_main:
+            self.folder.write_summary(_summary(result, self.processes.count))
         return result
+
+    def record_evaluation(self, mean: float) -> None:
+        """Add the mean held-out reward of the current iteration to the curve."""
+        self.evaluations.append((self.iteration, mean))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all iterations are done."""
+        return self.iteration >= self.config.total_iterations
 
     @property
     def saved_iterations(self) -> int | None:
-        """Iterations after which `--resume` goes on; `None` if there is no checkpoint yet."""
+        """Iterations after which `--resume` continues; `None` if there is no checkpoint yet."""
         try:
-            return iterations_done(latest_checkpoint(self.pictures.folder.checkpoints))
+            return iterations_done(latest_checkpoint(self.folder.checkpoints))
         except ValueError:
             return None
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counter and the curve, for a checkpoint."""
+        return {
+            "iteration": self.iteration,
+            "training_rewards": self.training_rewards,
+            "evaluations": self.evaluations,
+        }
 
-def prepare_run(config: TrainConfig, processes: Processes | None = None) -> PreparedRun:
-    """Load what a run needs, and bring a resumed one to its checkpoint.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.iteration = state["iteration"]
+        self.training_rewards = list(state["training_rewards"])
+        self.evaluations = [(iteration, mean) for iteration, mean in state["evaluations"]]
 
-    Args:
-        config: every setting, see `agents.config.train_config`; it is not changed.
-        processes: that train together, each of which calls this; default: those that a launcher started.
+    def _components(self) -> dict[str, Stateful]:
+        """Return what a checkpoint holds beside the algorithm: the run, listeners with a state, the reward's state."""
+        components: dict[str, Stateful] = {"run": self}
+        components |= {type(one).__name__: one for one in self.listeners if isinstance(one, Stateful)}
+        env = denoising_env_of(self.algorithm.env) if self.algorithm.env is not None else None
+        if env is not None and isinstance(env.reward, StatefulReward):
+            components["reward"] = env.reward
+        return components
 
-    Raises:
-        ValueError: if the configuration cannot run, as far as possible before anything is loaded.
-        TypeError: if the reward does not take its options.
-        ImportError: if a package is missing that the reward needs.
-        OSError: if a model cannot be downloaded.
-        RuntimeError: if the reward asks a server, and that does not answer.
-    """
-    processes = processes or start_processes(device_of(config), config.run.process_timeout)
-    config, checkpoint = processes.from_main(lambda: resolve_config(config))
-    config = settle_train_batch_size(config, processes)
-    with processes.agreement():
-        check_shares(config, processes.count)
-        algorithm, pictures = build_run(config, resume=checkpoint is not None, processes=processes)
-    algorithm.equalize()
-    if checkpoint is not None:
-        load_checkpoint(checkpoint, algorithm, _parts(pictures))
-    return PreparedRun(config, algorithm, pictures, checkpoint)
+    def _begin(self) -> None:
+        """Get ready to iterate; a new run gets its first checkpoint, so that it can be resumed from anywhere."""
+        with self.processes.fail_together():
+            _, self._callback = self.algorithm._setup_learn(0, None, reset_num_timesteps=self._is_new)
+        if self._is_new:
+            self.checkpoints.save(0)
 
+        def write() -> None:
+            self.folder.write_config(self.config.as_dict())
+            self.folder.remove_error()
 
-def check_run(config: TrainConfig, processes: Processes | None = None) -> TrainConfig:
-    """Check whatever of a run can be checked without loading, downloading, asking or writing anything.
+        self.processes.from_main(write)
 
-    A reward of the user's own is constructed, as its constructor is what checks its options. What only the loaded model
-    or an answer of a server could tell, shows in `prepare_run`.
+    def _iterate(self) -> bool:
+        """Run the iterations that are left; return False after Ctrl-C, at the last finished iteration.
 
-    Args:
-        config: every setting; it is not changed.
-        processes: as for `prepare_run`.
+        After an error, the last finished iteration has a checkpoint too.
+        """
+        try:
+            for listener in self.listeners:
+                listener.on_start(self)
+            if self.iteration == 0:
+                self._log(0)
+            while not self.is_finished:
+                self._run_iteration()
+            self.checkpoints.write()
+            for listener in self.listeners:
+                listener.on_end(self)
+            self.processes.from_main(self._draw_curve)
+            return True
+        except KeyboardInterrupt:
+            self._cancel_rewards()
+            self.checkpoints.go_back()
+            return False
+        except Exception:
+            self._cancel_rewards()
+            self.checkpoints.write()
+            raise
 
-    Returns:
-        The configuration as resolved; of a resumed run, the run's own.
+    def _run_iteration(self) -> None:
+        algorithm, number = self.algorithm, self.iteration + 1
+        steps = algorithm.n_steps * algorithm.n_envs * self.processes.count * self.config.total_iterations
+        algorithm.iterate(self._callback, number, steps, log_interval=None)
+        self.iteration = number
+        self.training_rewards.append(float(algorithm.rollout_buffer.segment_returns().mean()))
+        for listener in self.listeners:
+            listener.on_iteration(self)
+        self._log(number)
+        self.checkpoints.finished(number)
 
-    Raises:
-        ValueError, TypeError, ImportError: as `prepare_run`.
-    """
-    processes = processes or start_processes(device_of(config))
-    config, checkpoint = processes.from_main(lambda: resolve_config(config))
-    config = settle_train_batch_size(config, processes)
-    with processes.agreement():
-        check_shares(config, processes.count)
-        check_parts(config, checkpoint is not None, processes)
-    return config
+    def _log(self, iteration: int) -> None:
+        with self.processes.fail_together():
+            self.algorithm.dump_logs(iteration)
 
+    def _cancel_rewards(self) -> None:
+        assert self.algorithm.env is not None
+        if (env := denoising_env_of(self.algorithm.env)) is not None:
+            env.cancel_rewards()
 
-def run_training(config: TrainConfig) -> RunResult:
-    """Prepare a run and train it; see `prepare_run` for the errors and `PreparedRun.train` for the result."""
-    started = time.perf_counter()
-    return prepare_run(config).train(started)
+    @contextmanager
+    def _logging(self) -> Iterator[None]:
+        """Log to TensorBoard, `progress.csv` and the screen; a resumed run keeps the rows of finished iterations."""
+        if not self.processes.is_main:
+            self.algorithm.set_logger(Logger(None, []))
+            yield
+            return
+        table = MetricsTable(self.folder.progress, MetricsTable.read(self.folder.progress, self.iteration))
+        console = ConsoleWriter(self.config.total_iterations, self.iteration)
+        tensorboard = TensorBoardOutputFormat(str(self.folder.tensorboard))
+        self.algorithm.set_logger(Logger(None, [table, tensorboard, console]))
+        try:
+            yield
+        finally:
+            self.algorithm.logger.close()
 
+    def _draw_curve(self) -> None:
+        reward_curve(self.folder.path / "reward.png", self.training_rewards, self.evaluations, self.config.reward)
 
-def _begin(algorithm: TensorOnPolicyAlgorithm, pictures: HeldOutPictures, config: TrainConfig, is_new: bool) -> None:
-    """Get ready to iterate; a new run gets its first checkpoint, so that it can be resumed from anywhere."""
-    folder = pictures.folder
-    with algorithm.processes.agreement():
-        algorithm._setup_learn(0, pictures, reset_num_timesteps=is_new)
-    if is_new:
-        save_checkpoint(folder.checkpoints, 0, algorithm, _parts(pictures), config.run.keep_checkpoints)
-
-    def write() -> None:
-        folder.write_config(config.as_dict())
-        folder.forget_error()
-
-    algorithm.processes.from_main(write)
-
-
-def _train(algorithm: TensorOnPolicyAlgorithm, callback: HeldOutPictures, config: TrainConfig) -> float | None:
-    """Run the iterations that are left and evaluate; after Ctrl-C, go back to the last finished one and return `None`.
-
-    After an error, the last finished iteration has a checkpoint too.
-    """
-    assert algorithm.env is not None
-    interval, keep = config.run.checkpoint_interval, config.run.keep_checkpoints
-    total = algorithm.n_steps * algorithm.n_envs * algorithm.processes.count * config.iterations
-    checkpoints = Checkpoints(callback.folder.checkpoints, algorithm, _parts(callback), interval, keep)
-    try:
-        callback.on_training_start({}, {})
-        for iteration in range(callback.iteration + 1, config.iterations + 1):
-            algorithm.iterate(callback, iteration, total)
-            checkpoints.finished(iteration)
-        checkpoints.write()
-        after = callback.finish()
-        with algorithm.processes.agreement():
-            algorithm.logger.dump(algorithm.num_timesteps)
-        return after
-    except KeyboardInterrupt:
-        algorithm.env.env_method("cancel_rewards")
-        checkpoints.go_back()
-        return None
-    except Exception:
-        algorithm.env.env_method("cancel_rewards")
-        checkpoints.write()
-        raise
-
-
-def _parts(pictures: HeldOutPictures) -> dict[str, Stateful]:
-    """What else a checkpoint holds: the curve, and the statistics of a reward that has any."""
-    reward = unshared(pictures.env.reward)
-    return {"pictures": pictures, **({"reward": reward} if isinstance(reward, StatefulReward) else {})}
-
-
-def build_run(
-    config: TrainConfig, resume: bool = False, processes: Processes | None = None
-) -> tuple[TensorOnPolicyAlgorithm, HeldOutPictures]:
-    """Make the environment, the policy and the algorithm of a configuration, its held-out pictures and its folder.
-
-    Of several processes each makes its part of the batch, and the main one the folder.
-    """
-    task, training, run = config.task, config.training, config.run
-    processes = processes or Processes()
-    parts = check_parts(config, resume, processes)
-    folder, reward = parts.folder, parts.reward
-    common: dict[str, Any] = {
-        "part": (processes.index, processes.count),
-        "model": task.model,
-        "resolution": task.resolution,
-        # One object, so that training and evaluation share its models and statistics.
-        "reward": shared(reward) if processes.count > 1 else reward,
-        "prompts": parts.prompts,
-        "num_inference_steps": task.num_inference_steps,
-        "device": processes.device or run.device,
-        "dtype": run.dtype,
-        "backend": "torch",
-        "non_finite_rewards": "keep" if training.non_finite_rewards == "drop" else "raise",
-    }
-    load_model(
-        task.model,
-        common["device"],
-        run.dtype,
-        task.resolution,
-        offload_text_encoder=task.offload_text_encoder,
-        vae_tiling=task.vae_tiling,
-    )  # which environments and policy find again
-    set_random_seed(run.seed)
-    env = gym.make_vec(
-        "DDPO-SD-v0",
-        num_envs=training.sample_batch_size // processes.count,
-        autoreset_mode=AutoresetMode.SAME_STEP,
-        samples_per_prompt=training.samples_per_prompt,
-        deferred_rewards=training.overlap_rewards,
-        **common,
-    )
-    eval_slots = min(run.eval_samples, training.sample_batch_size)
-    eval_env = DenoisingVectorEnv(eval_slots // processes.count, autoreset_mode=AutoresetMode.DISABLED, **common)
-    if callable(load := getattr(reward, "load", None)):
-        load()  # what a reward lacks shows now, not after the first pictures
-    if processes.is_main:
-        if callable(log_to := getattr(reward, "log_to", None)):
-            log_to(folder.judge)
-        folder.make()
-    algorithm = build_algorithm(config, VectorEnvAdapter(env), processes)
-    pictures = HeldOutPictures(
-        eval_env,
-        folder,
-        samples=run.eval_samples,
-        columns=_GRID_COLUMNS,
-        interval=run.eval_interval,
-        seed=run.seed + _EVAL_SEED_OFFSET,
-        reward_name=task.reward,
-    )
-    return algorithm, pictures
-
-
-@contextmanager
-def _logging(algorithm: TensorOnPolicyAlgorithm, folder: RunFolder, iterations: int, done: int) -> Iterator[None]:
-    """Log to TensorBoard, `progress.csv` and the screen; a resumed run keeps the rows of its finished iterations."""
-    if not algorithm.processes.is_main:
-        algorithm.set_logger(Logger(None, []))
-        yield
-        return
-    progress = folder.path / "progress.csv"
-    table = MetricsTable(progress, MetricsTable.read(progress)[:done])
-    console = ConsoleWriter(iterations, done)
-    algorithm.set_logger(Logger(None, [table, TensorBoardOutputFormat(str(folder.tensorboard)), console]))
-    try:
-        yield
-    finally:
-        algorithm.logger.close()
-
-
-def _save_weights(algorithm: TensorOnPolicyAlgorithm, folder: RunFolder) -> None:
-    policy = algorithm.policy
-    assert isinstance(policy, DiffusionPolicy)
-    with algorithm.averaged_weights():
-        policy.save(folder.policy)
-        if policy.lora_rank > 0:
-            policy.save_lora(folder.lora)
+    def _save_weights(self) -> None:
+        policy = self.algorithm.policy
+        assert isinstance(policy, DiffusionPolicy)
+        with self.algorithm.averaged_weights():
+            policy.save(self.folder.policy)
+            if policy.options.lora_rank > 0:
+                policy.save_lora(self.folder.lora)
 
 
 def _summary(result: RunResult, processes: int) -> dict[str, Any]:
     config = result.config
     return {
-        "algorithm": config.training.algorithm,
-        "reward": config.task.reward,
+        "algorithm": config.algorithm,
+        "reward": config.reward,
         "reward_before": result.reward_before,
         "reward_after": result.reward_after,
         "eval_samples": config.run.eval_samples,
         "wall_clock_seconds": round(result.wall_clock_seconds, 1),
         "iterations": result.iterations,
-        "reward_queries": result.iterations * config.training.samples_per_iteration,
-        "seed": config.run.seed,
+        "reward_queries": result.iterations * config.samples_per_iteration,
+        "seed": config.seed,
         "processes": processes,
     }

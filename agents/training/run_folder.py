@@ -1,17 +1,17 @@
-"""What a run leaves behind: configuration, metrics, pictures, weights and a summary, in one folder.
+"""The folder of a run: configuration, metrics, images, weights and a summary.
 
 runs/<name>/
-    config.yaml                               every setting, as resolved
-    progress.csv, tensorboard/                metrics of every iteration
-    samples/iteration_0000.png, ...           held-out prompts and seeds, the same every time
-    samples/pictures/iteration_0000.png, ...  the same pictures in a row, without labels and in their own size
-    samples/before_after.png, reward.png      the two pictures to look at first
-    lora/pytorch_lora_weights.safetensors     for `pipe.load_lora_weights("runs/<name>/lora")`
-    policy/                                   for `agents.DiffusionPolicy.load`
-    checkpoints/                              for `--resume`
-    judge/                                    what a judge saw and said, for rewards that keep a log of it
-    error.txt                                 why the run stopped, if an error did; gone when it goes on
-    summary.json                              reward before and after, time, versions
+    config.yaml                              every setting, as resolved
+    progress.csv, tensorboard/               metrics of every iteration
+    samples/iteration_0000.png, ...          the same held-out prompts and seeds every time
+    samples/images/iteration_0000.png, ...   the same images in a row, in their own size and without labels
+    samples/before_after.png, reward.png     the two files to look at first
+    lora/pytorch_lora_weights.safetensors    for `pipe.load_lora_weights("runs/<name>/lora")`
+    policy/                                  for `agents.DiffusionPolicy.load`
+    checkpoints/                             for `--resume`
+    judge/                                   images and answers of a judge, for rewards that log them
+    error.txt                                why the run stopped, if an error stopped it; removed when it continues
+    summary.json                             reward before and after, time, versions
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _LIBRARIES = (
 
 
 class RunFolder:
-    """Paths of a run, and the writing of its small files.
+    """Paths of a run, and writing its small files.
 
     Args:
         path: the folder; it must not hold another run unless `resume`.
-        resume: whether to go on in a folder that holds a run.
+        resume: whether the folder holds the run that continues.
 
     Raises:
         ValueError: if the folder holds a run already, or is a file.
@@ -58,11 +58,12 @@ class RunFolder:
         """Check the folder; nothing is written before `make`."""
         self.path = Path(path)
         if (self.path / "config.yaml").exists() and not resume:
-            raise ValueError(f"run_dir {str(path)!r} holds a run already: name another folder, or resume it")
+            raise ValueError(f"run_dir {str(path)!r} holds a run already: choose another folder, or resume the run")
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run_dir must be a folder; {str(path)!r} is a file")
         self.samples = self.path / "samples"
-        self.pictures = self.samples / "pictures"
+        self.images = self.samples / "images"
+        self.progress = self.path / "progress.csv"
         self.lora = self.path / "lora"
         self.policy = self.path / "policy"
         self.tensorboard = self.path / "tensorboard"
@@ -71,8 +72,8 @@ class RunFolder:
         self.error = self.path / "error.txt"
 
     def make(self) -> None:
-        """Make the folder and its parts."""
-        self.pictures.mkdir(parents=True, exist_ok=True)
+        """Make the folder and its subfolders."""
+        self.images.mkdir(parents=True, exist_ok=True)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write `config.yaml`."""
@@ -82,12 +83,12 @@ class RunFolder:
         """Write `error.txt`: the traceback, with its causes."""
         write_atomically(self.error, "".join(traceback.format_exception(error)))
 
-    def forget_error(self) -> None:
-        """Delete `error.txt`, if there is one."""
+    def remove_error(self) -> None:
+        """Delete `error.txt` if it exists."""
         self.error.unlink(missing_ok=True)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write `summary.json`, with the machine and the library versions added."""
+        """Write `summary.json`, and add the machine and the library versions."""
         versions = {name: version(name) for name in _LIBRARIES}
         machine = {"python": platform.python_version(), "platform": platform.platform(), "cpu_count": os.cpu_count()}
         text = json.dumps({**summary, "versions": versions, "machine": machine}, indent=2)
@@ -95,27 +96,30 @@ class RunFolder:
 
 
 class MetricsTable(KVWriter):
-    """`progress.csv`: one row an iteration, columns by name.
+    """`progress.csv`: one row per iteration, with named columns.
 
-    The file is replaced whole with every row, so that a run that was killed never leaves half a row or none at all.
+    Every row replaces the whole file, so a killed run never leaves an incomplete one.
 
     Args:
         path: of the file.
-        rows: that are there already, of a resumed run.
+        rows: rows of a resumed run.
     """
 
     def __init__(self, path: Path, rows: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Keep the rows; nothing is written before the first new one."""
+        """Keep the rows; nothing is written before the first new row."""
         self.path = path
         self.rows = [dict(row) for row in rows]
 
     @staticmethod
-    def read(path: Path) -> list[dict[str, str]]:
-        """Return the rows of a file that a table wrote; none if there is no file."""
-        return list(csv.DictReader(io.StringIO(path.read_text()))) if path.exists() else []
+    def read(path: Path, iterations: int) -> list[dict[str, str]]:
+        """Return the rows of the first iterations from a file; none for a run without a finished iteration."""
+        if not iterations or not path.exists():
+            return []
+        rows = csv.DictReader(io.StringIO(path.read_text()))
+        return [row for row in rows if int(row.get("time/iterations") or 0) <= iterations]
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
-        """Add a row, as Stable-Baselines3's logger asks."""
+        """Add a row."""
         self.rows.append(filter_excluded_keys(key_values, key_excluded, "csv"))
         names = sorted({name for row in self.rows for name in row})
         text = io.StringIO()
@@ -125,11 +129,11 @@ class MetricsTable(KVWriter):
         write_atomically(self.path, text.getvalue())
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file such that a reader, or a run that was killed, never sees half of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
+    """Write a text file so that no reader and no killed run ever leaves or sees an incomplete one."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text)
+    unfinished.replace(path)

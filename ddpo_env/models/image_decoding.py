@@ -7,23 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PIXELS_A_DECODE = 8 * 512 * 512
+_PIXELS_PER_CALL = 8 * 512 * 512
 
 
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Decode latents `(batch, channels, height, width)` to uint8 pictures `(batch, height, width, 3)`.
+    """Decode latents `(batch, channels, height, width)` to uint8 images `(batch, height, width, 3)`.
 
-    On an accelerator a few at a time, or one where the VAE's tiling is on. On a CPU one at a time, so that a picture,
-    and its reward, does not depend on the batch that it came in: there a convolution's last bits do, and a level of a
-    pixel with them.
+    An accelerator decodes a few images at a time, or one at a time if the VAE's tiling is on. A CPU decodes one at a
+    time, because there the last bits of a convolution depend on the batch: so an image, and its reward, does not depend
+    on the other images of the batch.
 
     Args:
         vae: an `AutoencoderKL`, whose configuration says how its latents are scaled.
-        latents: as the denoiser knows them.
+        latents: latents as the denoiser knows them.
     """
     pixels = 4 ** (len(vae.config.block_out_channels) - 1) * latents[0, 0].numel()
-    alone = vae.device.type == "cpu" or getattr(vae, "use_tiling", False)
-    rows = 1 if alone else max(1, _PIXELS_A_DECODE // pixels)
+    one_at_a_time = vae.device.type == "cpu" or getattr(vae, "use_tiling", False)
+    rows = 1 if one_at_a_time else max(1, _PIXELS_PER_CALL // pixels)
     scaled = _unscaled(latents.to(vae.device, vae.dtype), vae.config)
     return torch.cat([to_pixels(vae.decode(chunk, return_dict=False)[0]) for chunk in scaled.split(rows)])
 

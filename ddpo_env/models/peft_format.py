@@ -1,4 +1,4 @@
-"""peft's own file format for a LoRA: for denoisers whose pipeline has none, and for those without a pipeline."""
+"""Saves a LoRA in peft's own file format, for denoisers whose pipeline cannot read a LoRA, or that have no pipeline."""
 
 from __future__ import annotations
 

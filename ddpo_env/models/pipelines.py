@@ -1,4 +1,4 @@
-"""How a diffusers pipeline is read: its index first, safetensors only, and errors that say what to do."""
+"""Reads a diffusers pipeline: its index first, classes of diffusers and transformers only, and safetensors only."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-"""Names of the parts that need not be where the others are: they come when there is something to encode."""
+"""Names of the components that may be on another device than the rest: they move when there is something to encode."""
+
+_LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_CONVERSION = (
-    "Where you trust the file, load the pipeline with diffusers and write it again: pipe.save_pretrained(folder)"
-)
+_CONVERSION = "If you trust the file, load the pipeline with diffusers and write it again: pipe.save_pretrained(folder)"
 
 
 def pipeline_index(location: str) -> Mapping[str, Any]:
@@ -39,17 +41,52 @@ def pipeline_index(location: str) -> Mapping[str, Any]:
     return config
 
 
+def check_libraries(location: str, components: Mapping[str, Any]) -> None:
+    """Refuse components of any library but diffusers and transformers: importing another one would run its code.
+
+    Args:
+        location: folder or Hub id, for the message.
+        components: what the index says about the components to load: `[library, class]` by name, among other entries.
+
+    Raises:
+        ValueError: naming the component and its library.
+    """
+    for name, place in components.items():
+        library = place[0] if isinstance(place, list) and place else None
+        if library is not None and library not in _LIBRARIES:
+            raise ValueError(
+                f"component {name} of model {location!r} must be a class of {' or '.join(_LIBRARIES)}; its "
+                f"model_index.json names the library {library!r}, which is not imported"
+            )
+
+
+def component_class(location: str, name: str, library: str, class_name: str) -> type[Any]:
+    """Return the class of diffusers or transformers that an index names for a component.
+
+    Raises:
+        ValueError: for another library, or a class that the library does not have.
+    """
+    check_libraries(location, {name: [library, class_name]})
+    found = getattr(_LIBRARIES[library], class_name, None)
+    if not isinstance(found, type):
+        raise ValueError(
+            f"component {name} of model {location!r} must be a class of {library}; its model_index.json names "
+            f"{class_name!r}, which the installed {library} does not have"
+        )
+    return found
+
+
 def place_pipeline(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype) -> None:
-    """Move a pipeline whose parts are not all on the device in the dtype; its text encoders may be elsewhere."""
-    for name, part in pipeline.components.items():
-        for weight in part.parameters() if isinstance(part, nn.Module) else ():
+    """Move a pipeline whose components are not all on the device in the dtype; text encoders may be elsewhere."""
+    for name, component in pipeline.components.items():
+        for weight in component.parameters() if isinstance(component, nn.Module) else ():
             if weight.dtype != dtype or (weight.device != device and name not in TEXT_ENCODERS):
                 pipeline.to(device=device, dtype=dtype)
                 return
 
 
 def refuse_pickles(folder: Path, components: Sequence[str]) -> None:
-    """Refuse a folder that has weights which only unpickling would read: a pickle can run any code.
+    """Refuse a folder with weights that can only be read by unpickling: a pickle can run any code.
 
     Raises:
         ValueError: naming the component and its file.
@@ -68,8 +105,8 @@ def load_pipeline(location: str, dtype: torch.dtype, options: Mapping[str, Any])
 
     Args:
         location: folder or Hub id.
-        dtype: of the weights.
-        options: keywords for `from_pretrained`.
+        dtype: dtype of the weights.
+        options: keyword arguments for `from_pretrained`.
 
     Raises:
         OSError: for a Hub id that cannot be downloaded, or has no safetensors weights.
@@ -85,7 +122,7 @@ def load_pipeline(location: str, dtype: torch.dtype, options: Mapping[str, Any])
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Bars are for downloads; a folder is read in a moment."""
+    """Progress bars are for downloads; a folder is read in a moment."""
     libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     for library in libraries:
         library.disable_progress_bar()

@@ -1,4 +1,8 @@
-"""Which prompt an episode is about: distributions over prompts, the named sets, and the words that they are made of."""
+"""Where the prompts of episodes come from.
+
+In comes the name of a prompt set, a text file, a list or a function; out goes a distribution, from which every episode
+samples a prompt and its metadata.
+"""
 
 from ddpo_env.prompts.distributions import (
     PROMPT_SETS,

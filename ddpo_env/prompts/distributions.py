@@ -1,8 +1,8 @@
-"""Prompt distributions: which prompt an episode is about, the first thing on the data's path.
+"""Prompt distributions, the first stop of the data's path: every episode begins with a prompt.
 
 A distribution is anything with `sample(rng) -> (prompt, metadata)`; `load_prompts` makes one from the name of a set, a
-text file, a list or a function. The named sets are those of DDPO (arXiv 2305.13301, section 5 and appendix) and
-the bundled model's held-out words.
+text file, a list or a function. The named sets are those of DDPO (arXiv 2305.13301, section 5 and appendix) and the
+bundled model's held-out words.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import inflect
 
 Prompt: TypeAlias = tuple[str, dict[str, Any]]
-"""A prompt and what a reward may want to know about it, such as questions and answers."""
+"""A prompt and its metadata for the reward, such as questions and answers."""
 
 PromptFunctionLike: TypeAlias = Callable[[np.random.Generator], str | tuple[str, Mapping[str, Any]]]
 PromptSource: TypeAlias = "str | Path | Sequence[str | tuple[str, Mapping[str, Any]]] | PromptFunctionLike"
@@ -32,17 +32,17 @@ class PromptDistribution(Protocol):
     """Where the prompts of episodes come from."""
 
     def sample(self, rng: np.random.Generator) -> Prompt:
-        """Draw a prompt and its metadata; all randomness must come from `rng`."""
+        """Return a prompt and its metadata; all randomness must come from `rng`."""
         ...
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The uniform distribution over a finite sequence of prompts; one that occurs twice is drawn twice as often.
+    """The uniform distribution over a finite sequence of prompts; a prompt that occurs twice is twice as likely.
 
     Attributes:
         prompts: The prompts, none empty.
-        metadata: One dictionary a prompt, or empty where no prompt has any.
+        metadata: One dictionary per prompt, or empty if no prompt has metadata.
     """
 
     prompts: tuple[str, ...]
@@ -64,18 +64,18 @@ class PromptSet:
         return self.prompts[index], dict(self.metadata[index]) if self.metadata else {}
 
     def sample(self, rng: np.random.Generator) -> Prompt:
-        """Draw a prompt and a copy of its metadata."""
+        """Return a prompt and a copy of its metadata."""
         return self[int(rng.integers(len(self)))]
 
 
 @dataclass(frozen=True)
 class PromptFunction:
-    """The distribution that a user's function `(rng) -> prompt` or `(rng) -> (prompt, metadata)` draws from."""
+    """The distribution of a user's function `(rng) -> prompt` or `(rng) -> (prompt, metadata)`."""
 
     function: PromptFunctionLike
 
     def sample(self, rng: np.random.Generator) -> Prompt:
-        """Call the function; a result that is no prompt is an error that names the function."""
+        """Call the function; a result that is not a prompt is an error that names the function."""
         return _checked(self.function(rng), f"prompt function {getattr(self.function, '__name__', self.function)!s}")
 
 
@@ -84,15 +84,15 @@ def load_prompts(prompts: PromptSource | PromptDistribution) -> PromptDistributi
 
     Args:
         prompts: One of
-            the name of a set in `PROMPT_SETS`, which goes before a file of the same name;
-            the path of a UTF-8 text file with one prompt a line, where lines that start with `#` are comments;
+            the name of a set in `PROMPT_SETS`, which wins over a file of the same name;
+            the path of a UTF-8 text file with one prompt per line, in which lines that start with `#` are comments;
             a sequence of prompts, each a string or `(string, metadata)`;
             a function `(numpy.random.Generator) -> string` or `-> (string, metadata)`;
             a distribution, which is returned as it is.
 
     Raises:
         ValueError: No such set or file, no prompts in it, or a prompt that is empty (the file and line are named).
-        TypeError: The argument, or a prompt, is of no such type.
+        TypeError: The argument, or a prompt, has another type.
     """
     if isinstance(prompts, str) and prompts in PROMPT_SETS:
         return PROMPT_SETS[prompts]()
@@ -133,7 +133,7 @@ def _read_file(path: str | Path) -> PromptSet:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8 text with one prompt a line; {error}") from error
+        raise ValueError(f"{path} must be UTF-8 text with one prompt per line; {error}") from error
     prompts = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -141,12 +141,12 @@ def _read_file(path: str | Path) -> PromptSet:
         if not line.lstrip().startswith("#"):
             prompts.append(line.strip())
     if not prompts:
-        raise ValueError(f"{path} must hold at least one prompt, one a line; it holds none")
+        raise ValueError(f"{path} must hold at least one prompt, one per line; it holds none")
     return PromptSet(tuple(prompts))
 
 
 def _grammar() -> inflect.engine:
-    import inflect  # here, because it takes longer to import than the rest of the package
+    import inflect  # imported here because that takes longer than the rest of the package
 
     return inflect.engine()
 
@@ -164,7 +164,7 @@ def _animal_activities() -> PromptSet:
 
 
 def _counting() -> PromptSet:
-    """`two dogs`, with the questions that a vision-language model is asked about the picture."""
+    """`two dogs`, with questions for a vision-language model about the image."""
     grammar = _grammar()
     questions = ("How many animals are in this image?", "What animals are in this image?")
     return _collect(
@@ -187,4 +187,4 @@ PROMPT_SETS: dict[str, Callable[[], PromptSet]] = {
     "everyday_objects": lambda: _with_article(vocabulary.EVERYDAY_OBJECTS),
     "imagenet_animals": _imagenet_animals,
 }
-"""Named prompt sets; each is built when it is asked for."""
+"""Named prompt sets; each one is built when it is used."""

@@ -1,8 +1,8 @@
-"""The words that the bundled model knows: plain data, shared by its pretraining, its evaluation and the prompt sets.
+"""The words that the bundled model knows: its pretraining, its evaluation and the prompt sets use this data.
 
-Reinforcement learning trains on `SIMPLE_ANIMALS` (and `ACTIVITIES`, `COUNTS` of them) only. `HELD_OUT_ANIMALS` and
-`EVERYDAY_OBJECTS` are in the pretraining but never in an RL prompt set, so they show how far a learned behaviour
-carries over to prompts that it was not rewarded on (DDPO, arXiv 2305.13301, section 6.3).
+Reinforcement learning trains only on `SIMPLE_ANIMALS`, with `ACTIVITIES` and `COUNTS`. `HELD_OUT_ANIMALS` and
+`EVERYDAY_OBJECTS` are in the pretraining but never in a prompt set of the training. They show how well a learned
+behaviour generalizes to other prompts (DDPO, arXiv 2305.13301, section 6.3).
 """
 
 # The 45 common animals of the DDPO paper, in its order.
@@ -54,7 +54,7 @@ SIMPLE_ANIMALS: tuple[str, ...] = (
     "kangaroo",
 )
 
-# Other animals that the bundled model draws: generalisation to unseen animals. Never trained on with RL.
+# Other animals of the bundled model, for generalization to unseen animals. Reinforcement learning never uses them.
 HELD_OUT_ANIMALS: tuple[str, ...] = (
     "penguin",
     "owl",
@@ -78,7 +78,7 @@ HELD_OUT_ANIMALS: tuple[str, ...] = (
     "hippopotamus",
 )
 
-# Things that are no animals: generalisation to unseen objects. Never trained on with RL.
+# Objects, for generalization beyond animals. Reinforcement learning never uses them.
 EVERYDAY_OBJECTS: tuple[str, ...] = (
     "car",
     "umbrella",
@@ -102,8 +102,8 @@ EVERYDAY_OBJECTS: tuple[str, ...] = (
     "drum",
 )
 
-# What an animal can be doing, as in "a fox riding a bike": the paper's three, in its wording.
+# Activities of an animal, as in "a fox riding a bike": the paper's three, in its wording.
 ACTIVITIES: tuple[str, ...] = ("washing the dishes", "riding a bike", "playing chess")
 
-# How many of an animal, as in "two dogs".
+# Numbers of animals, as in "two dogs".
 COUNTS: tuple[str, ...] = ("two", "three", "four")

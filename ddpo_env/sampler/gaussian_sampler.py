@@ -1,8 +1,8 @@
 """One step of a stochastic sampler, as a Gaussian that can be sampled and scored.
 
-This is the policy's action distribution: between the denoiser's output and the next latent. Every supported
-sampler has a mean that is affine in the latent, the model's output and the predicted clean latent, so that a sampler
-is a table with a row a step, read off the pipeline's own scheduler once (DDPO, arXiv 2305.13301, section 4.3).
+This is the policy's action distribution: it turns the denoiser's output into the next latent. The mean of every
+supported sampler is affine in the latent, the model's output and the predicted clean latent. So a sampler is a table
+with one row per step, read once from the pipeline's own scheduler (DDPO, arXiv 2305.13301, section 4.3).
 """
 
 from __future__ import annotations
@@ -11,17 +11,29 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ddpo_env.sampler.scheduler_table import SMALLEST_STD, read_scheduler
 
-if TYPE_CHECKING:
-    from ddpo_env.models.loading import DiffusionModel
-
 Reduction = Literal["mean", "sum"]
+
+
+class HasScheduler(Protocol):
+    """A model with a diffusers scheduler."""
+
+    scheduler: Any
+
+
+@runtime_checkable
+class ChoosesSamplerOptions(Protocol):
+    """A model whose flow times are not the scheduler's own."""
+
+    def sampler_options(self, num_inference_steps: int) -> dict[str, Any]:
+        """Return keyword arguments for `GaussianSampler.from_scheduler`, such as `sigmas` and `mu`."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +44,9 @@ class GaussianSampler:
         mean    = sample_to_mean[k] * x_t + output_to_mean[k] * model_output + x0_to_mean[k] * x0_hat
         x_{t-1} = mean + std[k] * noise
 
-    Where nothing is clamped, `x0_hat` is folded into the other two terms and `x0_to_mean` is 0. All arithmetic is
-    float32, whatever comes in. Every method takes `step_index`, a LongTensor (batch,) of rows, so that one batch may
-    hold different timesteps; latents are (batch, ...) of any rank.
+    If the scheduler does not clip, `x0_hat` is folded into the other two terms and `x0_to_mean` is 0. All arithmetic is
+    float32, for inputs of any dtype. Every method takes `step_index`, a LongTensor (batch,) of rows, so that one batch
+    may hold different timesteps; latents are (batch, ...) of any rank.
 
     Attributes:
         timesteps: (steps,), in denoising order; int64, or float32 for flow matching.
@@ -43,8 +55,8 @@ class GaussianSampler:
         sample_to_mean: (steps,) float32.
         output_to_mean: (steps,) float32.
         x0_to_mean: (steps,) float32.
-        std: (steps,) float32, at least `SMALLEST_STD`: every step has a density.
-        clip_sample_range: Bound on the absolute value of `x0_hat`; `None` where the scheduler does not clip.
+        std: (steps,) float32, at least `SMALLEST_STD`, so that every step has a density.
+        clip_sample_range: Bound on the absolute value of `x0_hat`; `None` if the scheduler does not clip.
     """
 
     timesteps: Tensor
@@ -60,13 +72,12 @@ class GaussianSampler:
         columns = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         for name, column in columns.items():
             if column.shape != self.timesteps.shape or column.ndim != 1:
-                raise ValueError(
-                    f"{name} must have one value a step, shape {tuple(self.timesteps.shape)}; got {tuple(column.shape)}"
-                )
+                expected = tuple(self.timesteps.shape)
+                raise ValueError(f"{name} must have one value per step, {expected}; got {tuple(column.shape)}")
             if not torch.isfinite(column).all():
                 raise ValueError(f"{name} must be finite at every step; got {column.tolist()}")
         if self.clip_sample_range is None and self.x0_to_mean.any():
-            raise ValueError(f"x0_to_mean must be 0 where nothing is clipped; got {self.x0_to_mean.tolist()}")
+            raise ValueError(f"x0_to_mean must be 0 if the scheduler does not clip; got {self.x0_to_mean.tolist()}")
         if self.std.min() < SMALLEST_STD:
             raise ValueError(f"std must be at least {SMALLEST_STD} at every step; got {self.std.tolist()}")
 
@@ -82,30 +93,29 @@ class GaussianSampler:
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
     ) -> GaussianSampler:
-        """Read the table off a diffusers scheduler; the scheduler itself is left untouched.
+        """Read the table from a diffusers scheduler; the scheduler itself does not change.
 
         `DDPMScheduler` gives its own ancestral step (DDPM, arXiv 2006.11239, eq. 6-7) and
         `FlowMatchEulerDiscreteScheduler` the SDE of Flow-GRPO (arXiv 2505.05470). Every other scheduler of a discrete
         variance-preserving diffusion (PNDM, Euler, DPM-Solver, ...) gives the DDIM step (arXiv 2010.02502, eq. 12, 16)
         on its noise schedule, as DDPO did for Stable Diffusion 1.4.
 
-        A deterministic step has no density. Where a sampler has one (for `DDPMScheduler` it is the last, except with
-        `fixed_large` variance and a timestep above 0; for `DDIMScheduler` it is where the next latent has no noise),
-        this is an error unless `min_std` is given, which is then the lower bound on the standard deviation, for
-        sampling and scoring alike.
+        A deterministic step has no density. Such a step is an error unless `min_std` is given: the lower bound on the
+        standard deviation, for sampling and scoring alike. For `DDPMScheduler` the last step is deterministic, except
+        with `fixed_large` variance and a timestep above 0; for `DDIMScheduler` a step whose next latent has no noise.
 
         Args:
             scheduler: A diffusers scheduler; only its `config` is read.
-            num_inference_steps: Rows of the table, at least 1.
-            eta: Noise of the DDIM step: 1 is as noisy as DDPM, 0 would be deterministic and is refused.
-            noise_level: Noise of the flow-matching SDE, default 0.7; refused for other schedulers.
+            num_inference_steps: Number of rows of the table, at least 1.
+            eta: Noise of the DDIM step: 1 is as noisy as DDPM; 0 would be deterministic and is an error.
+            noise_level: Noise of the flow-matching SDE, default 0.7; an error for other schedulers.
             min_std: Lower bound on the standard deviation, at least `SMALLEST_STD`; the means stay as they are.
             sigmas: Flow times for `FlowMatchEulerDiscreteScheduler.set_timesteps`; default: the scheduler's own.
-            mu: Shift of the flow times where the scheduler uses dynamic shifting.
+            mu: Shift of the flow times, if the scheduler uses dynamic shifting.
 
         Raises:
             ValueError: An argument or the scheduler's configuration does not describe such a sampler.
-            TypeError: `num_inference_steps` is no integer.
+            TypeError: `num_inference_steps` is not an integer.
         """
         rows, clip_sample_range = read_scheduler(
             scheduler,
@@ -122,19 +132,19 @@ class GaussianSampler:
     @classmethod
     def from_model(
         cls,
-        model: DiffusionModel,
+        model: HasScheduler,
         num_inference_steps: int,
         eta: float = 1.0,
         *,
         noise_level: float | None = None,
         min_std: float | None = None,
     ) -> GaussianSampler:
-        """Read the table off a model's scheduler, with the flow times that the model's `sampler_options` ask for.
+        """Read the table from a model's scheduler, with the model's own `sampler_options` if it has them.
 
-        Environment and policy both build it so; that is why they agree on the timesteps. Arguments and errors are those
-        of `from_scheduler`.
+        Environment and policy both build the table in this way, so they agree on the timesteps. Arguments and errors
+        are those of `from_scheduler`.
         """
-        options: dict[str, Any] = getattr(model, "sampler_options", lambda _: {})(num_inference_steps)
+        options = model.sampler_options(num_inference_steps) if isinstance(model, ChoosesSamplerOptions) else {}
         return cls.from_scheduler(
             model.scheduler, num_inference_steps, eta, noise_level=noise_level, min_std=min_std, **options
         )
@@ -152,8 +162,8 @@ class GaussianSampler:
     def step_index_of(self, timestep: Tensor) -> Tensor:
         """Map values of `timesteps`, (batch,), to rows, (batch,) int64, without waiting for an accelerator.
 
-        A value that is not in the table is a `ValueError` on a CPU; elsewhere it becomes the index `len(self)`, with
-        which the next look-up fails.
+        A value that is not in the table is a `ValueError` on a CPU. On other devices it becomes the index `len(self)`,
+        so the next look-up fails.
         """
         matches = timestep[:, None] == self.timesteps
         found = matches.any(dim=1)
@@ -182,20 +192,20 @@ class GaussianSampler:
     def sample(self, latents: Tensor, model_output: Tensor, step_index: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return the next latents for standard normal `noise`, and their mean: both (batch, ...) float32.
 
-        If the next latents are to be stored in less than float32, round them first and score what is stored.
+        To store the next latents in less than float32, round them first and score the rounded ones.
         """
         mean = self.mean(latents, model_output, step_index)
         return mean + _row(self.std, step_index, mean) * noise.float(), mean
 
     def log_prob(self, next_latents: Tensor, mean: Tensor, step_index: Tensor, reduction: Reduction = "mean") -> Tensor:
-        """Return the log-density of `next_latents`, (batch,) float32.
+        """Return the log-probability of `next_latents`, (batch,) float32.
 
         Args:
             next_latents: (batch, ...), exactly as stored.
             mean: (batch, ...), from `mean` or `sample`.
             step_index: (batch,).
-            reduction: `"mean"` over the latent's dimensions, as DDPO does, so that the importance ratio stays in the
-                range of floats; `"sum"` is the joint density.
+            reduction: `"mean"` over the elements of a latent, as in DDPO, keeps the importance ratio in the range of
+                floats; `"sum"` is the joint log-probability.
         """
         std = self.std[step_index]
         z = (next_latents.float() - mean.float()) / _row(self.std, step_index, mean)
@@ -205,25 +215,25 @@ class GaussianSampler:
     def kl_divergence(
         self, mean: Tensor, reference_mean: Tensor, step_index: Tensor, reduction: Reduction = "mean"
     ) -> Tensor:
-        """Return KL(policy, reference), (batch,) float32: the policies share `std`, so it is a squared distance.
+        """Return KL(policy, reference), (batch,) float32: both have the same `std`, so it is a squared distance.
 
         Args:
-            mean: (batch, ...), of the policy.
-            reference_mean: (batch, ...), of the reference.
+            mean: (batch, ...), the policy's.
+            reference_mean: (batch, ...), the reference's.
             step_index: (batch,).
-            reduction: Over the latent's dimensions, as in `log_prob`.
+            reduction: Over the elements of a latent, as in `log_prob`.
         """
         z = (mean.float() - reference_mean.float()) / _row(self.std, step_index, mean)
         return 0.5 * z.square().reshape(len(z), -1).mean(dim=1) * _scale(reduction, mean)
 
 
 def _row(column: Tensor, step_index: Tensor, like: Tensor) -> Tensor:
-    """Look `step_index` up in a column, with the trailing axes that broadcast over `like`."""
+    """Return the entries of a column at `step_index`, with trailing axes so that they broadcast over `like`."""
     return column[step_index].reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _scale(reduction: Reduction, latents: Tensor) -> float:
-    """The factor from the mean over a latent's dimensions to `reduction`."""
+    """Return the factor that turns the mean over a latent's elements into `reduction`."""
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be mean or sum; got {reduction!r}")
     return 1.0 if reduction == "mean" else float(math.prod(latents.shape[1:]))

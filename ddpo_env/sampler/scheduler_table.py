@@ -1,7 +1,7 @@
-"""The coefficients of a sampler's steps, read off a diffusers scheduler's configuration in float64.
+"""The coefficients of a sampler's steps, computed in float64 from the configuration of a diffusers scheduler.
 
-`ddpo_env.sampler.gaussian_sampler` turns them into a distribution over the next latent. Sources: DDIM (arXiv 2010.02502, eq. 12
-and 16), DDPM (arXiv 2006.11239, eq. 6-7), Flow-GRPO (arXiv 2505.05470).
+`gaussian_sampler` turns them into a distribution over the next latent. Sources: DDIM (arXiv 2010.02502, eq. 12 and 16),
+DDPM (arXiv 2006.11239, eq. 6-7), Flow-GRPO (arXiv 2505.05470).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class SamplerRows(NamedTuple):
     std: Tensor
 
     def with_x0_folded(self) -> SamplerRows:
-        """Return the same sampler with the predicted clean latent spelled out by latent and output."""
+        """Return the same sampler with the predicted clean latent written in terms of latent and output."""
         return self._replace(
             sample_to_mean=self.sample_to_mean + self.x0_to_mean * self.sample_to_x0,
             output_to_mean=self.output_to_mean + self.x0_to_mean * self.output_to_x0,
@@ -102,7 +102,7 @@ def read_scheduler(
 
 
 def resolution_shift(scheduler: Any, image_tokens: int) -> float:
-    """Return the shift `mu` of the flow times for pictures of so many tokens: larger pictures want more noise.
+    """Return the shift `mu` of the flow times for images with so many tokens: larger images need more noise.
 
     Linear between the two sizes that the scheduler's configuration names, as in diffusers' `calculate_shift`.
     """
@@ -117,7 +117,7 @@ def _check_scheduler(scheduler: Any, name: str) -> None:
         raise ValueError(f"scheduler must be one of {', '.join(supported)}; got {name}")
     config = scheduler.config
     if config.get("thresholding", False):
-        raise ValueError(f"thresholding must be False: {name}'s dynamic thresholding is no Gaussian step; got True")
+        raise ValueError(f"thresholding must be False: it makes a step of {name} not Gaussian; got True")
     if config.get("invert_sigmas", False):
         raise ValueError("invert_sigmas must be False: the flow time must run from noise to data; got True")
     if name in _FLOW_FAMILY:
@@ -143,16 +143,16 @@ def _check_arguments(scheduler: Any, num_inference_steps: int, eta: float, min_s
         raise ValueError(f"min_std must be at least {SMALLEST_STD}; got {min_std}")
 
 
-def _rebuilt(scheduler_class: Any, config: Any) -> Any:
-    """A scheduler of the class with everything that the configuration states (`from_config` would drop defaults)."""
+def rebuild_scheduler(scheduler_class: Any, config: Any) -> Any:
+    """Return a scheduler of the class with all values of the configuration (`from_config` would drop defaults)."""
     parameters = inspect.signature(scheduler_class.__init__).parameters
     return scheduler_class(**{name: config[name] for name in parameters if name in config})
 
 
 def _timesteps(scheduler: Any, num_inference_steps: int) -> Tensor:
-    """The scheduler's own timesteps, (steps,) int64."""
+    """Return the scheduler's own timesteps, (steps,) int64."""
     scheduler.set_timesteps(num_inference_steps)
-    # Trailing spacing by np.arange yields a surplus timestep -1 at some counts, 61 of 1000 for one.
+    # At some counts, such as 61 of 1000, trailing spacing by np.arange yields a surplus timestep -1.
     timesteps: Tensor = scheduler.timesteps[:num_inference_steps].cpu().long()
     if timesteps.max() >= scheduler.config.num_train_timesteps:
         raise ValueError(
@@ -164,7 +164,7 @@ def _timesteps(scheduler: Any, num_inference_steps: int) -> Tensor:
 
 
 def _predictions(config: Any, timesteps: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the latent and the model's output contribute to x0 and to the noise (DDIM eq. 12), each (steps,)."""
+    """Return the weights of latent and model output in x0 and in the noise (DDIM eq. 12), each (steps,)."""
     signal, noise, zero, one = alpha.sqrt(), (1 - alpha).sqrt(), torch.zeros_like(alpha), torch.ones_like(alpha)
     if config.prediction_type == "v_prediction":
         return signal, -noise, noise, signal
@@ -172,7 +172,7 @@ def _predictions(config: Any, timesteps: Tensor, alpha: Tensor) -> tuple[Tensor,
         return zero, one, 1 / noise, -signal / noise
     if (alpha == 0).any():
         raise ValueError(
-            f"prediction_type must be v_prediction or sample where the signal is zero (rescale_betas_zero_snr), at"
+            f"prediction_type must be v_prediction or sample if the signal is zero (rescale_betas_zero_snr) at"
             f" timestep {int(timesteps[alpha == 0][0])}; got epsilon"
         )
     return 1 / signal, -noise / signal, zero, one
@@ -181,20 +181,20 @@ def _predictions(config: Any, timesteps: Tensor, alpha: Tensor) -> tuple[Tensor,
 def _ddim_rows(config: Any, num_inference_steps: int, eta: float) -> SamplerRows:
     from diffusers import DDIMScheduler
 
-    scheduler = _rebuilt(DDIMScheduler, config)
+    scheduler = rebuild_scheduler(DDIMScheduler, config)
     timesteps = _timesteps(scheduler, num_inference_steps)
     alphas = scheduler.alphas_cumprod.double()
     previous = timesteps - config.num_train_timesteps // num_inference_steps
     alpha = alphas[timesteps]
     alpha_previous = torch.where(previous >= 0, alphas[previous.clamp(min=0)], scheduler.final_alpha_cumprod.double())
-    # The clamp is for a last timestep of 0, where the two alphas are one and rounding may leave it below zero.
+    # At a last timestep of 0 both alphas are one, and rounding may give a variance below zero.
     variance = ((1 - alpha_previous) / (1 - alpha) * (1 - alpha / alpha_previous)).clamp(min=0)
     direction = 1 - alpha_previous - eta**2 * variance
     if (direction < -1e-9).any():
         largest = ((1 - alpha_previous) / variance).nan_to_num(nan=math.inf).min().sqrt()
         raise ValueError(
             f"eta must be at most {largest:.4f} for this schedule and {num_inference_steps} steps, or the noise would"
-            f" exceed what the next latent may hold (DDIM eq. 12); got {eta}"
+            f" exceed the noise of the next latent (DDIM eq. 12); got {eta}"
         )
     sample_to_x0, output_to_x0, sample_to_noise, output_to_noise = _predictions(config, timesteps, alpha)
     weight = direction.clamp(min=0).sqrt()
@@ -212,7 +212,7 @@ def _ddim_rows(config: Any, num_inference_steps: int, eta: float) -> SamplerRows
 def _ddpm_rows(config: Any, num_inference_steps: int) -> SamplerRows:
     from diffusers import DDPMScheduler
 
-    scheduler = _rebuilt(DDPMScheduler, config)
+    scheduler = rebuild_scheduler(DDPMScheduler, config)
     timesteps = _timesteps(scheduler, num_inference_steps)
     alpha = scheduler.alphas_cumprod.double()[timesteps]
     alpha_previous = torch.cat([alpha[1:], torch.ones(1, dtype=torch.float64)])
@@ -238,15 +238,15 @@ def _flow_rows(
     if not (math.isfinite(noise_level) and noise_level > 0):
         raise ValueError(f"noise_level must be above 0 (at 0 the flow is deterministic); got {noise_level}")
     if config.get("use_dynamic_shifting", False) and mu is None:
-        raise ValueError("mu must be given where the scheduler's use_dynamic_shifting is on; got None")
+        raise ValueError("mu must be given if the scheduler's use_dynamic_shifting is on; got None")
     if sigmas is not None and len(sigmas) != num_inference_steps:
         raise ValueError(f"sigmas must hold num_inference_steps={num_inference_steps} values; got {len(sigmas)}")
-    scheduler = _rebuilt(FlowMatchEulerDiscreteScheduler, config)
+    scheduler = rebuild_scheduler(FlowMatchEulerDiscreteScheduler, config)
     options: dict[str, Any] = {} if sigmas is None else {"sigmas": list(sigmas)}
     scheduler.set_timesteps(num_inference_steps, mu=mu, **options)
     schedule = scheduler.sigmas.double().cpu()
     sigma, dt = schedule[:-1], schedule.diff()
-    # At sigma = 1 the formula divides by zero; Flow-GRPO takes the next sigma there.
+    # At sigma = 1 the formula divides by zero, so Flow-GRPO uses the next sigma.
     denominator = 1 - torch.where(sigma >= 1, schedule[1:], sigma)
     squared = noise_level**2 * sigma / denominator
     return SamplerRows(

@@ -1,7 +1,7 @@
 """The LAION aesthetic predictor: a linear head on CLIP ViT-L/14 (DDPO, arXiv 2305.13301, section 5.2).
 
-The head was fitted to ratings from 1 to 10 of *normalised* embeddings; on others it answers 20 to 30. Its layers have
-no activations between them (https://github.com/christophschuhmann/improved-aesthetic-predictor).
+The head was fitted to ratings from 1 to 10. It needs *normalised* embeddings; for others its scores are 20 to 30. There
+are no activations between its layers (https://github.com/christophschuhmann/improved-aesthetic-predictor).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,17 +22,17 @@ _LAYER = re.compile(r"layers\.(\d+)\.(weight|bias)")
 
 
 class AestheticHead:
-    """The affine layers, applied one after the other.
+    """Affine layers that are applied one after the other.
 
     Attributes:
-        layers: Weight (out, in) and bias (out,) of each, float32; the last has one output.
+        layers: Weight (out, in) and bias (out,) of each layer, float32. The last layer has one output.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         """Take the layers from a state dict with the keys `layers.N.weight` and `layers.N.bias`.
 
         Raises:
-            ValueError: There are other keys, or the shapes do not follow from one another.
+            ValueError: There are other keys, or the shapes of the layers do not fit each other.
         """
         unknown = [name for name in weights if not _LAYER.fullmatch(name)]
         numbers = sorted({int(match[1]) for name in weights if (match := _LAYER.fullmatch(name))})
@@ -50,7 +51,7 @@ class AestheticHead:
 
     @property
     def dimensions(self) -> int:
-        """Length of the embeddings that it takes."""
+        """Dimension of the embeddings that the head takes."""
         return int(self.layers[0][0].shape[1])
 
     def to(self, device: torch.device) -> AestheticHead:
@@ -59,14 +60,14 @@ class AestheticHead:
         return self
 
     def __call__(self, embeddings: Tensor) -> Tensor:
-        """Score embeddings of length 1, (batch, dimensions): (batch,), about 1 to 10."""
+        """Score embeddings of length 1, (batch, dimensions); the scores are (batch,), about 1 to 10."""
         for weight, bias in self.layers:
             embeddings = linear(embeddings, weight, bias)
         return embeddings.squeeze(-1)
 
 
 class Aesthetic(ClipReward):
-    """How much people would like the picture, about 1 to 10; the prompt plays no part."""
+    """How much people would like the image, about 1 to 10. The prompt has no influence."""
 
     __name__ = "aesthetic"
 
@@ -74,38 +75,33 @@ class Aesthetic(ClipReward):
         self,
         model: str | Path = "openai/clip-vit-large-patch14",
         head: str | Path = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
-        *,
-        device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "float32",
-        batch_size: int = 32,
+        **options: Any,
     ) -> None:
-        """Check the arguments; see `ClipReward`.
+        """Check the arguments.
 
         Args:
             model: Folder or Hub id of the CLIP model that the head was fitted to.
-            head: File of the head, or `owner/repository/file` on the Hub.
-            device: As in `ClipReward`.
-            dtype: As in `ClipReward`; the head computes in float32.
-            batch_size: As in `ClipReward`.
+            head: File of the head, or `owner/repository/file` on the Hub. The head always computes in float32.
+            **options: `device`, `dtype` and `batch_size` as in `ClipReward`.
         """
-        super().__init__(model, device=device, dtype=dtype, batch_size=batch_size)
+        super().__init__(model, **options)
         self._head_source = resolve_weights(head)
         self._head: AestheticHead | None = None
 
     @property
     def head(self) -> AestheticHead:
-        """The head, loaded if it is not.
+        """The head, which is loaded at its first use.
 
         Raises:
-            ValueError: The file is no such head, or does not fit the CLIP model.
+            ValueError: The file does not contain such a head, or the head does not fit the CLIP model.
         """
         if self._head is None:
             head = AestheticHead(load_weights(self._head_source)).to(self.device)
-            dimensions = self.clip.model.config.projection_dim
+            dimensions = self.loaded.model.config.projection_dim
             if head.dimensions != dimensions:
                 raise ValueError(
-                    f"aesthetic head takes embeddings of {head.dimensions} dimensions, and the CLIP model "
-                    f"{self._source!r} makes {dimensions}"
+                    f"aesthetic head takes embeddings of {head.dimensions} dimensions, but the CLIP model "
+                    f"{self.source!r} makes {dimensions}"
                 )
             self._head = head
         return self._head
@@ -115,10 +111,10 @@ class Aesthetic(ClipReward):
         _ = self.head
 
     def unload(self) -> None:
-        """Let both go."""
+        """Release both."""
         self._head = None
         super().unload()
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score embeddings, whatever the prompts."""
+        """Score the embeddings; the prompts are not used."""
         return self.head(images)

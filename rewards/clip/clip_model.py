@@ -1,7 +1,7 @@
-"""CLIP as transformers has it: pictures and prompts to unit vectors, and the base of every reward made from them.
+"""CLIP from transformers: images and prompts become unit vectors, which every reward in this folder scores.
 
-Preprocessing is the image processor of the model's own folder, in Pillow as in the reference implementations, so that a
-score does not depend on what else is installed.
+Images are preprocessed by the image processor of the model's own folder. It uses Pillow, as the reference
+implementations do, so that a score does not depend on which other packages are installed.
 """
 
 from __future__ import annotations
@@ -19,37 +19,30 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from rewards.clip.open_clip import clip_from_open_clip
-from rewards.devices import resolve_device, resolve_dtype
-from rewards.pretrained import (
-    free_memory,
-    load_weights,
-    resolve_source,
-    resolve_weights,
-    shared,
-)
+from rewards.pretrained import ModelHolder, load_weights, resolve_source, resolve_weights
 from rewards.protocol import Images, Metadata, images_only
 
 
 class ClipEmbedder:
-    """A `transformers.CLIPModel` with its tokenizer and image processor.
+    """A `transformers.CLIPModel` with its tokenizer and image processor, as `load_cached` holds them.
 
     Attributes:
         model: The model, in evaluation mode.
-        logit_scale: exp of its learned temperature: what cosines are multiplied with in `logits_per_image`.
-        image_size: Side of the square that the vision tower sees, in pixels.
+        logit_scale: The learned factor by which `logits_per_image` multiplies cosines (exp of the parameter).
+        image_size: Side of the square image that the vision tower takes, in pixels.
     """
 
     def __init__(
-        self, source: str, processor: str, device: torch.device, dtype: torch.dtype, weights: str | None = None
+        self, source: str, device: torch.device, dtype: torch.dtype, processor: str, weights: str | None = None
     ) -> None:
-        """Load everything.
+        """Load the model, the tokenizer and the image processor.
 
         Args:
-            source: Folder or Hub id of the model; only safetensors are loaded.
+            source: Folder or Hub id of the model. Only safetensors are loaded.
+            device: The device of the model.
+            dtype: Dtype of the weights. Embeddings are always normalised in float32.
             processor: Folder or Hub id of the tokenizer and the image processor.
-            device: Where the model computes.
-            dtype: Of its weights; embeddings are normalised in float32 all the same.
-            weights: File with other weights for this architecture in open_clip's layout, as `load_weights` takes it.
+            weights: Other weights for this architecture in open_clip's layout, as `load_weights` takes them.
 
         Raises:
             ValueError: The weights do not fit the model.
@@ -68,14 +61,14 @@ class ClipEmbedder:
         self._max_length = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
 
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return the projected embeddings of pictures of any size, (batch, dimensions) float32, of length 1."""
+        """Return the projected embeddings of images of any size, (batch, dimensions) float32, of length 1."""
         pixels = self.image_processor(images=list(images), input_data_format="channels_last", return_tensors="pt")
         pixel_values = pixels["pixel_values"].to(self.model.device, self.model.dtype)
         with torch.inference_mode():
             return normalize(self.model.get_image_features(pixel_values).pooler_output.float(), dim=-1)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return the projected embeddings of texts, (batch, dimensions) float32, of length 1; long texts are cut."""
+        """Return the projected embeddings of texts, (batch, dimensions) float32, of length 1. Long texts are cut."""
         tokens = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self._max_length, return_tensors="pt"
         ).to(self.model.device)
@@ -85,14 +78,11 @@ class ClipEmbedder:
 
 
 @images_only
-class ClipReward(ABC):
-    """Base of the rewards that score pictures by their CLIP embedding; a subclass implements `score`.
-
-    The model is loaded by the first call or by `load`, shared with every reward that uses the same one, and let go by
-    `unload`; the next call loads it again.
+class ClipReward(ModelHolder[ClipEmbedder], ABC):
+    """Base of the rewards that score images by their CLIP embeddings; a subclass implements `score`.
 
     Attributes:
-        purpose: Which of the bundled models `model="tiny"` is; empty: none.
+        purpose: The purpose in `BUNDLED_MODELS` of the model that `model="tiny"` names; empty if there is none.
     """
 
     purpose: ClassVar[str] = ""
@@ -102,70 +92,56 @@ class ClipReward(ABC):
         model: str | Path,
         weights: str | Path | None = None,
         processor: str | Path | None = None,
+        /,
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "float32",
         batch_size: int = 32,
     ) -> None:
-        """Check the arguments; nothing is loaded yet.
+        """Check the arguments. Nothing is loaded yet.
 
         Args:
             model: Folder or Hub id of a `CLIPModel`.
-            weights: Other weights for that architecture, in open_clip's layout: a file, or `owner/repository/file`.
-            processor: Folder or Hub id of tokenizer and image processor; None: the model's own.
-            device: `auto`, `cpu`, `cuda:1`, ...; it need not be the denoiser's.
-            dtype: Of the weights. In half precision a score is good to two or three digits.
-            batch_size: Pictures in one call of the model; a matter of memory only.
+            weights: Other weights for this architecture in open_clip's layout: a file, or `owner/repository/file`.
+            processor: Folder or Hub id of the tokenizer and image processor; None: the model's own.
+            device: `auto`, `cpu`, `cuda:1`, ...; it may differ from the denoiser's device.
+            dtype: Dtype of the weights. In half precision two or three digits of a score are correct.
+            batch_size: Images per call of the model. It changes the memory and not the scores.
 
         Raises:
             ValueError: An argument is not valid.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-        self.device = resolve_device(device)
-        self.dtype = resolve_dtype(dtype, self.device)
-        self.batch_size = batch_size
-        self._source = resolve_source(model, self.purpose)
-        self._processor = self._source if processor is None else resolve_source(processor)
-        self._weights = None if weights is None else resolve_weights(weights)
-        self._clip: ClipEmbedder | None = None
-
-    @property
-    def clip(self) -> ClipEmbedder:
-        """The model, loaded if it is not."""
-        if self._clip is None:
-            self._clip = shared(ClipEmbedder, self._source, self._processor, self.device, self.dtype, self._weights)
-        return self._clip
-
-    def load(self) -> None:
-        """Load the model now: what can go wrong goes wrong here and not after the first pictures are drawn."""
-        _ = self.clip
-
-    def unload(self) -> None:
-        """Let the model go; its memory is free once no other reward uses it."""
-        self._clip = None
-        free_memory(self.device)
+        source = resolve_source(model, self.purpose)
+        super().__init__(
+            ClipEmbedder,
+            source,
+            source if processor is None else resolve_source(processor),
+            None if weights is None else resolve_weights(weights),
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+        )
 
     def prepare(self, images: Images) -> list[Image.Image]:
-        """Turn the array into pictures for the image processor."""
+        """Convert the array to Pillow images for the image processor."""
         return [Image.fromarray(image) for image in images]
 
     @abstractmethod
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score embeddings, (batch, dimensions) float32 of length 1, and their prompts: (batch,) float32."""
+        """Return scores, (batch,) float32, of image embeddings, (batch, dimensions) of length 1, and their prompts."""
 
     def cosine(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the cosine of each picture with its prompt, (batch,); equal prompts are embedded once."""
+        """Return the cosine of each image with its prompt, (batch,). Equal prompts are embedded once."""
         distinct = list(dict.fromkeys(prompts))
         row = {prompt: index for index, prompt in enumerate(distinct)}
-        texts = self.clip.embed_texts(distinct)[[row[prompt] for prompt in prompts]]
+        texts = self.loaded.embed_texts(distinct)[[row[prompt] for prompt in prompts]]
         return (images * texts).sum(dim=-1)
 
     def __call__(self, images: Images, prompts: Sequence[str], metadata: Metadata) -> NDArray[np.float32]:
-        """Score a batch of pictures, (batch,) float32."""
+        """Return the scores of a batch of images, (batch,) float32."""
         scores: list[NDArray[Any]] = [np.zeros(0, np.float32)]
         for start in range(0, len(images), self.batch_size):
             batch = slice(start, start + self.batch_size)
-            embeddings = self.clip.embed_images(self.prepare(images[batch]))
+            embeddings = self.loaded.embed_images(self.prepare(images[batch]))
             scores.append(self.score(embeddings, prompts[batch]).cpu().numpy())
         return np.concatenate(scores)

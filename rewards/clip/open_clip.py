@@ -1,7 +1,7 @@
-"""Weights in open_clip's layout, as HPSv2 publishes them, brought into a `transformers.CLIPModel`.
+"""Loads weights in open_clip's layout, in which HPSv2 is published, into a `transformers.CLIPModel`.
 
-The two differ in names, in that open_clip keeps the three attention projections in one matrix, and in that its final
-projections are transposed. (Names: `open_clip/model.py` and `transformers/models/clip/modeling_clip.py`.)
+The names differ. Also, open_clip keeps the three attention projections in one matrix, and its final projections are
+transposed. (The names are in `open_clip/model.py` and `transformers/models/clip/modeling_clip.py`.)
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def convert_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a state dict of open_clip's `CLIP` to one of `transformers.CLIPModel`.
 
     Raises:
-        ValueError: A name is none of open_clip's.
+        ValueError: open_clip has no tensor of such a name.
     """
     converted: dict[str, Tensor] = {}
     unknown = []
@@ -54,8 +54,8 @@ def convert_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             converted[_TRANSPOSED[name]] = tensor.T.contiguous()
         elif block is not None and block[3].startswith("attn.in_proj_"):
             kind = block[3].removeprefix("attn.in_proj_")
-            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-                converted[f"{_layer(block)}.self_attn.{part}_proj.{kind}"] = rows.clone()
+            for letter, rows in zip("qkv", tensor.chunk(3), strict=True):
+                converted[f"{_layer(block)}.self_attn.{letter}_proj.{kind}"] = rows.clone()
         elif block is not None and (inner := _renamed(block[3], _IN_BLOCK)):
             converted[f"{_layer(block)}.{inner}"] = tensor
         elif block is None and (renamed := _renamed(name, _NAMES)):
@@ -71,7 +71,7 @@ def clip_from_open_clip(weights: Mapping[str, Tensor], config: CLIPConfig, dtype
     """Build the `CLIPModel` of `config` with weights in open_clip's layout.
 
     Raises:
-        ValueError: The weights are not exactly those of the model.
+        ValueError: The names or shapes of the weights differ from those of the model.
     """
     from transformers import CLIPModel
 
@@ -92,7 +92,7 @@ def _layer(block: re.Match[str]) -> str:
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str | None:
-    """Rename a tensor, or a module's `weight` and `bias`."""
+    """Return the new name of a tensor, which may be the `weight` or `bias` of a module in `names`; None if unknown."""
     if name in names:
         return names[name]
     module, _, kind = name.rpartition(".")

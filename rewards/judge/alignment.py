@@ -1,12 +1,12 @@
-"""Prompt-image alignment (DDPO, arXiv 2305.13301, section 5.3): does a judge's description say what the prompt says?
+"""Prompt-image alignment (DDPO, arXiv 2305.13301, section 5.3): how well a judge's description matches the prompt.
 
-The score is BERTScore recall without rescaling, so even noise scores near 0.8 with the paper's text encoder: it is
-differences that count.
+The score is BERTScore recall without rescaling. With the paper's text encoder even noise scores about 0.8, so look at
+the differences between scores and not at their size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rewards.judge.answer_log import AnswerLog
 from rewards.judge.bert_score import DEFAULT_ENCODER, BertScoreRecall
-from rewards.judge.loading import Judge, load_judge
+from rewards.judge.judge_reward import JudgeReward
+from rewards.judge.protocol import Judge
 from rewards.pretrained import TINY
-from rewards.protocol import Details, Images, Metadata, images_only
+from rewards.protocol import Details, Images, Metadata
 
 QUESTION = "Answer concisely: what is going on in this image?"
 TEMPLATE = "The image contains {prompt}"
 
 
-@images_only
-class VlmAlignment:
-    """BERTScore recall of a judge's description against "The image contains {prompt}"."""
+class VlmAlignment(JudgeReward):
+    """BERTScore recall of a judge's description, compared with "The image contains {prompt}"."""
 
     __name__ = "vlm_alignment"
 
@@ -35,32 +34,25 @@ class VlmAlignment:
         model: str | Path | Judge | None = None,
         server: str | None = None,
         *,
-        judge_options: Mapping[str, Any] | None = None,
         question: str = QUESTION,
         template: str = TEMPLATE,
         text_model: str | Path | None = None,
         text_layer: int | None = None,
         device: str | torch.device = "auto",
-        log_folder: str | Path | None = None,
-        log_per_call: int = 4,
+        **options: Any,
     ) -> None:
-        """Check the arguments; nothing is loaded and nobody is asked yet.
+        """Check the arguments. Nothing is loaded and no question is asked yet.
 
         Args:
-            model: The judge: folder or Hub id of a vision-language model, `"tiny"`: the bundled one, None: LLaVA 1.5
-                7B; or an object of your own (`rewards.judge.loading.Judge`). With a server the served model's name, None: the
-                only one.
-            server: URL of an OpenAI-compatible server; None: the judge runs in this process.
-            judge_options: Further arguments of `JudgeServer` (`timeout`, `attempts`, `concurrency`, ...) or of
-                `JudgeModel` (`dtype`, `batch_size`, ...).
-            question: What the judge is asked.
-            template: What its answer is compared with; must contain `{prompt}`.
-            text_model: Folder or Hub id of BERTScore's text encoder, or `"tiny"`; None: that of the DDPO paper, DeBERTa
-                xlarge, or the bundled one where the judge is.
-            text_layer: Its layer; None: the recommended one.
-            device: Of the models in this process.
-            log_folder: Where to keep a sample of pictures and answers; None: nowhere.
-            log_per_call: How many of each call.
+            model: The judge, as in `JudgeReward`.
+            server: URL of the judge's server, as in `JudgeReward`.
+            question: The question that the judge is asked.
+            template: The text that the answer is compared with; it must contain `{prompt}`.
+            text_model: Folder or Hub id of BERTScore's text encoder, or `"tiny"` for the bundled one. None: the DDPO
+                paper's DeBERTa xlarge, or the bundled encoder if the judge is the bundled one.
+            text_layer: The layer of the text encoder; None: the recommended one.
+            device: The device of the models in this process.
+            **options: `judge_options`, `log_folder` and `log_per_call` as in `JudgeReward`.
 
         Raises:
             ValueError: An argument is not valid.
@@ -68,36 +60,31 @@ class VlmAlignment:
         """
         if "{prompt}" not in template:
             raise ValueError(f"template must contain {{prompt}}; got {template!r}")
+        super().__init__(model, server, device=device, **options)
         self.question = question
         self.template = template
-        self.judge = load_judge(model, server, judge_options, device=device)
         if text_model is None:
             text_model = TINY if model == TINY and server is None else DEFAULT_ENCODER
         self.recall = BertScoreRecall(text_model, text_layer, device=device)
-        self._log = None if log_folder is None else AnswerLog(log_folder, log_per_call)
-        self._log_per_call = log_per_call
-
-    def log_to(self, folder: Path) -> None:
-        """Keep a sample of pictures and answers in this folder from now on, unless there is a `log_folder`."""
-        self._log = self._log or AnswerLog(folder, self._log_per_call)
 
     def load(self) -> None:
-        """Load the models and look for the server now."""
-        self.judge.load()
+        """Load the models, or check that the server answers, now."""
+        super().load()
         self.recall.load()
 
     def unload(self) -> None:
-        """Let the models and connections go."""
-        self.judge.unload()
+        """Release the models and connections."""
+        super().unload()
         self.recall.unload()
 
     def __call__(
         self, images: Images, prompts: Sequence[str], metadata: Metadata
     ) -> tuple[NDArray[np.float64], Details]:
-        """Return recall, (batch,), NaN where the judge said nothing, and each `answer`."""
-        answers = self.judge.ask(list(images), [self.question] * len(images))
+        """Return the recall, (batch,), NaN where the judge gave no answer, and each image's `answer`."""
+        questions = [self.question] * len(images)
+        answers = self.judge.ask(list(images), questions)
         scores = self.recall(answers, [self.template.replace("{prompt}", prompt) for prompt in prompts])
-        if self._log is not None:
-            asked = [[self.question]] * len(images)
-            self._log.record(list(images), prompts, asked, [[answer] for answer in answers], scores.tolist())
+        self.log.record(
+            list(images), prompts, [[one] for one in questions], [[one] for one in answers], scores.tolist()
+        )
         return scores, {"answer": answers}

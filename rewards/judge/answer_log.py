@@ -1,4 +1,4 @@
-"""A sample of what a judge saw and said, kept in a folder for people to look at."""
+"""A log of some of the images that a judge saw and of its answers, in a folder for people to look at."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rewards.judge.loading import encode_jpeg
+from rewards.judge.protocol import encode_jpeg
 
 
 class AnswerLog:
-    """Writes pictures as `NNNNNN.jpg` and a line of JSON each to `answers.jsonl`; goes on in a folder that has some."""
+    """Writes images as `NNNNNN.jpg` and one line of JSON for each to `answers.jsonl`; continues an existing log."""
 
-    def __init__(self, folder: str | Path, per_call: int = 4) -> None:
-        """Say where, and how many pictures of each call of the reward.
+    def __init__(self, folder: str | Path | None = None, per_call: int = 4) -> None:
+        """Take the folder, if there is one already, and the number of images to log of each call.
 
         Raises:
             ValueError: `per_call` is less than 1.
         """
         if per_call < 1:
             raise ValueError(f"log_per_call must be at least 1; got {per_call}")
-        self.folder = Path(folder)
+        self.folder = None if folder is None else Path(folder)
         self.per_call = per_call
         self._next: int | None = None
+
+    def use_folder(self, folder: Path) -> None:
+        """Write to this folder from now on, unless there is a folder already."""
+        self.folder = self.folder or folder
 
     def record(
         self,
@@ -35,15 +39,17 @@ class AnswerLog:
         answers: Sequence[Sequence[str]],
         scores: Sequence[float],
     ) -> None:
-        """Keep pictures at even distances of the batch, as JPEG of the quality that servers are sent.
+        """Log `per_call` evenly spaced images of the batch; without a folder, do nothing.
 
         Args:
-            images: Each (height, width, 3) uint8.
-            prompts: One a picture.
-            questions: What was asked about each picture.
-            answers: What was answered to each question.
-            scores: One a picture.
+            images: Each (height, width, 3) uint8. They are written with the JPEG quality that servers receive.
+            prompts: One per image.
+            questions: The questions about each image.
+            answers: The answer to each question.
+            scores: One per image.
         """
+        if self.folder is None:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._next is None:
             self._next = 1 + max((int(path.stem) for path in self.folder.glob("[0-9]*.jpg")), default=0)
@@ -53,7 +59,7 @@ class AnswerLog:
                 name = f"{self._next:06d}.jpg"
                 (self.folder / name).write_bytes(encode_jpeg(images[index]))
                 line = {
-                    "picture": name,
+                    "image": name,
                     "prompt": prompts[index],
                     "questions": list(questions[index]),
                     "answers": list(answers[index]),

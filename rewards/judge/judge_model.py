@@ -1,6 +1,7 @@
 """A judge in this process: any vision-language model that transformers loads as `AutoModelForImageTextToText`.
 
-LLaVA, Qwen-VL, SmolVLM and others differ in how a picture enters the prompt; their processors and chat templates know.
+LLaVA, Qwen-VL, SmolVLM and others differ in how an image enters the prompt. Their processors and chat templates take
+care of this.
 """
 
 from __future__ import annotations
@@ -15,18 +16,17 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from rewards.devices import resolve_device, resolve_dtype
-from rewards.pretrained import TINY, free_memory, resolve_source, shared
+from rewards.pretrained import TINY, ModelHolder, resolve_source
 
 FAMILY_PACKAGES = ("torchvision", "num2words", "timm", "sentencepiece")
-"""What transformers needs for some families and does not bring."""
+"""Packages that transformers needs for some families but does not install."""
 
 
 class VisionLanguageModel:
-    """The model and its processor, as `shared` holds them."""
+    """The model and its processor, as `load_cached` holds them."""
 
     def __init__(self, source: str, device: torch.device, dtype: torch.dtype) -> None:
-        """Load both; only safetensors, and no code from the repository.
+        """Load both. Only safetensors are loaded, and no code from the repository.
 
         Raises:
             ValueError: The processor has no chat template.
@@ -40,21 +40,22 @@ class VisionLanguageModel:
         model = _from_pretrained(AutoModelForImageTextToText, source, dtype=dtype, use_safetensors=True)
         self.model = model.to(device).eval().requires_grad_(False)
         tokenizer = self.processor.tokenizer
-        tokenizer.padding_side = "left"  # the answer goes on where the question ends
+        tokenizer.padding_side = "left"  # the answer must follow the question directly
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        # an answer that ends early is padded with what decoding leaves out, whatever the model's own settings say
+        # Answers that end early are padded with a token that decoding leaves out; the model's own settings may differ.
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
         self.model.generation_config.update(**greedy, pad_token_id=tokenizer.pad_token_id)
 
     def answer(self, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Answer greedily."""
+        """Answer one question per image by greedy decoding."""
         texts = [self.processor.apply_chat_template(user_turn(text), add_generation_prompt=True) for text in questions]
         bos = self.processor.tokenizer.bos_token
         inputs = self.processor(
             images=[[image] for image in images],
             text=texts,
-            add_special_tokens=bos is None or not texts[0].startswith(bos),  # some templates begin with it, as Gemma's
+            add_special_tokens=bos is None
+            or not texts[0].startswith(bos),  # some templates contain it, such as Gemma's
             padding=True,
             return_tensors="pt",
         )
@@ -65,16 +66,16 @@ class VisionLanguageModel:
         return [text.strip() for text in self.processor.batch_decode(answers, skip_special_tokens=True)]
 
 
-class JudgeModel:
-    """Answers questions about pictures by a model in this process, loaded by the first question.
+class JudgeModel(ModelHolder[VisionLanguageModel]):
+    """Answers questions about images with a model in this process.
 
-    Answers are greedy, whatever the model's own settings say about sampling, and do not depend on the batch but for
-    rounding, which float32 keeps out of the words.
+    Decoding is always greedy; the model's own sampling settings are not used. Answers depend on the batch only through
+    rounding, which does not change the words in float32.
 
-    Tested with random models of the classes of LLaVA, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Idefics3 (which
-    is SmolVLM's first version too), SmolVLM2, Gemma 3 and InternVL, against the same models used directly. Families
-    whose processor knows videos (LLaVA-OneVision, Qwen-VL, SmolVLM2, InternVL) need `pip install torchvision` even for
-    still pictures, and SmolVLM2 `num2words` too.
+    It is tested with random models of the classes of LLaVA, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Idefics3
+    (also the first SmolVLM), SmolVLM2, Gemma 3 and InternVL, against the same models used directly. Families whose
+    processor takes videos (LLaVA-OneVision, Qwen-VL, SmolVLM2, InternVL) need `pip install torchvision` also for
+    images, and SmolVLM2 needs `num2words` too.
     """
 
     def __init__(
@@ -86,66 +87,47 @@ class JudgeModel:
         batch_size: int | None = None,
         max_new_tokens: int = 64,
     ) -> None:
-        """Check the arguments; nothing is loaded yet.
+        """Check the arguments. Nothing is loaded yet.
 
         Args:
-            model: Folder or Hub id, or `"tiny"`: the bundled LLaVA, which knows the bundled model's vocabulary.
-            device: `auto`, `cpu`, `cuda:1`, ...; it need not be the denoiser's.
-            dtype: Of the weights; auto: float32 on a CPU, bfloat16 on an accelerator.
-            batch_size: Questions in one call of the model; None: 8, and 64 for the bundled one.
-            max_new_tokens: Length of an answer.
+            model: Folder or Hub id, or `"tiny"` for the bundled LLaVA, which has the bundled model's vocabulary.
+            device: `auto`, `cpu`, `cuda:1`, ...; it may differ from the denoiser's device.
+            dtype: Dtype of the weights; `auto`: float32 on a CPU, bfloat16 on an accelerator.
+            batch_size: Questions per call of the model; None: 64 for the bundled model, else 8.
+            max_new_tokens: Largest length of an answer, in tokens.
 
         Raises:
             ValueError: An argument is not valid.
         """
         if batch_size is None:
             batch_size = 64 if str(model) == TINY else 8
-        if batch_size < 1 or max_new_tokens < 1:
-            raise ValueError(f"batch_size and max_new_tokens must be at least 1; got {batch_size} and {max_new_tokens}")
-        self.device = resolve_device(device)
-        self.dtype = resolve_dtype(dtype, self.device)
-        self.batch_size = batch_size
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+        source = resolve_source(model, "judge")
+        super().__init__(VisionLanguageModel, source, device=device, dtype=dtype, batch_size=batch_size)
         self.max_new_tokens = max_new_tokens
-        self._source = resolve_source(model, "judge")
-        self._loaded: VisionLanguageModel | None = None
-
-    @property
-    def loaded(self) -> VisionLanguageModel:
-        """The model, loaded if it is not."""
-        if self._loaded is None:
-            self._loaded = shared(VisionLanguageModel, self._source, self.device, self.dtype)
-        return self._loaded
-
-    def load(self) -> None:
-        """Load the model now."""
-        _ = self.loaded
-
-    def unload(self) -> None:
-        """Let the model go; its memory is free once nobody else uses it."""
-        self._loaded = None
-        free_memory(self.device)
 
     def ask(self, images: Sequence[NDArray[np.uint8]], questions: Sequence[str]) -> list[str]:
-        """Answer one question about each picture, (height, width, 3) uint8; the answer may be empty."""
+        """Answer one question about each image, (height, width, 3) uint8. An answer may be empty."""
         if len(images) != len(questions):
-            raise ValueError(f"there must be one question a picture; got {len(images)} and {len(questions)}")
-        pictures = [Image.fromarray(image) for image in images]
+            raise ValueError(f"there must be one question per image; got {len(images)} and {len(questions)}")
         answers: list[str] = []
-        for start in range(0, len(pictures), self.batch_size):
+        for start in range(0, len(images), self.batch_size):
             batch = slice(start, start + self.batch_size)
-            answers += self.loaded.answer(pictures[batch], questions[batch], self.max_new_tokens)
+            shown = [Image.fromarray(image) for image in images[batch]]
+            answers += self.loaded.answer(shown, questions[batch], self.max_new_tokens)
         return answers
 
 
 def user_turn(question: str) -> list[dict[str, object]]:
-    """Return a conversation that shows a picture and asks about it, as chat templates take it."""
+    """Return a conversation that shows an image and asks a question about it, in the form of chat templates."""
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
 
 
 def _from_pretrained(loader: Any, source: str, **options: Any) -> Any:
     try:
         return loader.from_pretrained(source, **options)
-    except (ImportError, ValueError) as error:  # transformers raises either for a missing package
+    except (ImportError, ValueError) as error:  # transformers raises one of these for a missing package
         text = str(error).replace(source, "").lower()
         package = next((name for name in FAMILY_PACKAGES if name in text and find_spec(name) is None), None)
         if package is None:

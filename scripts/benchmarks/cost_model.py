@@ -156,7 +156,7 @@ def measure(arguments: Arguments, output: Path) -> None:
     import torch
 
     from agents.policy.diffusion_policy import DiffusionPolicy
-    from agents.training.run import prepare_run
+    from agents.training.preparation import prepare_run
     from rewards import evaluate_reward
 
     torch.set_num_threads(1)

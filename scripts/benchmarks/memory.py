@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 import tyro
+from agents.planning.activations import Denoiser, LiveBytes, call_bytes, training_call, training_inputs
 from benchmark_figures import machine, peak_memory_mb, print_figures
 from torch import nn
 
 from agents.config.settings import Dtype
-from agents.planning.activations import Denoiser, LiveBytes, call_bytes, training_call, training_inputs
 from agents.policy.lora import LoraTargets, add_lora, copy_for_full_training
 from ddpo_env.models.loading import DiffusionModel, load_model
 from rewards.devices import resolve_device, resolve_dtype

@@ -79,7 +79,7 @@ def work(arguments: Arguments, output: Path) -> None:
     import torch
     from stable_baselines3.common.logger import Logger
 
-    from agents.training.run import prepare_run
+    from agents.training.preparation import prepare_run
 
     torch.set_num_threads(1)
     config = configuration(arguments, output.with_name("run"))

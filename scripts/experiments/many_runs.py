@@ -61,7 +61,7 @@ def held_out_rewards(config: TrainConfig) -> list[tuple[int, float]]:
 
     A run that diverges, because its learning rate is too high, ends with the worst possible reward.
     """
-    from agents.training.run import prepare_run
+    from agents.training.preparation import prepare_run
 
     with open(os.devnull, "w") as silence:
         try:

@@ -15,7 +15,7 @@ from helpers.micro_agents import files_below
 from helpers.run_comparison import rows
 from helpers.scripts import MINIATURE, SCRIPTS, run_script
 
-from agents.config.settings import PolicySettings
+from agents.config.train_config import TrainConfig
 from agents.distributed import start_processes
 from agents.training.checkpoint import latest_checkpoint
 
@@ -48,14 +48,18 @@ def test_two_processes_train_the_weights_of_one(one, two):
 @pytest.mark.slow
 def test_two_processes_train_the_weights_of_one_with_the_default_optimizer(tmp_path):
     """With two calls an update, and rows enough in a call that a CPU's kernels are the same for half of them."""
-    groups = {
-        "task": {"reward": "jpeg_compressibility", "num_inference_steps": 5},
-        "policy": vars(PolicySettings()),
-        "training": {"samples_per_iteration": 36, "sample_batch_size": 36, "train_batch_size": 36},
-        "run": {"eval_interval": 0, "eval_samples": 2},
+    settings = {
+        "reward": "jpeg_compressibility",
+        "num_inference_steps": 5,
+        **vars(TrainConfig().policy),
+        "samples_per_iteration": 36,
+        "sample_batch_size": 36,
+        "train_batch_size": 36,
+        "eval_interval": 0,
+        "eval_samples": 2,
     }
-    expected = single("tiny", tmp_path / "one", **groups)
-    outcome = run_processes(2, Job("tiny", tmp_path / "two", groups), limit=400)
+    expected = single("tiny", tmp_path / "one", **settings)
+    outcome = run_processes(2, Job("tiny", tmp_path / "two", settings), limit=400)
     assert outcome.codes == [0, 0], outcome.said
     assert largest_difference(tmp_path / "two", expected) < 1e-6
     assert max(float(value.abs().max()) for name, value in trained(expected).items() if "lora_B" in name) > 1e-2
@@ -84,34 +88,34 @@ def test_one_process_writes_what_a_single_one_writes(one, two):
 
 
 def test_without_the_exchange_of_gradients_processes_differ(micro_pipeline_folder, tmp_path):
-    groups = {**LINEAR, "run": {"iterations": 1, "eval_interval": 0, "eval_samples": 2}}
-    job = Job(str(micro_pipeline_folder), tmp_path / "run", groups, synchronised=False)
+    settings = {**LINEAR, "iterations": 1, "eval_interval": 0, "eval_samples": 2}
+    job = Job(str(micro_pipeline_folder), tmp_path / "run", settings, synchronised=False)
     first, second = run_processes(2, job).weights
     assert first[0] != second[0]
 
 
 CHOICES = {
-    "group": {"training": {"advantage": "group"}},
-    "leave_one_out": {"training": {"advantage": "leave_one_out", "non_finite_rewards": "drop"}},
-    "gae": {"training": {"advantage": "gae", "epochs": 2, "recompute_log_probs": True}, "policy": {"critic": True}},
-    "rwr": {"training": {"algorithm": "rwr", "epochs": 2, "updates_per_iteration": 2, "kl_coef": 0.1}},
-    "averaged": {"training": {"ema_decay": 0.9, "target_kl": 1e-5, "epochs": 3}},
-    "groups that processes share": {"training": {"samples_per_prompt": 4, "train_batch_size": 3}},
-    "one call is for one of them": {"training": {"train_batch_size": 1, "updates_per_iteration": 4}},
-    "penalised regression": {"training": {"algorithm": "rwr", "train_batch_size": 1, "kl_coef": 0.1}},
+    "group": {"advantage": "group"},
+    "leave_one_out": {"advantage": "leave_one_out", "non_finite_rewards": "drop"},
+    "gae": {"advantage": "gae", "epochs": 2, "recompute_log_probs": True, "critic": True},
+    "rwr": {"algorithm": "rwr", "epochs": 2, "updates_per_iteration": 2, "kl_coef": 0.1},
+    "averaged": {"ema_decay": 0.9, "target_kl": 1e-5, "epochs": 3},
+    "groups that processes share": {"samples_per_prompt": 4, "train_batch_size": 3},
+    "one call is for one of them": {"train_batch_size": 1, "updates_per_iteration": 4},
+    "penalised regression": {"algorithm": "rwr", "train_batch_size": 1, "kl_coef": 0.1},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHOICES)
 def test_every_choice_gives_the_weights_of_one_process(micro_pipeline_folder, tmp_path, name):
-    groups = {**LINEAR, **CHOICES[name], "run": {"iterations": 2, "eval_interval": 0}}
-    expected = single(micro_pipeline_folder, tmp_path / "one", **groups)
-    outcome = run_processes(2, Job(str(micro_pipeline_folder), tmp_path / "two", groups))
+    settings = {**LINEAR, **CHOICES[name], "iterations": 2, "eval_interval": 0}
+    expected = single(micro_pipeline_folder, tmp_path / "one", **settings)
+    outcome = run_processes(2, Job(str(micro_pipeline_folder), tmp_path / "two", settings))
     assert outcome.codes == [0, 0], outcome.said
     assert outcome.weights[0] == outcome.weights[1]
     assert largest_difference(tmp_path / "two", expected) < 1e-6
-    assert rows(tmp_path / "two")[-2]["train/n_updates"] == rows(expected)[-2]["train/n_updates"]
+    assert rows(tmp_path / "two")[-1]["train/n_updates"] == rows(expected)[-1]["train/n_updates"]
 
 
 @pytest.mark.parametrize(
@@ -119,29 +123,28 @@ def test_every_choice_gives_the_weights_of_one_process(micro_pipeline_folder, tm
 )
 def test_run_goes_on_with_another_number_of_processes(micro_pipeline_folder, one, tmp_path, before, after):
     folder = tmp_path / "run"
-    # Calls of the reward in a process: 2 before training, then 2 an iteration.
+    # Calls of the reward in a process: 2 before training, then 2 per iteration.
     job = Job(str(micro_pipeline_folder), folder, LINEAR, Mishap("raise", rank=0, call=5))
     assert run_processes(before, job).codes == [1] * before
     assert latest_checkpoint(folder / "checkpoints").name == "iteration_000001"
     outcome = run_processes(after, again(job))
     assert outcome.codes == [0] * after, outcome.said
     assert largest_difference(folder, one) < 1e-6
-    assert [row["time/iterations"] for row in rows(folder)] == ["1", "2", "3", ""]
+    assert [row["time/iterations"] for row in rows(folder)] == ["", "1", "2", "3"]
 
 
 @pytest.mark.parametrize(
-    ("overlap", "mishap", "done"),
+    ("mishap", "done"),
     [
-        (True, {"call": 6}, 1),
-        pytest.param(False, {"call": 6}, 1, marks=pytest.mark.slow),
-        pytest.param(True, {"call": 1}, 0, marks=pytest.mark.slow),
-        pytest.param(True, {"update": 4}, 1, marks=pytest.mark.slow),
+        ({"call": 6}, 1),
+        pytest.param({"call": 1}, 0, marks=pytest.mark.slow),
+        pytest.param({"update": 4}, 1, marks=pytest.mark.slow),
     ],
 )
-def test_what_one_process_raises_ends_all(micro_pipeline_folder, tmp_path, overlap, mishap, done):
+def test_what_one_process_raises_ends_all(micro_pipeline_folder, tmp_path, mishap, done):
     folder = tmp_path / "run"
-    groups = {**LINEAR, "training": {"overlap_rewards": overlap}, "run": {"checkpoint_interval": 0}}
-    outcome = run_processes(2, Job(str(micro_pipeline_folder), folder, groups, Mishap("raise", rank=1, **mishap)))
+    settings = {**LINEAR, "checkpoint_interval": 0}
+    outcome = run_processes(2, Job(str(micro_pipeline_folder), folder, settings, Mishap("raise", rank=1, **mishap)))
     assert outcome.codes == [1, 1]
     assert outcome.said[1] == "RuntimeError: the judge has left"
     assert outcome.said[0].startswith("OtherProcessError: RuntimeError: the judge has left")
@@ -178,31 +181,31 @@ def test_ctrl_c_in_one_process_stops_all_at_a_finished_iteration(micro_pipeline_
 
 
 @pytest.mark.parametrize(
-    ("groups", "message"),
+    ("settings", "message"),
     [
-        ({"training": {"sample_batch_size": 1, "samples_per_prompt": 1}}, "sample_batch_size must be a multiple of"),
-        ({"run": {"eval_samples": 3}}, "eval_samples must be a multiple of the number of processes, 2; got 3"),
-        ({"run": {"device": "cuda:0"}}, "device must be auto, cpu or cuda with several processes"),
+        ({"sample_batch_size": 1, "samples_per_prompt": 1}, "sample_batch_size must be a multiple of"),
+        ({"eval_samples": 3}, "eval_samples must be a multiple of the number of processes, 2; got 3"),
+        ({"device": "cuda:0"}, "device must be auto, cpu or cuda with several processes"),
         (
-            {"task": {"reward": "helpers.micro_agents:Remembering"}},
+            {"reward": "helpers.micro_agents:Remembering"},
             "reward Remembering keeps a state (state_dict)",
         ),
     ],
 )
-def test_what_processes_cannot_share_is_refused(micro_pipeline_folder, tmp_path, groups, message):
-    outcome = run_processes(2, Job(str(micro_pipeline_folder), tmp_path / "run", groups))
+def test_what_processes_cannot_share_is_refused(micro_pipeline_folder, tmp_path, settings, message):
+    outcome = run_processes(2, Job(str(micro_pipeline_folder), tmp_path / "run", settings))
     assert outcome.codes == [1, 1]
     assert all(message in said for said in outcome.said)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_weighted_sum_of_raw_parts_is_shared(micro_pipeline_folder, tmp_path):
-    groups = {"task": {"reward": "helpers.micro_agents:brightness:1:raw"}, "run": {"iterations": 1, "eval_interval": 0}}
-    expected = single(micro_pipeline_folder, tmp_path / "one", **LINEAR, **groups)
-    assert run_processes(2, Job(str(micro_pipeline_folder), tmp_path / "two", LINEAR | groups)).codes == [0, 0]
+def test_weighted_sum_of_raw_terms_is_shared(micro_pipeline_folder, tmp_path):
+    settings = {"reward": "helpers.micro_agents:brightness:1:raw", "iterations": 1, "eval_interval": 0}
+    expected = single(micro_pipeline_folder, tmp_path / "one", **LINEAR, **settings)
+    assert run_processes(2, Job(str(micro_pipeline_folder), tmp_path / "two", LINEAR | settings)).codes == [0, 0]
     assert largest_difference(tmp_path / "two", expected) < 1e-6
-    first, second = (rows(run)[0]["reward/helpers.micro_agents:brightness"] for run in (tmp_path / "two", expected))
+    first, second = (rows(run)[1]["reward/helpers.micro_agents:brightness"] for run in (tmp_path / "two", expected))
     assert float(first) == pytest.approx(float(second))
 
 

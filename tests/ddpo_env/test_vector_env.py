@@ -86,8 +86,8 @@ def test_everything_that_comes_out_is_in_its_space(make_vec: MakeVec) -> None:
     for observation, *_ in run(env, 2 * STEPS):
         assert observation in env.observation_space
         assert all(
-            {name: value[slot] for name, value in observation.items()} in env.single_observation_space
-            for slot in range(3)
+            {name: value[index] for name, value in observation.items()} in env.single_observation_space
+            for index in range(3)
         )
 
 
@@ -100,7 +100,7 @@ def test_types_of_a_step(make_vec: MakeVec) -> None:
     assert (infos["image"].dtype, infos["image"].shape) == (np.dtype(np.uint8), (3, 32, 32, 3))
 
 
-def test_same_seed_same_batch_and_slots_differ(make_vec: MakeVec) -> None:
+def test_same_seed_same_batch_and_sub_environments_differ(make_vec: MakeVec) -> None:
     first, again, other = run(make_vec(), 7, 1), run(make_vec(), 7, 1), run(make_vec(), 7, 2)
     assert_same(first, again)
     noise = first[0][0]["latents"]
@@ -109,26 +109,26 @@ def test_same_seed_same_batch_and_slots_differ(make_vec: MakeVec) -> None:
 
 
 @pytest.mark.parametrize("model", ["micro", "tiny"])
-def test_slot_of_a_batch_is_the_single_environment_of_its_seed(make_vec: MakeVec, model: str) -> None:
+def test_sub_environment_of_a_batch_is_the_single_environment_of_its_seed(make_vec: MakeVec, model: str) -> None:
     arguments: dict[str, Any] = {"model": "tiny"} if model == "tiny" else {}
     env = make_vec(3, reward=mean_colour, **arguments)
     results = run_own(env, seed=11)
-    for slot in range(3):
+    for index in range(3):
         single = make_vec(1, reward=mean_colour, **arguments)
-        ours = run_own(single, seed=11 + slot, slot=slot)
+        ours = run_own(single, seed=11 + index, index=index)
         for batch_step, single_step in zip(results, ours, strict=True):
             for name, value in single_step[0].items():
-                assert np.array_equal(batch_step[0][name][slot], value[0])
-        assert results[-1][1][slot] == ours[-1][1][0]
-        assert np.array_equal(results[-1][-1]["image"][slot], ours[-1][-1]["image"][0])
+                assert np.array_equal(batch_step[0][name][index], value[0])
+        assert results[-1][1][index] == ours[-1][1][0]
+        assert np.array_equal(results[-1][-1]["image"][index], ours[-1][-1]["image"][0])
 
 
-def run_own(env: VectorEnv[Any, Any, Any], seed: int, slot: int | None = None) -> list[Any]:
-    """An episode with actions of the action space's shape; those of one slot of three where `slot` is given."""
+def run_own(env: VectorEnv[Any, Any, Any], seed: int, index: int | None = None) -> list[Any]:
+    """An episode with actions of the action space's shape; those of one of three if `index` is given."""
     shape = env.single_action_space.shape
     actions = np.random.default_rng(0).standard_normal((STEPS, 3, *shape), np.float32)
     results: list[Any] = [env.reset(seed=seed)]
-    return results + [env.step(step if slot is None else step[slot : slot + 1]) for step in actions]
+    return results + [env.step(step if index is None else step[index : index + 1]) for step in actions]
 
 
 @pytest.mark.parametrize("mode", AutoresetMode)
@@ -176,7 +176,7 @@ def test_async_vectorization_gives_the_same_episodes(make_vec: MakeVec) -> None:
         torch.set_num_threads(threads)
 
 
-def test_next_step_mode_ignores_the_actions_of_slots_that_begin(make_vec: MakeVec) -> None:
+def test_next_step_mode_ignores_the_actions_of_sub_environments_that_begin(make_vec: MakeVec) -> None:
     env = make_vec(2)
     run(env)
     actions = np.full((2, *SHAPE), 5, np.float32)
@@ -188,7 +188,7 @@ def test_next_step_mode_ignores_the_actions_of_slots_that_begin(make_vec: MakeVe
     assert (observation["timestep"] == run(env)[0][0]["timestep"]).all()
 
 
-def test_next_step_mode_where_some_slots_begin_while_others_end(make_vec: MakeVec) -> None:
+def test_next_step_mode_where_some_sub_environments_begin_while_others_end(make_vec: MakeVec) -> None:
     env = make_vec(3)
     run(env, 1)
     env.reset(options={"reset_mask": np.array([True, False, False])})
@@ -212,10 +212,10 @@ def test_same_step_mode_keeps_the_last_observation(make_vec: MakeVec) -> None:
     *_, (observation, rewards, terminations, _, infos) = run(env)
     assert terminations.all()
     assert (rewards < 0).all()
-    for slot in range(2):
-        assert np.array_equal(infos["final_obs"][slot]["latents"], random_actions(2)[-1][slot])
-        assert infos["final_obs"][slot]["timestep"] == 0
-        assert not np.array_equal(observation["latents"][slot], infos["final_obs"][slot]["latents"])
+    for index in range(2):
+        assert np.array_equal(infos["final_obs"][index]["latents"], random_actions(2)[-1][index])
+        assert infos["final_obs"][index]["timestep"] == 0
+        assert not np.array_equal(observation["latents"][index], infos["final_obs"][index]["latents"])
     assert (observation["timestep"] > 0).all()
     assert infos["final_info"]["image"].shape == (2, 32, 32, 3)
     assert "image" not in infos
@@ -228,21 +228,21 @@ def test_disabled_mode_demands_a_reset(make_vec: MakeVec) -> None:
     with pytest.raises(ResetNeeded, match="reset"):
         env.step(random_actions(2)[0])
     run(env)
-    with pytest.raises(ResetNeeded, match=r"slots \[0, 1\] have ended.*autoreset is off"):
+    with pytest.raises(ResetNeeded, match=r"sub-environments \[0, 1\] have ended.*autoreset is disabled"):
         env.step(random_actions(2)[0])
     env.reset(options={"reset_mask": np.array([True, False])})
-    with pytest.raises(ResetNeeded, match=r"slots \[1\] have ended"):
+    with pytest.raises(ResetNeeded, match=r"sub-environments \[1\] have ended"):
         env.step(random_actions(2)[0])
     env.reset(options={"reset_mask": np.array([False, True])})
     env.step(random_actions(2)[0])
 
 
-def test_a_masked_reset_leaves_the_other_slots_alone(make_vec: MakeVec) -> None:
+def test_a_masked_reset_leaves_the_other_sub_environments_alone(make_vec: MakeVec) -> None:
     env = make_vec()
     before = run(env, 1)[-1][0]
     after, infos = env.reset(seed=50, options={"reset_mask": np.array([False, True, False])})
-    for slot in (0, 2):
-        assert all(np.array_equal(before[name][slot], after[name][slot]) for name in before)
+    for index in (0, 2):
+        assert all(np.array_equal(before[name][index], after[name][index]) for name in before)
     assert infos["_prompt"].tolist() == [False, True, False]
     assert infos["prompt"].tolist()[::2] == [None, None]
     assert np.array_equal(after["latents"][1], make_vec(1).reset(seed=51)[0]["latents"][0])
@@ -284,7 +284,7 @@ def test_metadata_of_prompts_reaches_the_reward(make_vec: MakeVec) -> None:
     ]
 
 
-def test_render_returns_the_decoded_latents_of_every_slot(make_vec: MakeVec) -> None:
+def test_render_returns_the_decoded_latents_of_every_sub_environment(make_vec: MakeVec) -> None:
     env = make_vec(2, render_mode="rgb_array")
     with pytest.raises(ResetNeeded):
         env.render()

@@ -9,21 +9,21 @@ from helpers.paths import ROOT
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 PAGE = (ROOT / "docs" / "plug-in.md").read_text("utf-8")
-SCRIPT = runpy.run_path(str(ROOT / "scripts" / "run_examples.py"))
+SCRIPT = runpy.run_path(str(ROOT / "scripts" / "experiments" / "plug_in_examples.py"))
 EXAMPLES = SCRIPT["examples"]()
-SMALL = {"PICTURES": 8, "POINTS": 16, "NUM_ENVS": 4, "STEPS": 3, "SAMPLES_PER_PROMPT": 2, "MINIBATCH": 6, "ROUND": 8}
+SMALL = {"IMAGES": 8, "POINTS": 16, "NUM_ENVS": 4, "STEPS": 3, "SAMPLES_PER_PROMPT": 2, "MINIBATCH": 6, "ROUND": 8}
 
 
 def shrunk(code, model):
-    """The example with the small constants, on another model."""
+    """The example with small constants, on another model."""
     for name, value in (SMALL | {"MODEL": str(model)}).items():
         code = re.sub(rf"^{name} = .*$", f"{name} = {value!r}", code, flags=re.MULTILINE)
     return code
 
 
 @pytest.fixture
-def starts():
-    """Whatever an optimizer is about to change for the first time, with a copy of it: (parameter, copy) by identity."""
+def before_training():
+    """Every parameter that an optimizer changes, with a copy from before the first change: (parameter, copy) by id."""
     known = {}
 
     def remember(optimizer, args, kwargs):
@@ -39,7 +39,7 @@ def starts():
 
 @pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value encountered")  # TRPO has no critic
 @pytest.mark.parametrize("heading", EXAMPLES)
-def test_example_trains(heading, micro_pipeline_folder, starts, capsys):
+def test_example_trains(heading, micro_pipeline_folder, before_training, capsys):
     if "RLlib" in heading:
         pytest.importorskip("ray")
     names = {"__name__": "__main__"}
@@ -51,7 +51,7 @@ def test_example_trains(heading, micro_pipeline_folder, starts, capsys):
         base = dict(names["model"].policy.model.denoiser.named_parameters())
         pairs = [(now, base.get(name, torch.zeros(()))) for name, now in learned if now.requires_grad]
     else:
-        pairs = list(starts.values())
+        pairs = list(before_training.values())
     assert all(torch.isfinite(now).all() for now, _ in pairs)
     changed = [not torch.equal(now, start.expand_as(now)) for now, start in pairs]
     assert sum(changed) > len(changed) / 2

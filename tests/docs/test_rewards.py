@@ -5,7 +5,7 @@ import re
 import numpy as np
 from helpers.paths import ROOT
 
-from rewards import BUILTIN_REWARDS, MEASUREMENT, StatefulReward, evaluate_reward, shared
+from rewards import BUILTIN_REWARDS, StatefulReward, combine_measurements, evaluate_reward, measure_reward
 
 PAGE = (ROOT / "docs" / "rewards.md").read_text("utf-8")
 
@@ -38,9 +38,9 @@ def test_example_of_a_reward_in_two_stages_is_one():
     assert isinstance(whole, StatefulReward)
     for _ in range(2):
         expected, _ = evaluate_reward(whole, images, ["a cat"] * 4, [{}] * 4)
-        parts = [shared(apart)(images[rows], ["a cat"] * 2, [{}] * 2)[1] for rows in (slice(2), slice(2, 4))]
-        gathered = {MEASUREMENT: [one for part in parts for one in part[MEASUREMENT]]}
-        scores, _ = shared(apart).combined(gathered, ["a cat"] * 4, "raise")
+        processes = [measure_reward(apart, images[rows], ["a cat"] * 2, [{}] * 2) for rows in (slice(2), slice(2, 4))]
+        measurements = [one for measured, _ in processes for one in measured]
+        scores, _ = combine_measurements(apart, measurements, {}, ["a cat"] * 4, "raise")
         np.testing.assert_array_equal(scores, expected)
     colours = images.mean(axis=(1, 2))
     np.testing.assert_allclose(scores, np.linalg.norm(colours - colours.mean(axis=0), axis=1))

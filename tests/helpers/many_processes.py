@@ -18,10 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
-from agents.config.settings import RunSettings
-from agents.config.train_config import TrainConfig
+from agents.config.train_config import train_config
 from agents.distributed import Processes
-from agents.training.run import prepare_run, run_training
+from agents.training.preparation import prepare_run, run_training
 from helpers import micro_agents
 from helpers.paths import ROOT
 
@@ -54,11 +53,11 @@ class Mishap:
 
 @dataclass(frozen=True)
 class Job:
-    """A run of `micro_config`, with settings by group; `resume` goes on in the folder."""
+    """A run of `micro_config`, with other settings by name; `resume` goes on in the folder."""
 
     model: str
     folder: Path
-    groups: dict[str, dict[str, Any]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     mishap: Mishap | None = None
     resume: bool = False
     synchronised: bool = True
@@ -66,8 +65,8 @@ class Job:
 
     def config(self):
         if self.resume:
-            return TrainConfig(run=RunSettings(resume=self.folder))
-        return micro_agents.micro_config(self.model, self.folder, **self.groups)
+            return train_config(resume=self.folder)
+        return micro_agents.micro_config(self.model, self.folder, **self.settings)
 
 
 @dataclass(frozen=True)
@@ -136,10 +135,10 @@ def _train(job, say):
     except Exception as error:
         say(f"{type(error).__name__}: {error}")
         if processes is not None:
-            processes.leave(error)
+            processes.shutdown(error)
         return 1
     say("stopped" if result.reward_after is None else f"reward {result.reward_after!r}")
-    processes.leave()
+    processes.shutdown()
     return 0
 
 
@@ -181,7 +180,7 @@ def again(job, **changes):
     return replace(job, resume=True, mishap=None, **changes)
 
 
-LINEAR = {"optimizer": {"learning_rate": 0.05, "adam_epsilon": 1.0}}
+LINEAR = {"learning_rate": 0.05, "adam_epsilon": 1.0}
 """Steps in proportion to gradients: with a small epsilon Adam turns the rounding of a tiny gradient into a step."""
 
 
@@ -196,7 +195,7 @@ def largest_difference(folder, other):
     return max(float((mine[name] - theirs[name]).abs().max()) for name in mine)
 
 
-def single(model, folder, **groups):
+def single(model, folder, **settings):
     """The run of one process that all others are to equal."""
-    run_training(micro_agents.micro_config(model, folder, **groups))
+    run_training(micro_agents.micro_config(model, folder, **settings))
     return folder

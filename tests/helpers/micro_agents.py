@@ -1,6 +1,5 @@
 """What the tests of `agents` share: environments, policies and weights so small that a test takes a moment."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from agents.config.settings import PolicySettings, RunSettings, TaskSettings, TrainingSettings
-from agents.config.train_config import TrainConfig
+from agents.config.train_config import TrainConfig, train_config
 from agents.policy.diffusion_policy import DiffusionPolicy
 from ddpo_env.vector_env import DenoisingVectorEnv
 from rewards.composite import Composite
@@ -140,22 +138,26 @@ def files_below(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def micro_config(model: Path | str, run_dir: Path | None, **groups: dict[str, Any]) -> TrainConfig:
-    """A run of moments: 3 iterations of 8 pictures in 3 steps; `groups` replace settings of a group by name."""
-    config = TrainConfig(
-        run=RunSettings(run_dir=run_dir, iterations=3, eval_samples=6, eval_interval=2, device="cpu"),
-        task=TaskSettings(model=str(model), reward="helpers.micro_agents:brightness", num_inference_steps=3),
-        policy=PolicySettings(lora_rank=2, guidance_scale=2.0),
-        training=TrainingSettings(
-            samples_per_iteration=8,
-            samples_per_prompt=2,
-            sample_batch_size=4,
-            train_batch_size=5,
-            updates_per_iteration=2,
-            stat_min_count=2,
-            timestep_fraction=0.7,
-        ),
-    )
-    for name, settings in groups.items():
-        setattr(config, name, replace(getattr(config, name), **settings))
-    return config
+def micro_config(model: Path | str, run_dir: Path | None, **settings: Any) -> TrainConfig:
+    """A run of moments: 3 iterations of 8 samples in 3 steps; `settings` replace some by name."""
+    micro: dict[str, Any] = {
+        "run_dir": run_dir,
+        "iterations": 3,
+        "eval_samples": 6,
+        "eval_interval": 2,
+        "device": "cpu",
+        "model": str(model),
+        "reward": "helpers.micro_agents:brightness",
+        "num_inference_steps": 3,
+        "lora_rank": 2,
+        "guidance_scale": 2.0,
+        "samples_per_iteration": 8,
+        "samples_per_prompt": 2,
+        "sample_batch_size": 4,
+        "train_batch_size": 5,
+        "updates_per_iteration": 2,
+        "stat_min_count": 2,
+        "timestep_window": (0.0, 0.9),
+        "timestep_fraction": 0.7,
+    }
+    return train_config(**micro | settings)

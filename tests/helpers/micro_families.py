@@ -1,4 +1,4 @@
-"""Random pipelines of every family, built from diffusers' own classes: pictures 32 × 32, a few thousand weights."""
+"""Random pipelines of every family, built from diffusers' own classes: images 32 × 32, a few thousand weights."""
 
 import re
 import string

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ddpo_env.models.families.stable_diffusion_1_4 import letter_tokenizer
+from ddpo_env.models.random_pipelines import letter_tokenizer
 
 TOKENS = 12
 
@@ -20,7 +20,7 @@ def character_tokenizer() -> CLIPTokenizer:
 
 
 def micro_vae(**arguments: Any) -> AutoencoderKL:
-    """A random VAE: latents 4 × 8 × 8, pictures 32 × 32."""
+    """A random VAE: latents 4 × 8 × 8, images 32 × 32."""
     return AutoencoderKL(
         block_out_channels=(4, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -35,7 +35,7 @@ def micro_vae(**arguments: Any) -> AutoencoderKL:
 
 
 def micro_pipeline(seed: int = 0) -> StableDiffusionPipeline:
-    """A random Stable Diffusion: latents 4 × 8 × 8, pictures 32 × 32, two levels of four to eight channels."""
+    """A random Stable Diffusion: latents 4 × 8 × 8, images 32 × 32, two levels of four to eight channels."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer = character_tokenizer()

@@ -9,6 +9,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
+from ddpo_env.models import ModelAbilities
+
 SCRATCH = {"lora_rank": 0, "guidance_scale": 1.0}
 
 
@@ -28,10 +30,10 @@ class Constant(nn.Module):
         return self.bias.expand_as(latents)
 
 
-class ConstantModel:
+class ConstantModel(ModelAbilities):
     """The smallest `DiffusionModel` of one's own. DDPM's one step of it is N(bias, 0.5² I)."""
 
-    draws_pictures = False
+    draws_images = False
     latent_shape = (2,)
     conditioning_shapes: dict[str, tuple[int, ...]] = {}  # noqa: RUF012
     scheduler = DDPMScheduler(

@@ -1,4 +1,6 @@
-"""Random models of a few kilobytes that stand in for a judge and for BERTScore's encoder."""
+"""Random models of a few kilobytes, in place of a judge and of BERTScore's text encoder."""
+
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -21,13 +23,13 @@ WORDS = (
 )
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<unk>", "user", "judge", ":", "?", "how", "many", "what")
 CHAT = (
-    "{% for turn in messages %}user : {% for part in turn['content'] %}{% if part['type'] == 'image' %}<image> "
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} judge :{% endif %}"
+    "{% for turn in messages %}user : {% for item in turn['content'] %}{% if item['type'] == 'image' %}<image> "
+    "{% else %}{{ item['text'] }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} judge :{% endif %}"
 )
 
 
-def save_random_llava(folder):
-    """A random LLaVA whose answers depend on picture and question."""
+def save_random_llava(folder: Path) -> None:
+    """Save a random LLaVA whose answers depend on image and question."""
     words = [*SPECIAL, *WORDS]
     splitter = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -66,8 +68,8 @@ def save_random_llava(folder):
     model.save_pretrained(folder)
 
 
-def save_random_bert(folder):
-    """A random BERT over a handful of words."""
+def save_random_bert(folder: Path) -> None:
+    """Save a random BERT with a vocabulary of a few words."""
     folder.mkdir()
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     (folder / "vocab.txt").write_text("\n".join(vocabulary))

@@ -1,14 +1,15 @@
-"""Weighted sums of rewards: spelling, running statistics against NumPy, details, state and bad scores."""
+"""Weighted sums of rewards: parsing, running statistics against NumPy, details, state and bad scores."""
 
 import json
 import math
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from helpers.images import PROMPTS, pictures
+from helpers.images import PROMPTS, random_images
 
 from rewards import StatefulReward, evaluate_reward, load_reward
-from rewards.composite import Composite, Part, RunningStatistics, parse_parts
+from rewards.composite import Composite, RunningStatistics, Term, parse_terms
 
 
 def brightness(images, prompts, metadata):
@@ -27,16 +28,16 @@ HERE = __name__
 
 
 @pytest.mark.parametrize(
-    ("spec", "parts"),
+    ("spec", "terms"),
     [
-        ("aesthetic:1,clip_score:0.5", [Part("aesthetic", 1.0), Part("clip_score", 0.5)]),
-        (" aesthetic:-2 , clip_score:+.5:raw ", [Part("aesthetic", -2.0), Part("clip_score", 0.5, raw=True)]),
-        ("my_rewards:score:1e-3,hps_v2:0", [Part("my_rewards:score", 0.001), Part("hps_v2", 0.0)]),
-        ("jpeg_compressibility:1", [Part("jpeg_compressibility", 1.0)]),
+        ("aesthetic:1,clip_score:0.5", [Term("aesthetic", 1.0), Term("clip_score", 0.5)]),
+        (" aesthetic:-2 , clip_score:+.5:raw ", [Term("aesthetic", -2.0), Term("clip_score", 0.5, raw=True)]),
+        ("my_rewards:score:1e-3,hps_v2:0", [Term("my_rewards:score", 0.001), Term("hps_v2", 0.0)]),
+        ("jpeg_compressibility:1", [Term("jpeg_compressibility", 1.0)]),
     ],
 )
-def test_spelling(spec, parts):
-    assert parse_parts(spec) == tuple(parts)
+def test_terms_are_read_from_text(spec, terms):
+    assert parse_terms(spec) == tuple(terms)
 
 
 @pytest.mark.parametrize(
@@ -51,11 +52,11 @@ def test_spelling(spec, parts):
         ("clip_score:1:rwa,hps_v2:1", "got 'clip_score:1:rwa'"),
         ("clip_score:raw", "got 'clip_score:raw'"),
         ("clip_score:", "got 'clip_score:'"),
-        ("clip_score:1,clip_score:2", "must name each part once; clip_score occurs more often"),
+        ("clip_score:1,clip_score:2", "must name each term once; clip_score occurs more often"),
         ("jpeg:1,hps_v2:1", "reward must be one of jpeg_compressibility, .*; got 'jpeg'"),
     ],
 )
-def test_mistakes_in_the_spelling_are_quoted(spec, message):
+def test_wrong_terms_are_quoted(spec, message):
     with pytest.raises(ValueError, match=message):
         load_reward(spec)
 
@@ -73,15 +74,17 @@ def test_running_statistics_are_those_of_the_whole_history():
     assert statistics.std == pytest.approx(values.std(), rel=1e-9)
 
 
-def test_sum_of_standardised_and_raw_parts():
+def test_sum_of_standardised_and_raw_terms():
     reward = load_reward(f"{HERE}:brightness:2,{HERE}:length:-0.5:raw,jpeg_incompressibility:1")
     light, size = [], []
     for seed in range(3):
-        images = pictures(4, seed)
+        images = random_images(4, seed)
         scores, details = evaluate_reward(reward, images, PROMPTS, [{}] * 4)
         light.append(images.mean(axis=(1, 2, 3)))
         size.append(load_reward("jpeg_incompressibility")(images, PROMPTS, [{}] * 4))
-        standard = [(parts[-1] - np.concatenate(parts).mean()) / np.concatenate(parts).std() for parts in (light, size)]
+        standard = [
+            (batches[-1] - np.concatenate(batches).mean()) / np.concatenate(batches).std() for batches in (light, size)
+        ]
         expected = 2 * standard[0] - 0.5 * np.array([5, 5, 6, 5]) + standard[1]
         np.testing.assert_allclose(scores, expected, rtol=1e-9)
     assert details[f"{HERE}:length"] == [5, 5, 6, 5]
@@ -90,62 +93,62 @@ def test_sum_of_standardised_and_raw_parts():
     assert details[f"{HERE}:brightness/darkest"] == images.min(axis=(1, 2, 3)).tolist()
 
 
-def test_part_that_never_varies_adds_nothing():
+def test_term_that_never_varies_adds_nothing():
     reward = load_reward(f"{HERE}:length:1,jpeg_compressibility:0")
-    scores, _ = evaluate_reward(reward, pictures(2), PROMPTS[:2], [{}] * 2)
+    scores, _ = evaluate_reward(reward, random_images(2), PROMPTS[:2], [{}] * 2)
     assert scores.tolist() == [0, 0]
-    assert evaluate_reward(reward, pictures(0), [], [])[0].shape == (0,)
+    assert evaluate_reward(reward, random_images(0), [], [])[0].shape == (0,)
 
 
 def test_frozen_statistics_do_not_move():
     reward = Composite("jpeg_incompressibility:1")
     with reward.frozen():
-        first = reward(pictures(4), PROMPTS, [{}] * 4)[0]
+        first = reward(random_images(4), PROMPTS, [{}] * 4)[0]
         assert reward.statistics["jpeg_incompressibility"].count == 0
     np.testing.assert_allclose([first.mean(), first.std()], [0, 1], atol=1e-12)
-    reward(pictures(4), PROMPTS, [{}] * 4)
+    reward(random_images(4), PROMPTS, [{}] * 4)
     before = reward.state_dict()
     with reward.frozen():
-        again = reward(pictures(4), PROMPTS, [{}] * 4)[0]
-        one = reward(pictures(4)[1:2], PROMPTS[1:2], [{}])[0]
+        again = reward(random_images(4), PROMPTS, [{}] * 4)[0]
+        one = reward(random_images(4)[1:2], PROMPTS[1:2], [{}])[0]
     assert reward.state_dict() == before
-    assert one[0] == again[1], "with statistics that stay, a score does not depend on the batch"
+    assert one[0] == again[1], "with frozen statistics, a score does not depend on the batch"
 
 
-def test_state_survives_json_and_goes_on_exactly():
+def test_state_survives_json_and_continues_exactly():
     spec = f"jpeg_incompressibility:1,{HERE}:brightness:0.3,{HERE}:length:1:raw"
     whole, first = load_reward(spec), load_reward(spec)
     for seed in range(2):
-        first(pictures(4, seed), PROMPTS, [{}] * 4)
-        whole(pictures(4, seed), PROMPTS, [{}] * 4)
+        first(random_images(4, seed), PROMPTS, [{}] * 4)
+        whole(random_images(4, seed), PROMPTS, [{}] * 4)
     assert isinstance(first, StatefulReward)
     resumed = load_reward(spec)
     resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
     np.testing.assert_array_equal(
-        resumed(pictures(4, 9), PROMPTS, [{}] * 4)[0], whole(pictures(4, 9), PROMPTS, [{}] * 4)[0]
+        resumed(random_images(4, 9), PROMPTS, [{}] * 4)[0], whole(random_images(4, 9), PROMPTS, [{}] * 4)[0]
     )
     with pytest.raises(ValueError, match="state must have statistics of jpeg_compressibility; got jpeg_incompress"):
         load_reward("jpeg_compressibility:1").load_state_dict(first.state_dict())
 
 
-def test_nan_of_a_part_is_an_error_that_names_it():
+def test_nan_of_a_term_is_an_error_that_names_the_term():
     reward = load_reward(f"jpeg_compressibility:1,{HERE}:sometimes_nan:1")
     message = rf"reward composite must be finite; got nan for prompt 'an ant' .*; {HERE}:sometimes_nan is nan"
     with pytest.raises(ValueError, match=message):
-        evaluate_reward(reward, pictures(4), PROMPTS, [{}] * 4)
+        evaluate_reward(reward, random_images(4), PROMPTS, [{}] * 4)
 
 
-def test_kept_nan_stays_out_of_the_statistics():
+def test_kept_nan_does_not_enter_the_statistics():
     reward = load_reward(f"{HERE}:sometimes_nan:1:raw,jpeg_compressibility:0,{HERE}:length:0")
-    scores, details = evaluate_reward(reward, pictures(4), PROMPTS, [{}] * 4, non_finite="keep")
+    scores, details = evaluate_reward(reward, random_images(4), PROMPTS, [{}] * 4, non_finite="keep")
     assert details["non_finite"] == [False, False, True, False]
     assert np.isnan(scores).tolist() == details["non_finite"]
     standardised = load_reward(f"{HERE}:sometimes_nan:1")
-    evaluate_reward(standardised, pictures(4), PROMPTS, [{}] * 4, non_finite="keep")
+    evaluate_reward(standardised, random_images(4), PROMPTS, [{}] * 4, non_finite="keep")
     assert standardised.statistics[f"{HERE}:sometimes_nan"].count == 3
 
 
-def test_options_reach_the_parts():
+def test_options_reach_the_terms():
     reward = load_reward("clip_score:1,hps_v2:1", options={"clip_score": {"batch_size": 3}})
     assert reward.rewards["clip_score"].batch_size == 3
     with pytest.raises(ValueError, match="options must be of clip_score; got hps_v2"):
@@ -153,24 +156,58 @@ def test_options_reach_the_parts():
     reward.unload()
 
 
-def test_state_of_stateful_parts_is_kept():
+def test_state_contains_the_states_of_terms():
     inner = load_reward("jpeg_compressibility:1")
     outer = Composite("jpeg_incompressibility:1")
     outer.rewards["jpeg_incompressibility"] = inner
-    outer(pictures(4), PROMPTS, [{}] * 4)
+    outer(random_images(4), PROMPTS, [{}] * 4)
     state = outer.state_dict()
     assert state["rewards"]["jpeg_incompressibility"] == inner.state_dict()
-    inner(pictures(4), PROMPTS, [{}] * 4)
+    inner(random_images(4), PROMPTS, [{}] * 4)
     outer.load_state_dict(state)
     assert outer.state_dict() == state
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_non_finite_scores_are_kept_on_demand_and_flagged(value):
+def test_non_finite_scores_are_kept_on_request_and_flagged(value):
     scores, details = evaluate_reward(
-        lambda *_: [1.0, value, 2.0, 3.0], pictures(4), PROMPTS, [{}] * 4, non_finite="keep"
+        lambda *_: [1.0, value, 2.0, 3.0], random_images(4), PROMPTS, [{}] * 4, non_finite="keep"
     )
     np.testing.assert_array_equal(scores, [1, value, 2, 3])
     assert details == {"non_finite": [False, True, False, False]}
     with pytest.raises(ValueError, match="non_finite must be raise or keep; got 'drop'"):
-        evaluate_reward(lambda *_: [1.0], pictures(1), ["a"], [{}], non_finite="drop")
+        evaluate_reward(lambda *_: [1.0], random_images(1), ["a"], [{}], non_finite="drop")
+
+
+class WithAbilities:
+    """Records the calls of its optional methods."""
+
+    calls: tuple = ()
+
+    def __call__(self, images, prompts, metadata):
+        return [0.0] * len(images)
+
+    def load(self):
+        self.calls += ("load",)
+
+    def unload(self):
+        self.calls += ("unload",)
+
+    def log_to(self, folder):
+        self.calls += (folder,)
+
+    @contextmanager
+    def frozen(self):
+        self.calls += ("frozen",)
+        yield
+
+
+def test_optional_methods_reach_the_terms_that_have_them(tmp_path):
+    reward = load_reward(f"{HERE}:WithAbilities:1,jpeg_compressibility:1")
+    reward.load()
+    reward.log_to(tmp_path)
+    with reward.frozen():
+        pass
+    reward.unload()
+    expected = ("load", tmp_path / f"{HERE}-WithAbilities", "frozen", "unload")
+    assert reward.rewards[f"{HERE}:WithAbilities"].calls == expected

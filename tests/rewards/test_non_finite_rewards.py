@@ -1,4 +1,4 @@
-"""`non_finite_rewards` of the environment: an error, or a reward that says that there is none."""
+"""`non_finite_rewards` of the environment: such a score is an error, or a reward with a flag."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def make(model: Any, mode: AutoresetMode = AutoresetMode.SAME_STEP, **arguments:
 
 
 @pytest.mark.parametrize("mode", AutoresetMode)
-def test_kept_scores_are_the_rewards_and_the_info_says_so(micro_pipeline_folder: Any, mode: AutoresetMode) -> None:
+def test_kept_scores_are_rewards_and_are_flagged_in_the_info(micro_pipeline_folder: Any, mode: AutoresetMode) -> None:
     rewards, infos = finished(make(micro_pipeline_folder, mode, non_finite_rewards="keep"))
     np.testing.assert_array_equal(rewards, SCORES)
     assert infos["reward_details"]["non_finite"].tolist() == [False, True, True]
@@ -48,13 +48,13 @@ def test_kept_scores_of_deferred_rewards(micro_pipeline_folder: Any) -> None:
 
 
 @pytest.mark.parametrize("deferred", [False, True])
-def test_they_are_an_error_by_default(micro_pipeline_folder: Any, deferred: bool) -> None:
+def test_non_finite_scores_are_an_error_by_default(micro_pipeline_folder: Any, deferred: bool) -> None:
     env = make(micro_pipeline_folder, deferred_rewards=deferred)
     with pytest.raises(ValueError, match="reward partly must be finite; got nan for prompt"):
         finished(env)[1]["deferred_reward"][0].result()
 
 
-def test_gym_make_takes_it_too(micro_pipeline_folder: Any) -> None:
+def test_gym_make_takes_the_option(micro_pipeline_folder: Any) -> None:
     arguments = {"num_inference_steps": 1, "model": micro_pipeline_folder, "non_finite_rewards": "keep"}
     env = gym.make("DDPO-SD-v0", reward=lambda *_: [np.nan], disable_env_checker=True, **arguments)
     env.reset(seed=0)
@@ -64,17 +64,17 @@ def test_gym_make_takes_it_too(micro_pipeline_folder: Any) -> None:
     assert info["reward_details"] == {"non_finite": True}
 
 
-def test_anything_else_is_refused(micro_pipeline_folder: Any) -> None:
+def test_other_values_of_the_option_are_refused(micro_pipeline_folder: Any) -> None:
     with pytest.raises(ValueError, match="non_finite_rewards must be one of raise, keep; got 'drop'"):
         make(micro_pipeline_folder, non_finite_rewards="drop")
 
 
-def test_weighted_sum_learns_nothing_from_a_picture_that_one_part_cannot_score() -> None:
-    """Its statistics, and the other pictures' scores, are those of a batch without that picture."""
-    pictures = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+def test_weighted_sum_learns_nothing_from_an_image_that_one_term_cannot_score() -> None:
+    """Its statistics and the scores of the other images are those of a batch without this image."""
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     prompts = ["a cat", "an ant", "a dog", "a fox"]
 
-    def lame(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    def sometimes_nan(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
         return [
             np.nan if prompt == "an ant" else float(len(prompt)) + image.mean()
             for image, prompt in zip(images, prompts, strict=True)
@@ -85,11 +85,11 @@ def test_weighted_sum_learns_nothing_from_a_picture_that_one_part_cannot_score()
         Composite("jpeg_compressibility:1,points_ring:2"),
     )
     for reward in (with_it, without):
-        reward.rewards["points_ring"] = lame
+        reward.rewards["points_ring"] = sometimes_nan
     others = [0, 2, 3]
     for _ in range(2):
-        scores, _ = with_it(pictures, prompts, [{}] * 4)
-        expected, _ = without(pictures[others], [prompts[row] for row in others], [{}] * 3)
+        scores, _ = with_it(images, prompts, [{}] * 4)
+        expected, _ = without(images[others], [prompts[row] for row in others], [{}] * 3)
         assert np.isnan(scores[1])
         np.testing.assert_array_equal(scores[others], expected)
     assert with_it.state_dict() == without.state_dict()

@@ -1,7 +1,7 @@
 """Unconditional pixel diffusion (DDPM, arXiv 2006.11239) as a `DiffusionModel`: a UNet, and nothing else.
 
-No prompt has a say, no guidance is possible, and the latent is the picture itself, in [-1, 1]. The pipeline cannot read
-a LoRA, so it is saved as peft saves one.
+Prompts have no effect, no guidance is possible, and the latent is the image itself, in [-1, 1]. The pipeline cannot
+read a LoRA, so the LoRA is saved in peft's format.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from diffusers import DDPMPipeline
 from torch import Tensor, nn
 
 from ddpo_env.models.image_decoding import to_pixels
-from ddpo_env.models.loading import Conditioning
 from ddpo_env.models.peft_format import save_peft_adapter
+from ddpo_env.models.protocol import Conditioning, ModelAbilities
 
 
-class DDPMModel:
-    """Adapter of `DDPMPipeline`; see `ddpo_env.models.loading.DiffusionModel` for what each member means."""
+class DDPMModel(ModelAbilities):
+    """Adapter of `DDPMPipeline`; see `ddpo_env.models.DiffusionModel` for each member."""
 
     def __init__(self, pipeline: DDPMPipeline, source: str) -> None:
         """Read the shapes off the pipeline's configuration and freeze its weights."""
@@ -37,18 +37,18 @@ class DDPMModel:
         return {}
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Round latents `(batch, channels, h, w)` to uint8 pictures `(batch, h, w, 3)`; grey ones become RGB."""
+        """Round latents `(batch, channels, h, w)` to uint8 images `(batch, h, w, 3)`; grey ones become RGB."""
         return to_pixels(latents.expand(-1, 3, -1, -1) if latents.shape[1] == 1 else latents)
 
     def predict(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return the UNet's output (noise, velocity or clean picture, as the scheduler's configuration says)."""
+        """Return the UNet's output (noise, velocity or clean image, as the scheduler's configuration says)."""
         dtype = next(denoiser.parameters()).dtype
         return cast(Tensor, denoiser(latents.to(dtype), timestep, return_dict=False)[0])
 
     def save_lora(self, denoiser: nn.Module, folder: Path) -> None:
         """Write a LoRA of the UNet in peft's format.
 
-        `pipe.unet = PeftModel.from_pretrained(pipe.unet, folder)` reads it, with `.merge_and_unload()` for a UNet of
-        its own.
+        `pipe.unet = PeftModel.from_pretrained(pipe.unet, folder)` reads it; `.merge_and_unload()` then merges it into
+        the UNet.
         """
         save_peft_adapter(denoiser, folder)

@@ -1,11 +1,10 @@
 """FLUX.1 as a `DiffusionModel`: CLIP's pooled output and T5's hidden states, a transformer, flow matching, a VAE.
 
-The transformer sees the latent as a row of 2 × 2 patches; packing is its business, and here latents are pictures
-`(channels, height, width)` as everywhere. FLUX.1-dev was distilled from a guided model and takes the guidance scale as
-an input (`guidance_embeds`): the policy's `guidance_scale` is that input, and the denoiser is called once.
-FLUX.1-schnell has no such input; there a scale other than 1 is classifier-free guidance, the pipeline's
-`true_cfg_scale`. The flow is sampled as the SDE of Flow-GRPO (arXiv 2505.05470), whose noise is the policy's
-`noise_level`.
+The transformer takes a sequence of 2 × 2 patches. `predict` packs them, and everywhere else a latent has the shape
+`(channels, height, width)`. FLUX.1-dev was distilled from a guided model and takes the guidance scale as an input
+(`guidance_embeds`): the policy's `guidance_scale` is that input, and the denoiser is called once. FLUX.1-schnell has no
+such input; there a scale other than 1 is classifier-free guidance, the pipeline's `true_cfg_scale`. The flow is sampled
+as the SDE of Flow-GRPO (arXiv 2505.05470); the policy's `noise_level` sets its noise.
 """
 
 from __future__ import annotations
@@ -18,22 +17,22 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from ddpo_env.models.families.text_to_image import TextToImageModel
-from ddpo_env.models.loading import Conditioning
+from ddpo_env.models.protocol import Conditioning
 from ddpo_env.sampler.scheduler_table import resolution_shift
 
 _T5_TOKENS = 512
-"""As many as the pipeline's `max_sequence_length` by default."""
+"""The default of the pipeline's `max_sequence_length`."""
 
 
 class FluxModel(TextToImageModel):
-    """Adapter of `FluxPipeline`; see `ddpo_env.models.loading.DiffusionModel` for what each member means."""
+    """Adapter of `FluxPipeline`; see `ddpo_env.models.DiffusionModel` for each member."""
 
     denoiser_name = "transformer"
 
     def __init__(self, pipeline: FluxPipeline, source: str, resolution: int | None = None) -> None:
-        """Read the shapes off the pipeline, and freeze its weights; `resolution` is the pictures' side in pixels."""
+        """Read the shapes off the pipeline, and freeze its weights; `resolution` is the images' side in pixels."""
         super().__init__(pipeline, source, resolution)
-        self.guidance_embeds: bool = pipeline.transformer.config.guidance_embeds
+        self.guidance_embeds = pipeline.transformer.config.guidance_embeds
 
     def _latent_shape(self) -> tuple[int, ...]:
         """Return the latent of the VAE's `sample_size`: the transformer's configuration names no resolution."""
@@ -42,7 +41,7 @@ class FluxModel(TextToImageModel):
         return self.pipeline.transformer.config.in_channels // 4, side, side
 
     def _patch(self) -> tuple[int, int | None]:
-        """Return 2: the transformer sees patches of 2 × 2, as many as there are."""
+        """Return 2, and no limit: the transformer takes any number of 2 × 2 patches."""
         return 2, None
 
     def _encode(self, prompt: str) -> dict[str, Tensor]:
@@ -55,7 +54,7 @@ class FluxModel(TextToImageModel):
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def sampler_options(self, num_inference_steps: int) -> dict[str, Any]:
-        """Return the flow times that the pipeline asks its scheduler for, and their shift by the picture's size."""
+        """Return the flow times that the pipeline asks its scheduler for, and the shift for the image's size."""
         _, height, width = self.latent_shape
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         return {"sigmas": sigmas.tolist(), "mu": resolution_shift(self.scheduler, (height // 2) * (width // 2))}
@@ -98,5 +97,5 @@ def unpack(patches: Tensor, height: int, width: int) -> Tensor:
 
 
 def image_ids(height: int, width: int, device: torch.device) -> Tensor:
-    """Return each patch's place for the rotary embedding, `(height/2 · width/2, 3)`: 0, row, column."""
+    """Return the position of each patch for the rotary embedding, `(height/2 · width/2, 3)`: 0, row, column."""
     return torch.cartesian_prod(*(torch.arange(length, device=device) for length in (1, height // 2, width // 2)))

@@ -1,7 +1,7 @@
-"""A diffusion model of points in the plane: the smallest denoiser there is, with nothing learned yet.
+"""A diffusion model of points in the plane: a very small denoiser that has not learned anything yet.
 
-It shows that reinforcement learning can train a denoiser from the beginning, in seconds, and that everything in this
-package goes through `DiffusionModel`: there is no text encoder, no decoder and no pipeline here.
+It shows that reinforcement learning can train a denoiser from scratch, in seconds, and that everything in this package
+goes through `DiffusionModel`: there is no text encoder, no decoder and no pipeline here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from diffusers.models.embeddings import Timesteps
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from ddpo_env.models.loading import Conditioning
+from ddpo_env.models.protocol import Conditioning, ModelAbilities
 
 _TRAIN_TIMESTEPS = 100
 _TIMESTEP_CHANNELS = 32
@@ -29,12 +29,12 @@ _CANVAS_RADIUS = 2.5
 def points_scheduler() -> DDIMScheduler:
     """Return the noise schedule: 100 training timesteps, for 1 to 50 steps at `eta=1`.
 
-    A policy must have noise left at its last step. As in Stable Diffusion, the chain ends at the first training
-    timestep and not at perfectly clean latents (`set_alpha_to_one=False`), whose noise is √0.01: so the last step's
-    standard deviation is between 0.07 and 0.1 whatever the number of steps, a tenth of the scale of the points.
-    `trailing` timesteps begin at the noisiest one even in a single step, and with at most 50 steps never reach the
-    first, whose step would have no noise. The network predicts the clean point (`sample`): an error of it is an error
-    of the point, where `epsilon` would multiply it by 30 at the first step.
+    A policy needs noise at its last step too. As in Stable Diffusion, the chain ends at the first training timestep,
+    whose noise is √0.01, and not at perfectly clean latents (`set_alpha_to_one=False`). The last step's standard
+    deviation is then between 0.07 and 0.1 for any number of steps, a tenth of the scale of the points. `trailing`
+    timesteps begin at the noisiest one even in a single step. With at most 50 steps they never reach the first
+    timestep, whose step would have no noise. The network predicts the clean point (`sample`), so its error is the error
+    of the point; with `epsilon` the first step would multiply the error by 30.
     """
     return DDIMScheduler(
         num_train_timesteps=_TRAIN_TIMESTEPS,
@@ -49,9 +49,9 @@ def points_scheduler() -> DDIMScheduler:
 
 
 class PointsDenoiser(nn.Module):
-    """`x0_hat = √ᾱ_t · x_t + MLP(x_t, t)`, the MLP's last layer starting at zero.
+    """`x0_hat = √ᾱ_t · x_t + MLP(x_t, t)`, where the last layer of the MLP starts at zero.
 
-    A fresh network is so the best denoiser of a standard Gaussian, and a fresh policy draws points from roughly that.
+    So a fresh network is the best denoiser of a standard Gaussian, and a fresh policy samples points from roughly that.
     """
 
     signal: Tensor
@@ -75,14 +75,14 @@ class PointsDenoiser(nn.Module):
         return self.signal[timestep.long()][:, None] * latents + cast(Tensor, self.out(hidden))
 
 
-class PointsModel:
-    """Points in the plane as a `DiffusionModel`: latents are the points, and prompts have no say.
+class PointsModel(ModelAbilities):
+    """Points in the plane as a `DiffusionModel`: latents are the points, and prompts have no effect.
 
-    The weights are the same in every process: they are drawn from a fixed seed. Of a reward with many maxima a policy
-    that is trained long enough keeps the nearest: nothing here rewards diversity.
+    The weights come from a fixed seed, so they are the same in every process. If a reward has several maxima, a policy
+    that is trained for long enough keeps only the nearest one, because nothing here rewards diversity.
     """
 
-    draws_pictures = False
+    draws_images = False
 
     def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         """Make the fresh network on a device, in a dtype."""
@@ -91,7 +91,7 @@ class PointsModel:
         self.conditioning_shapes: dict[str, tuple[int, ...]] = {}
         self.scheduler = points_scheduler()
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_SEED)  # the processor's alone, which is what is restored
+            torch.default_generator.manual_seed(_SEED)  # only the CPU's generator, which is restored
             denoiser = PointsDenoiser(self.scheduler.alphas_cumprod)
         self.denoiser: nn.Module = denoiser.to(device=device, dtype=dtype).requires_grad_(False).eval()
 
@@ -109,20 +109,20 @@ class PointsModel:
         return cast(Tensor, denoiser(latents.to(dtype), timestep))
 
     def render(self, latents: Tensor) -> Tensor:
-        """Draw points `(batch, 2)` as uint8 pictures `(batch, 64, 64, 3)`: its own in red, the rest of the batch grey.
+        """Return uint8 images `(batch, 64, 64, 3)` of points `(batch, 2)`: one red point, the rest of the batch grey.
 
-        The canvas shows [-2.5, 2.5]²; points beyond are not seen.
+        The canvas shows [-2.5, 2.5]²; points outside are not seen.
         """
         pixels = (latents.float().cpu() * torch.tensor([1, -1]) / _CANVAS_RADIUS + 1) * (_CANVAS - 1) / 2
         everything = Image.new("RGB", (_CANVAS, _CANVAS), "white")
         for point in pixels.tolist():
             _dot(everything, point, 1, "lightgrey")
-        pictures = []
+        images = []
         for point in pixels.tolist():
-            picture = everything.copy()
-            _dot(picture, point, 2, "crimson")
-            pictures.append(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8))
-        return torch.stack(pictures).reshape(-1, _CANVAS, _CANVAS, 3)
+            image = everything.copy()
+            _dot(image, point, 2, "crimson")
+            images.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8))
+        return torch.stack(images).reshape(-1, _CANVAS, _CANVAS, 3)
 
     def save_lora(self, denoiser: nn.Module, folder: Path) -> None:
         """Refuse: there are no attention layers to adapt, and no pipeline to read a LoRA.
@@ -133,6 +133,6 @@ class PointsModel:
         raise ValueError("model 'points' has no LoRA: train every weight with lora_rank=0, and save the policy itself")
 
 
-def _dot(picture: Image.Image, point: Sequence[float], radius: int, colour: str) -> None:
+def _dot(image: Image.Image, point: Sequence[float], radius: int, colour: str) -> None:
     x, y = point
-    ImageDraw.Draw(picture).ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+    ImageDraw.Draw(image).ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from ddpo_env.models.families.text_to_image import TextToImageModel
-from ddpo_env.models.loading import Conditioning
+from ddpo_env.models.protocol import Conditioning
 
 
 class StableDiffusionModel(TextToImageModel):
-    """Adapter of `StableDiffusionPipeline`; see `ddpo_env.models.loading.DiffusionModel` for what each member means."""
+    """Adapter of `StableDiffusionPipeline`; see `ddpo_env.models.DiffusionModel` for each member."""
 
     loading_options: ClassVar[dict[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
     denoiser_name = "unet"

@@ -1,8 +1,9 @@
 """Stable Diffusion 3 and 3.5 as a `DiffusionModel`: three text encoders, a transformer, flow matching, a VAE.
 
-Esser et al. 2024, arXiv 2403.03206. The prompt's conditioning is all hidden states in a row and the two CLIP encoders'
-pooled outputs. A pipeline without its largest encoder (`text_encoder_3=None, tokenizer_3=None`) has zeros in its place.
-The flow is sampled as the SDE of Flow-GRPO (arXiv 2505.05470), whose noise is the policy's `noise_level`.
+Esser et al. 2024, arXiv 2403.03206. The prompt's conditioning is the hidden states of all encoders in one sequence, and
+the pooled outputs of the two CLIP encoders. A pipeline without its largest encoder (`text_encoder_3=None,
+tokenizer_3=None`) has zeros in its place. The flow is sampled as the SDE of Flow-GRPO (arXiv 2505.05470); the policy's
+`noise_level` sets its noise.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ddpo_env.models.families.text_to_image import TextToImageModel
-from ddpo_env.models.loading import Conditioning
+from ddpo_env.models.protocol import Conditioning
 from ddpo_env.sampler.scheduler_table import resolution_shift
 
 _T5_TOKENS = 256
-"""As many as the pipeline's `max_sequence_length` by default."""
+"""The default of the pipeline's `max_sequence_length`."""
 
 
 class StableDiffusion3Model(TextToImageModel):
-    """Adapter of `StableDiffusion3Pipeline`; see `ddpo_env.models.loading.DiffusionModel` for what each member means."""
+    """Adapter of `StableDiffusion3Pipeline`; see `ddpo_env.models.DiffusionModel` for each member."""
 
     denoiser_name = "transformer"
 
     def _patch(self) -> tuple[int, int | None]:
-        """Return the transformer's patches, and how many of them in a row it has positions for."""
+        """Return the side of the transformer's patches, and how many of them fit in a row."""
         config = self.pipeline.transformer.config
         return config.patch_size, config.pos_embed_max_size
 
@@ -43,7 +44,7 @@ class StableDiffusion3Model(TextToImageModel):
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def sampler_options(self, num_inference_steps: int) -> dict[str, Any]:
-        """Return the shift of the flow times, where it depends on the picture's size."""
+        """Return the shift of the flow times, if it depends on the image's size."""
         if not self.scheduler.config.use_dynamic_shifting:
             return {}
         _, height, width = self.latent_shape

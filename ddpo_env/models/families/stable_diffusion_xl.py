@@ -1,8 +1,8 @@
-"""Stable Diffusion XL as a `DiffusionModel`: two text encoders, a UNet that also knows the picture's size, a VAE.
+"""Stable Diffusion XL as a `DiffusionModel`: two text encoders, a UNet that also knows the image's size, a VAE.
 
 Podell et al. 2023, arXiv 2307.01952. The prompt's conditioning is both encoders' hidden states and the second one's
-pooled output. The sizes (`time_ids`) are those of an uncropped picture of the model's resolution, by default the
-pipeline's: constants, so they are no part of the conditioning.
+pooled output. The sizes (`time_ids`) are those of an uncropped image of the model's resolution, by default the
+pipeline's. They are constants, so they do not belong to the conditioning.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from ddpo_env.models.families.text_to_image import TextToImageModel
-from ddpo_env.models.loading import Conditioning
+from ddpo_env.models.protocol import Conditioning
 
 
 class StableDiffusionXLModel(TextToImageModel):
-    """Adapter of `StableDiffusionXLPipeline`; see `ddpo_env.models.loading.DiffusionModel` for what each member means."""
+    """Adapter of `StableDiffusionXLPipeline`; see `ddpo_env.models.DiffusionModel` for each member."""
 
     denoiser_name = "unet"
 
     def __init__(self, pipeline: StableDiffusionXLPipeline, source: str, resolution: int | None = None) -> None:
-        """Read the shapes off the pipeline, and freeze its weights; `resolution` is the pictures' side in pixels."""
+        """Read the shapes off the pipeline, and freeze its weights; `resolution` is the images' side in pixels."""
         super().__init__(pipeline, source, resolution)
         height, width = (side * pipeline.vae_scale_factor for side in self.latent_shape[1:])
         self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device)
@@ -46,9 +46,9 @@ class StableDiffusionXLModel(TextToImageModel):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents `(batch, 4, h, w)` to uint8 pictures `(batch, height, width, 3)`.
+        """Decode latents `(batch, 4, h, w)` to uint8 images `(batch, height, width, 3)`.
 
-        A VAE whose configuration has `force_upcast` overflows in float16, and is made float32.
+        A float16 VAE whose configuration has `force_upcast` would overflow, so it becomes float32.
         """
         vae = self.pipeline.vae
         if vae.dtype == torch.float16 and vae.config.force_upcast:

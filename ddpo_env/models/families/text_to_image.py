@@ -1,7 +1,7 @@
 """What diffusers' text-to-image pipelines have in common: text encoders, a denoiser, a VAE, a LoRA format.
 
-A family derives from `TextToImageModel` and says the rest: what a prompt's conditioning is, and how its denoiser is
-called. Nothing here is needed to be a model: `ddpo_env.models.loading.DiffusionModel` is.
+A family derives from `TextToImageModel` and adds the rest: what a prompt's conditioning is, and how its denoiser is
+called. A model of your own does not need this class; it needs the members of `ddpo_env.models.DiffusionModel`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -20,31 +20,30 @@ from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ddpo_env.models.image_decoding import decode_latents
-from ddpo_env.models.loading import Conditioning
 from ddpo_env.models.pipelines import TEXT_ENCODERS
+from ddpo_env.models.protocol import Conditioning, ModelAbilities
 
 _CACHED_BYTES = 2**30
 _PREPARED_PROMPTS = 1000
-"""Of a larger set only as many are encoded beforehand: it would take longer than it saves."""
+"""A larger set of prompts is not encoded completely beforehand: that would take longer than it saves."""
 
 
-class TextToImageModel(ABC):
-    """Adapter of a text-to-image pipeline; see `ddpo_env.models.loading.DiffusionModel` for what each member means."""
+class TextToImageModel(ModelAbilities, ABC):
+    """Adapter of a text-to-image pipeline; see `ddpo_env.models.DiffusionModel` for each member."""
 
-    loading_options: ClassVar[dict[str, Any]] = {}
     denoiser_name: ClassVar[str]
     """The denoiser's name in the pipeline, and the beginning of its keys in a saved LoRA: unet or transformer."""
 
     def __init__(self, pipeline: DiffusionPipeline, source: str, resolution: int | None = None) -> None:
-        """Read the shapes off the pipeline, and freeze its weights; `resolution` is the pictures' side in pixels."""
+        """Read the shapes off the pipeline, and freeze its weights; `resolution` is the images' side in pixels."""
         self.pipeline = pipeline
         self.source = source
         self.resolution = resolution
         self.scheduler = pipeline.scheduler
         self.denoiser: nn.Module = getattr(pipeline, self.denoiser_name)
-        for part in pipeline.components.values():
-            if isinstance(part, nn.Module):
-                part.requires_grad_(False).eval()
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
         self.offload_text_encoder = self._is_accelerated()
         self._encoded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self.latent_shape: tuple[int, ...] = self._latent_shape()
@@ -68,14 +67,14 @@ class TextToImageModel(ABC):
         return config.in_channels, height, width
 
     def _patch(self) -> tuple[int, int | None]:
-        """Return the side of the patches of latents that the denoiser takes, and how many it takes in a row at most."""
+        """Return the side of the denoiser's patches of latents, and how many fit in a row: `None` is no limit."""
         return 1, None
 
     def _latent_side(self, resolution: int) -> int:
-        """Return the latent's side for pictures of `resolution` pixels.
+        """Return the latent's side for images of `resolution` pixels.
 
         Raises:
-            ValueError: where VAE and denoiser cannot have it.
+            ValueError: for a resolution that the VAE or the denoiser cannot have.
         """
         patch, most = self._patch()
         unit = self.pipeline.vae_scale_factor * patch
@@ -92,7 +91,7 @@ class TextToImageModel(ABC):
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return float32 conditioning `(batch, ...)` by name; each distinct prompt is encoded once.
 
-        Prompts are encoded one by one, so that a prompt's conditioning does not depend on the batch that it came in.
+        Prompts are encoded one by one, so that a prompt's conditioning does not depend on the rest of the batch.
         """
         self._remember(prompts)
         encoded = [self._encoded[prompt] for prompt in prompts]
@@ -102,9 +101,9 @@ class TextToImageModel(ABC):
         return {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}
 
     def prepare_prompts(self, prompts: Sequence[str]) -> None:
-        """Encode prompts that are going to come, if each one later would move the text encoders to the device and back.
+        """Encode prompts beforehand, if encoding each one later would move the text encoders to the device and back.
 
-        At most 1000 of them, and as many as are kept: 1 GiB.
+        At most 1000 prompts are encoded, and only as many as the cache of 1 GiB keeps.
         """
         if self.offload_text_encoder:
             bytes_each = 4 * sum(math.prod(shape) for shape in self.conditioning_shapes.values())
@@ -113,7 +112,7 @@ class TextToImageModel(ABC):
 
     @torch.no_grad()
     def _remember(self, prompts: Sequence[str]) -> None:
-        """Encode the prompts that are not known yet, in one visit of the text encoders, and note that all were used."""
+        """Encode the prompts that are not in the cache, all at once, and mark all prompts as used."""
         unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
         if unknown:
             with self._text_encoders_on_device():
@@ -123,16 +122,16 @@ class TextToImageModel(ABC):
             self._encoded.move_to_end(prompt)
 
     def save_memory(self, offload_text_encoder: bool | None = None, vae_tiling: bool | None = None) -> None:
-        """Choose what the model does to need less of an accelerator's memory; `None` leaves a choice as it is.
+        """Choose how the model needs less of an accelerator's memory; `None` leaves a choice as it is.
 
         Args:
-            offload_text_encoder: whether the text encoders are on the accelerator only while they encode; at first
-                they are. On a CPU nothing moves.
-            vae_tiling: whether pictures are decoded one at a time, and those that are larger than the VAE's own
-                `sample_size` in tiles that overlap. The VAE is the pipeline's: this holds for all its resolutions.
+            offload_text_encoder: whether the text encoders are on the accelerator only while they encode; the default
+                is yes. On a CPU nothing moves.
+            vae_tiling: whether images are decoded one at a time, and those that are larger than the VAE's own
+                `sample_size` in tiles that overlap. The VAE is the pipeline's, so this holds for all its resolutions.
 
         Raises:
-            ValueError: for a value that is neither true nor false, or a VAE that cannot be tiled.
+            ValueError: for a value that is not a boolean, or a VAE that cannot be tiled.
         """
         for name, value in {"offload_text_encoder": offload_text_encoder, "vae_tiling": vae_tiling}.items():
             if value is not None and not isinstance(value, bool):
@@ -150,9 +149,13 @@ class TextToImageModel(ABC):
         if self.offload_text_encoder:
             self._place_text_encoders(torch.device("cpu"))
 
+    def at_resolution(self, resolution: int) -> TextToImageModel:
+        """Return the model of the same pipeline for another resolution: they share the weights."""
+        return type(self)(self.pipeline, self.source, resolution)
+
     @property
     def device(self) -> torch.device:
-        """Where the denoiser is: the text encoders may be elsewhere meanwhile."""
+        """Device of the denoiser; the text encoders may be on another one."""
         return next(self.denoiser.parameters()).device
 
     def _is_accelerated(self) -> bool:
@@ -160,7 +163,7 @@ class TextToImageModel(ABC):
 
     @contextmanager
     def _text_encoders_on_device(self) -> Iterator[None]:
-        """Inside, prompts can be encoded."""
+        """Keep the text encoders on the device inside this context."""
         self._place_text_encoders(self.device)
         try:
             yield
@@ -169,21 +172,21 @@ class TextToImageModel(ABC):
                 self._place_text_encoders(torch.device("cpu"))
 
     def _place_text_encoders(self, device: torch.device) -> None:
-        for name, part in self.pipeline.components.items():
-            if name in TEXT_ENCODERS and part is not None:
-                part.to(device)
+        for name, component in self.pipeline.components.items():
+            if name in TEXT_ENCODERS and component is not None:
+                component.to(device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents `(batch, *latent_shape)` to uint8 pictures `(batch, height, width, 3)`."""
+        """Decode latents `(batch, *latent_shape)` to uint8 images `(batch, height, width, 3)`."""
         return decode_latents(self.pipeline.vae, latents)
 
     def save_lora(self, denoiser: nn.Module, folder: Path) -> None:
         """Write a LoRA of the denoiser in diffusers' format.
 
-        peft's own state dict is saved: converted to diffusers' old key names, a LoRA on attention and convolutions
-        loses its attention half when stock `load_lora_weights` reads it. The scale `alpha / rank` is 1, which is what
-        diffusers takes where a file does not say.
+        The file has peft's own key names: with diffusers' old ones, stock `load_lora_weights` loses the attention half
+        of a LoRA on attention and convolutions. The scale `alpha / rank` is 1, which diffusers assumes if a file does
+        not name it.
         """
         layers = {f"{self.denoiser_name}_lora_layers": get_peft_model_state_dict(denoiser)}
         self.pipeline.save_lora_weights(folder, **layers)

@@ -6,10 +6,9 @@ import yaml
 from helpers.micro_agents import micro_config
 from helpers.scripts import MINIATURE, run_script
 
-from agents.config.settings import RunSettings, TaskSettings
-from agents.config.train_config import TrainConfig
+from agents.config.train_config import TrainConfig, train_config
 from agents.planning.plan import describe_plan
-from agents.training.run import prepare_run, run_training
+from agents.training.preparation import prepare_run, run_training
 from ddpo_env import DenoisingEnv, DenoisingVectorEnv
 from rewards import configured_reward, parse_options
 
@@ -95,16 +94,16 @@ def test_wrong_pair_is_quoted(pairs, message):
     with pytest.raises(ValueError, match=f"reward_options {message}"):
         parse_options(pairs)
     with pytest.raises(ValueError, match=f"reward_options {message}"):
-        TrainConfig(task=TaskSettings(reward_options=tuple(pairs))).check()
+        train_config(reward_options=tuple(pairs)).resolved()
 
 
-def test_options_reach_the_class_and_the_parts_of_a_weighted_sum():
+def test_options_reach_the_class_and_the_terms_of_a_weighted_sum():
     assert configured_reward(f"{HERE}:Scaled", {"factor": 3}).factor == 3
     both = configured_reward(
         f"{HERE}:Scaled:1:raw,jpeg_compressibility:0", parse_options([f"{HERE}:Scaled.judge_options.timeout=5"])
     )
     assert both.rewards[f"{HERE}:Scaled"].judge_options == {"timeout": 5}
-    with pytest.raises(ValueError, match="must begin with a part's name, such as clip_score.device; got device"):
+    with pytest.raises(ValueError, match="must begin with a term's name, such as clip_score.device; got device"):
         configured_reward("jpeg_compressibility:1", {"device": "cpu"})
     with pytest.raises(ValueError, match="takes no options; got device"):
         configured_reward("jpeg_compressibility", {"device": "cpu"})
@@ -123,22 +122,22 @@ def test_environment_takes_them(micro_pipeline_folder):
 def test_run_has_them_and_a_resumed_one_too(micro_pipeline_folder, tmp_path):
     options = ("factor=2", "judge_options.timeout=5")
     task = {"reward": f"{HERE}:Scaled", "reward_options": options}
-    result = run_training(micro_config(micro_pipeline_folder, tmp_path, task=task, run={"iterations": 1}))
-    assert result.config.task.reward_options == options
+    result = run_training(micro_config(micro_pipeline_folder, tmp_path, **task, iterations=1))
+    assert result.config.reward_options == options
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert written["task"]["reward_options"] == list(options)
-    resumed = prepare_run(TrainConfig(run=RunSettings(resume=tmp_path, iterations=2)))
-    assert resumed.config.task.reward_options == options
-    reward = resumed.algorithm.env.get_attr("reward")[0]
+    assert written["reward_options"] == list(options)
+    resumed = prepare_run(train_config(resume=tmp_path, iterations=2))
+    assert resumed.config.reward_options == options
+    reward = resumed.algorithm.env.denoising_env.reward
     assert (reward.factor, reward.judge_options) == (2, {"timeout": 5})
-    del written["task"]["reward_options"]
-    assert TrainConfig.from_dict(written).task.reward_options == (), "a run of an older version has none"
+    del written["reward_options"]
+    assert TrainConfig.from_dict(written).reward_options == (), "a run of an older version has none"
 
 
 def test_plan_shows_them():
-    config = TrainConfig(task=TaskSettings(reward="clip_score", reward_options=("model=tiny", "device=cpu")))
+    config = train_config(reward="clip_score", reward_options=("model=tiny", "device=cpu")).resolved()
     assert describe_plan(config)[1] == "reward     clip_score: model=tiny, device=cpu"
-    config.training.non_finite_rewards = "drop"
+    config = config.changed(non_finite_rewards="drop")
     assert describe_plan(config)[1].endswith("device=cpu, samples whose score is NaN or infinite are dropped")
 
 
@@ -167,7 +166,7 @@ def test_command_line_refuses_what_is_wrong(monkeypatch, capsys, tmp_path, optio
 
 def test_rewards_of_a_run_that_can_log_do(micro_pipeline_folder, tmp_path):
     task = {"reward": f"{HERE}:Logging"}
-    run_training(micro_config(micro_pipeline_folder, tmp_path, task=task, run={"iterations": 1}))
+    run_training(micro_config(micro_pipeline_folder, tmp_path, **task, iterations=1))
     assert (tmp_path / "judge" / "calls.txt").is_file()
 
 
@@ -187,7 +186,7 @@ def test_judges_log_into_the_folder_of_the_run_unless_they_have_one(tmp_path, na
         reward.log_to(tmp_path / "run")
         if name == "vlm_alignment":
             reward.recall = lambda answers, references: np.zeros(len(answers))
-        pictures = np.zeros((6, 8, 8, 3), np.uint8)
-        reward(pictures, ["a cat"] * 6, [{"questions": ("How many?",), "answers": ("two",)}] * 6)
+        images = np.zeros((6, 8, 8, 3), np.uint8)
+        reward(images, ["a cat"] * 6, [{"questions": ("How many?",), "answers": ("two",)}] * 6)
     assert len(list((tmp_path / "run").glob("*.jpg"))) == 2
     assert len(list((tmp_path / "own").glob("*.jpg"))) == 4

@@ -11,17 +11,14 @@ from helpers.scripts import MINIATURE, SCRIPTS, run_script
 
 from agents.config.command_line import parse_command_line
 from agents.config.presets import PRESETS, preset_config
-from agents.config.settings import RunSettings
-from agents.config.train_config import TrainConfig
-from agents.distributed import Processes, check_shares
+from agents.config.train_config import TrainConfig, train_config
 from agents.planning.plan import describe_plan
-from agents.training.checks import check_parts, resolve_config
-from agents.training.run import prepare_run, run_training
+from agents.training.preparation import check_run, prepare_run, run_training
 from ddpo_env import vector_env
 from ddpo_env.models import loading as models
 
 ROOT = SCRIPTS.parent
-EXPERIMENTS = {  # reward, prompts, how many of them, samples and updates an iteration, iterations, stat buffer
+EXPERIMENTS = {  # reward, prompts, how many of them, samples and updates per iteration, iterations, stat buffer
     "sd14-compressibility": ("jpeg_compressibility", "imagenet_animals", 398, 256, 4, 100, 16),
     "sd14-incompressibility": ("jpeg_incompressibility", "imagenet_animals", 398, 256, 4, 100, 16),
     "sd14-aesthetic": ("aesthetic", "simple_animals", 45, 256, 2, 200, 32),
@@ -31,11 +28,11 @@ AESTHETIC = [
     "preset     sd14-aesthetic",
     "model      CompVis/stable-diffusion-v1-4, 50 steps, guidance 5",
     "reward     aesthetic",
-    "sampling   256 samples of 50 steps an iteration: 32 batches of 8, 256 prompts of 1 sample",
-    "training   ppo: 1 epoch of 2 updates of 128 samples × 50 of 50 steps = 6,400 pairs, in calls of up to 4 pairs",
-    "in all     200 iterations, 51,200 reward queries, 400 updates at most",
+    "sampling   256 samples of 50 steps per iteration: 32 batches of 8, 256 prompts with 1 sample each",
+    "training   ppo: 1 epoch of 2 updates with 128 samples × 50 of 50 steps = 6,400 pairs, in calls of up to 4 pairs",
+    "total      200 iterations, 51,200 reward queries, at most 400 updates",
     # 200 × 256 × 50 × 2 and the same again; (before, 19 times between, after) × 64 × 50 × 2
-    "denoiser   10,374,400 rows: 5,120,000 to sample, 5,120,000 to train, 134,400 for held-out pictures",
+    "denoiser   10,374,400 rows: 5,120,000 to sample, 5,120,000 to train, 134,400 for held-out images",
 ]
 
 
@@ -63,7 +60,10 @@ def nothing_happens(monkeypatch, tmp_path):
 
 
 def settings(config):
-    return {name: value for group in config.as_dict().values() for name, value in group.items()}
+    flat = {}
+    for name, value in config.as_dict().items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def test_presets_are_the_experiments():
@@ -107,15 +107,13 @@ def test_preset_has_the_published_settings(name):
         "weight_decay": 1e-4,
         "max_grad_norm": 1.0,
     }
-    config = preset_config(name)
-    found = settings(config)
+    found = settings(preset_config(name).resolved())
     assert {key: found[key] for key in expected} == expected
-    config.check()
-    assert len(check_parts(resolve_config(config)[0], False, Processes()).prompts) == count
+    assert len(check_run(preset_config(name)).prompts) == count
 
 
-def test_preset_is_fresh_every_time():
-    preset_config("sd14-aesthetic").training.clip_range = 1.0
+def test_a_variant_leaves_the_preset_as_it_is():
+    assert preset_config("sd14-aesthetic").changed(clip_range=1.0).training.clip_range == 1.0
     assert preset_config("sd14-aesthetic").training.clip_range == 1e-4
 
 
@@ -123,7 +121,7 @@ def test_preset_is_fresh_every_time():
 def test_presets_can_be_shared_by_two_four_or_eight_processes(name):
     def is_shareable(processes):
         try:
-            check_shares(preset_config(name), processes)
+            preset_config(name).resolved().check_processes(processes)
         except ValueError:
             return False
         return True
@@ -142,30 +140,30 @@ def test_presets_can_be_shared_by_two_four_or_eight_processes(name):
 )
 def test_what_is_given_wins_wherever_it_stands(arguments):
     config = parse_command_line(arguments).config
-    assert (config.training.samples_per_iteration, config.training.timestep_window) == (64, (0.0, 0.9))
-    config.training.samples_per_iteration, config.training.timestep_window = 256, (0.0, 1.0)
-    assert config == preset_config("sd14-aesthetic")
+    assert (config.samples_per_iteration, config.update.timestep_window) == (64, (0.0, 0.9))
+    unchanged = config.changed(samples_per_iteration=256, timestep_window=(0.0, 1.0))
+    assert unchanged == preset_config("sd14-aesthetic")
 
 
 def test_a_default_can_be_given_against_the_preset():
     default = TrainConfig()
-    arguments = ["--preset=sd14-aesthetic", f"--model={default.task.model}", f"--reward={default.task.reward}"]
+    arguments = ["--preset=sd14-aesthetic", f"--model={default.model}", f"--reward={default.reward}"]
     arguments += ["--learning-rate=None", "--reward-options", "preset=x", "--iterations=None"]
     config = parse_command_line(arguments).config
-    assert (config.task.model, config.task.reward) == ("tiny", "jpeg_compressibility")
-    assert (config.learning_rate, config.iterations) == (5e-3, 20)
-    assert config.task.reward_options == ("preset=x",)
+    assert (config.model, config.reward) == ("tiny", "jpeg_compressibility")
+    assert (config.resolved().learning_rate, config.resolved().iterations) == (5e-3, 20)
+    assert config.reward_options == ("preset=x",)
 
 
 def test_without_a_preset_sizes_are_left_open_as_ever():
     assert parse_command_line([]).config == TrainConfig()
-    assert parse_command_line(["--samples-per-iteration=64"]).config.training.sample_batch_size == 64
-    assert parse_command_line(["--algorithm=rwr"]).config.training.epochs == 5
+    assert parse_command_line(["--samples-per-iteration=64"]).config.resolved().training.sample_batch_size == 64
+    assert parse_command_line(["--algorithm=rwr"]).config.resolved().training.epochs == 5
 
 
 def test_epochs_are_those_of_the_algorithm():
-    assert parse_command_line(["--preset=sd14-aesthetic", "--algorithm=rwr"]).config.training.epochs == 5
-    assert parse_command_line(["--preset=sd14-aesthetic"]).config.training.epochs == 1
+    assert parse_command_line(["--preset=sd14-aesthetic", "--algorithm=rwr"]).config.resolved().training.epochs == 5
+    assert parse_command_line(["--preset=sd14-aesthetic"]).config.resolved().training.epochs == 1
 
 
 def test_help_shows_the_options_and_the_defaults_of_the_preset(capsys):
@@ -219,8 +217,7 @@ def test_dry_run_loads_nothing_and_leaves_nothing(nothing_happens, monkeypatch, 
     assert run_script("train_ppo", ["--dry-run", "--preset", name, "--device=cpu"], monkeypatch) == 0
     shown = capsys.readouterr()
     assert shown.err == ""
-    config = preset_config(name)
-    config.run.device = "cpu"
+    config = preset_config(name).changed(device="cpu").resolved()
     *plan, time = shown.out.splitlines()
     assert plan == describe_plan(config)
     assert time.startswith("time       about ")
@@ -253,22 +250,21 @@ def test_dry_run_of_a_run_to_go_on_with(monkeypatch, capsys, tmp_path, micro_pip
     files = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     capsys.readouterr()
     assert run_script("train_ppo", [f"--resume={run}", "--iterations=1000", "--dry-run"], monkeypatch) == 0
-    assert "in all     1,000 iterations, 4,000 reward queries, 4,000 updates at most" in capsys.readouterr().out
+    assert "total      1,000 iterations, 4,000 reward queries, at most 4,000 updates" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == files
 
 
 def test_plan_of_a_preset():
-    config = preset_config("sd14-aesthetic")
-    config.run.device = "cpu"
+    config = preset_config("sd14-aesthetic").changed(device="cpu").resolved()
     assert describe_plan(config) == AESTHETIC
-    config.run.dtype = "bfloat16"
-    assert describe_plan(config)[-1].endswith("held-out pictures, 5,120,000 to compute log-densities again")
+    config = config.changed(dtype="bfloat16")
+    assert describe_plan(config)[-1].endswith("held-out images, 5,120,000 to compute log-probabilities again")
     assert describe_plan(config)[-1].startswith("denoiser   15,494,400 rows")
 
 
 def test_plan_says_what_was_changed_in_the_preset():
     arguments = ["--preset=sd14-aesthetic", "--samples-per-iteration=64", "--seed=1", "--run-dir=x", "--device=cpu"]
-    plan = describe_plan(resolve_config(parse_command_line(arguments).config)[0])
+    plan = describe_plan(check_run(parse_command_line(arguments).config).config)
     assert plan[0] == "preset     sd14-aesthetic, but seed=1, samples_per_iteration=64"
 
 
@@ -276,11 +272,10 @@ def test_preset_is_in_the_run_folder_and_survives_resuming(micro_pipeline_folder
     arguments = ["--preset=sd14-compressibility", *MINIATURE, f"--model={micro_pipeline_folder}", "--iterations=1"]
     arguments += [f"--run-dir={tmp_path}", "--updates-per-iteration=1", "--stat-buffer-size=2"]
     run_training(parse_command_line(arguments).config)
-    resumed = prepare_run(TrainConfig(run=RunSettings(resume=tmp_path, iterations=2))).config
-    assert resumed.run.preset == "sd14-compressibility"
+    resumed = prepare_run(train_config(resume=tmp_path, iterations=2)).config
+    assert resumed.preset == "sd14-compressibility"
     assert describe_plan(resumed)[0].startswith("preset     sd14-compressibility, but iterations=2, ")
-    resumed.run.preset = "of-another-version"
-    assert describe_plan(resumed)[0].startswith("model      ")
+    assert describe_plan(resumed.changed(preset="of-another-version"))[0].startswith("model      ")
 
 
 def test_commands_of_the_docs_are_valid():
@@ -288,7 +283,7 @@ def test_commands_of_the_docs_are_valid():
     commands = [line.partition("#")[0] for page in pages for line in re.findall(r"train_ppo.py (.*--preset .*)", page)]
     assert len(commands) >= 5
     for command in commands:
-        resolve_config(parse_command_line(command.split()).config)
+        parse_command_line(command.split()).config.resolved()
 
 
 @pytest.mark.slow

@@ -9,46 +9,39 @@ from helpers.micro_families import FAMILIES, micro_family
 from helpers.micro_pipeline import micro_pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
-from agents.config.settings import PolicySettings, RunSettings, TaskSettings, TrainingSettings
-from agents.config.train_config import TrainConfig
-from agents.planning import flops as costs
-from agents.planning.flops import Work, count_work, describe_seconds, estimate_time
+from agents.config.presets import preset_config
+from agents.planning import flops
+from agents.planning.flops import Flops, count_flops, describe_seconds, estimate_time
 from agents.planning.plan import denoiser_rows
-from agents.training.run import prepare_run
-from ddpo_env.models.families.stable_diffusion_1_4 import build_part
+from agents.training.preparation import prepare_run
 from ddpo_env.models.loading import load_model
 from ddpo_env.models.outline import outline_model
+from ddpo_env.models.random_pipelines import build_component
 
 SD14 = "CompVis/stable-diffusion-v1-4"
 
 
 def published(**changes):
     """The paper's compressibility task."""
-    training = {"samples_per_iteration": 256, "sample_batch_size": 8, "timestep_window": (0.0, 1.0)}
-    return TrainConfig(
-        run=RunSettings(iterations=100, eval_samples=64, eval_interval=10, device="cpu"),
-        task=TaskSettings(model=SD14, num_inference_steps=50),
-        policy=PolicySettings(guidance_scale=5.0, lora_rank=4, lora_targets="attention"),
-        training=TrainingSettings(**{**training, "timestep_fraction": 1.0, **changes}),
-    )
+    return preset_config("sd14-compressibility").changed(device="cpu", **changes).resolved()
 
 
 def test_operations_of_a_perceptron():
     outline = outline_model("points")
     forward = 2 * (34 * 64 + 64 * 64 + 64 * 2)
     weights = forward - 2 * 34 * 64  # the gradient of the first layer's input is not needed
-    assert count_work(outline, lora_rank=0) == Work(forward, forward + forward + weights, 0.0)
+    assert count_flops(outline, lora_rank=0) == Flops(forward, forward + forward + weights, 0.0)
 
 
 @pytest.mark.usefixtures("count_once")
 def test_operations_of_stable_diffusion_are_the_published_ones():
     """339 G multiplications in layers with weights, without the products of attention (Kim et al. 2023, BK-SDM)."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        build_part("unet")(torch.zeros(1, 4, 64, 64), torch.zeros(1), torch.zeros(1, 77, 768))
+        build_component("sd14", "unet")(torch.zeros(1, 4, 64, 64), torch.zeros(1), torch.zeros(1, 77, 768))
     total = counter.get_total_flops()
     attention = sum(n for name, n in counter.get_flop_counts()["Global"].items() if str(name) == "aten.bmm")
     assert (total - attention) / 2 == pytest.approx(339e9, rel=2e-3)
-    work = costs.count_work(outline_model(SD14), lora_rank=4)
+    work = flops.count_flops(outline_model(SD14), lora_rank=4)
     assert total < work.forward < 1.01 * total, "the adapters add little"
     assert 2 * total < work.training < 2.5 * total, "no gradient of frozen weights"
 
@@ -57,7 +50,7 @@ def test_operations_of_stable_diffusion_are_the_published_ones():
 @pytest.mark.parametrize("algorithm", ["ppo", "rwr", "rwr_sparse"])
 def test_rows_are_those_that_a_run_computes(micro_pipeline_folder, tmp_path, monkeypatch, guidance, algorithm):
     choice = {"algorithm": algorithm, "updates_per_iteration": 1, "timestep_fraction": 0.5}
-    config = micro_config(micro_pipeline_folder, tmp_path / "run", policy={"guidance_scale": guidance}, training=choice)
+    config = micro_config(micro_pipeline_folder, tmp_path / "run", guidance_scale=guidance, **choice)
     algorithm = prepare_run(config).algorithm
     _, callback = algorithm._setup_learn(1)
     rows = {"sampling": 0, "training": 0}
@@ -73,24 +66,24 @@ def test_rows_are_those_that_a_run_computes(micro_pipeline_folder, tmp_path, mon
     algorithm.collect_rollouts(algorithm.env, callback, algorithm.rollout_buffer, algorithm.n_steps)
     sampled = rows["sampling"]
     algorithm.train()
-    planned = denoiser_rows(config)
+    planned = denoiser_rows(config.resolved())
     assert (config.iterations * sampled, config.iterations * rows["training"]) == (planned.sampling, planned.training)
 
 
 @pytest.mark.usefixtures("count_once")
 def test_estimate_of_the_published_run(monkeypatch):
-    monkeypatch.setattr(costs, "matmul_rate", lambda device, dtype: 1e14)
+    monkeypatch.setattr(flops, "matmul_rate", lambda device, dtype: 1e14)
     said = estimate_time(published())
     seconds = 100 * 65.1e15 / 0.9e14 + 11 * 64 / 256 * 21.2e15 / 0.9e14
-    assert said.startswith(f"about {seconds / 3600:.0f} h and the reward's, 12 min an iteration: 21 PFLOP of sampling")
+    assert said.startswith(
+        f"about {seconds / 3600:.0f} h plus the reward's, 12 min per iteration: 21 PFLOP of sampling"
+    )
     assert said.endswith("44 PFLOP of training at 90% of 100 TFLOP/s, the rate of matrix products")
     assert estimate_time(published(), processes=4).startswith(f"about {seconds / 3600 / 4:.1f} h")
 
 
 def test_what_is_not_here_is_not_estimated():
-    config = published()
-    config.task.model = "somebody/something"
-    assert estimate_time(config) == "not known before somebody/something is downloaded"
+    assert estimate_time(published(model="somebody/something")) == "not known before somebody/something is downloaded"
 
 
 @pytest.mark.parametrize(
@@ -117,4 +110,4 @@ def test_outline_has_the_shapes_of_the_model_and_needs_no_weights(tmp_path, fami
     assert {weight.device.type for weight in outline.denoiser.parameters()} == {"meta"}
     names = {name: weight.shape for name, weight in model.denoiser.named_parameters()}
     assert {name: weight.shape for name, weight in outline.denoiser.named_parameters()} == names
-    assert count_work(outline, lora_rank=2).training > 0
+    assert count_flops(outline, lora_rank=2).training > 0

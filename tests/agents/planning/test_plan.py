@@ -1,67 +1,72 @@
-"""What a run says of itself before it starts."""
+"""The plan of a run, in words and numbers."""
 
 import pytest
 from helpers.micro_agents import micro_config
 
-from agents.config.settings import OptimizerSettings, PolicySettings, RunSettings, TrainingSettings
-from agents.config.train_config import TrainConfig
+from agents.config.train_config import train_config
 from agents.planning.plan import denoiser_rows, describe_plan
 from agents.training.build import _learning_rate
 
 
 def test_plan_of_the_default_run():
-    assert describe_plan(TrainConfig(run=RunSettings(device="cpu"))) == [
+    assert describe_plan(train_config(device="cpu").resolved()) == [
         "model      tiny, 10 steps, no guidance",
         "reward     jpeg_compressibility",
-        "sampling   72 samples of 10 steps an iteration: 1 batch of 72, 9 prompts of 8 samples",
-        "training   ppo: 1 epoch of 4 updates of 18 samples × 5 of 10 steps = 90 pairs, in calls of up to 45 pairs",
-        "in all     20 iterations, 1,440 reward queries, 80 updates at most",
-        "denoiser   28,800 rows: 14,400 to sample, 7,200 to train, 7,200 for held-out pictures",
+        "sampling   72 samples of 10 steps per iteration: 1 batch of 72, 9 prompts with 8 samples each",
+        "training   ppo: 1 epoch of 4 updates with 18 samples × 5 of 10 steps = 90 pairs, in calls of up to 45 pairs",
+        "total      20 iterations, 1,440 reward queries, at most 80 updates",
+        "denoiser   28,800 rows: 14,400 to sample, 7,200 to train, 7,200 for held-out images",
     ]
 
 
 def test_plan_names_processes_and_ends_with_the_estimate():
-    plan = describe_plan(TrainConfig(), processes=2, estimate="about 3 minutes")
+    plan = describe_plan(train_config().resolved(), processes=2, estimate="about 3 minutes")
     assert plan[2] == "processes  2, which share every batch"
     assert plan[-1] == "time       about 3 minutes"
 
 
 def test_plan_of_sparse_regression():
-    training = TrainingSettings(algorithm="rwr_sparse", samples_per_iteration=40, sample_batch_size=8)
-    plan = describe_plan(TrainConfig(training=training, run=RunSettings(iterations=2, eval_samples=8)))
-    assert "5 batches of 8, 5 prompts of 8 samples" in plan[2]
+    config = train_config(
+        algorithm="rwr_sparse", samples_per_iteration=40, sample_batch_size=8, iterations=2, eval_samples=8
+    )
+    plan = describe_plan(config.resolved())
+    assert "5 batches of 8, 5 prompts with 8 samples each" in plan[2]
     assert "50 epochs of 1 update on the finished samples (the best 10 %), in calls of up to 40 samples" in plan[3]
-    assert plan[4].endswith("2 iterations, 80 reward queries, 100 updates at most")
+    assert plan[4].endswith("2 iterations, 80 reward queries, at most 100 updates")
     # 2 × 40 × 10; 2 × 50 epochs × 4 samples; 2 evaluations × 8 × 10
-    assert plan[5] == "denoiser   1,360 rows: 800 to sample, 400 to train, 160 for held-out pictures"
+    assert plan[5] == "denoiser   1,360 rows: 800 to sample, 400 to train, 160 for held-out images"
 
 
 @pytest.mark.parametrize(
-    ("groups", "measuring"),
+    ("settings", "measuring"),
     [
         ({}, 0),
-        ({"run": {"dtype": "bfloat16"}}, 2 * 8 * 2),
-        ({"run": {"dtype": "bfloat16"}, "training": {"recompute_log_probs": False}}, 0),
-        ({"run": {"dtype": "bfloat16"}, "training": {"algorithm": "rwr"}}, 0),
-        ({"training": {"recompute_log_probs": True, "epochs": 3}}, 2 * 8 * 3),
-        ({"policy": {"autocast": "float16"}}, 2 * 8 * 2),
-        ({"policy": {"guidance_scale": 1.0, "autocast": "float16"}}, 8 * 2),
-        ({"training": {"kl_coef": 0.1}}, 2 * 8 * 2),
+        ({"dtype": "bfloat16"}, 2 * 8 * 2),
+        ({"dtype": "bfloat16", "recompute_log_probs": False}, 0),
+        ({"dtype": "bfloat16", "algorithm": "rwr"}, 0),
+        ({"recompute_log_probs": True, "epochs": 3}, 2 * 8 * 3),
+        ({"autocast": "float16"}, 2 * 8 * 2),
+        ({"guidance_scale": 1.0, "autocast": "float16"}, 8 * 2),
+        ({"kl_coef": 0.1}, 2 * 8 * 2),
     ],
 )
-def test_rows_without_gradients(groups, measuring):
+def test_rows_without_gradients(settings, measuring):
     """An iteration of `micro_config` has 8 guided samples of 3 steps, 2 of which are trained on; there are 3."""
-    rows = denoiser_rows(micro_config("tiny", None, **groups))
+    rows = denoiser_rows(micro_config("tiny", None, **settings).resolved())
     assert rows.measuring == 3 * measuring
 
 
-def test_held_out_pictures_are_drawn_in_whole_batches():
-    run = RunSettings(iterations=10, eval_samples=9, eval_interval=5)
-    training = TrainingSettings(samples_per_iteration=8, sample_batch_size=8)
-    config = TrainConfig(run=run, training=training, policy=PolicySettings(guidance_scale=3.0))
+def test_held_out_images_are_generated_in_whole_batches():
+    config = train_config(
+        iterations=10,
+        eval_samples=9,
+        eval_interval=5,
+        samples_per_iteration=8,
+        sample_batch_size=8,
+        guidance_scale=3.0,
+    ).resolved()
     assert denoiser_rows(config).held_out == 3 * 2 * 16 * 10, "before, after the 5th iteration and after the 10th"
-    run.eval_interval = 0
-    assert denoiser_rows(config).held_out == 2 * 2 * 16 * 10
+    assert denoiser_rows(config.changed(eval_interval=0)).held_out == 2 * 2 * 16 * 10
 
 
 @pytest.mark.parametrize(
@@ -73,15 +78,13 @@ def test_held_out_pictures_are_drawn_in_whole_batches():
     ],
 )
 def test_learning_rate_over_four_iterations(schedule, expected):
-    optimizer = OptimizerSettings(learning_rate=0.4, learning_rate_schedule=schedule)
-    rate = _learning_rate(TrainConfig(run=RunSettings(iterations=4), optimizer=optimizer))
+    rate = _learning_rate(train_config(learning_rate=0.4, learning_rate_schedule=schedule, iterations=4))
     rates = [rate(1 - iteration / 4) if callable(rate) else rate for iteration in (1, 2, 3, 4)]
     assert rates == pytest.approx(expected, abs=1e-4)
 
 
 def test_unknown_schedule_is_refused():
-    config = TrainConfig(optimizer=OptimizerSettings(learning_rate_schedule="square"))
     with pytest.raises(
         ValueError, match="learning_rate_schedule must be one of constant, linear, cosine; got 'square'"
     ):
-        config.check()
+        train_config(learning_rate_schedule="square")

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from agents.policy import frozen_convolutions as module
-from agents.policy.frozen_convolutions import FrozenConv2d, forget_inputs, frozen_convolution
+from agents.policy.frozen_convolutions import FrozenConv2d, frozen_convolution, use_frozen_convolutions
 from agents.policy.lora import share_weights
 
 
@@ -46,7 +46,7 @@ def test_outputs_and_gradients_are_torchs_to_the_bit(settings):
     plain = nn.Conv2d(4, 6, 3, **settings).requires_grad_(False)
     frozen = nn.Conv2d(4, 6, 3, **settings).requires_grad_(False)
     frozen.load_state_dict(plain.state_dict())
-    forget_inputs(frozen)
+    use_frozen_convolutions(frozen)
     assert type(frozen) is FrozenConv2d
     assert frozen.state_dict().keys() == plain.state_dict().keys()
     found = []
@@ -66,7 +66,7 @@ def test_gradient_can_be_differentiated():
 
 def test_the_input_is_not_kept():
     layer, pixels = nn.Conv2d(4, 4, 3).requires_grad_(False), torch.randn(2, 4, 8, 8, requires_grad=True)
-    forget_inputs(layer)
+    use_frozen_convolutions(layer)
     given = pixels * 1
     assert kept_bytes(lambda: functional.conv2d(given, layer.weight, layer.bias)) == 4 * given.numel()
     assert kept_bytes(lambda: layer(given)) == 0
@@ -91,14 +91,14 @@ def test_mixed_precision_is_torchs():
             output = layer(pixels)
         output.float().sum().backward()
         found.append((output, pixels.grad))
-        forget_inputs(layer)
+        use_frozen_convolutions(layer)
     assert found[1][0].dtype == torch.bfloat16
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*found, strict=True))
 
 
 def test_half_precision_weights():
     layer = nn.Conv2d(2, 2, 3, dtype=torch.bfloat16).requires_grad_(False)
-    forget_inputs(layer)
+    use_frozen_convolutions(layer)
     pixels = torch.randn(1, 2, 5, 5, dtype=torch.bfloat16, requires_grad=True)
     layer(pixels).sum().backward()
     assert pixels.grad.dtype == torch.bfloat16
@@ -128,7 +128,7 @@ def test_an_update_keeps_less(micro_pipeline_folder):
 
 def test_small_inputs_are_kept(monkeypatch):
     layer, given = nn.Conv2d(4, 4, 3).requires_grad_(False), torch.randn(2, 4, 8, 8, requires_grad=True) * 1
-    forget_inputs(layer)
+    use_frozen_convolutions(layer)
     monkeypatch.setattr(module, "LEAST_INPUT", given.numel() + 1)
     assert kept_bytes(lambda: layer(given)) == 4 * given.numel()
     monkeypatch.setattr(module, "LEAST_INPUT", given.numel())

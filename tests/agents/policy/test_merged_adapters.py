@@ -9,7 +9,7 @@ from torch import nn
 
 from agents.evaluation.evaluate import evaluate
 from agents.policy.lora import LORA_TARGETS, add_lora, merged_adapters
-from agents.training.run import prepare_run
+from agents.training.preparation import prepare_run
 
 
 class Layers(nn.Module):
@@ -210,8 +210,9 @@ def test_training_gives_nearly_the_same_weights_with_and_without_merging(micro_p
         config = micro_config(
             micro_pipeline_folder,
             tmp_path / str(merge_lora),
-            policy={"merge_lora": merge_lora},
-            optimizer={"learning_rate": 1e-3, "adam_epsilon": 1e-4},  # a small epsilon turns rounding into steps
+            merge_lora=merge_lora,
+            learning_rate=1e-3,
+            adam_epsilon=1e-4,  # a small epsilon turns rounding into steps
         )
         algorithm = prepare_run(config).algorithm
         _, callback = algorithm._setup_learn(1)

@@ -10,9 +10,9 @@ from helpers.micro_agents import InterruptedReward, brightness, micro_config
 from helpers.run_comparison import assert_same_run, rows
 from helpers.scripts import MINIATURE, run_script
 
-from agents.config.settings import RunSettings
-from agents.config.train_config import TrainConfig
-from agents.training.run import run_training
+from agents.config.train_config import train_config
+from agents.training.checkpoint import latest_checkpoint
+from agents.training.preparation import run_training
 
 
 class FailingReward:
@@ -33,7 +33,7 @@ class FailingReward:
 
 
 class LosesTheThird:
-    """Brightness, but the third picture of every call has none."""
+    """Brightness, but the third image of every call has none."""
 
     def __init__(self):
         self.__name__ = "brightness"
@@ -44,21 +44,15 @@ class LosesTheThird:
         return scores
 
 
-# The reward is called twice before training, twice in each iteration, twice more before the third and twice at the end.
-MOMENTS = [(0, 1, 0), (0, 3, 0), (0, 7, 2), (1, 6, 1), (3, 5, 1), (3, 10, 2), (0, 11, 3)]
-WITHOUT_OVERLAP = [(0, 3, 0), (3, 10, 2)]
-
-
+# Calls of the reward: 2 before training, then 2 per iteration, and 2 more at the end of the second and the third.
 @pytest.mark.parametrize(
-    ("overlap", "interval", "call", "done"),
-    [*((True, *moment) for moment in MOMENTS), *((False, *moment) for moment in WITHOUT_OVERLAP)],
+    ("interval", "call", "done"), [(0, 1, 0), (0, 3, 0), (0, 7, 1), (1, 6, 1), (3, 5, 1), (3, 10, 2), (0, 11, 2)]
 )
 def test_run_goes_on_from_the_last_finished_iteration(
-    finished_run, micro_pipeline_folder, tmp_path, monkeypatch, overlap, interval, call, done
+    finished, micro_pipeline_folder, tmp_path, monkeypatch, interval, call, done
 ):
     folder = tmp_path / "run"
-    settings = {"checkpoint_interval": interval, "keep_checkpoints": 1}
-    config = micro_config(micro_pipeline_folder, folder, run=settings, training={"overlap_rewards": overlap})
+    config = micro_config(micro_pipeline_folder, folder, checkpoint_interval=interval)
     with monkeypatch.context() as patch:
         patch.setattr(micro_agents, "brightness", FailingReward(call))
         with pytest.raises(RuntimeError, match="has left") as caught:
@@ -67,9 +61,9 @@ def test_run_goes_on_from_the_last_finished_iteration(
     text = (folder / "error.txt").read_text()
     assert "ConnectionError: refused" in text
     assert "the judge [at home] has left" in text
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"iteration_{done:06d}"]
-    run_training(TrainConfig(run=RunSettings(resume=folder)))
-    assert_same_run(folder, finished_run.folder.path)
+    assert latest_checkpoint(folder / "checkpoints").name == f"iteration_{done:06d}"
+    run_training(train_config(resume=folder))
+    assert_same_run(folder, finished.folder.path)
 
 
 def test_script_says_what_failed_and_how_to_go_on(micro_pipeline_folder, monkeypatch, capsys, tmp_path):
@@ -118,7 +112,7 @@ def test_ctrl_c_before_training_is_one_line(monkeypatch, capsys, tmp_path):
 
 
 def test_run_that_drops_samples_is_resumed_like_any_other(micro_pipeline_folder, tmp_path, monkeypatch):
-    drop = {"training": {"non_finite_rewards": "drop"}}
+    drop = {"non_finite_rewards": "drop"}
     with monkeypatch.context() as patch:
         patch.setattr(micro_agents, "brightness", LosesTheThird())
         run_training(micro_config(micro_pipeline_folder, tmp_path / "whole", **drop))
@@ -127,18 +121,18 @@ def test_run_that_drops_samples_is_resumed_like_any_other(micro_pipeline_folder,
     with monkeypatch.context() as patch:
         patch.setattr(micro_agents, "brightness", stopping)
         assert run_training(micro_config(micro_pipeline_folder, tmp_path / "run", **drop)).iterations == 1
-        run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run")))
+        run_training(train_config(resume=tmp_path / "run"))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     table = rows(tmp_path / "whole")
-    assert [row["rollout/dropped_samples"] for row in table] == ["2", "2", "2", ""]
+    assert [row["rollout/dropped_samples"] for row in table] == ["", "2", "2", "2"]
     assert [row["eval/dropped_samples"] for row in table] == ["1", "", "1", "1"]
     assert all(np.isfinite(float(row["eval/reward_mean"])) for row in table if row["eval/reward_mean"])
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["training"]["non_finite_rewards"] == "drop"
 
 
-def test_option_changes_nothing_where_nothing_is_dropped(finished_run, micro_pipeline_folder, tmp_path):
-    whole = finished_run.folder.path
-    run_training(micro_config(micro_pipeline_folder, tmp_path, training={"non_finite_rewards": "drop"}))
+def test_option_changes_nothing_where_nothing_is_dropped(finished, micro_pipeline_folder, tmp_path):
+    whole = finished.folder.path
+    run_training(micro_config(micro_pipeline_folder, tmp_path, non_finite_rewards="drop"))
     for name in ("policy/policy.safetensors", "checkpoints/iteration_000003/tensors.safetensors"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
     extra = {"rollout/dropped_samples", "eval/dropped_samples"}
@@ -149,7 +143,7 @@ def test_option_changes_nothing_where_nothing_is_dropped(finished_run, micro_pip
         assert {mine[name] for name in extra} <= {"0", ""}
 
 
-def test_held_out_pictures_without_any_score_are_an_error(micro_pipeline_folder, tmp_path, monkeypatch):
+def test_held_out_samples_without_any_score_are_an_error(micro_pipeline_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(micro_agents, "brightness", lambda images, prompts, metadata: [np.nan] * len(images))
-    with pytest.raises(ValueError, match="all 6 rewards of the held-out pictures are NaN or infinite"):
-        run_training(micro_config(micro_pipeline_folder, tmp_path, training={"non_finite_rewards": "drop"}))
+    with pytest.raises(ValueError, match="all 6 rewards of the held-out samples are NaN or infinite"):
+        run_training(micro_config(micro_pipeline_folder, tmp_path, non_finite_rewards="drop"))

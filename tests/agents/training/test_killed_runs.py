@@ -17,12 +17,11 @@ import sys
 from pathlib import Path
 from helpers.micro_agents import micro_config
 from agents.config.train_config import TrainConfig
-from agents.config.settings import RunSettings
-from agents.training.run import run_training
+from agents.training.preparation import run_training
 
 model, folder, resume = sys.argv[1:]
 run_training(
-    TrainConfig(run=RunSettings(resume=Path(folder)))
+    train_config(resume=Path(folder))
     if resume == "resume"
     else micro_config(model, Path(folder), run={"iterations": 5})
 )

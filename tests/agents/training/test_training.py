@@ -3,7 +3,6 @@
 import io
 import json
 import re
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,15 +22,14 @@ import agents.training.checkpoint
 import agents.training.run_folder
 import ddpo_env.vector_env
 from agents.algorithms.ppo import PPO
-from agents.config.settings import RunSettings, TrainingSettings
-from agents.config.train_config import TrainConfig
+from agents.config.train_config import TrainConfig, train_config
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.training.console import ConsoleWriter
-from agents.training.run import run_training
+from agents.training.preparation import run_training
 
 
-def test_run_folder_holds_what_its_docstring_says(finished_run):
-    files = files_below(finished_run.folder.path)
+def test_run_folder_holds_what_its_docstring_says(finished):
+    files = files_below(finished.folder.path)
     events = {name for name in files if name.startswith("tensorboard/events.out.tfevents.")}
     assert len(events) == 1
     iterations = ("0000", "0002", "0003")
@@ -44,7 +42,7 @@ def test_run_folder_holds_what_its_docstring_says(finished_run):
         "lora/pytorch_lora_weights.safetensors",
         "policy/policy.json",
         "policy/policy.safetensors",
-        *(f"samples/{part}iteration_{i}.png" for i in iterations for part in ("", "pictures/")),
+        *(f"samples/{part}iteration_{i}.png" for i in iterations for part in ("", "images/")),
         *(f"checkpoints/iteration_00000{i}/{name}" for i in (2, 3) for name in ("tensors.safetensors", "state.json")),
     }
     documented = re.findall(r"^    ([\w/., ]*?)(?:  |$)", agents.training.run_folder.__doc__, re.MULTILINE)
@@ -56,51 +54,48 @@ def test_run_folder_holds_what_its_docstring_says(finished_run):
     assert all(any(name.startswith(part) for name in files) for part in set(parts) - sometimes if part)
 
 
-def test_summary_says_how_the_run_went(finished_run):
-    summary = json.loads((finished_run.folder.path / "summary.json").read_text())
-    assert (summary["reward_before"], summary["reward_after"]) == (
-        finished_run.reward_before,
-        finished_run.reward_after,
-    )
+def test_summary_says_how_the_run_went(finished):
+    summary = json.loads((finished.folder.path / "summary.json").read_text())
+    assert (summary["reward_before"], summary["reward_after"]) == (finished.reward_before, finished.reward_after)
     assert summary["reward_before"] != summary["reward_after"]
-    assert summary["iterations"] == finished_run.iterations == 3
+    assert summary["iterations"] == finished.iterations == 3
     assert summary["seed"] == 0
     assert summary["reward_queries"] == 24
-    assert 0 < summary["wall_clock_seconds"] <= finished_run.wall_clock_seconds + 0.1
+    assert 0 < summary["wall_clock_seconds"] <= finished.wall_clock_seconds + 0.1
     assert summary["versions"]["torch"] == torch.__version__ == version("torch")
     assert {"stable_baselines3", "gymnasium", "diffusers", "transformers", "peft"} < summary["versions"].keys()
 
 
-def test_metrics_have_a_row_an_iteration(finished_run):
-    table = rows(finished_run.folder.path)
-    assert [row["time/iterations"] for row in table] == ["1", "2", "3", ""]
+def test_metrics_have_a_row_for_every_iteration_and_one_before_the_first(finished):
+    table = rows(finished.folder.path)
+    assert [row["time/iterations"] for row in table] == ["", "1", "2", "3"]
     assert [bool(row["eval/reward_mean"]) for row in table] == [True, False, True, True]
-    assert float(table[0]["eval/reward_mean"]) == finished_run.reward_before
-    assert float(table[3]["eval/reward_mean"]) == finished_run.reward_after
-    assert [row["train/n_updates"] for row in table[:3]] == ["2", "4", "6"]
-    rates = [float(row["train/learning_rate"]) for row in table[:3]]
+    assert float(table[0]["eval/reward_mean"]) == finished.reward_before
+    assert float(table[3]["eval/reward_mean"]) == finished.reward_after
+    assert [row["train/n_updates"] for row in table[1:]] == ["2", "4", "6"]
+    rates = [float(row["train/learning_rate"]) for row in table[1:]]
     assert rates == pytest.approx([5e-3, 5e-3 * 2 / 3, 5e-3 / 3])
-    assert all(float(row["train/ratio_deviation"]) <= 1e-5 for row in table[:3])
+    assert all(float(row["train/ratio_deviation"]) <= 1e-5 for row in table[1:])
     assert list(table[0]) == sorted(table[0])
 
 
-def test_config_file_is_the_configuration(finished_run):
-    written = yaml.safe_load((finished_run.folder.path / "config.yaml").read_text())
-    assert TrainConfig.from_dict(written) == finished_run.config
-    assert written["run"]["iterations"] == 3
-    assert written["task"]["reward"] == "helpers.micro_agents:brightness"
+def test_config_file_is_the_configuration(finished):
+    written = yaml.safe_load((finished.folder.path / "config.yaml").read_text())
+    assert TrainConfig.from_dict(written) == finished.config
+    assert written["iterations"] == 3
+    assert written["reward"] == "helpers.micro_agents:brightness"
 
 
 def test_configuration_survives_the_file_and_is_not_changed_by_a_run(tmp_path):
-    config = TrainConfig(run=RunSettings(run_dir=tmp_path, seed=3))
+    config = train_config(run_dir=tmp_path, seed=3)
     text = yaml.safe_dump(config.as_dict())
     assert TrainConfig.from_dict(yaml.safe_load(text)) == config
-    with pytest.raises(ValueError, match="settings must be those of this version's TrainConfig"):
-        TrainConfig.from_dict({**config.as_dict(), "optimizer": {"colour": 1}})
+    with pytest.raises(ValueError, match="there is no setting 'colour'"):
+        TrainConfig.from_dict({**config.as_dict(), "colour": 1})
 
 
-def test_written_lora_and_policy_draw_alike(finished_run, micro_pipeline_folder):
-    folder = finished_run.folder
+def test_written_lora_and_policy_give_the_same_output(finished, micro_pipeline_folder):
+    folder = finished.folder
     pipeline = StableDiffusionPipeline.from_pretrained(micro_pipeline_folder, safety_checker=None)
     pipeline.load_lora_weights(str(folder.lora))
     policy = DiffusionPolicy.load(folder.policy, device="cpu")
@@ -113,10 +108,10 @@ def test_written_lora_and_policy_draw_alike(finished_run, micro_pipeline_folder)
     assert not torch.allclose(mine, base, rtol=0, atol=1e-5)
 
 
-# Calls of the reward: 2 before training, then 2 an iteration, 2 more before the third and 2 at the end.
-@pytest.mark.parametrize(("call", "done"), [(1, 0), (3, 0), (6, 1), (7, 2), (11, 3)])
+# Calls of the reward: 2 before training, then 2 per iteration, and 2 more at the end of the second and the third.
+@pytest.mark.parametrize(("call", "done"), [(1, 0), (3, 0), (6, 1), (7, 1), (11, 2)])
 def test_run_stopped_in_sampling_and_resumed_equals_one_that_was_not(
-    finished_run, micro_pipeline_folder, tmp_path, monkeypatch, call, done
+    finished, micro_pipeline_folder, tmp_path, monkeypatch, call, done
 ):
     with monkeypatch.context() as patch:
         patch.setattr(micro_agents, "brightness", InterruptedReward(call))
@@ -125,15 +120,15 @@ def test_run_stopped_in_sampling_and_resumed_equals_one_that_was_not(
     assert stopped.iterations == done
     assert (stopped.reward_before is None) == (done == 0)
     assert not (tmp_path / "run" / "summary.json").exists()
-    resumed = run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run")))
-    assert_same_run(tmp_path / "run", finished_run.folder.path)
-    assert (resumed.reward_before, resumed.reward_after) == (finished_run.reward_before, finished_run.reward_after)
-    assert resumed.config.task == finished_run.config.task
+    resumed = run_training(train_config(resume=tmp_path / "run"))
+    assert_same_run(tmp_path / "run", finished.folder.path)
+    assert (resumed.reward_before, resumed.reward_after) == (finished.reward_before, finished.reward_after)
+    assert resumed.config.reward == finished.config.reward
 
 
 @pytest.mark.parametrize("update", [2, 3])
 def test_run_stopped_in_an_update_and_resumed_equals_one_that_was_not(
-    finished_run, micro_pipeline_folder, tmp_path, monkeypatch, update
+    finished, micro_pipeline_folder, tmp_path, monkeypatch, update
 ):
     calls = []
 
@@ -152,12 +147,12 @@ def test_run_stopped_in_an_update_and_resumed_equals_one_that_was_not(
     checkpoint = agents.training.checkpoint.latest_checkpoint(tmp_path / "run" / "checkpoints")
     kept = load_file(checkpoint / "tensors.safetensors")
     assert all(torch.equal(value, kept[f"policy.{name}"]) for name, value in saved.items()), "no half iteration is left"
-    run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run")))
-    assert_same_run(tmp_path / "run", finished_run.folder.path)
+    run_training(train_config(resume=tmp_path / "run"))
+    assert_same_run(tmp_path / "run", finished.folder.path)
 
 
 def test_run_killed_in_a_save_and_resumed_equals_one_that_was_not(
-    finished_run, micro_pipeline_folder, tmp_path, monkeypatch
+    finished, micro_pipeline_folder, tmp_path, monkeypatch
 ):
     saves = []
 
@@ -174,43 +169,43 @@ def test_run_killed_in_a_save_and_resumed_equals_one_that_was_not(
         with pytest.raises(OSError, match="no space left"):
             run_training(micro_config(micro_pipeline_folder, tmp_path / "run"))
     assert (tmp_path / "run" / "checkpoints" / ".iteration_000002.part").exists()
-    assert len(rows(tmp_path / "run")) == 2, "the iteration whose checkpoint failed is in the table"
-    run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run")))
-    assert_same_run(tmp_path / "run", finished_run.folder.path)
+    assert len(rows(tmp_path / "run")) == 3, "the iteration whose checkpoint failed is in the table"
+    run_training(train_config(resume=tmp_path / "run"))
+    assert_same_run(tmp_path / "run", finished.folder.path)
 
 
 def test_finished_run_goes_on_to_more_iterations(micro_pipeline_folder, tmp_path):
     constant = {"learning_rate_schedule": "constant"}  # a falling rate depends on how many iterations there are in all
     for name, iterations in (("run", 1), ("at once", 2)):
-        settings = {"iterations": iterations, "eval_interval": 1}
-        run_training(micro_config(micro_pipeline_folder, tmp_path / name, optimizer=constant, run=settings))
-    longer = run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run", iterations=2)))
-    assert longer.config.run.iterations == longer.iterations == 2
+        settings = {**constant, "iterations": iterations, "eval_interval": 1}
+        run_training(micro_config(micro_pipeline_folder, tmp_path / name, **settings))
+    longer = run_training(train_config(resume=tmp_path / "run", iterations=2))
+    assert longer.config.iterations == longer.iterations == 2
     assert_same_run(tmp_path / "run", tmp_path / "at once")
-    with pytest.raises(ValueError, match="iterations must be at least 2, which the run has done; got 1"):
-        run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run", iterations=1)))
+    with pytest.raises(ValueError, match="iterations must be at least 2, which the run has finished; got 1"):
+        run_training(train_config(resume=tmp_path / "run", iterations=1))
 
 
 @pytest.mark.parametrize("interval", [0, 2])
 def test_run_stopped_between_checkpoints_goes_on_from_its_last_iteration(
-    finished_run, micro_pipeline_folder, tmp_path, monkeypatch, interval
+    finished, micro_pipeline_folder, tmp_path, monkeypatch, interval
 ):
-    settings = {"checkpoint_interval": interval, "keep_checkpoints": 1}
+    settings = {"checkpoint_interval": interval}
     with monkeypatch.context() as patch:
         patch.setattr(micro_agents, "brightness", InterruptedReward(6))
-        assert run_training(micro_config(micro_pipeline_folder, tmp_path / "run", run=settings)).iterations == 1
+        assert run_training(micro_config(micro_pipeline_folder, tmp_path / "run", **settings)).iterations == 1
     assert agents.training.checkpoint.latest_checkpoint(tmp_path / "run" / "checkpoints").name == "iteration_000001"
-    run_training(TrainConfig(run=RunSettings(resume=tmp_path / "run")))
-    assert_same_run(tmp_path / "run", finished_run.folder.path)
+    run_training(train_config(resume=tmp_path / "run"))
+    assert_same_run(tmp_path / "run", finished.folder.path)
 
 
 @pytest.mark.parametrize("policy", [{"critic": True}, {"lora_rank": 0}])
 def test_critic_and_full_fine_tuning_run(micro_pipeline_folder, tmp_path, policy):
-    config = micro_config(micro_pipeline_folder, tmp_path, policy=policy, run={"iterations": 1, "eval_interval": 0})
+    config = micro_config(micro_pipeline_folder, tmp_path, **policy, iterations=1, eval_interval=0)
     result = run_training(config)
     assert (tmp_path / "lora").exists() == ("critic" in policy)
-    assert ("train/explained_variance" in rows(tmp_path)[0]) == ("critic" in policy)
-    assert DiffusionPolicy.load(tmp_path / "policy").lora_rank == config.policy.lora_rank
+    assert ("train/explained_variance" in rows(tmp_path)[1]) == ("critic" in policy)
+    assert DiffusionPolicy.load(tmp_path / "policy").options.lora_rank == config.policy.lora_rank
     assert result.reward_after != result.reward_before
 
 
@@ -220,93 +215,87 @@ def no_model(monkeypatch):
     monkeypatch.setattr(ddpo_env.vector_env, "load_model", lambda *_: pytest.fail("a model was loaded"))
 
 
-TRAINING, POLICY, RUN, TASK, OPTIMIZER = "training", "policy", "run", "task", "optimizer"
-
-
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
-    ("group", "settings", "message"),
+    ("settings", "message"),
     [
         (
-            TRAINING,
             {"sample_batch_size": 5},
             "sample_batch_size must divide samples_per_iteration=8; got 5; .* is 4 or 8",
         ),
-        (TRAINING, {"sample_batch_size": 3}, "sample_batch_size must divide samples_per_iteration=8; .* is 2 or 4"),
-        (TRAINING, {"samples_per_prompt": 3}, "samples_per_prompt must divide sample_batch_size=4; .* is 2 or 4"),
+        ({"sample_batch_size": 3}, "sample_batch_size must divide samples_per_iteration=8; .* is 2 or 4"),
+        ({"samples_per_prompt": 3}, "samples_per_prompt must divide sample_batch_size=4; .* is 2 or 4"),
         (
-            TRAINING,
             {"updates_per_iteration": 7},
             "updates_per_iteration must divide samples_per_iteration=8; .* is 4 or 8",
         ),
-        (TRAINING, {"train_batch_size": -1}, "train_batch_size must be at least 0; got -1"),
-        (TRAINING, {"timestep_fraction": 1.5}, r"timestep_fraction must be in \(0, 1\]; got 1.5"),
-        (TRAINING, {"clip_range": float("nan")}, "clip_range must be above 0; got nan"),
-        (TRAINING, {"stat_min_count": 40}, "stat_min_count must be between 2 and stat_buffer_size=32; got 40"),
-        (TRAINING, {"target_kl": -1.0}, "target_kl must be above 0; got -1.0"),
-        (POLICY, {"eta": 0.0}, "eta must be above 0; got 0.0"),
-        (POLICY, {"guidance_scale": -2.0}, "guidance_scale must be at least 0; got -2.0"),
-        (POLICY, {"lora_rank": -1}, "lora_rank must be at least 0; got -1"),
-        (POLICY, {"lora_targets": "everything"}, "lora_targets must be one of attention, .*; got 'everything'"),
-        (POLICY, {"log_prob_reduction": "max"}, "log_prob_reduction must be mean or sum; got 'max'"),
-        (OPTIMIZER, {"learning_rate": 0.0}, "learning_rate must be above 0; got 0.0"),
-        (OPTIMIZER, {"adam_beta2": 1.0}, r"adam_beta2 must be in \[0, 1\); got 1.0"),
-        (RUN, {"iterations": 0}, "iterations must be at least 1; got 0"),
-        (RUN, {"seed": -1}, "seed must be at least 0; got -1"),
-        (TASK, {"num_inference_steps": 0}, "num_inference_steps must be at least 1; got 0"),
-        (TASK, {"reward": "beauty"}, "reward must be one of"),
-        (TASK, {"prompts": "monsters"}, "prompts must be one of"),
+        ({"train_batch_size": -1}, "train_batch_size must be at least 0; got -1"),
+        ({"timestep_fraction": 1.5}, "timestep_fraction must be above 0 and at most 1; got 1.5"),
+        ({"clip_range": float("nan")}, "clip_range must be above 0; got nan"),
+        ({"stat_min_count": 40}, "stat_min_count must be between 2 and stat_buffer_size=32; got 40"),
+        ({"target_kl": -1.0}, "target_kl must be above 0; got -1.0"),
+        ({"eta": 0.0}, "eta must be above 0; got 0.0"),
+        ({"guidance_scale": -2.0}, "guidance_scale must be at least 0; got -2.0"),
+        ({"lora_rank": -1}, "lora_rank must be at least 0; got -1"),
+        ({"lora_targets": "everything"}, "lora_targets must be one of attention, .*; got 'everything'"),
+        ({"log_prob_reduction": "max"}, "log_prob_reduction must be one of mean, sum; got 'max'"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0; got 0.0"),
+        ({"adam_beta2": 1.0}, "adam_beta2 must be at least 0 and below 1; got 1.0"),
+        ({"iterations": 0}, "iterations must be at least 1; got 0"),
+        ({"seed": -1}, "seed must be at least 0; got -1"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1; got 0"),
+        ({"reward": "beauty"}, "reward must be one of"),
+        ({"prompts": "monsters"}, "prompts must be one of"),
     ],
 )
-def test_what_cannot_run_is_refused_before_a_model_is_loaded(tmp_path, group, settings, message):
+def test_what_cannot_run_is_refused_before_a_model_is_loaded(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
-        run_training(micro_config("tiny", tmp_path / "run", **{group: settings}))
+        run_training(micro_config("tiny", tmp_path / "run", **settings))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("no_model")
-def test_folder_that_holds_a_run_is_refused(finished_run, tmp_path):
-    before = (finished_run.folder.path / "config.yaml").read_bytes()
-    with pytest.raises(ValueError, match="holds a run already: name another folder, or resume it"):
-        run_training(micro_config("tiny", finished_run.folder.path, run={"seed": 5}))
-    assert (finished_run.folder.path / "config.yaml").read_bytes() == before
+def test_folder_that_holds_a_run_is_refused(finished, tmp_path):
+    before = (finished.folder.path / "config.yaml").read_bytes()
+    with pytest.raises(ValueError, match="holds a run already: choose another folder, or resume the run"):
+        run_training(micro_config("tiny", finished.folder.path, seed=5))
+    assert (finished.folder.path / "config.yaml").read_bytes() == before
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="run_dir must be a folder; .* is a file"):
         run_training(micro_config("tiny", tmp_path / "file"))
 
 
 @pytest.mark.usefixtures("no_model")
-def test_resuming_what_is_no_run_is_a_clear_error(finished_run, tmp_path):
+def test_resuming_what_is_no_run_is_a_clear_error(finished, tmp_path):
     def resume():
-        return run_training(TrainConfig(run=RunSettings(resume=tmp_path)))
+        return run_training(train_config(resume=tmp_path))
 
     with pytest.raises(ValueError, match=r"resume must be the folder of a run, with a config.yaml; got"):
         resume()
     for text in ("", "just text", "run: {colour: 1}", "run: [", "task: {}"):
         (tmp_path / "config.yaml").write_text(text)
-        with pytest.raises(ValueError, match=r"resume: .*config.yaml' is no run's configuration"):
+        with pytest.raises(ValueError, match=r"resume: .*config.yaml' does not hold the settings of a run"):
             resume()
-    (tmp_path / "config.yaml").write_text((finished_run.folder.path / "config.yaml").read_text())
+    (tmp_path / "config.yaml").write_text((finished.folder.path / "config.yaml").read_text())
     with pytest.raises(ValueError, match="resume: there is no checkpoint in"):
         resume()
 
 
 def test_default_folder_is_named_after_the_reward(micro_pipeline_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = micro_config(micro_pipeline_folder, None, run={"iterations": 1, "eval_interval": 0, "eval_samples": 2})
-    before = replace(config, run=replace(config.run))
+    config = micro_config(micro_pipeline_folder, None, iterations=1, eval_interval=0, eval_samples=2)
     result = run_training(config)
-    assert config == before
+    assert config.run_dir is None, "a configuration is not changed"
     assert result.folder.path.parent == Path("runs")
     assert result.folder.path.name.startswith("helpers-micro_agents-brightness-20")
 
 
-def test_pictures_before_and_after_are_of_the_same_prompts_and_seeds(finished_run):
-    strips = [np.asarray(Image.open(finished_run.folder.pictures / f"iteration_000{i}.png")) for i in (0, 3)]
+def test_images_before_and_after_are_of_the_same_prompts_and_seeds(finished):
+    strips = [np.asarray(Image.open(finished.folder.images / f"iteration_000{i}.png")) for i in (0, 3)]
     assert strips[0].shape == strips[1].shape == (32, 6 * 32, 3)
     difference = np.abs(strips[0].astype(int) - strips[1].astype(int))
     assert 0 < difference.mean() < 5, "trained a little, from the same noise"
-    width, height = Image.open(finished_run.folder.samples / "before_after.png").size
+    width, height = Image.open(finished.folder.samples / "before_after.png").size
     assert width > 6 * 112
     assert height > 3 * 112
 
@@ -330,6 +319,5 @@ def test_console_shows_iteration_reward_kl_and_time_left(terminal):
     ("samples", "sizes"), [(72, (72, 8, 4)), (256, (64, 8, 4)), (8, (8, 8, 4)), (10, (10, 5, 2)), (7, (7, 7, 1))]
 )
 def test_sizes_left_open_divide_the_samples_of_an_iteration(samples, sizes):
-    training = TrainingSettings(samples_per_iteration=samples)
+    training = train_config(samples_per_iteration=samples).resolved().training
     assert (training.sample_batch_size, training.samples_per_prompt, training.updates_per_iteration) == sizes
-    TrainConfig(training=training).check()

@@ -11,21 +11,20 @@ from helpers.run_comparison import assert_same_run, rows
 
 from agents import PPO, REINFORCE, RWR
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
-from agents.config.settings import ALGORITHMS, OptimizerSettings, RunSettings, TrainingSettings
-from agents.config.train_config import TrainConfig
-from agents.training.run import prepare_run, run_training
+from agents.config.train_config import ALGORITHMS, train_config
+from agents.training.preparation import prepare_run, run_training
 
 SHORT = {"iterations": 2, "eval_interval": 0, "eval_samples": 4}
-"""Two iterations; the reward is called once before training, twice in each iteration and once at the end."""
-ONE = SHORT | {"iterations": 1, "eval_samples": 2}
+"""Two iterations: the reward is called once before training, twice in each iteration and once at the end."""
+ONE = {"iterations": 1, "eval_samples": 2}
 
 
-def config_of(model, folder, algorithm="ppo", run=SHORT, **settings):
+def config_of(model, folder, algorithm="ppo", **settings):
     """A short micro run with another algorithm, whose sizes are its defaults."""
     updates = {"updates_per_iteration": 2 if algorithm == "ppo" else 1, "epochs": ALGORITHMS[algorithm].epochs}
     if algorithm == "rwr_sparse":
         updates["epochs"] = 3
-    return micro_config(model, folder, run=run, training={"algorithm": algorithm, **updates, **settings})
+    return micro_config(model, folder, algorithm=algorithm, **SHORT | updates | settings)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +44,7 @@ def test_stopped_and_resumed_run_equals_one_that_was_not(
         patch.setattr(micro_agents, "brightness", InterruptedReward(5))
         stopped = run_training(config_of(micro_pipeline_folder, tmp_path / "stopped", algorithm, **settings))
     assert stopped.iterations == 1
-    run_training(TrainConfig(run=RunSettings(resume=tmp_path / "stopped")))
+    run_training(train_config(resume=tmp_path / "stopped"))
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
@@ -56,39 +55,30 @@ def test_configuration_names_the_algorithm(micro_pipeline_folder, tmp_path, algo
     config = config_of(micro_pipeline_folder, tmp_path, algorithm, kl_coef=0.25, ema_decay=0.5)
     model = prepare_run(config).algorithm
     assert type(model) is kind
-    assert (model.kl_coef, model.ema_decay, model.gamma) == (0.25, 0.5, 1.0)
+    assert (model.options.kl_coef, model.options.ema_decay, model.gamma) == (0.25, 0.5, 1.0)
     assert getattr(model, "weighting", "") == {"rwr": "exponential", "rwr_sparse": "percentile"}.get(algorithm, "")
 
 
 def test_sizes_and_learning_rate_left_open_are_the_algorithms():
     for algorithm, defaults in ALGORITHMS.items():
-        training = TrainingSettings(algorithm=algorithm)
-        assert (training.epochs, training.updates_per_iteration) == defaults[1:]
-        assert TrainConfig(training=training).learning_rate == defaults.learning_rate
-        given = TrainConfig(training=training, optimizer=OptimizerSettings(learning_rate=0.125))
-        assert given.learning_rate == 0.125
+        config = train_config(algorithm=algorithm).resolved()
+        assert (config.training.epochs, config.training.updates_per_iteration) == defaults[1:]
+        assert config.learning_rate == defaults.learning_rate
+        assert train_config(algorithm=algorithm, learning_rate=0.125).resolved().learning_rate == 0.125
 
 
 def test_resolved_learning_rate_is_in_the_run_folder(micro_pipeline_folder, tmp_path):
-    result = run_training(config_of(micro_pipeline_folder, tmp_path, "rwr", run=ONE))
+    result = run_training(config_of(micro_pipeline_folder, tmp_path, "rwr", **ONE))
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert written["optimizer"]["learning_rate"] == result.config.learning_rate == ALGORITHMS["rwr"].learning_rate
+    assert written["learning_rate"] == result.config.learning_rate == ALGORITHMS["rwr"].learning_rate
 
 
 def test_critic_learns_beside_every_estimator(micro_pipeline_folder, tmp_path):
     for advantage in ("per_prompt", "gae"):
-        config = config_of(micro_pipeline_folder, tmp_path / advantage, run=ONE, advantage=advantage)
-        config.policy.critic = True
-        run_training(config)
-        assert float(rows(tmp_path / advantage)[0]["train/value_loss"]) > 0
-    run_training(config_of(micro_pipeline_folder, tmp_path / "no", run=ONE))
-    assert "train/value_loss" not in rows(tmp_path / "no")[0]
-
-
-def test_overlapped_rewards_change_nothing(micro_pipeline_folder, tmp_path):
-    for name, overlap in (("on", True), ("off", False)):
-        run_training(config_of(micro_pipeline_folder, tmp_path / name, overlap_rewards=overlap))
-    assert_same_run(tmp_path / "on", tmp_path / "off")
+        run_training(config_of(micro_pipeline_folder, tmp_path / advantage, advantage=advantage, critic=True, **ONE))
+        assert float(rows(tmp_path / advantage)[1]["train/value_loss"]) > 0
+    run_training(config_of(micro_pipeline_folder, tmp_path / "no", **ONE))
+    assert "train/value_loss" not in rows(tmp_path / "no")[1]
 
 
 def failing(images, prompts, metadata):
@@ -99,12 +89,10 @@ def failing(images, prompts, metadata):
     return brightness(images, prompts, metadata)
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-def test_error_of_a_reward_surfaces_with_its_traceback(micro_pipeline_folder, tmp_path, overlap):
+def test_error_of_a_reward_surfaces_with_its_traceback(micro_pipeline_folder, tmp_path, monkeypatch):
     failing.calls = 0
-    config = config_of(micro_pipeline_folder, tmp_path, overlap_rewards=overlap)
-    config.task.reward = f"{__name__}:failing"
-    config.run.eval_samples = 3
+    monkeypatch.setattr(micro_agents, "brightness", failing)
+    config = config_of(micro_pipeline_folder, tmp_path, eval_samples=3)
     with pytest.raises(RuntimeError, match="the judge has left") as caught:
         run_training(config)
     assert "failing" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
@@ -116,13 +104,11 @@ def test_details_of_a_reward_are_logged(micro_pipeline_folder, tmp_path, monkeyp
         scores = brightness(images, prompts, metadata)
         return scores, {"doubled": 2 * scores, "said": ["bright"] * len(images)}
 
-    for overlap in (True, False):
-        with monkeypatch.context() as patch:
-            patch.setattr(micro_agents, "brightness", detailed)
-            run_training(config_of(micro_pipeline_folder, tmp_path / str(overlap), overlap_rewards=overlap))
-        for row in rows(tmp_path / str(overlap))[:2]:  # the last one is the evaluation after training
-            assert float(row["reward/doubled"]) == pytest.approx(2 * float(row["rollout/reward_mean"]), rel=1e-4)
-            assert "reward/said" not in row
+    monkeypatch.setattr(micro_agents, "brightness", detailed)
+    run_training(config_of(micro_pipeline_folder, tmp_path))
+    for row in rows(tmp_path)[1:]:  # the first one is the evaluation before training
+        assert float(row["reward/doubled"]) == pytest.approx(2 * float(row["rollout/reward_mean"]), rel=1e-4)
+        assert "reward/said" not in row
 
 
 @pytest.mark.parametrize(
@@ -135,16 +121,14 @@ def test_details_of_a_reward_are_logged(micro_pipeline_folder, tmp_path, monkeyp
         ({"algorithm": "reinforce", "epochs": 2}, "epochs and updates_per_iteration must be 1 with reinforce"),
         ({"algorithm": "rwr_sparse", "updates_per_iteration": 2}, "updates_per_iteration must be 1 with rwr_sparse"),
         ({"rwr_beta": 0.0}, "rwr_beta must be above 0; got 0.0"),
-        ({"rwr_percentile": 100.0}, "rwr_percentile must be below 100; got 100.0"),
-        ({"ema_decay": 1.0}, "ema_decay must be below 1; got 1.0"),
+        ({"rwr_percentile": 100.0}, "rwr_percentile must be at least 0 and below 100; got 100.0"),
+        ({"ema_decay": 1.0}, "ema_decay must be at least 0 and below 1; got 1.0"),
         ({"kl_coef": -0.5}, "kl_coef must be at least 0; got -0.5"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_before_a_model_is_loaded(tmp_path, settings, message):
-    config = TrainConfig(run=RunSettings(run_dir=tmp_path), training=TrainingSettings(**settings))
-    config.task.model = "no-such-model"
     with pytest.raises(ValueError, match=message):
-        prepare_run(config)
+        prepare_run(train_config(run_dir=tmp_path, model="no-such-model", **settings))
 
 
 def test_integer_rewards_keep_their_fractions(micro_pipeline_folder, tmp_path, monkeypatch):

@@ -58,8 +58,8 @@ def denoiser_of(pipeline: DiffusionPipeline) -> torch.nn.Module:
     return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
 
 
-def draw_with_pipeline(family: str, pipeline: DiffusionPipeline, latents: torch.Tensor) -> np.ndarray:
-    """The stock pipeline's own picture from given noise: DDIM with eta 1, Euler steps of the flow, or DDPM."""
+def generate_with_pipeline(family: str, pipeline: DiffusionPipeline, latents: torch.Tensor) -> np.ndarray:
+    """The stock pipeline's own image from given noise: DDIM with eta 1, Euler steps of the flow, or DDPM."""
     torch.manual_seed(11)
     arguments: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "np"}
     if family == "ddpm":
@@ -80,13 +80,13 @@ def draw_with_pipeline(family: str, pipeline: DiffusionPipeline, latents: torch.
     return (pixels[0] * 255).round().astype(np.uint8)
 
 
-def draw_with_policy(
+def generate_with_policy(
     family: str, policy: DiffusionPolicy, env: DenoisingVectorEnv, latents: torch.Tensor
 ) -> np.ndarray:
     observation, _ = env.reset(options={"prompts": "a cat", "latents": latents})
     torch.manual_seed(11)
     if family == "ddpm":
-        torch.randn_like(latents)  # which the pipeline draws itself
+        torch.randn_like(latents)  # which the pipeline samples itself
     for _ in range(STEPS):
         with torch.no_grad():
             observation, _, _, _, infos = env.step(policy(observation, deterministic=family in FLOW)[0])
@@ -123,21 +123,21 @@ def test_update_trains_the_policy_and_stock_diffusers_reads_it_exactly(
     assert (mine - base).abs().max() > 0.01, "the adapters must matter for this test to mean anything"
 
 
-def test_stock_pipeline_draws_the_trained_picture(family: str, folder: Path, tmp_path: Path) -> None:
+def test_stock_pipeline_generates_the_trained_image(family: str, folder: Path, tmp_path: Path) -> None:
     env = micro_env(folder, num_envs=1)
     policy = stir(micro_policy(env, **policy_settings(family) | ALMOST_DETERMINISTIC.get(family, {})))
     policy.save_lora(tmp_path)
     torch.manual_seed(11)
     latents = torch.randn(1, *env.model.latent_shape)
-    picture = draw_with_policy(family, policy, env, latents)
+    image = generate_with_policy(family, policy, env, latents)
     trained, base = (
-        draw_with_pipeline(family, stock_pipeline(family, folder, lora), latents) for lora in (tmp_path, None)
+        generate_with_pipeline(family, stock_pipeline(family, folder, lora), latents) for lora in (tmp_path, None)
     )
-    difference = np.abs(picture.astype(int) - trained.astype(int))
-    assert picture.shape == trained.shape
+    difference = np.abs(image.astype(int) - trained.astype(int))
+    assert image.shape == trained.shape
     assert difference.max() <= 1
     assert (difference > 0).mean() < 0.01
-    assert np.abs(picture.astype(int) - base.astype(int)).max() > 5, "training must matter for this test"
+    assert np.abs(image.astype(int) - base.astype(int)).max() > 5, "training must matter for this test"
 
 
 def test_saved_policy_is_loaded_with_all_its_settings(family: str, folder: Path, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_environment_and_policy_have_the_pipelines_timesteps(family: str, folder
         with_kwargs=True,
     )
     env = micro_env(folder, num_envs=1)
-    draw_with_pipeline(family, pipeline, torch.randn(1, *env.model.latent_shape))
+    generate_with_pipeline(family, pipeline, torch.randn(1, *env.model.latent_shape))
     policy = micro_policy(env, **policy_settings(family))
     observation, _ = env.reset(seed=0)
     mine = []

@@ -15,8 +15,8 @@ from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, StableDiff
 from helpers.scripts import run_script
 
 import ddpo_env
+from ddpo_env.models import check_source, load_model, resolve_source, sources, unload_models
 from ddpo_env.models import loading as models
-from ddpo_env.models.loading import check_source, load_model, resolve_source, unload_models
 from rewards.devices import resolve_device, resolve_dtype
 
 
@@ -36,7 +36,7 @@ def weights(env: gym.Env[Any, Any]) -> list[torch.nn.Parameter]:
 
 def test_bundled_model_is_loaded_without_a_network() -> None:
     model = load_model("tiny", "cpu")
-    assert isinstance(model, models.DiffusionModel)
+    assert isinstance(model, ddpo_env.DiffusionModel)
     assert model.latent_shape == (4, 16, 16)
     assert model.source == "tiny"
     assert {weight.dtype for weight in model.denoiser.parameters()} == {torch.float32}
@@ -177,7 +177,7 @@ def test_loading_prints_nothing() -> None:
 def test_warnings_of_transformers_come_back_after_a_pipeline_is_imported() -> None:
     logger = logging.getLogger("transformers.utils.import_utils")
     before = list(logger.filters)
-    models.family_of("StableDiffusionPipeline")
+    sources.family_of("StableDiffusionPipeline")
     assert logger.filters == before
 
 
@@ -276,7 +276,7 @@ def test_cached_prompts_have_a_limit_in_bytes(micro_pipeline_folder: Path, monke
     assert torch.equal(model.encode_prompts(prompts[:1])["prompt_embeds"][0], expected[0])
 
 
-def test_picture_does_not_depend_on_the_batch(micro_pipeline_folder: Path) -> None:
+def test_image_does_not_depend_on_the_batch(micro_pipeline_folder: Path) -> None:
     for name in (micro_pipeline_folder, "tiny"):
         model = load_model(name, "cpu")
         latents = torch.randn(5, *model.latent_shape, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Pictures of another size than the model's own: latents, spaces, what the denoiser is told, and what is refused."""
+"""Images of another size than the model's own: latents, spaces, the denoiser's inputs, and errors."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from helpers.micro_agents import micro_config, micro_env, micro_policy
 from helpers.micro_families import micro_family
 
 from agents.policy.diffusion_policy import DiffusionPolicy
-from agents.training.run import run_training
+from agents.training.preparation import run_training
 from ddpo_env import DenoisingEnv, load_model
 from ddpo_env.models.loading import unload_models
 from ddpo_env.models.outline import outline_model
@@ -15,7 +15,7 @@ from ddpo_env.models.outline import outline_model
 FAMILIES = ("stable_diffusion_xl", "stable_diffusion_3", "flux_dev")
 
 
-def test_latents_and_pictures_have_the_size(micro_pipeline_folder):
+def test_latents_and_images_have_the_size(micro_pipeline_folder):
     own, larger = load_model(micro_pipeline_folder, "cpu"), load_model(micro_pipeline_folder, "cpu", resolution=48)
     assert own.latent_shape == (4, 8, 8)
     assert larger.latent_shape == (4, 12, 12)
@@ -46,10 +46,10 @@ def test_the_policy_takes_the_environments_resolution_and_keeps_it(micro_pipelin
     policy.save(tmp_path)
     assert DiffusionPolicy.load(tmp_path, device="cpu").model.latent_shape == (4, 12, 12)
     with pytest.raises(ValueError, match="observation_space must be that of model"):
-        micro_policy(env, resolution=32)
+        micro_policy(env, model=load_model(env.model.source, "cpu", resolution=32))
 
 
-def test_a_run_draws_pictures_of_the_size(micro_pipeline_folder, tmp_path):
+def test_a_run_generates_images_of_the_size(micro_pipeline_folder, tmp_path):
     seen = []
 
     def shapes(images, prompts, metadata):
@@ -61,7 +61,7 @@ def test_a_run_draws_pictures_of_the_size(micro_pipeline_folder, tmp_path):
     original = micro_agents.brightness
     micro_agents.brightness = shapes
     try:
-        config = micro_config(micro_pipeline_folder, tmp_path / "run", task={"resolution": 48}, run={"iterations": 1})
+        config = micro_config(micro_pipeline_folder, tmp_path / "run", resolution=48, iterations=1)
         run_training(config)
     finally:
         micro_agents.brightness = original
@@ -69,7 +69,7 @@ def test_a_run_draws_pictures_of_the_size(micro_pipeline_folder, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_draws_another_size(family):
+def test_every_family_generates_another_size(family):
     pipeline = micro_family(family)
     own = load_model(pipeline, "cpu")
     side = own.latent_shape[1] * pipeline.vae_scale_factor * 2

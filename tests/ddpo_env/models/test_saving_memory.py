@@ -18,8 +18,8 @@ from helpers.micro_pipeline import micro_pipeline
 from torch import Tensor, nn
 
 from agents.config.command_line import parse_command_line
-from agents.training.run import prepare_run
-from ddpo_env.initial_states import Starts
+from agents.training.preparation import prepare_run
+from ddpo_env.initial_states import InitialStates
 from ddpo_env.models import loading as models
 from ddpo_env.models.families.text_to_image import TextToImageModel
 from ddpo_env.models.loading import load_model
@@ -147,17 +147,17 @@ def test_finite_set_of_prompts_is_encoded_in_one_visit(monkeypatch: pytest.Monke
     model: Any = load_model(pipeline, "cpu")
     pretended.forget()
     prompts = load_prompts("simple_animals")
-    starts = Starts(model, prompts, samples_per_prompt=1, first_slot=0)
+    starts = InitialStates(model, prompts, 8)
     assert pretended.moved() == [BROUGHT_AND_SENT_AWAY]
     assert sorted(pretended.encoded) == sorted(set(prompts.prompts))  # type: ignore[attr-defined]
     pretended.forget()
-    for seed in range(5):
-        starts.draw(np.arange(8), [np.random.default_rng(seed + slot) for slot in range(8)])
+    for _ in range(5):
+        starts.sample(np.arange(8))
     assert pretended.moved() == [[]]
     monkeypatch.setattr("ddpo_env.models.families.text_to_image._CACHED_BYTES", (len(model._encoded) + 3) * 4 * 12 * 16)
-    Starts(model, load_prompts([f"animal {number}" for number in range(9)]), 1, 0)
+    InitialStates(model, load_prompts([f"animal {number}" for number in range(9)]), 1)
     assert len(pretended.encoded) == 3, "no more than what is kept"
-    Starts(model, load_prompts(lambda rng: "never the same"), 1, 0)
+    InitialStates(model, load_prompts(lambda rng: "never the same"), 1)
 
 
 def test_on_a_cpu_nothing_moves_and_nothing_is_encoded_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_on_a_cpu_nothing_moves_and_nothing_is_encoded_beforehand(monkeypatch: p
     monkeypatch.setattr(model.pipeline.text_encoder, "to", lambda device: moves.append(device))
     moves: list[torch.device] = []
     known = dict(model._encoded)
-    Starts(model, load_prompts("simple_animals"), 1, 0)
+    InitialStates(model, load_prompts("simple_animals"), 1)
     assert model._encoded.keys() == known.keys()
     model.encode_prompts(["a cat"])
     assert {device.type for device in moves} == {"cpu"}
@@ -183,7 +183,7 @@ def test_pipeline_is_not_moved_because_of_its_text_encoder_alone(monkeypatch: py
 
 
 def largest_tensor(decoder: nn.Module, decode: Callable[[], Tensor]) -> tuple[Tensor, int]:
-    """The pictures, and the elements of the largest tensor that a layer of the decoder gave meanwhile."""
+    """The images, and the elements of the largest tensor that a layer of the decoder gave meanwhile."""
     sizes = []
     hooks = [
         layer.register_forward_hook(lambda *call: sizes.append(call[-1].numel()))
@@ -197,30 +197,30 @@ def largest_tensor(decoder: nn.Module, decode: Callable[[], Tensor]) -> tuple[Te
             hook.remove()
 
 
-def test_tiles_draw_about_the_same_picture_with_smaller_tensors() -> None:
+def test_tiles_give_about_the_same_image_with_smaller_tensors() -> None:
     model: Any = load_model("tiny", "cpu", resolution=128)
     assert load_model("tiny", "cpu", resolution=128, vae_tiling=True) is model
     vae = model.pipeline.vae
     latents = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-    picture, small = largest_tensor(vae.decoder, lambda: model.decode(latents))
+    image, small = largest_tensor(vae.decoder, lambda: model.decode(latents))
     load_model("tiny", "cpu", vae_tiling=False)
     expected, large = largest_tensor(vae.decoder, lambda: model.decode(latents))
-    assert picture.shape == expected.shape == (2, 128, 128, 3)
+    assert image.shape == expected.shape == (2, 128, 128, 3)
     assert small == large // 4, "tiles of 16 × 16 of latents of 32 × 32"
-    difference = (picture.int() - expected.int()).abs().float()
+    difference = (image.int() - expected.int()).abs().float()
     assert 0 < difference.mean() < 0.15 * expected.float().std(), "a tile's layers normalise by what is in the tile"
 
 
-def test_picture_of_the_models_own_size_is_one_tile() -> None:
-    pictures = []
+def test_image_of_the_models_own_size_is_one_tile() -> None:
+    images = []
     for tiling in (False, True):
         model = load_model("tiny", "cpu", vae_tiling=tiling)
         latents = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-        pictures.append(model.decode(latents))
-    assert torch.equal(*pictures)
+        images.append(model.decode(latents))
+    assert torch.equal(*images)
 
 
-def test_with_tiles_pictures_are_decoded_one_at_a_time_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_tiles_images_are_decoded_one_at_a_time_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = load_model(micro_pipeline(), "cpu")
     vae = model.pipeline.vae
     monkeypatch.setattr(type(vae), "device", torch.device("meta"))  # no CPU
@@ -265,13 +265,13 @@ def test_settings_of_a_run_reach_the_model_of_its_policy(
     monkeypatch.setattr(
         TextToImageModel, "save_memory", lambda model, *choices: asked.append(choices) or save_memory(model, *choices)
     )
-    parsed = parse_command_line(["--vae-tiling", "--offload-text-encoder", "False", "--resolution", "64"]).config.task
-    task = {name: getattr(parsed, name) for name in ("vae_tiling", "offload_text_encoder", "resolution")}
-    assert list(task.values()) == [True, False, 64]
-    run = prepare_run(micro_config(micro_pipeline_folder, tmp_path / "run", task=task))
+    parsed = parse_command_line(["--vae-tiling", "--offload-text-encoder", "False", "--resolution", "64"]).run
+    settings = {name: getattr(parsed, name) for name in ("vae_tiling", "offload_text_encoder", "resolution")}
+    assert list(settings.values()) == [True, False, 64]
+    run = prepare_run(micro_config(micro_pipeline_folder, tmp_path / "run", **settings))
     policy: Any = run.algorithm.policy
     assert policy.model.pipeline.vae.use_tiling
-    assert policy.model is run.pictures.env.model
+    assert policy.model is run.listeners[0].env.model
     assert (False, True) in asked
     untiled = prepare_run(micro_config(micro_pipeline_folder, tmp_path / "other"))
     assert not untiled.algorithm.policy.model.pipeline.vae.use_tiling  # type: ignore[attr-defined,union-attr]

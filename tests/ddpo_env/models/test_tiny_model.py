@@ -29,7 +29,7 @@ def pipeline() -> StableDiffusionPipeline:
 
 @pytest.fixture
 def emoji_renderings(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.syspath_prepend(str(SCRIPTS / "bundled_models"))
     return importlib.import_module("emoji_renderings")
 
 
@@ -55,8 +55,8 @@ def test_folder_holds_no_weights_but_safetensors() -> None:
     assert suffixes <= {".safetensors", ".json", ".txt"}
 
 
-def test_draws_a_finite_picture_that_is_not_flat(pipeline: StableDiffusionPipeline) -> None:
-    picture = pipeline(
+def test_generates_a_finite_image_that_is_not_flat(pipeline: StableDiffusionPipeline) -> None:
+    image = pipeline(
         "a fox",
         num_inference_steps=4,
         eta=1.0,
@@ -64,12 +64,12 @@ def test_draws_a_finite_picture_that_is_not_flat(pipeline: StableDiffusionPipeli
         output_type="np",
         generator=torch.Generator().manual_seed(0),
     ).images[0]
-    assert picture.shape == (64, 64, 3)
-    assert np.isfinite(picture).all()
-    assert picture.std() > 0.02
+    assert image.shape == (64, 64, 3)
+    assert np.isfinite(image).all()
+    assert image.std() > 0.02
 
 
-def test_different_prompts_give_different_pictures(pipeline: StableDiffusionPipeline) -> None:
+def test_different_prompts_give_different_images(pipeline: StableDiffusionPipeline) -> None:
     fox, whale = (
         pipeline(
             prompt, num_inference_steps=4, eta=1.0, output_type="np", generator=torch.Generator().manual_seed(0)
@@ -114,9 +114,9 @@ def test_tokenizer_survives_being_saved(pipeline: StableDiffusionPipeline, tmp_p
 def test_every_subject_renders(emoji_renderings: ModuleType) -> None:
     rng = np.random.default_rng(0)
     for subject in emoji_renderings.all_subjects():
-        picture = emoji_renderings.render(subject, rng)
-        assert picture.shape == (64, 64, 3)
-        assert picture.dtype == np.uint8
+        image = emoji_renderings.render(subject, rng)
+        assert image.shape == (64, 64, 3)
+        assert image.dtype == np.uint8
 
 
 @needs_font

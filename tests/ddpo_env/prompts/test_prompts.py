@@ -1,4 +1,4 @@
-"""Prompt sets, files, lists and functions: what is drawn, how often, and which mistakes are named."""
+"""Prompt sets, files, lists and functions: what is sampled, how often, and which mistakes are named."""
 
 import itertools
 import subprocess
@@ -58,14 +58,14 @@ def test_counting_carries_questions_and_answers():
     assert metadata["answers"] == ("two", "geese")
 
 
-def test_all_prompts_of_a_set_are_drawn_equally_often(rng):
+def test_all_prompts_of_a_set_are_sampled_equally_often(rng):
     prompts = load_prompts(["a cat", "a dog", "an ant"])
     counts = Counter(prompts.sample(rng)[0] for _ in range(3000))
     assert set(counts) == {"a cat", "a dog", "an ant"}
     assert all(900 < count < 1100 for count in counts.values())
 
 
-def test_same_seed_draws_the_same_prompts():
+def test_same_seed_gives_the_same_prompts():
     prompts = load_prompts("simple_animals")
     first, second, other = (
         [prompts.sample(generator)[0] for _ in range(20)] for generator in map(np.random.default_rng, (7, 7, 8))
@@ -80,7 +80,7 @@ def test_list_may_carry_metadata(rng):
     assert prompts.sample(rng) in list(prompts)
 
 
-def test_drawn_metadata_is_a_copy(rng):
+def test_sampled_metadata_is_a_copy(rng):
     prompts = load_prompts([("two dogs", {"count": 2})])
     prompts.sample(rng)[1]["count"] = 3
     assert prompts.sample(rng)[1] == {"count": 2}
@@ -100,7 +100,7 @@ def test_set_goes_before_a_file_of_the_same_name(tmp_path, monkeypatch):
     assert load_prompts("./simple_animals").prompts == ("a unicorn",)
 
 
-def test_function_draws_from_the_generator_it_is_given(rng):
+def test_function_samples_from_the_generator_it_is_given(rng):
     def numbered(generator):
         return f"cat {generator.integers(1000)}"
 
@@ -190,6 +190,6 @@ def test_metadata_must_fit_the_prompts():
 
 
 def test_module_imports_neither_torch_nor_inflect():
-    code = "import sys, ddpo_env.prompts.distributions; print(sorted({'torch', 'inflect', 'diffusers'} & set(sys.modules)))"
+    code = "import sys, ddpo_env.prompts; print(sorted({'torch', 'inflect', 'diffusers'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

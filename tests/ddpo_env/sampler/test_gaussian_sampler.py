@@ -63,8 +63,8 @@ def test_different_timesteps_in_a_batch_equal_one_by_one():
     latents, output, noise = normals(11, 3, batch=5)
     together, mean = sampler.sample(latents, output, rows, noise)
     score = sampler.log_prob(together, mean, rows)
-    for slot in range(5):
-        own = slice(slot, slot + 1)
+    for index in range(5):
+        own = slice(index, index + 1)
         alone, own_mean = sampler.sample(latents[own], output[own], rows[own], noise[own])
         assert torch.equal(together[own], alone)
         torch.testing.assert_close(score[own], sampler.log_prob(alone, own_mean, rows[own]), rtol=1e-6, atol=1e-6)
@@ -118,7 +118,7 @@ def test_hand_made_table_is_checked():
         GaussianSampler(torch.arange(3), column, column, column, column, column, torch.zeros(3), 1.0)
     with pytest.raises(ValueError, match="x0_to_mean must be finite"):
         GaussianSampler(torch.arange(3), column, column, column, column, column * math.nan, column, 1.0)
-    with pytest.raises(ValueError, match=r"std must have one value a step, shape \(3,\); got \(2,\)"):
+    with pytest.raises(ValueError, match=r"std must have one value per step, \(3,\); got \(2,\)"):
         GaussianSampler(torch.arange(3), column, column, column, column, column, torch.ones(2), 1.0)
-    with pytest.raises(ValueError, match="x0_to_mean must be 0 where nothing is clipped"):
+    with pytest.raises(ValueError, match="x0_to_mean must be 0 if the scheduler does not clip"):
         GaussianSampler(torch.arange(3), column, column, column, column, column, column)

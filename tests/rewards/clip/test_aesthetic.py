@@ -1,4 +1,4 @@
-"""The aesthetic reward: the published head's own scores where its file is at hand, and the arithmetic in any case."""
+"""The aesthetic reward: the scores of the published head if its file is available, and the arithmetic."""
 
 import os
 from pathlib import Path
@@ -98,7 +98,7 @@ def clip_folder(tmp_path_factory):
     return folder
 
 
-def test_reward_scores_the_normalised_embedding_of_the_picture(clip_folder, tmp_path):
+def test_reward_scores_the_normalised_embedding_of_the_image(clip_folder, tmp_path):
     layers = ((0, 8, 4), (2, 4, 1))
     weights = random_head(layers)
     torch.save(tensors(weights), tmp_path / "head.pth")
@@ -120,7 +120,7 @@ def test_reward_scores_the_normalised_embedding_of_the_picture(clip_folder, tmp_
 def test_head_of_another_clip_is_named(clip_folder, tmp_path):
     torch.save(tensors(random_head()), tmp_path / "head.pth")
     reward = Aesthetic(clip_folder, tmp_path / "head.pth", device="cpu")
-    with pytest.raises(ValueError, match=r"takes embeddings of 768 dimensions, and the CLIP model .* makes 8"):
+    with pytest.raises(ValueError, match=r"takes embeddings of 768 dimensions, but the CLIP model .* makes 8"):
         reward.load()
     with pytest.raises(ValueError, match=r"weights must be a file that exists, or 'owner/repository/file' on the Hub"):
         Aesthetic(clip_folder, "no-such-head.pth")

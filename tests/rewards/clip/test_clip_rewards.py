@@ -1,4 +1,4 @@
-"""CLIP rewards: a tiny random CLIP against preprocessing in Pillow and NumPy, and formulas written out once more."""
+"""CLIP rewards: a tiny random CLIP against preprocessing in Pillow and NumPy, and the published formulas."""
 
 import gc
 import weakref
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.images import random_images
 from helpers.micro_pipeline import TOKENS, character_tokenizer
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
@@ -20,10 +21,6 @@ SIDE = 24
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 STD = np.array([0.26862954, 0.26130258, 0.27577711])
 PROMPTS = ["a cat", "a dog riding a bike", "an ant", "a cat", "fox"]
-
-
-def pictures(batch, height=40, width=40, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
 
 
 def tiny_config(**vision):
@@ -51,7 +48,7 @@ def tiny_config(**vision):
 
 
 def save_clip(folder, seed=0):
-    """A random CLIP with its tokenizer and image processor; weights large enough to tell pictures apart."""
+    """A random CLIP with its tokenizer and image processor; weights large enough to tell images apart."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = CLIPModel(tiny_config())
@@ -72,7 +69,7 @@ def clip_folder(tmp_path_factory):
 
 
 def resized_and_cropped(image):
-    """OpenAI's preprocessing: shortest side to the model's, bicubic, then the middle."""
+    """OpenAI's preprocessing: resize the shortest side, bicubic, then crop the middle."""
     height, width = image.shape[:2]
     scale = SIDE / min(height, width)
     size = (SIDE, int(height * scale)) if width <= height else (int(width * scale), SIDE)
@@ -82,7 +79,7 @@ def resized_and_cropped(image):
 
 
 def letterboxed(image):
-    """HPSv2's preprocessing: longest side to the model's, bicubic, black around it."""
+    """HPSv2's preprocessing: resize the longest side, bicubic, with black borders."""
     height, width = image.shape[:2]
     scale = SIDE / max(height, width)
     size = (max(round(width * scale), 1), max(round(height * scale), 1))
@@ -109,8 +106,8 @@ def reference_logits(folder, images, prompts, prepared=resized_and_cropped):
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 7), (SIDE, SIDE), (40, 40), (37, 91), (130, 50)])
 @pytest.mark.parametrize("name", ["clip_score", "pickscore", "hps_v2"])
-def test_score_is_the_formula_on_pictures_of_any_size(clip_folder, name, size):
-    images = pictures(len(PROMPTS), *size)
+def test_score_is_the_formula_on_images_of_any_size(clip_folder, name, size):
+    images = random_images(len(PROMPTS), 0, *size)
     prepared = letterboxed if name == "hps_v2" else resized_and_cropped
     logits, scale = reference_logits(clip_folder, images, PROMPTS, prepared)
     expected = {"clip_score": logits / 100, "pickscore": logits, "hps_v2": logits / scale}[name]
@@ -123,7 +120,7 @@ def test_score_is_the_formula_on_pictures_of_any_size(clip_folder, name, size):
 
 
 def test_score_does_not_depend_on_the_batch(clip_folder):
-    images = pictures(5)
+    images = random_images(5)
     together = ClipScore(clip_folder, device="cpu")(images, PROMPTS, [{}] * 5)
     in_twos = ClipScore(clip_folder, device="cpu", batch_size=2)(images, PROMPTS, [{}] * 5)
     reward = ClipScore(clip_folder, device="cpu")
@@ -134,45 +131,45 @@ def test_score_does_not_depend_on_the_batch(clip_folder):
 
 
 def test_half_precision_is_close_and_scored_in_float32(clip_folder):
-    images = pictures(5)
+    images = random_images(5)
     exact = PickScore(clip_folder, device="cpu")(images, PROMPTS, [{}] * 5)
     reward = PickScore(clip_folder, device="cpu", dtype="bfloat16")
     rounded = reward(images, PROMPTS, [{}] * 5)
-    assert reward.clip.model.dtype == torch.bfloat16
+    assert reward.loaded.model.dtype == torch.bfloat16
     assert rounded.dtype == np.float32
-    np.testing.assert_allclose(rounded, exact, atol=0.02 * reward.clip.logit_scale)
-    assert reward.clip.embed_images([Image.fromarray(images[0])]).norm().item() == pytest.approx(1, abs=1e-5)
+    np.testing.assert_allclose(rounded, exact, atol=0.02 * reward.loaded.logit_scale)
+    assert reward.loaded.embed_images([Image.fromarray(images[0])]).norm().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_long_prompts_are_cut_to_what_the_model_takes(clip_folder):
-    images = pictures(1)
+    images = random_images(1)
     long = "a cat and a dog and a fox and an ant on a bike"
     expected, _ = reference_logits(clip_folder, images, [long])
     np.testing.assert_allclose(PickScore(clip_folder, device="cpu")(images, [long], [{}]), expected, rtol=1e-5)
 
 
-def test_model_is_loaded_once_for_all_rewards_that_use_it_and_freed_with_the_last(clip_folder):
+def test_rewards_share_a_model_until_the_last_one_releases_it(clip_folder):
     first, second = ClipScore(clip_folder, device="cpu"), PickScore(clip_folder, device="cpu")
-    assert first._clip is None, "nothing is loaded before it is used"
+    assert first._loaded is None, "nothing is loaded before it is used"
     first.load()
-    assert second.clip is first.clip
-    alive = weakref.ref(first.clip)
-    before = first(pictures(2), PROMPTS[:2], [{}] * 2)
+    assert second.loaded is first.loaded
+    alive = weakref.ref(first.loaded)
+    before = first(random_images(2), PROMPTS[:2], [{}] * 2)
     first.unload()
     assert alive() is not None
     second.unload()
     gc.collect()
     assert alive() is None
-    np.testing.assert_array_equal(first(pictures(2), PROMPTS[:2], [{}] * 2), before)
+    np.testing.assert_array_equal(first(random_images(2), PROMPTS[:2], [{}] * 2), before)
 
 
 def test_tokenizer_and_image_processor_may_be_another_models(clip_folder, tmp_path):
     CLIPModel.from_pretrained(clip_folder).save_pretrained(tmp_path / "bare")
-    images = pictures(2)
+    images = random_images(2)
     expected = PickScore(clip_folder, device="cpu")(images, PROMPTS[:2], [{}] * 2)
     bare = PickScore(tmp_path / "bare", clip_folder, device="cpu")
     np.testing.assert_array_equal(bare(images, PROMPTS[:2], [{}] * 2), expected)
-    assert PickScore()._processor == "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    assert PickScore()._arguments[0] == "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 @pytest.mark.parametrize(
@@ -196,11 +193,11 @@ def test_mistakes_are_named_before_anything_is_loaded(options, message):
 
 
 def test_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no transformers model: it has no config\.json"):
+    with pytest.raises(ValueError, match=r"contains no transformers model: it has no config\.json"):
         ClipScore(tmp_path)
 
 
-def test_model_that_cannot_be_had_is_named():
+def test_model_that_cannot_be_downloaded_is_named():
     with pytest.raises(OSError, match="cannot load 'nobody/no-such-clip'; without a network give a folder"):
         ClipScore("nobody/no-such-clip", device="cpu").load()
     with pytest.raises(OSError, match=r"cannot load 'nobody/nothing/head\.pth'; give a file if there is no network"):
@@ -294,7 +291,7 @@ def hps_files(tmp_path):
 
 def test_hps_v2_reads_weights_in_open_clips_layout(hps_files):
     original, folder, weights = hps_files
-    images = pictures(3, 50, 30)
+    images = random_images(3, height=50, width=30)
     scores = HPSv2(folder, weights, device="cpu")(images, PROMPTS[:3], [{}] * 3)
     expected = []
     with torch.no_grad():
@@ -334,9 +331,9 @@ def test_a_pickle_with_code_in_it_is_refused(tmp_path, clip_folder):
 
 @pytest.mark.gpu
 def test_score_on_a_gpu_is_that_on_the_cpu(clip_folder):
-    images = pictures(5)
+    images = random_images(5)
     reward = ClipScore(clip_folder, device="cuda:0")
     expected = ClipScore(clip_folder, device="cpu")(images, PROMPTS, [{}] * 5)
     np.testing.assert_allclose(reward(images, PROMPTS, [{}] * 5), expected, atol=1e-4)
-    assert reward.clip.model.device.type == "cuda"
+    assert reward.loaded.model.device.type == "cuda"
     reward.unload()

@@ -1,4 +1,4 @@
-"""Judges of other families than LLaVA: tiny random models of the real classes against their own documented recipe."""
+"""Judges of other families than LLaVA: tiny random models of the real classes against their documented use."""
 
 import importlib
 import importlib.util
@@ -29,8 +29,8 @@ QUESTIONS = ("what is this ?", "how many dogs ? two dogs , three dogs ?")
 TOKENS = 6
 
 
-class StillPictures(ImageProcessingMixin):
-    """Stands in for the video processor, which is nothing without torchvision; no test has a video."""
+class ImagesOnly(ImageProcessingMixin):
+    """Replaces the video processor, which needs torchvision; no test has a video."""
 
     num_frames, fps = 8, 1
 
@@ -45,16 +45,16 @@ def without_videos():
     with pytest.MonkeyPatch.context() as patch:
         if not HAS_TORCHVISION:
             auto = importlib.import_module("transformers.models.auto.video_processing_auto")
-            patch.setattr(auto, "AutoVideoProcessor", StillPictures)
+            patch.setattr(auto, "AutoVideoProcessor", ImagesOnly)
             for base in ("BaseVideoProcessor", "VideoProcessorMixin"):
-                patch.setattr(processing_utils.transformers_module, base, StillPictures, raising=False)
+                patch.setattr(processing_utils.transformers_module, base, ImagesOnly, raising=False)
         if not HAS_NUM2WORDS:
             patch.setattr(processing_smolvlm, "num2words", str)
         yield
 
 
 def video_processor(name):
-    return getattr(transformers, name)() if HAS_TORCHVISION else StillPictures()
+    return getattr(transformers, name)() if HAS_TORCHVISION else ImagesOnly()
 
 
 def image_processor(name, **arguments):
@@ -62,7 +62,7 @@ def image_processor(name, **arguments):
 
 
 def tokenizer_of(special, *, bos=None, named, **tokens):
-    """One token a word; a `bos` is put in front of every text, as Llama's and Gemma's tokenizers do."""
+    """One token per word; a `bos` is added in front of every text, as Llama's and Gemma's tokenizers do."""
     words = [*special, "<unk>", *WORDS]
     splitter = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     splitter.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -81,7 +81,7 @@ def tokenizer_of(special, *, bos=None, named, **tokens):
 
 
 def save(folder, processor, config, family, **generation):
-    """Random weights large enough that picture and question decide the answer; sampling is on in the settings."""
+    """Random weights so large that image and question decide the answer; the settings turn sampling on."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
@@ -119,7 +119,7 @@ QWEN_FAMILIES = {
 
 
 def save_qwen(folder, family):
-    """Qwen: pictures of any size in one flat list of patches, three positions a token, two words that end an answer."""
+    """Qwen: images of any size as one list of patches, three positions per token, two tokens that end an answer."""
     tokenizer = tokenizer_of(
         QWEN,
         eos_token="<|im_end|>",
@@ -163,7 +163,7 @@ IDEFICS_CHAT = (
 
 
 def save_idefics(folder, family):
-    """Idefics3 and SmolVLM: a picture is cut into tiles, so that pictures of one batch differ in their number."""
+    """Idefics3 and SmolVLM: an image is cut into tiles, and images of one batch have different numbers of tiles."""
     bos = "<|im_start|>" if family == "Idefics3" else None
     videos = [video_processor("SmolVLMVideoProcessor")] if family == "SmolVLM" else []
     tokenizer = tokenizer_of(
@@ -186,7 +186,7 @@ def save_idefics(folder, family):
 
 
 def save_llava_onevision(folder, family):
-    """LLaVA-OneVision: a grid of tiles that are padded, and a tokenizer without a word for padding."""
+    """LLaVA-OneVision: a grid of padded tiles, and a tokenizer without a padding token."""
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
     named = {"image_token": "<image>", "video_token": "<video>"}
     tokenizer = tokenizer_of(special, eos_token="<|im_end|>", named=named)
@@ -217,7 +217,7 @@ def save_llava_onevision(folder, family):
 
 
 def save_gemma3(folder, family):
-    """Gemma 3: the template begins with the word that the tokenizer puts first too; all of a picture sees itself."""
+    """Gemma 3: the template begins with the token that the tokenizer adds too; image tokens attend to each other."""
     special = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
     special += ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
     tokenizer = tokenizer_of(
@@ -256,7 +256,7 @@ def save_gemma3(folder, family):
 
 
 def save_internvl(folder, family):
-    """InternVL: tiles of pictures of different shapes, one after the other."""
+    """InternVL: the tiles of images of different shapes, one after the other."""
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
     tokenizer = tokenizer_of(
         special,
@@ -298,16 +298,16 @@ FAMILIES = {
 }
 
 
-def pictures():
-    """Coloured squares, in pictures of several sizes and shapes."""
+def images_of_many_shapes():
+    """Coloured squares in images of several sizes and shapes."""
     generator = np.random.default_rng(0)
     squares = [generator.integers(0, 256, (12, 12, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1) for _ in range(6)]
     sizes = [(32, 32), (20, 30), (64, 48), (33, 70), (64, 64), (90, 40)]
     return [square[:height, :width] for square, (height, width) in zip(squares, sizes, strict=True)]
 
 
-def answers_by_recipe(folder, family, images, questions):
-    """What the model's documentation shows: one picture at a time, by the classes of the family."""
+def documented_answers(folder, family, images, questions):
+    """What the model's documentation shows: one image at a time, with the classes of the family."""
     processor = getattr(transformers, f"{family}Processor").from_pretrained(folder)
     model = getattr(transformers, f"{family}ForConditionalGeneration").from_pretrained(folder).eval()
     answers = []
@@ -340,27 +340,27 @@ def family(saved):
         yield saved
 
 
-def test_answers_are_those_of_the_familys_own_recipe(family):
+def test_answers_equal_those_of_the_documented_use(family):
     name, folder = family
-    images = pictures()
+    images = images_of_many_shapes()
     questions = [*QUESTIONS] * 3
     judge = JudgeModel(folder, device="cpu", max_new_tokens=TOKENS)
     together = judge.ask(images, questions)
-    assert together == answers_by_recipe(folder, name, images, questions)
+    assert together == documented_answers(folder, name, images, questions)
     in_fours = JudgeModel(folder, device="cpu", max_new_tokens=TOKENS, batch_size=4)
     assert in_fours.ask(images[::-1], questions[::-1]) == together[::-1]
 
 
-def test_picture_and_question_decide_the_answer(family):
+def test_image_and_question_decide_the_answer(family):
     judge = JudgeModel(family[1], device="cpu", max_new_tokens=TOKENS)
-    first, second = (judge.ask(pictures(), [question] * 6) for question in QUESTIONS)
+    first, second = (judge.ask(images_of_many_shapes(), [question] * 6) for question in QUESTIONS)
     assert len(set(first)) >= 3
     assert sum(one != other for one, other in zip(first, second, strict=True)) >= 3
 
 
-def test_half_precision_reaches_the_weights_and_the_picture(family):
+def test_half_precision_reaches_the_weights_and_the_image(family):
     judge = JudgeModel(family[1], device="cpu", max_new_tokens=2, dtype="bfloat16")
-    assert len(judge.ask(pictures()[:3], QUESTIONS[:1] * 3)) == 3
+    assert len(judge.ask(images_of_many_shapes()[:3], QUESTIONS[:1] * 3)) == 3
     assert judge.loaded.model.dtype == torch.bfloat16
 
 

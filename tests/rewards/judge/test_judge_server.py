@@ -1,4 +1,4 @@
-"""The HTTP judge against a real server on loopback that answers as OpenAI's does, until it is told to misbehave."""
+"""The HTTP judge against a server on loopback that answers as OpenAI's does, or fails when a test says so."""
 
 import base64
 import io
@@ -8,29 +8,25 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import numpy as np
 import pytest
+from helpers.images import random_images
 from PIL import Image
 
 from rewards import evaluate_reward, load_reward
 from rewards.judge.judge_server import JudgeServer, JudgeServerError, _seconds
-from rewards.judge.loading import Judge
+from rewards.judge.protocol import Judge
 
 FAST = {"backoff": 0.01, "timeout": 1.0, "attempts": 3}
 
 
-def pictures(batch):
-    return np.random.default_rng(0).integers(0, 256, (batch, 24, 32, 3), dtype=np.uint8)
-
-
 class ChatServer(ThreadingHTTPServer):
-    """Answers each question with `answer(question, picture)`; `faults` are functions that handle requests instead."""
+    """Answers each question with `answer(question, image)`; `faults` are functions that handle requests instead."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), ChatHandler)
-        self.answer = lambda question, picture: "a fox riding a bike"
+        self.answer = lambda question, image: "a fox riding a bike"
         self.models = ["tiny"]
         self.faults = []
         self.always = None
@@ -41,7 +37,7 @@ class ChatServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def handle_error(self, request, client_address):
-        pass  # clients that hang up are part of the tests
+        pass  # in some tests the client hangs up
 
 
 class ChatHandler(BaseHTTPRequestHandler):
@@ -78,8 +74,8 @@ class ChatHandler(BaseHTTPRequestHandler):
             if fault is not None:
                 fault(self)
                 return
-            picture, text = body["messages"][0]["content"]
-            data = picture["image_url"]["url"].removeprefix("data:image/jpeg;base64,")
+            image, text = body["messages"][0]["content"]
+            data = image["image_url"]["url"].removeprefix("data:image/jpeg;base64,")
             self.send(completion(server.answer(text["text"], base64.b64decode(data))))
         finally:
             with server.lock:
@@ -148,9 +144,9 @@ def judge(server):
     judge.unload()
 
 
-def test_pictures_go_as_jpeg_data_urls_and_answers_come_in_order(server, judge):
-    server.answer = lambda question, picture: f"{question} {Image.open(io.BytesIO(picture)).size} {len(picture)}"
-    images = pictures(12)
+def test_images_are_sent_as_jpeg_data_urls_and_answers_keep_their_order(server, judge):
+    server.answer = lambda question, image: f"{question} {Image.open(io.BytesIO(image)).size} {len(image)}"
+    images = random_images(12, height=24, width=32)
     answers = judge.ask(list(images), [f"question {index}" for index in range(12)])
     for index, answer in enumerate(answers):
         buffer = io.BytesIO()
@@ -167,31 +163,31 @@ def test_pictures_go_as_jpeg_data_urls_and_answers_come_in_order(server, judge):
 def test_connections_are_kept_and_limited(server):
     judge = JudgeServer(server.url, "tiny", concurrency=3, **FAST)
 
-    def slowly(question, picture):
+    def slowly(question, image):
         time.sleep(0.02)
         return "a fox"
 
     server.answer = slowly
     for _ in range(2):
-        assert judge.ask(list(pictures(9)), ["?"] * 9) == ["a fox"] * 9
+        assert judge.ask(list(random_images(9)), ["?"] * 9) == ["a fox"] * 9
     judge.unload()
     assert server.most_under_way == 3
     assert len(server.connections) <= 3
 
 
-def test_connection_that_the_server_closed_meanwhile_costs_no_attempt(server):
+def test_connection_that_the_server_closed_costs_no_attempt(server):
     judge = JudgeServer(server.url, "tiny", attempts=1, timeout=1)
     server.faults = [answers_and_hangs_up]
-    assert judge.ask(list(pictures(1)), ["?"]) == ["goodbye"]
+    assert judge.ask(list(random_images(1)), ["?"]) == ["goodbye"]
     time.sleep(0.1)
-    assert judge.ask(list(pictures(1)), ["?"]) == ["a fox riding a bike"]
+    assert judge.ask(list(random_images(1)), ["?"]) == ["a fox riding a bike"]
     assert len(server.connections) == 2
     judge.unload()
 
 
-def test_sole_model_of_a_server_is_found(server):
+def test_only_model_of_a_server_is_found(server):
     judge = JudgeServer(server.url.removesuffix("/v1"), **FAST)
-    assert judge.ask(list(pictures(1)), ["?"]) == ["a fox riding a bike"]
+    assert judge.ask(list(random_images(1)), ["?"]) == ["a fox riding a bike"]
     assert server.requests[0][2]["model"] == "tiny"
     judge.unload()
     server.models = ["small", "large"]
@@ -205,7 +201,7 @@ def test_sole_model_of_a_server_is_found(server):
         JudgeServer(server.url, **FAST).load()
 
 
-def test_loading_asks_a_question_and_no_list_where_the_model_is_named(server, judge):
+def test_loading_asks_a_question_and_no_list_if_the_model_is_named(server, judge):
     server.models = None
     server.faults = [replies(completion(""))]
     judge.load()
@@ -240,7 +236,7 @@ def test_loading_asks_a_question_and_no_list_where_the_model_is_named(server, ju
 def test_question_is_asked_again_after_a_fault(server, fault):
     judge = JudgeServer(server.url, "tiny", timeout=0.3, backoff=0.01, attempts=3)
     server.faults = [fault, fault]
-    assert judge.ask(list(pictures(1)), ["?"]) == ["a fox riding a bike"]
+    assert judge.ask(list(random_images(1)), ["?"]) == ["a fox riding a bike"]
     assert len(server.requests) == 3
     judge.unload()
 
@@ -250,14 +246,14 @@ def test_question_is_asked_again_after_a_fault(server, fault):
     [
         (status(500), r"HTTP 500 Internal Server Error: '\{\"error\": \"status 500\"\}'"),
         (status(429), "HTTP 429 Too Many Requests"),
-        (truncated_json, "the response is no JSON"),
+        (truncated_json, "the response is not JSON"),
         (dies_midway, "RemoteProtocolError"),
         (hangs_up, "RemoteProtocolError"),
         (slow, "ReadTimeout after 0.3 s"),
         (dripping, "the response was not complete after 0.3 s"),
         (huge, "the response is larger than 1000000 bytes"),
         (replies(completion("")), "the answer is empty"),
-        (replies({"error": "busy"}), r"the response is no chat completion: \{'error': 'busy'\}"),
+        (replies({"error": "busy"}), r"the response is not a chat completion: \{'error': 'busy'\}"),
     ],
 )
 def test_after_the_last_attempt_the_error_names_server_attempts_and_reason(server, fault, reason):
@@ -265,7 +261,7 @@ def test_after_the_last_attempt_the_error_names_server_attempts_and_reason(serve
     server.always = fault
     message = f"judge server {server.url} gave no usable answer to POST /chat/completions in 2 of 2 attempts .*{reason}"
     with pytest.raises(JudgeServerError, match=message):
-        judge.ask(list(pictures(1)), ["?"])
+        judge.ask(list(random_images(1)), ["?"])
     assert len(server.requests) == 2
     judge.unload()
 
@@ -276,7 +272,7 @@ def test_absent_server_is_an_error_after_bounded_retries():
         port = free.getsockname()[1]
     judge = JudgeServer(f"http://127.0.0.1:{port}", "tiny", **FAST)
     with pytest.raises(JudgeServerError, match=rf"127\.0\.0\.1:{port}/v1 .* in 3 of 3 attempts .*ConnectError"):
-        judge.ask(list(pictures(20)), ["?"] * 20)
+        judge.ask(list(random_images(20)), ["?"] * 20)
     with pytest.raises(JudgeServerError, match="POST /chat/completions in 3 of 3 attempts"):
         judge.load()
     with pytest.raises(JudgeServerError, match="GET /models in 3 of 3 attempts"):
@@ -287,7 +283,7 @@ def test_absent_server_is_an_error_after_bounded_retries():
 def test_request_that_cannot_succeed_is_not_repeated(server, judge, code):
     server.always = status(code)
     with pytest.raises(JudgeServerError, match=f"in 1 of 3 attempts .*HTTP {code}"):
-        judge.ask(list(pictures(1)), ["?"])
+        judge.ask(list(random_images(1)), ["?"])
     assert len(server.requests) == 1
 
 
@@ -296,8 +292,8 @@ def test_server_that_dies_while_it_works_stops_the_batch(server):
     server.faults = [None] * 3
     server.always = hangs_up
     with pytest.raises(JudgeServerError, match="RemoteProtocolError"):
-        judge.ask(list(pictures(40)), ["?"] * 40)
-    assert len(server.requests) < 20, "the questions that were waiting are not asked any more"
+        judge.ask(list(random_images(40)), ["?"] * 40)
+    assert len(server.requests) < 20, "the waiting questions are cancelled"
     judge.unload()
 
 
@@ -305,12 +301,12 @@ def test_waits_grow_and_retry_after_is_obeyed_within_bounds(server):
     judge = JudgeServer(server.url, "tiny", backoff=0.05, max_backoff=0.3, attempts=4)
     server.faults = [status(503)] * 3
     began = time.monotonic()
-    judge.ask(list(pictures(1)), ["?"])
+    judge.ask(list(random_images(1)), ["?"])
     assert 0.05 + 0.1 + 0.2 <= time.monotonic() - began < 1
     for header, least in (("0", 0), ("60", 0.3)):
         server.faults = [status(429, [("Retry-After", header)])]
         began = time.monotonic()
-        judge.ask(list(pictures(1)), ["?"])
+        judge.ask(list(random_images(1)), ["?"])
         assert least <= time.monotonic() - began < least + 0.25
     judge.unload()
 
@@ -321,13 +317,13 @@ def test_retry_after_is_read_in_seconds_or_as_a_date():
 
 
 def test_answer_in_another_language_arrives_as_it_is(server, judge):
-    server.answer = lambda question, picture: " 一只狐狸在骑自行车 – лиса 🦊\n"
-    assert judge.ask(list(pictures(1)), ["?"]) == ["一只狐狸在骑自行车 – лиса 🦊"]
+    server.answer = lambda question, image: " 一只狐狸在骑自行车 – лиса 🦊\n"
+    assert judge.ask(list(random_images(1)), ["?"]) == ["一只狐狸在骑自行车 – лиса 🦊"]
     server.faults = [replies(completion([{"type": "text", "text": "ein "}, {"type": "text", "text": "Fuchs"}]))]
-    assert judge.ask(list(pictures(1)), ["?"]) == ["ein Fuchs"]
+    assert judge.ask(list(random_images(1)), ["?"]) == ["ein Fuchs"]
     reward = load_reward("vlm_vqa", model="tiny", server=server.url, judge_options=FAST)
     metadata = [{"questions": ("What animals are in this image?",), "answers": ("foxes",)}]
-    scores, details = evaluate_reward(reward, pictures(1), ["foxes"], metadata)
+    scores, details = evaluate_reward(reward, random_images(1), ["foxes"], metadata)
     assert (scores.tolist(), details["answers"]) == ([0], [("一只狐狸在骑自行车 – лиса 🦊",)])
     reward.unload()
 
@@ -337,7 +333,7 @@ def test_failing_server_is_an_error_of_the_reward_and_never_a_score(server):
     reward = load_reward("vlm_vqa", model="tiny", server=server.url, judge_options=FAST)
     metadata = [{"questions": ("?",), "answers": ("two",)}] * 2
     with pytest.raises(JudgeServerError, match="HTTP 500"):
-        evaluate_reward(reward, pictures(2), ["a", "b"], metadata, non_finite="keep")
+        evaluate_reward(reward, random_images(2), ["a", "b"], metadata, non_finite="keep")
     reward.unload()
 
 
@@ -347,18 +343,18 @@ def test_key_comes_from_the_environment(server, monkeypatch):
         JudgeServer(server.url, "tiny", api_key_variable="JUDGE_KEY")
     monkeypatch.setenv("JUDGE_KEY", "secret")
     judge = JudgeServer(server.url, "tiny", api_key_variable="JUDGE_KEY", **FAST)
-    judge.ask(list(pictures(1)), ["?"])
+    judge.ask(list(random_images(1)), ["?"])
     assert server.requests[0][1]["Authorization"] == "Bearer secret"
     server.always = status(401)
     with pytest.raises(JudgeServerError) as caught:
-        judge.ask(list(pictures(1)), ["?"])
+        judge.ask(list(random_images(1)), ["?"])
     assert "secret" not in str(caught.value)
     judge.unload()
 
 
-def test_proxy_of_the_environment_is_not_asked_for_a_local_server(server, judge, monkeypatch):
+def test_proxy_of_the_environment_is_not_used_for_a_local_server(server, judge, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    assert judge.ask(list(pictures(1)), ["?"]) == ["a fox riding a bike"]
+    assert judge.ask(list(random_images(1)), ["?"]) == ["a fox riding a bike"]
 
 
 @pytest.mark.parametrize(
@@ -379,6 +375,6 @@ def test_mistakes_are_named_before_anything_is_sent(arguments, message):
         JudgeServer(**({"url": "http://localhost:8000"} | arguments))
 
 
-def test_one_question_a_picture(judge):
+def test_there_must_be_one_question_per_image(judge):
     with pytest.raises(ValueError, match="zip"):
-        judge.ask(list(pictures(2)), ["?"])
+        judge.ask(list(random_images(2)), ["?"])

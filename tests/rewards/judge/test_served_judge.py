@@ -1,7 +1,7 @@
-"""The HTTP judge against a server that others wrote: `transformers serve`, started here with the bundled LLaVA.
+"""The HTTP judge against `transformers serve`, which is started here with the bundled LLaVA.
 
-It loads the model from a Hub cache, as for a user who downloaded it, and must answer what the same model answers in
-this process about the pictures as JPEG leaves them.
+The server loads the model from a Hub cache, as for a user who downloaded it. Its answers must equal those of the same
+model in this process about the images after JPEG compression.
 """
 
 import io
@@ -33,7 +33,7 @@ START = 150.0
 
 
 class TransformersServe:
-    """`transformers serve` in a process of its own, offline, on a port that the system chose once."""
+    """`transformers serve` in a process of its own, offline, on a port that the system chooses at the first start."""
 
     def __init__(self, folder, model):
         self.log = folder / "log.txt"
@@ -114,7 +114,7 @@ def serve(tmp_path_factory):
 
 @pytest.fixture
 def log_on_failure(serve):
-    """Pytest shows what is printed where a test fails: what the server said meanwhile."""
+    """Print what the server wrote during the test; pytest shows it if the test fails."""
     past = serve.log.stat().st_size
     yield
     print("the server's log:", serve.said(past)[-5000:], sep="\n")
@@ -123,8 +123,8 @@ def log_on_failure(serve):
 pytestmark = pytest.mark.usefixtures("log_on_failure")
 
 
-def pictures(batch):
-    """Renderings as they are and, at odd places, noise of another size, which JPEG spoils."""
+def renderings_and_noise(batch):
+    """Renderings at even indices and, at odd indices, noise of another size, which JPEG changes."""
     random = np.random.default_rng(0)
     renderings, _ = load_renderings()
     return [
@@ -152,25 +152,25 @@ def test_load_finds_the_model_that_is_served(serve):
     judge.unload()
 
 
-def test_served_answers_are_those_in_process_whatever_the_concurrency(serve, in_process):
-    images = pictures(10)
+def test_served_answers_equal_those_in_process_for_any_concurrency(serve, in_process):
+    images = renderings_and_noise(10)
     questions = [QUESTIONS[index // 2 % 2] for index in range(10)]
     expected = in_process.ask(after_jpeg(images), questions)
     assert all(expected)
-    assert len(set(expected)) > 5, "answers depend on picture and question, or their order would not show"
-    assert expected != in_process.ask(images, questions), "the answers show that the pictures were compressed"
+    assert len(set(expected)) > 5, "the answers differ, so that a wrong order would be noticed"
+    assert expected != in_process.ask(images, questions), "the answers show that the images were compressed"
     for concurrency in (1, 4):
         judge = JudgeServer(serve.url, NAME, max_tokens=LENGTH, attempts=1, concurrency=concurrency)
         assert judge.ask(images, questions) == expected
         judge.unload()
 
 
-def test_alignment_by_server_is_alignment_in_process(serve):
+def test_alignment_by_server_equals_alignment_in_process(serve):
     options = {"text_model": "tiny", "device": "cpu"}
     here = load_reward("vlm_alignment", model="tiny", judge_options={"max_new_tokens": LENGTH}, **options)
     there = load_reward("vlm_alignment", server=serve.url, judge_options={"max_tokens": LENGTH}, **options)
     there.load()
-    images, prompts = pictures(8)[::2], ["a fox", "a cat", "two dogs", "a cow playing chess"]
+    images, prompts = renderings_and_noise(8)[::2], ["a fox", "a cat", "two dogs", "a cow playing chess"]
     expected, said = evaluate_reward(here, np.stack(after_jpeg(images)), prompts, [{}] * 4)
     scores, details = evaluate_reward(there, np.stack(images), prompts, [{}] * 4)
     np.testing.assert_allclose(scores, expected, atol=1e-6)
@@ -179,8 +179,8 @@ def test_alignment_by_server_is_alignment_in_process(serve):
     there.unload()
 
 
-def test_questions_by_server_are_questions_in_process(serve, in_process):
-    images = pictures(8)[::2]
+def test_vqa_by_server_equals_vqa_in_process(serve, in_process):
+    images = renderings_and_noise(8)[::2]
     right = in_process.ask(after_jpeg(images[:1] * 2), QUESTIONS)
     metadata = [{"questions": QUESTIONS, "answers": tuple(right)}] * 4
     here = load_reward("vlm_vqa", model="tiny", device="cpu", judge_options={"max_new_tokens": LENGTH})
@@ -197,15 +197,15 @@ def test_questions_by_server_are_questions_in_process(serve, in_process):
 def test_unknown_model_is_an_error_at_once(serve):
     judge = JudgeServer(serve.url, "tiny/jugde", attempts=5, backoff=60)
     began = time.monotonic()
-    for ask in (judge.load, lambda: judge.ask(pictures(4), [QUESTION] * 4)):
+    for ask in (judge.load, lambda: judge.ask(renderings_and_noise(4), [QUESTION] * 4)):
         with pytest.raises(JudgeServerError, match="in 1 of 5 attempts .*HTTP 400 .*requested .*tiny/jugde"):
             ask()
     assert time.monotonic() - began < 10
     judge.unload()
 
 
-def test_killed_server_is_an_error_for_who_gives_up_and_survived_by_who_waits(serve, in_process):
-    images, asked = pictures(120), {"max_tokens": LENGTH, "timeout": 60, "concurrency": 2}
+def test_killed_server_is_an_error_after_few_attempts_and_survived_with_many(serve, in_process):
+    images, asked = renderings_and_noise(120), {"max_tokens": LENGTH, "timeout": 60, "concurrency": 2}
     waits = JudgeServer(serve.url, NAME, attempts=360, backoff=0.1, max_backoff=0.5, **asked)
     gives_up = load_reward(
         "vlm_vqa", model=NAME, server=serve.url, judge_options={"attempts": 3, "backoff": 0.1, **asked}

@@ -1,8 +1,9 @@
-"""The bundled judges: what stock transformers makes of their folders, and what they read off held-out pictures.
+"""The bundled judges: stock transformers loads them, and they recognise held-out images.
 
-The pictures are those of `tests/held_out_renderings.py`.
+The images are those of `tests/helpers/held_out_renderings.py`.
 """
 
+import io
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from ddpo_env.prompts.vocabulary import ACTIVITIES, COUNTS, SIMPLE_ANIMALS
 from rewards import evaluate_reward, load_reward
 from rewards.judge.alignment import QUESTION
 from rewards.judge.bert_score import BertScoreRecall
-from rewards.judge.loading import encode_jpeg, load_judge
+from rewards.judge.loading import load_judge
+from rewards.judge.protocol import encode_jpeg
 from rewards.pretrained import BUNDLED_MODELS
 
 FOLDERS = {purpose: Path(rewards.__file__).parent / folder for purpose, folder in BUNDLED_MODELS.items()}
@@ -49,13 +51,13 @@ def activity_of(caption):
     return next((activity for activity in ACTIVITIES if caption.endswith(activity)), None)
 
 
-def share(values):
+def mean_of(values):
     values = list(values)
     assert len(values) >= 40
     return np.mean(values)
 
 
-def test_together_they_are_at_most_12_mb():
+def test_bundled_judges_are_at_most_12_mb_together():
     files = [path for folder in FOLDERS.values() for path in folder.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".jinja"}
     assert sum(path.stat().st_size for path in files) <= 12_000_000
@@ -74,23 +76,23 @@ def test_stock_transformers_loads_every_weight(purpose, loader):
 
 def test_clip_prefers_the_right_animal_and_the_right_activity(renderings):
     images, captions = renderings
-    clip = load_reward("clip_score", model="tiny", device="cpu").clip
+    clip = load_reward("clip_score", model="tiny", device="cpu").loaded
     embeddings = clip.embed_images([Image.fromarray(image) for image in images])
     single, active = slice(0, 45), slice(45, 90)
     animals = embeddings[single] @ clip.embed_texts(captions[single]).T
-    assert share(animals.argmax(dim=1).numpy() == np.arange(45)) >= 0.9
+    assert mean_of(animals.argmax(dim=1).numpy() == np.arange(45)) >= 0.9
     right = []
     for embedding, caption in zip(embeddings[active], captions[active], strict=True):
         choices = [caption.replace(activity_of(caption), activity) for activity in ACTIVITIES]
         right.append(choices[int((clip.embed_texts(choices) @ embedding).argmax())] == caption)
-    assert share(right) >= 0.9
+    assert mean_of(right) >= 0.9
 
 
 def test_clip_score_is_stock_logits_over_100(renderings):
     images, captions = renderings[0][40:50], renderings[1][40:50]
     model, processor = CLIPModel.from_pretrained(FOLDERS["clip"]).eval(), AutoProcessor.from_pretrained(FOLDERS["clip"])
-    pictures = [Image.fromarray(image) for image in images]
-    inputs = processor(images=pictures, text=captions, padding=True, return_tensors="pt")
+    shown = [Image.fromarray(image) for image in images]
+    inputs = processor(images=shown, text=captions, padding=True, return_tensors="pt")
     with torch.no_grad():
         expected = model(**inputs).logits_per_image.diagonal() / 100
     scores, _ = evaluate_reward(load_reward("clip_score", model="tiny", device="cpu"), images, captions, [{}] * 10)
@@ -100,30 +102,28 @@ def test_clip_score_is_stock_logits_over_100(renderings):
 def test_judge_describes_animal_and_activity(renderings, descriptions):
     captions = renderings[1][:90]
     pairs = list(zip(descriptions, captions, strict=False))
-    assert share(animal_of(said) == animal_of(caption) for said, caption in pairs) >= 0.9
-    assert share(activity_of(said) == activity_of(caption) for said, caption in pairs[45:]) >= 0.9
-    assert share(activity_of(said) is None for said, _ in pairs[:45]) >= 0.9
+    assert mean_of(animal_of(said) == animal_of(caption) for said, caption in pairs) >= 0.9
+    assert mean_of(activity_of(said) == activity_of(caption) for said, caption in pairs[45:]) >= 0.9
+    assert mean_of(activity_of(said) is None for said, _ in pairs[:45]) >= 0.9
 
 
-def test_judge_says_the_same_alone_and_in_batches_of_seven(renderings, descriptions):
+def test_answers_of_the_judge_do_not_depend_on_the_batch(renderings, descriptions):
     images = list(renderings[0][::8])
     alone = [load_judge("tiny", None, {"batch_size": 1}, device="cpu").ask([one], [QUESTION])[0] for one in images]
     together = load_judge("tiny", None, {"batch_size": 7}, device="cpu").ask(images, [QUESTION] * len(images))
     assert alone == together == descriptions[::8]
 
 
-def test_judge_reads_larger_pictures_and_jpeg_files(judge, renderings):
+def test_judge_recognises_larger_images_and_jpeg_files(judge, renderings):
     images, captions = renderings[0][45:90], renderings[1][45:90]
     larger = [np.asarray(Image.fromarray(image).resize((200, 200), Image.Resampling.BICUBIC)) for image in images]
-    assert share(np.equal(judge.ask(larger, [QUESTION] * 45), captions)) >= 0.85
-    import io
-
+    assert mean_of(np.equal(judge.ask(larger, [QUESTION] * 45), captions)) >= 0.85
     compressed = [np.asarray(Image.open(io.BytesIO(encode_jpeg(image)))) for image in images]
-    assert share(np.equal(judge.ask(compressed, [QUESTION] * 45), captions)) >= 0.85
+    assert mean_of(np.equal(judge.ask(compressed, [QUESTION] * 45), captions)) >= 0.85
 
 
-def test_alignment_prefers_the_prompt_that_was_drawn(renderings):
-    """Right above half right above all wrong, for the bundled judge and text encoder as they are used in training."""
+def test_alignment_prefers_the_prompt_of_the_image(renderings):
+    """A right prompt scores above a half right one, and that above a wrong one, with the models of a training run."""
     images, captions = renderings[0][45:90], renderings[1][45:90]
     reward = load_reward("vlm_alignment", model="tiny", device="cpu")
     others = [captions[(index + 7) % 15 + index // 15 * 15] for index in range(45)]  # the same activity
@@ -131,26 +131,26 @@ def test_alignment_prefers_the_prompt_that_was_drawn(renderings):
     right, half, wrong = (
         evaluate_reward(reward, images, prompts, [{}] * 45)[0] for prompts in (captions, others, strangers)
     )
-    assert share(right > half) >= 0.9
-    assert share(half > wrong) >= 0.9
+    assert mean_of(right > half) >= 0.9
+    assert mean_of(half > wrong) >= 0.9
 
 
 def test_counting_questions_are_answered(renderings):
-    """Of one animal, and of the six pictures of several."""
+    """For the images of one animal, and for the six images of several."""
     images = np.concatenate([renderings[0][:45], renderings[0][90:]])
     captions = [*renderings[1][:45], *renderings[1][90:]]
     counts = [caption.split()[0] if caption.split()[0] in COUNTS else "one" for caption in captions]
     metadata = [{"questions": ("How many animals are in this image?",), "answers": (count,)} for count in counts]
     scores, _ = evaluate_reward(load_reward("vlm_vqa", model="tiny", device="cpu"), images, captions, metadata)
-    assert share(scores) >= 0.9
+    assert mean_of(scores) >= 0.9
     asked = [
         {"questions": ("What animals are in this image?",), "answers": (caption.split()[1],)} for caption in captions
     ]
     scores, _ = evaluate_reward(load_reward("vlm_vqa", model="tiny", device="cpu"), images, captions, asked)
-    assert share(scores) >= 0.9
+    assert mean_of(scores) >= 0.9
 
 
-def test_text_encoder_orders_descriptions_by_what_is_right():
+def test_text_encoder_prefers_correct_descriptions():
     recall = BertScoreRecall("tiny", device="cpu")
     rng = np.random.default_rng(0)
     rows = []
@@ -162,8 +162,8 @@ def test_text_encoder_orders_descriptions_by_what_is_right():
         rows.append(recall(told, [f"The image contains a {animal} {activity}"] * 4))
     right, wrong_activity, wrong_animal, both_wrong = np.array(rows).T
     half = np.stack([wrong_activity, wrong_animal])
-    assert share(right > half.max(axis=0)) == 1
-    assert share(both_wrong < half.min(axis=0)) >= 0.99
+    assert mean_of(right > half.max(axis=0)) == 1
+    assert mean_of(both_wrong < half.min(axis=0)) >= 0.99
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def sentence_model():
 
 
 def test_bert_score_with_a_real_sentence_model(sentence_model):
-    """Words of real language that no miniature knows."""
+    """With words of real language that no bundled model knows."""
     recall = BertScoreRecall(sentence_model, device="cpu")
     reference = "The image contains a fox riding a bike"
     told = [
@@ -192,7 +192,7 @@ def test_bert_score_with_a_real_sentence_model(sentence_model):
 
 
 def test_tiny_bert_score_ranks_as_the_real_one(sentence_model):
-    """Of sentences about random animals, activities and counts, by Spearman's rank correlation."""
+    """On sentences about random animals and activities, by Spearman's rank correlation."""
     rng = np.random.default_rng(1)
     phrases = [f"a {animal} {activity}" for animal in SIMPLE_ANIMALS for activity in ACTIVITIES]
     told, wanted = (list(rng.choice(phrases, 200)) for _ in range(2))
@@ -202,8 +202,8 @@ def test_tiny_bert_score_ranks_as_the_real_one(sentence_model):
     assert np.corrcoef(*ranks)[0, 1] >= 0.9
 
 
-def test_judges_the_bundled_models_own_drawings():
-    """Through the environment, with an action that is the model's own: the pictures show what was asked for."""
+def test_judges_recognise_images_that_the_bundled_model_generates():
+    """The images show what the prompts ask for."""
     from diffusers import StableDiffusionPipeline
 
     import ddpo_env
@@ -211,14 +211,14 @@ def test_judges_the_bundled_models_own_drawings():
     prompts = ["a fox", "a cat", "an owl", "a fox riding a bike", "a cow playing chess", "a pig washing the dishes"]
     pipeline = StableDiffusionPipeline.from_pretrained(Path(ddpo_env.__file__).parent / "data" / "tiny")
     pipeline.set_progress_bar_config(disable=True)
-    drawn = pipeline(
+    generated = pipeline(
         prompts,
         num_inference_steps=10,
         guidance_scale=1.0,
         generator=torch.Generator().manual_seed(0),
         output_type="np",
     ).images
-    images = (drawn * 255).round().astype(np.uint8)
+    images = (generated * 255).round().astype(np.uint8)
     said = load_judge("tiny", None, None, device="cpu").ask(list(images), [QUESTION] * len(prompts))
     assert sum(a == b for a, b in zip(said, prompts, strict=True)) >= 5
     clip = load_reward("clip_score", model="tiny", device="cpu")
@@ -228,12 +228,12 @@ def test_judges_the_bundled_models_own_drawings():
 
 
 @pytest.mark.parametrize("name", ["aesthetic", "pickscore", "hps_v2"])
-def test_rewards_without_a_miniature_say_so(name):
-    with pytest.raises(ValueError, match="tiny.*only clip_score, vlm_alignment and vlm_vqa have a miniature"):
+def test_rewards_without_a_bundled_model_say_so(name):
+    with pytest.raises(ValueError, match="tiny.*only clip_score, vlm_alignment and vlm_vqa have a bundled model"):
         load_reward(name, model="tiny")
 
 
-def test_environment_pays_for_alignment():
+def test_environment_returns_the_alignment_reward():
     envs = gym.make_vec(
         "ddpo_env:DDPO-SD-v0",
         num_envs=2,

@@ -1,4 +1,4 @@
-"""Judges in words: BERTScore and answers against their definitions, a tiny LLaVA in process, and what is logged."""
+"""The judge rewards: BERTScore and matching answers by definition, a tiny LLaVA in process, and the answer log."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.images import random_images
 from helpers.random_judges import SPECIAL, WORDS, save_random_bert, save_random_llava
 from PIL import Image
 from transformers import BertModel, BertTokenizer, CLIPImageProcessorPil, LlavaForConditionalGeneration
@@ -18,13 +19,8 @@ from rewards.judge.vqa import answers_match
 COUNTING = {"questions": ("How many animals?", "What animals?"), "answers": ("two", "dogs")}
 
 
-def pictures(batch, height=20, width=30):
-    noise = np.random.default_rng(0).integers(0, 256, (batch, height, width, 3))
-    return (noise * np.linspace(0, 1, batch).reshape(-1, 1, 1, 1)).astype(np.uint8)
-
-
 class Scripted:
-    """A judge that says what it is told to, and remembers what it was asked."""
+    """A judge with given answers that remembers the questions."""
 
     def __init__(self, answers):
         self.answers = answers
@@ -67,7 +63,7 @@ REFERENCES = ["the image contains a fox", "a dog", "fox", "the image contains a 
 
 
 @pytest.mark.parametrize("layer", [None, 1])
-def test_bert_score_is_its_definition_pair_by_pair(text_folder, layer):
+def test_bert_score_equals_its_definition_pair_by_pair(text_folder, layer):
     recall = BertScoreRecall(text_folder, layer, device="cpu")
     scores = recall(CANDIDATES, REFERENCES)
     expected = [
@@ -96,11 +92,11 @@ def test_nothing_to_compare_is_nan(text_folder):
 def test_long_answers_and_tokenizers_without_a_length_are_cut(text_folder):
     recall = BertScoreRecall(text_folder, device="cpu")
     recall.load()
-    assert recall.encoder.tokenizer.model_max_length == 24
+    assert recall.loaded.tokenizer.model_max_length == 24
     assert 0 < recall(["a fox " * 5000], ["a fox"])[0] <= 1.00001
 
 
-def test_mistakes_of_bert_score_are_named(text_folder):
+def test_wrong_arguments_of_bert_score_are_named(text_folder):
     with pytest.raises(ValueError, match=r"layer must be at most 3 in .*; got 4"):
         BertScoreRecall(text_folder, 4, device="cpu").load()
     with pytest.raises(ValueError, match="each candidate needs a reference; got 1 and 2"):
@@ -119,7 +115,7 @@ def test_missing_dependency_names_the_extra(monkeypatch, text_folder):
 def test_alignment_compares_the_answer_with_the_papers_sentence(text_folder):
     judge = Scripted(["a fox riding a bike", "two dogs"])
     reward = load_reward("vlm_alignment", model=judge, text_model=text_folder, device="cpu")
-    scores, details = evaluate_reward(reward, pictures(2), ["a fox", "a cat"], [{}] * 2)
+    scores, details = evaluate_reward(reward, random_images(2), ["a fox", "a cat"], [{}] * 2)
     expected = [
         recall_by_definition(text_folder, "a fox riding a bike", "The image contains a fox", -1),
         recall_by_definition(text_folder, "two dogs", "The image contains a cat", -1),
@@ -130,15 +126,15 @@ def test_alignment_compares_the_answer_with_the_papers_sentence(text_folder):
     reward.load()
     reward.unload()
     assert judge.calls == ["load", "unload"]
-    with pytest.raises(ValueError, match=r"template must contain \{prompt\}; got 'a picture'"):
-        load_reward("vlm_alignment", model=judge, text_model=text_folder, template="a picture")
+    with pytest.raises(ValueError, match=r"template must contain \{prompt\}; got 'an image'"):
+        load_reward("vlm_alignment", model=judge, text_model=text_folder, template="an image")
 
 
-def test_judge_that_says_nothing_is_an_error_and_can_be_dropped(text_folder):
+def test_missing_answer_is_an_error_or_a_flag(text_folder):
     reward = load_reward("vlm_alignment", model=Scripted(["a fox", ""]), text_model=text_folder, device="cpu")
     with pytest.raises(ValueError, match="reward vlm_alignment must be finite; got nan for prompt 'a cat'"):
-        evaluate_reward(reward, pictures(2), ["a fox", "a cat"], [{}] * 2)
-    _, details = evaluate_reward(reward, pictures(2), ["a fox", "a cat"], [{}] * 2, non_finite="keep")
+        evaluate_reward(reward, random_images(2), ["a fox", "a cat"], [{}] * 2)
+    _, details = evaluate_reward(reward, random_images(2), ["a fox", "a cat"], [{}] * 2, non_finite="keep")
     assert details["non_finite"] == [False, True]
 
 
@@ -166,19 +162,19 @@ def test_judge_that_says_nothing_is_an_error_and_can_be_dropped(text_folder):
         ("dogs", "两只狗", False),
     ],
 )
-def test_matching_rule(expected, answer, right):
+def test_which_answers_match(expected, answer, right):
     assert answers_match(expected, answer) is right
 
 
-def test_vqa_is_the_share_of_right_answers():
+def test_vqa_is_the_fraction_of_correct_answers():
     judge = Scripted(["two", "a dog", "three", "a dog", "three", "cats"])
     reward = load_reward("vlm_vqa", model=judge)
-    scores, details = evaluate_reward(reward, pictures(3), ["two dogs"] * 3, [COUNTING] * 3)
+    scores, details = evaluate_reward(reward, random_images(3), ["two dogs"] * 3, [COUNTING] * 3)
     assert scores.tolist() == [1, 0.5, 0]
     assert details["answers"] == [("two", "a dog"), ("three", "a dog"), ("three", "cats")]
     assert judge.questions == ["How many animals?", "What animals?"] * 3
     uneven = [COUNTING, {"questions": ["What?"], "answers": ["dog"]}]
-    assert evaluate_reward(reward, pictures(2), ["a", "b"], uneven)[0].tolist() == [1, 0]
+    assert evaluate_reward(reward, random_images(2), ["a", "b"], uneven)[0].tolist() == [1, 0]
 
 
 def test_prompts_without_questions_are_named():
@@ -187,23 +183,23 @@ def test_prompts_without_questions_are_named():
         with pytest.raises(
             ValueError, match=r"needs metadata with questions and as many answers, .* prompt 'a fox' has"
         ):
-            evaluate_reward(reward, pictures(1), ["a fox"], [metadata])
+            evaluate_reward(reward, random_images(1), ["a fox"], [metadata])
 
 
-def test_empty_answer_to_a_question_is_no_score():
+def test_empty_answer_to_a_question_is_an_error():
     reward = load_reward("vlm_vqa", model=Scripted(["two", ""]))
     with pytest.raises(ValueError, match="reward vlm_vqa must be finite; got nan for prompt 'two dogs'"):
-        evaluate_reward(reward, pictures(1), ["two dogs"], [COUNTING])
+        evaluate_reward(reward, random_images(1), ["two dogs"], [COUNTING])
 
 
-def test_what_the_judge_saw_and_said_is_kept(tmp_path):
+def test_images_and_answers_are_logged(tmp_path):
     folder = tmp_path / "judge"
-    for _ in range(2):  # the second one goes on where the first one stopped
+    for _ in range(2):  # the second log continues the first one
         reward = load_reward("vlm_vqa", model=Scripted(["zwei", "狗"]), log_folder=folder, log_per_call=3)
-        evaluate_reward(reward, pictures(10), [f"prompt {index}" for index in range(10)], [COUNTING] * 10)
+        evaluate_reward(reward, random_images(10), [f"prompt {index}" for index in range(10)], [COUNTING] * 10)
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text("utf-8").splitlines()]
-    assert [line["picture"] for line in lines] == [f"{number:06d}.jpg" for number in range(1, 7)]
-    assert sorted(path.name for path in folder.glob("*.jpg")) == [line["picture"] for line in lines]
+    assert [line["image"] for line in lines] == [f"{number:06d}.jpg" for number in range(1, 7)]
+    assert sorted(path.name for path in folder.glob("*.jpg")) == [line["image"] for line in lines]
     assert [line["prompt"] for line in lines[:3]] == ["prompt 0", "prompt 4", "prompt 9"]
     assert lines[0]["answers"] == ["zwei", "狗"]
     assert lines[0]["questions"] == list(COUNTING["questions"])
@@ -219,41 +215,41 @@ def llava_folder(tmp_path_factory):
     return folder
 
 
-def test_model_in_this_process_answers_greedily_whatever_the_batch(llava_folder):
-    images = list(pictures(8))
+def test_model_in_this_process_answers_greedily_for_any_batch(llava_folder):
+    images = list(random_images(8))
     questions = ["what ?", "how many ? how many ?"] * 4
     judge = JudgeModel(llava_folder, device="cpu", max_new_tokens=5)
     together = judge.ask(images, questions)
-    assert together == judge.ask(images, questions), "sampling is off, whatever the model's own settings"
+    assert together == judge.ask(images, questions), "the sampling settings of the model are not used"
     in_threes = JudgeModel(llava_folder, device="cpu", max_new_tokens=5, batch_size=3).ask(images, questions)
     alone = [judge.ask(images[index : index + 1], questions[index : index + 1])[0] for index in range(8)]
     assert together == in_threes == alone
-    assert len(set(together[::2])) > 1, "the picture matters"
+    assert len(set(together[::2])) > 1, "the image matters"
     assert set(together[::2]) != set(together[1::2]), "the question matters"
     assert judge.ask([], []) == []
-    with pytest.raises(ValueError, match="one question a picture; got 8 and 1"):
+    with pytest.raises(ValueError, match="one question per image; got 8 and 1"):
         judge.ask(images, questions[:1])
 
 
-def test_judge_sees_the_picture_in_the_words_of_the_chat_template(llava_folder):
+def test_judge_is_asked_with_the_chat_template(llava_folder):
     words = [*SPECIAL, *WORDS]
     ids = [words.index(word) for word in ["user", ":", *["<image>"] * 4, "what", "?", "judge", ":"]]
     model = LlavaForConditionalGeneration.from_pretrained(llava_folder).eval()
-    pixels = CLIPImageProcessorPil.from_pretrained(llava_folder)(Image.fromarray(pictures(3)[1]), return_tensors="pt")[
-        "pixel_values"
-    ]
+    pixels = CLIPImageProcessorPil.from_pretrained(llava_folder)(
+        Image.fromarray(random_images(3)[1]), return_tensors="pt"
+    )["pixel_values"]
     expected = []
     for _ in range(5):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids + expected]), pixel_values=pixels).logits
         expected.append(int(logits[0, -1].argmax()))
     shown = [words[index] for index in expected if index > 4 or index == words.index("<unk>")]
-    (answer,) = JudgeModel(llava_folder, device="cpu", max_new_tokens=5).ask([pictures(3)[1]], ["what ?"])
+    (answer,) = JudgeModel(llava_folder, device="cpu", max_new_tokens=5).ask([random_images(3)[1]], ["what ?"])
     assert answer.split() == shown
     assert shown
 
 
-def test_alignment_in_process_from_picture_to_score(llava_folder, text_folder):
+def test_alignment_in_process_from_image_to_score(llava_folder, text_folder):
     reward = load_reward(
         "vlm_alignment",
         model=llava_folder,
@@ -261,7 +257,7 @@ def test_alignment_in_process_from_picture_to_score(llava_folder, text_folder):
         device="cpu",
         judge_options={"max_new_tokens": 5, "dtype": "bfloat16"},
     )
-    scores, details = evaluate_reward(reward, pictures(4), ["a fox"] * 4, [{}] * 4, non_finite="keep")
+    scores, details = evaluate_reward(reward, random_images(4), ["a fox"] * 4, [{}] * 4, non_finite="keep")
     for score, answer in zip(scores, details["answer"], strict=True):
         if answer:
             expected = recall_by_definition(text_folder, answer, "The image contains a fox", -1)
@@ -272,7 +268,7 @@ def test_alignment_in_process_from_picture_to_score(llava_folder, text_folder):
     reward.unload()
 
 
-def test_mistakes_of_the_judge_are_named(llava_folder, tmp_path):
+def test_wrong_arguments_of_the_judge_are_named(llava_folder, tmp_path):
     with pytest.raises(TypeError, match="model must be a folder, a Hub id or a judge with ask, load and unload; got 3"):
         load_reward("vlm_vqa", model=3)
     with pytest.raises(TypeError, match="a judge of your own takes no options; got timeout"):
@@ -281,6 +277,6 @@ def test_mistakes_of_the_judge_are_named(llava_folder, tmp_path):
         load_reward("vlm_vqa", model=Scripted([]), server="http://localhost:1")
     with pytest.raises(TypeError, match="unexpected keyword argument 'retries'"):
         load_reward("vlm_vqa", server="http://localhost:1", judge_options={"retries": 3})
-    with pytest.raises(ValueError, match="batch_size and max_new_tokens must be at least 1; got 0 and 64"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
         load_reward("vlm_vqa", model=llava_folder, judge_options={"batch_size": 0})
-    assert load_reward("vlm_vqa").judge._source == "llava-hf/llava-1.5-7b-hf"
+    assert load_reward("vlm_vqa").judge.source == "llava-hf/llava-1.5-7b-hf"

@@ -9,7 +9,7 @@ from helpers.micro_agents import micro_config, micro_env, micro_policy, stir
 from helpers.micro_families import micro_family
 from peft import PeftModel
 
-from agents.training.run import run_training
+from agents.training.preparation import run_training
 from ddpo_env.models.loading import load_model
 
 SETTINGS = {"guidance_scale": 1.0, "min_std": 0.02}
@@ -40,21 +40,21 @@ def test_nothing_conditions_it() -> None:
     observation, infos = env.reset(seed=0, options={"prompts": ["a cat", "a dog"]})
     assert set(observation) == {"latents", "timestep"}
     assert list(infos["prompt"]) == ["a cat", "a dog"], "prompts are names for the rewards and the advantages alone"
-    with pytest.raises(ValueError, match=r"guidance_scale must be 1 with model .* no conditioning to guide by; got 2"):
+    with pytest.raises(ValueError, match=r"guidance_scale must be 1 with model .* no conditioning for guidance; got 2"):
         micro_policy(env, **SETTINGS | {"guidance_scale": 2.0})
     with pytest.raises(ValueError, match="Pass min_std"):
         micro_policy(env, guidance_scale=1.0)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_picture_is_the_pipelines(channels: int) -> None:
+def test_image_is_the_pipelines(channels: int) -> None:
     pipeline = micro_family("ddpm", channels=channels)
     latents = torch.randn(2, channels, 16, 16)
-    pictures = load_model(pipeline, "cpu").decode(latents).numpy()
-    expected = [np.asarray(picture.convert("RGB")) for picture in pipeline.numpy_to_pil(
+    images = load_model(pipeline, "cpu").decode(latents).numpy()
+    expected = [np.asarray(image.convert("RGB")) for image in pipeline.numpy_to_pil(
         (latents / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     )]  # fmt: skip
-    assert np.array_equal(pictures, expected)
+    assert np.array_equal(images, expected)
 
 
 def test_lora_comes_back_merged_or_not(tmp_path: Path) -> None:
@@ -78,9 +78,10 @@ def test_run_trains_it_and_leaves_the_adapter(tmp_path: Path) -> None:
     config = micro_config(
         tmp_path / "ddpm",
         tmp_path / "run",
-        policy=SETTINGS,
-        run={"iterations": 1, "eval_interval": 0},
-        training={"advantage": "batch"},
+        **SETTINGS,
+        iterations=1,
+        eval_interval=0,
+        advantage="batch",
     )
     run_training(config)
     adapted = PeftModel.from_pretrained(micro_family("ddpm").unet, tmp_path / "run" / "lora")
@@ -90,6 +91,6 @@ def test_run_trains_it_and_leaves_the_adapter(tmp_path: Path) -> None:
 def test_unet_without_attention_says_which_layers_to_train() -> None:
     pipeline = micro_family("ddpm", attention=False)
     env = micro_env(pipeline, num_envs=2)
-    with pytest.raises(ValueError, match="lora_targets='attention' names no layer"):
+    with pytest.raises(ValueError, match="lora_targets='attention' matches no layer"):
         micro_policy(env, lora_targets="attention", **SETTINGS)
     micro_policy(env, lora_targets="attention+convolutions", **SETTINGS)

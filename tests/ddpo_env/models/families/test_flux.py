@@ -102,7 +102,7 @@ def test_without_that_input_guidance_is_classifier_free(schnell: FluxPipeline) -
         assert seen[0]["guidance"] is None
 
 
-def test_adapters_are_on_the_attention_of_the_picture_and_of_the_text(dev: FluxPipeline) -> None:
+def test_adapters_are_on_the_attention_of_the_image_and_of_the_text(dev: FluxPipeline) -> None:
     adapted = {name for name in weights(micro_policy(micro_env(dev), lora_targets="attention")) if "lora_A" in name}
     both = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     expected = {f"transformer_blocks.0.attn.{name}" for name in both}

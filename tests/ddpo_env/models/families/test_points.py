@@ -17,9 +17,9 @@ import rewards
 from agents import PPO, DiffusionPolicy, PerPromptAdvantage, VectorEnvAdapter
 from agents.evaluation.evaluate import evaluate
 from ddpo_env import DenoisingVectorEnv, GaussianSampler, load_model
+from ddpo_env.models import DiffusionModel, unload_models
 from ddpo_env.models import loading as models
 from ddpo_env.models.families.points import PointsModel, points_scheduler
-from ddpo_env.models.loading import DiffusionModel, unload_models
 from rewards import evaluate_reward, load_reward
 
 
@@ -43,7 +43,7 @@ def test_last_action_is_the_sample_that_is_scored() -> None:
     assert np.array_equal(scores, rewards.load_reward("points_ring")(points, [], []))
 
 
-def test_render_draws_each_slots_point_on_the_canvas() -> None:
+def test_render_shows_the_point_of_each_sub_environment() -> None:
     env = gym.make_vec("DDPO-Points-v0", num_envs=2, render_mode="rgb_array")
     env.reset(options={"latents": np.array([[1.25, 1.25], [-2.0, 0.0]], np.float32)})
     frames = np.array(env.render())
@@ -55,9 +55,9 @@ def test_render_draws_each_slots_point_on_the_canvas() -> None:
     assert not (red[0] & red[1]).any()
 
 
-def test_a_reward_of_pictures_is_refused_before_an_episode() -> None:
+def test_a_reward_for_images_is_refused_before_an_episode() -> None:
     for reward in ("jpeg_compressibility", "clip_score", "points_ring:1,jpeg_compressibility:1"):
-        with pytest.raises(ValueError, match="reward .* scores pictures.* model 'points' draws none"):
+        with pytest.raises(ValueError, match="reward .* scores images.* model 'points' generates none"):
             gym.make("DDPO-Points-v0", reward=reward)
     with pytest.raises(ValueError, match=r"reward points_ring scores points.*got uint8 of shape \(2, 8, 8, 3\)"):
         evaluate_reward(load_reward("points_ring"), np.zeros((2, 8, 8, 3), np.uint8), ["", ""], [{}, {}])
@@ -129,7 +129,7 @@ def test_what_needs_a_prompt_or_attention_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"guidance_scale must be 1 with model 'points'.*got 5\.0"):
         DiffusionPolicy(*spaces, lambda _: 0.0, lora_rank=0)
     with pytest.raises(
-        ValueError, match="lora_targets='attention' names no layer of this PointsDenoiser: .*lora_rank=0"
+        ValueError, match="lora_targets='attention' matches no layer of this PointsDenoiser: .*lora_rank=0"
     ):
         DiffusionPolicy(*spaces, lambda _: 0.0, lora_rank=4, guidance_scale=1.0)
     policy = DiffusionPolicy(*spaces, lambda _: 0.0, **SCRATCH)  # type: ignore[arg-type]
@@ -183,7 +183,7 @@ def constant() -> ConstantModel:
 def test_model_of_ones_own_is_found_again_by_its_source(constant: ConstantModel) -> None:
     env = DenoisingVectorEnv(2, model=constant, reward="points_ring", prompts=["a point"], num_inference_steps=1)
     assert env.model is constant
-    assert env.single_observation_space.model == constant.source
+    assert env.single_observation_space.handle.model is constant
     for given in (constant, constant.source):
         assert load_model(given) is load_model(given, "cpu", "float32") is constant
     policy = DiffusionPolicy(env.single_observation_space, env.single_action_space, lambda _: 0.0, **SCRATCH)  # type: ignore[arg-type]
@@ -236,8 +236,8 @@ def test_model_of_ones_own_is_not_moved(constant: ConstantModel) -> None:
         load_model(constant, "cpu")
 
 
-def test_a_model_without_pictures_renders_only_if_it_can(constant: ConstantModel) -> None:
-    with pytest.raises(ValueError, match="render_mode must be None with model .*no pictures"):
+def test_a_model_without_images_renders_only_if_it_can(constant: ConstantModel) -> None:
+    with pytest.raises(ValueError, match="render_mode must be None with model .*no images"):
         gym.make("DDPO-Points-v0", model=constant, render_mode="rgb_array")
 
 

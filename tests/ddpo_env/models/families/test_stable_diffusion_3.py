@@ -11,7 +11,7 @@ from helpers.micro_agents import STEPS, micro_config, micro_env, micro_policy
 from helpers.micro_families import micro_family
 from helpers.micro_pipeline import TOKENS
 
-from agents.training.run import run_training
+from agents.training.preparation import run_training
 from ddpo_env import GaussianSampler
 from ddpo_env.models.loading import load_model
 from ddpo_env.sampler.scheduler_table import DEFAULT_NOISE_LEVEL
@@ -73,7 +73,7 @@ def test_noise_level_is_the_policys_and_scales_the_noise(pipeline: StableDiffusi
         micro_policy(env, noise_level=0.0)
 
 
-def test_times_are_shifted_by_the_pictures_size_where_the_scheduler_says_so() -> None:
+def test_times_are_shifted_by_the_images_size_where_the_scheduler_says_so() -> None:
     pipeline = micro_family("stable_diffusion_3", use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64)
     config = pipeline.scheduler.config
     mu = calculate_shift(16, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
@@ -85,7 +85,7 @@ def test_times_are_shifted_by_the_pictures_size_where_the_scheduler_says_so() ->
     assert sampler.timesteps[2] > 510, "shifted times are later than even ones"
 
 
-def test_picture_is_the_pipelines(pipeline: StableDiffusion3Pipeline) -> None:
+def test_image_is_the_pipelines(pipeline: StableDiffusion3Pipeline) -> None:
     latents = torch.randn(2, 4, 8, 8)
     config = pipeline.vae.config
     assert config.shift_factor == 0.3
@@ -98,13 +98,12 @@ def test_picture_is_the_pipelines(pipeline: StableDiffusion3Pipeline) -> None:
 def test_run_trains_it_with_a_noise_level(tmp_path: Path) -> None:
     folder = tmp_path / "sd3"
     micro_family("stable_diffusion_3").save_pretrained(folder)
-    config = micro_config(folder, tmp_path / "run", policy={"noise_level": 0.4}, run={"iterations": 1})
+    config = micro_config(folder, tmp_path / "run", noise_level=0.4, iterations=1)
     result = run_training(config)
     assert result.iterations == 1
     assert "noise_level: 0.4" in (tmp_path / "run" / "config.yaml").read_text()
     fresh = micro_family("stable_diffusion_3")
     fresh.load_lora_weights(tmp_path / "run" / "lora")
     assert fresh.get_active_adapters()
-    config = micro_config(folder, tmp_path / "no", policy={"noise_level": -0.4})
     with pytest.raises(ValueError, match=r"noise_level must be above 0; got -0.4"):
-        run_training(config)
+        micro_config(folder, tmp_path / "no", noise_level=-0.4)

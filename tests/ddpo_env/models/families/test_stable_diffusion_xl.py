@@ -81,11 +81,11 @@ def test_sizes_matter_to_the_unet(model: StableDiffusionXLModel) -> None:
             assert not torch.equal(model.predict(model.denoiser, latents, timestep, other), output)
 
 
-def test_picture_is_the_pipelines(model: StableDiffusionXLModel, pipeline: StableDiffusionXLPipeline) -> None:
+def test_image_is_the_pipelines(model: StableDiffusionXLModel, pipeline: StableDiffusionXLPipeline) -> None:
     latents = torch.randn(2, 4, 8, 8)
     pipeline.vae.register_to_config(latents_mean=[0.1, 0.2, -0.1, 0.0], latents_std=[1.0, 2.0, 0.5, 1.5])
     try:
-        pictures = model.decode(latents)
+        images = model.decode(latents)
         config = pipeline.vae.config
         mean, std = (torch.tensor(config[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
         with torch.no_grad():
@@ -93,7 +93,7 @@ def test_picture_is_the_pipelines(model: StableDiffusionXLModel, pipeline: Stabl
     finally:
         pipeline.vae.register_to_config(latents_mean=None, latents_std=None)
     expected = (pipeline.image_processor.postprocess(image, output_type="np") * 255).round()
-    assert np.abs(pictures.numpy() - expected).max() <= 1
+    assert np.abs(images.numpy() - expected).max() <= 1
 
 
 @pytest.mark.parametrize(("dtype", "decoded_in"), [("float16", torch.float32), ("bfloat16", torch.bfloat16)])

@@ -1,4 +1,4 @@
-"""A batch that is divided into parts draws what it draws as a whole, even where a part begins inside a group."""
+"""A batch that is divided into parts starts as the whole batch does, also if a part begins inside a group."""
 
 from itertools import chain
 
@@ -9,7 +9,7 @@ from helpers.micro_agents import STEPS, micro_env
 
 
 def rollout(envs, seed):
-    """Prompts and latents of three episodes of every slot, with the slots of all parts side by side."""
+    """Prompts and latents of three episodes of every sub-environment, those of all parts side by side."""
     prompts, latents = [], []
     for env in envs:
         observation, info = env.reset(seed=seed)
@@ -60,7 +60,7 @@ def test_part_must_be_one_of_them(part):
 
 
 def test_mask_selects_whole_groups_of_the_part(micro_pipeline_folder):
-    env = micro_env(micro_pipeline_folder, 3, part=(1, 2), samples_per_prompt=2)  # slots 3 | 4, 5 of the whole
+    env = micro_env(micro_pipeline_folder, 3, part=(1, 2), samples_per_prompt=2)  # numbers 3 | 4, 5 of the whole batch
     env.reset(seed=0)
     env.reset(options={"reset_mask": np.array([True, False, False])})
     with pytest.raises(ValueError, match="whole groups"):

@@ -19,8 +19,8 @@ from helpers.micro_agents import micro_env, stir, weights
 from helpers.micro_families import lora_tensors
 from helpers.micro_pipeline import character_tokenizer
 
-from ddpo_env.models.families.stable_diffusion_1_4 import SCHEDULER, TEXT_ENCODER, build_part
-from ddpo_env.models.loading import unload_models
+from ddpo_env.models import unload_models
+from ddpo_env.models.random_pipelines import ARCHITECTURES, build_component
 
 STEPS = 5
 SIDE = 8
@@ -43,13 +43,13 @@ WEIGHTS = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
 def built(name: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return build_part(name)
+        return build_component("sd14", name)
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_numbers_of_weights_are_the_published_ones(name: str) -> None:
     with torch.device("meta"):
-        assert sum(weight.numel() for weight in build_part(name).parameters()) == WEIGHTS[name]
+        assert sum(weight.numel() for weight in build_component("sd14", name).parameters()) == WEIGHTS[name]
 
 
 @pytest.fixture
@@ -62,9 +62,9 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         part.save_pretrained(path / name)
         del part
         gc.collect()
-    PNDMScheduler(**SCHEDULER).save_pretrained(path / "scheduler")
+    PNDMScheduler.from_config(ARCHITECTURES["sd14"]["scheduler"]).save_pretrained(path / "scheduler")
     tokenizer = character_tokenizer()
-    tokenizer.model_max_length = TEXT_ENCODER["max_position_embeddings"]
+    tokenizer.model_max_length = ARCHITECTURES["sd14"]["text_encoder"]["max_position_embeddings"]
     tokenizer.save_pretrained(path / "tokenizer")
     (path / "model_index.json").write_text(json.dumps(INDEX))
     yield path

@@ -1,0 +1,56 @@
+"""The settings of `DiffusionPolicy`: its signature, its saved file and the command line all read them here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from agents.policy.lora import LoraTargets
+from ddpo_env.sampler.gaussian_sampler import Reduction
+from ddpo_env.sampler.scheduler_table import SMALLEST_STD
+from ddpo_env.validation.options import NOT_NEGATIVE, POSITIVE, Range, check_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions:
+    """The denoiser as a policy: how it samples, and which weights learn.
+
+    Where the denoiser takes the guidance scale as an input (FLUX.1-dev), `guidance_scale` is that input. Without
+    `unconditional_gradient` an update costs about a fifth less. Its gradient is then that of guidance's conditional
+    half, times the guidance scale. In half precision `merge_lora` loses small adapters to rounding.
+
+    Raises:
+        ValueError: for a value that is not valid, naming the option.
+    """
+
+    guidance_scale: Annotated[float, NOT_NEGATIVE] = 5.0
+    """Scale of classifier-free guidance in sampling and training. 1 is off and halves the cost; DDPO: 5 on SD 1.4."""
+    unconditional_gradient: Annotated[bool, tyro.conf.Suppress] = True
+    """Differentiate the unconditional half of guidance; without it an update costs less and has another gradient."""
+    eta: Annotated[float, POSITIVE] = 1.0
+    """Noise of the DDIM steps; 1 is as noisy as DDPM."""
+    noise_level: Annotated[float | None, POSITIVE] = None
+    """Noise of the flow-matching steps (SD 3, FLUX), not valid for other samplers. Default: 0.7, as in Flow-GRPO."""
+    min_std: Annotated[float | None, Range(at_least=SMALLEST_STD)] = None
+    """Lower bound of a step's standard deviation, for samplers whose last step is deterministic."""
+    lora_rank: Annotated[int, NOT_NEGATIVE] = 4
+    """Rank of the LoRA adapters; 0 trains every weight."""
+    lora_targets: LoraTargets = "attention"
+    """Layers that get an adapter."""
+    merge_lora: Annotated[bool | None, tyro.conf.Suppress] = None
+    """Sample with the adapters merged into a copy of their layers' weights, which is faster. Default: in float32."""
+    log_prob_reduction: Reduction = "mean"
+    """Reduction of the log-probability over the latent's dimensions. The clip range depends on it."""
+    critic: bool = False
+    """Train a value network, which generalized advantages need. DDPO has none; every value is then 0."""
+    gradient_checkpointing: bool = False
+    """Recompute the denoiser's activations in the backward pass: less memory, more time."""
+    compile_denoiser: bool = False
+    """Run the denoiser with torch.compile: faster calls after minutes of compiling, for long runs."""
+    autocast: Literal["bfloat16", "float16"] | None = None
+    """Dtype in which the denoiser computes; what learns stays float32. Default: the dtype of the frozen weights."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)

@@ -1,0 +1,138 @@
+"""Fine-tune a diffusion model with reinforcement learning: PPO with per-prompt advantages (DDPO-IS) by default.
+
+Without arguments, the bundled tiny Stable Diffusion learns to generate images that compress well, in a few minutes on a
+CPU. `--preset` selects an experiment of the DDPO paper, and `--dry-run` only prints the plan of a run. With
+`accelerate launch` or `torchrun`, several processes share the work of one run.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # imports that take seconds are in `prepare`, where Ctrl-C is handled
+    from agents.distributed import Processes
+    from agents.training.run import Run, RunResult
+
+STARTED = time.perf_counter()
+FAILED, BAD_ARGUMENTS, INTERRUPTED = 1, 2, 130
+
+
+def main() -> int:
+    """Parse the command line, train, and print a summary; return the exit code."""
+    try:
+        run = prepare()
+        return run if isinstance(run, int) else train(run)
+    except KeyboardInterrupt:  # before or after training, which handles Ctrl-C itself
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def prepare() -> Run | int:
+    """Load what the command line asks for and print the plan; print the reason if that is not possible.
+
+    Returns:
+        The run that is ready; the exit code after an error or a dry run.
+    """
+    from agents.config.command_line import parse_command_line
+
+    line = parse_command_line(description=__doc__)
+    from agents.distributed import Processes, start_processes
+    from agents.planning.flops import estimate_time
+    from agents.planning.plan import describe_plan
+    from agents.training.preparation import check_run, device_of, prepare_run
+
+    processes = Processes()
+    try:
+        processes = start_processes(device_of(line.config), line.run.process_timeout)
+        run = None if line.dry_run else prepare_run(line.config, processes)
+        config = check_run(line.config, processes).config if run is None else run.config
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+        if processes.is_main:
+            print_error(str(error))
+        processes.shutdown(error)
+        return BAD_ARGUMENTS
+    if processes.is_main:
+        print("\n".join(describe_plan(config, processes.count, estimate_time(config, processes.count))))
+    if run is not None:
+        return run
+    processes.shutdown()
+    return 0
+
+
+def train(run: Run) -> int:
+    """Train, print how it went, and return the exit code."""
+    processes = run.processes
+    try:
+        result = run.train(STARTED)
+    except Exception as error:
+        if processes.is_main:
+            report(error, run)
+        processes.shutdown(error)
+        return FAILED
+    stopped = result.reward_after is None
+    if processes.is_main and stopped:
+        print(f"\nStopped after {result.iterations} iterations; the run is saved. To continue:")
+        print(resume_command(result.folder.path, processes))
+    elif processes.is_main:
+        print(summary(result))
+    processes.shutdown()
+    return INTERRUPTED if stopped else 0
+
+
+def report(error: Exception, run: Run) -> None:
+    """Print what stopped a run, and how to continue it."""
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    print_error(" ".join(f"{type(error).__name__}: {error}{notes}".split()))
+    print(f"The traceback is in {run.folder.error}.")
+    if run.saved_iterations is not None:
+        print(f"The run is saved after {run.saved_iterations} iterations. To continue:")
+        print(resume_command(run.folder.path, run.processes))
+
+
+def print_error(message: str) -> None:
+    """Print an error to standard error."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    Console(stderr=True).print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+def resume_command(folder: Path, processes: Processes) -> str:
+    """Return the command that continues a run; with several processes, what their launcher must start."""
+    is_script = sys.argv[0].endswith(".py")
+    start = ["accelerate", "launch", "..."] if processes.count > 1 else [sys.executable] if is_script else []
+    return f"  {shlex.join([*start, sys.argv[0], '--resume', str(folder)])}"
+
+
+def summary(result: RunResult) -> str:
+    """Return the last words of a finished run: reward before and after, and where to look."""
+    folder, config = result.folder, result.config
+    before, after = result.reward_before, result.reward_after
+    assert before is not None
+    assert after is not None
+    change = (after - before) / abs(before) if before else float("nan")
+    lines = [
+        "",
+        f"Reward ({config.reward}), mean of {config.run.eval_samples} samples from held-out seeds:",
+        f"  before {before:.3f} → after {after:.3f}  ({change:+.1%} of |before|)",
+        f"  {result.iterations} iterations in {result.wall_clock_seconds:.0f} s, start included",
+        "",
+        "Look at",
+        f"  {folder.path}/samples/before_after.png    the same prompts and seeds before, during and after training",
+        f"  {folder.path}/reward.png                  the curve",
+        f"  {folder.path}/summary.json                these figures, and the versions",
+        f"  tensorboard --logdir {folder.path}/tensorboard",
+    ]
+    if folder.judge.is_dir():
+        lines.append(f"  {folder.judge}/                      some images of every call and the judge's answers")
+    if config.policy.lora_rank:
+        lines.append(f"Use it: pipe.load_lora_weights({str(folder.lora)!r}), or ddpo-sample --lora {folder.lora}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""What a diffusion model is: the nine members that every model has, and the abilities that a model may declare.
+
+A prompt becomes conditioning here, and a final latent becomes an image. The environment uses `encode_prompts` and
+`decode`; the policy uses `denoiser` and `predict`. Everything else in the package is written against these two classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+
+from torch import Tensor, nn
+
+Conditioning: TypeAlias = Mapping[str, Tensor]
+"""Conditioning tensors by their diffusers names, each `(batch, ...)`."""
+
+
+@runtime_checkable
+class DiffusionModel(Protocol):
+    """What a diffusion model must offer.
+
+    An object of any class with these members is a model that `load_model` takes: a denoiser of your own. If the model
+    can do more, or generates something else than images, its class derives from `ModelAbilities`.
+    """
+
+    source: str
+    """What `load_model` was given, as a string that finds this model again in this process."""
+    latent_shape: tuple[int, ...]
+    """Shape of one latent, without the batch."""
+    conditioning_shapes: dict[str, tuple[int, ...]]
+    """Shape of each conditioning tensor for one prompt, by its diffusers name."""
+    scheduler: Any
+    """The pipeline's diffusers scheduler; `GaussianSampler.from_scheduler` reads its configuration."""
+    denoiser: nn.Module
+    """The network that is trained. The model itself never changes its weights."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return float32 conditioning `(batch, *conditioning_shapes[name])` on the model's device."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Turn latents `(batch, *latent_shape)` into uint8 images `(batch, height, width, 3)`.
+
+        A model with `draws_images = False` returns its own kind of sample, `(batch, ...)` in a dtype that NumPy has.
+        """
+        ...
+
+    def predict(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """Call `denoiser` on latents `(batch, ...)` at timesteps `(batch,)`; return its output, latent-shaped."""
+        ...
+
+    def save_lora(self, denoiser: nn.Module, folder: Path) -> None:
+        """Write the adapters of `denoiser` such that the pipeline's own `load_lora_weights(folder)` reads them."""
+        ...
+
+
+MEMBERS = tuple(name for name in (*DiffusionModel.__annotations__, *vars(DiffusionModel)) if not name.startswith("_"))
+"""Names of the nine members."""
+
+
+class ModelAbilities:
+    """Abilities beyond `DiffusionModel`, with defaults. A model derives from this class and overrides its own.
+
+    Attributes:
+        draws_images: whether `decode` returns uint8 images.
+        guidance_embeds: whether the denoiser takes the guidance scale as an input and is called once per step;
+            `predict` then finds the scale in `conditioning["guidance"]`, `(batch,)`.
+        resolution: side of the images in pixels if it is not the model's own, else `None`.
+        loading_options: keyword arguments for `from_pretrained` of the family's pipeline.
+    """
+
+    draws_images: bool = True
+    guidance_embeds: bool = False
+    resolution: int | None = None
+    loading_options: ClassVar[dict[str, Any]] = {}
+
+    source: str
+    encode_prompts: Callable[..., dict[str, Tensor]]
+    decode: Callable[..., Tensor]
+
+    def negative_conditioning(self) -> dict[str, Tensor]:
+        """Return what guidance leads away from, each tensor `(1, ...)`: the conditioning of the empty prompt."""
+        return self.encode_prompts([""])
+
+    def sampler_options(self, num_inference_steps: int) -> dict[str, Any]:
+        """Return keyword arguments for `GaussianSampler.from_scheduler`, such as `sigmas` and `mu`: none."""
+        return {}
+
+    def prepare_prompts(self, prompts: Sequence[str]) -> None:
+        """Prepare for prompts that the environment knows it is going to encode: there is nothing to do."""
+
+    def save_memory(self, offload_text_encoder: bool | None, vae_tiling: bool | None) -> None:
+        """Choose how the model needs less of an accelerator's memory, see `load_model`; `None` changes nothing.
+
+        Raises:
+            ValueError: for a choice that the model does not have; here, for both.
+        """
+        choices = {
+            "offload_text_encoder": (offload_text_encoder, "text encoder to move"),
+            "vae_tiling": (vae_tiling, "VAE with tiles"),
+        }
+        for name, (value, missing) in choices.items():
+            if value:
+                raise ValueError(
+                    f"{name} must be False with model {self.source!r}, which has no {missing}; got {value!r}"
+                )
+
+    @property
+    def can_render(self) -> bool:
+        """Whether `render` returns images: `decode` does, or `render` is overridden."""
+        return self.draws_images or type(self).render is not ModelAbilities.render
+
+    def render(self, latents: Tensor) -> Tensor:
+        """Return uint8 images `(batch, height, width, 3)` that show latents `(batch, *latent_shape)`: decoded ones."""
+        return self.decode(latents)
+
+    def at_resolution(self, resolution: int) -> DiffusionModel:
+        """Return a model with the same weights whose images have another side in pixels.
+
+        Raises:
+            ValueError: for a resolution that the model cannot have; here, for all.
+        """
+        raise ValueError(
+            f"resolution must be None with model {self.source!r}, which has only its own; got {resolution!r}"
+        )
+
+
+_ABILITIES = tuple(name for name in vars(ModelAbilities) if not name.startswith("_"))
+
+
+class _DefaultAbilities(ModelAbilities):
+    """The defaults, for a model that does not derive from `ModelAbilities`."""
+
+    def __init__(self, model: DiffusionModel) -> None:
+        self.source = model.source
+        self.encode_prompts = model.encode_prompts
+        self.decode = model.decode
+
+
+def abilities_of(model: DiffusionModel) -> ModelAbilities:
+    """Return the abilities of a model: the model itself if it declares them, else the defaults.
+
+    Raises:
+        ValueError: for a model with a member of `ModelAbilities` whose class does not derive from it.
+    """
+    if isinstance(model, ModelAbilities):
+        return model
+    if undeclared := [name for name in _ABILITIES if hasattr(model, name)]:
+        raise ValueError(
+            f"model {model.source!r} has {', '.join(undeclared)}, so its class {type(model).__name__} must derive from "
+            "ddpo_env.models.ModelAbilities, which declares such abilities"
+        )
+    return _DefaultAbilities(model)

@@ -1,0 +1,144 @@
+"""What the name of a model stands for: a bundled model, a folder or a Hub id, and the family of its pipeline.
+
+Only the code of a family and the index of a pipeline are loaded here. A family of pipelines is one file that implements
+`DiffusionModel`, and one line in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from ddpo_env.models.pipelines import check_libraries, pipeline_index, refuse_pickles
+from ddpo_env.models.protocol import DiffusionModel, ModelAbilities
+
+BUNDLED_MODELS: dict[str, str] = {
+    "tiny": "data/tiny",
+    "points": "ddpo_env.models.families.points:PointsModel",
+    "sd14-random": "data/architectures/sd14.json",
+}
+"""Models that need no download: name → a pipeline's folder below `ddpo_env`, a `module:function` that is called with
+device and dtype, or an architecture that gets random weights (`ddpo_env.models.random_pipelines`)."""
+
+FAMILIES: dict[str, str] = {
+    "StableDiffusionPipeline": "ddpo_env.models.families.stable_diffusion:StableDiffusionModel",
+    "StableDiffusionXLPipeline": "ddpo_env.models.families.stable_diffusion_xl:StableDiffusionXLModel",
+    "StableDiffusion3Pipeline": "ddpo_env.models.families.stable_diffusion_3:StableDiffusion3Model",
+    "FluxPipeline": "ddpo_env.models.families.flux:FluxModel",
+    "DDPMPipeline": "ddpo_env.models.families.ddpm:DDPMModel",
+}
+"""diffusers pipeline class → the adapter of its family, `module:Class`, called with the pipeline and its source."""
+
+VALID_MODELS = (
+    f"a bundled name ({', '.join(BUNDLED_MODELS)}), a folder that exists, a Hub id such as "
+    "'CompVis/stable-diffusion-v1-4', a diffusers pipeline, or a DiffusionModel (by its source while it exists)"
+)
+"""What `load_model` takes, for messages."""
+
+PIPELINE_OBJECT = "pipeline/"
+"""How the source of a pipeline object begins."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def resolve_source(model: str | Path) -> str:
+    """Turn a bundled name, folder or Hub id into what is loaded, without loading anything.
+
+    Raises:
+        ValueError: for a name that is none of these, or a folder without a pipeline.
+    """
+    name = str(model)
+    if name in BUNDLED_MODELS:
+        bundled = files("ddpo_env") / BUNDLED_MODELS[name]
+        return str(bundled) if bundled.is_dir() else name
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"model folder {name!r} holds no diffusers pipeline: it has no model_index.json")
+        return str(folder.resolve())
+    if name.startswith(PIPELINE_OBJECT):
+        raise ValueError(
+            f"model {name!r} stands for a pipeline object that is gone or of another process; pass it again"
+        )
+    looks_like_path = name.startswith((".", "/", "~")) or isinstance(model, Path)
+    if _HUB_ID.fullmatch(name) and not looks_like_path:
+        return name
+    raise ValueError(f"model must be {VALID_MODELS}; got {name!r}")
+
+
+def build_bundled(name: str, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
+    """Build a bundled model that is not a folder, see `BUNDLED_MODELS`."""
+    place = BUNDLED_MODELS[name]
+    if ":" in place:
+        build: Callable[..., DiffusionModel] = _look_up(place)
+        return build(device=device, dtype=dtype)
+    build_pipeline = _look_up("ddpo_env.models.random_pipelines:build_pipeline")
+    pipeline = build_pipeline(Path(place).stem, device, dtype)
+    model: DiffusionModel = family_of(type(pipeline).__name__)(pipeline, name)
+    return model
+
+
+def family_in(location: str) -> tuple[Any, dict[str, Any]]:
+    """Return the adapter's class for the pipeline in a folder or on the Hub, and keywords for its `from_pretrained`.
+
+    Raises:
+        ValueError: for an unknown family, a component of another library, or weights that are pickled.
+        OSError: for a Hub id that cannot be downloaded.
+    """
+    index = pipeline_index(location)
+    family = family_of(index["_class_name"])
+    absent = {name: None for name, place in index.items() if place == [None, None]}
+    options = absent | loading_options(family)
+    components = {name: place for name, place in index.items() if name not in options}
+    check_libraries(location, components)
+    refuse_pickles(Path(location), list(components))
+    return family, options
+
+
+def loading_options(family: Any) -> dict[str, Any]:
+    """Return the keywords for `from_pretrained` that a family declares, see `ModelAbilities.loading_options`."""
+    return family.loading_options if isinstance(family, type) and issubclass(family, ModelAbilities) else {}
+
+
+def family_of(pipeline_class: str) -> Any:
+    """Return the adapter of a diffusers pipeline class.
+
+    Raises:
+        ValueError: for a class that has none.
+    """
+    if pipeline_class not in FAMILIES:
+        raise ValueError(f"model must be one of the pipelines {', '.join(FAMILIES)}; got a {pipeline_class}")
+    with _without_torchvision_warnings():
+        getattr(diffusers, pipeline_class)
+    return _look_up(FAMILIES[pipeline_class])
+
+
+def _look_up(place: str) -> Any:
+    """Return the attribute that `module:name` stands for."""
+    module, name = place.split(":")
+    with _without_torchvision_warnings():
+        return getattr(import_module(module), name)
+
+
+@contextmanager
+def _without_torchvision_warnings() -> Iterator[None]:
+    """When a pipeline's module is imported, transformers warns of a torchvision that nothing here needs."""
+    logger = logging.getLogger("transformers.utils.import_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "requires torchvision (not installed)" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)

@@ -1,0 +1,152 @@
+"""Checks what a caller gives to the constructor, to `reset` and to `step`, before anything is loaded or changed.
+
+Every function raises a `ValueError` that names the parameter, what is valid and what came. Those for `reset` and `step`
+return the checked value in the form that the environment works with.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gymnasium.vector import AutoresetMode
+from torch import Tensor
+
+from ddpo_env.models.protocol import DiffusionModel, abilities_of
+from ddpo_env.prompts.distributions import Prompt, PromptDistribution, PromptSet, load_prompts
+from rewards import NonFinite, Reward, is_images_only, reward_name
+
+BACKENDS = ("numpy", "torch")
+RESET_OPTIONS = ("prompts", "latents", "reset_mask")
+
+
+def check_counts(num_envs: int, samples_per_prompt: int, num_inference_steps: int, part: tuple[int, int]) -> None:
+    """Refuse counts that are not integers above 0, and batches that are not whole groups of `samples_per_prompt`."""
+    counts = {
+        "num_envs": num_envs,
+        "samples_per_prompt": samples_per_prompt,
+        "num_inference_steps": num_inference_steps,
+    }
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
+            raise ValueError(f"{name} must be an integer of at least 1; got {count!r}")
+    if len(part) != 2 or not 0 <= part[0] < part[1]:
+        raise ValueError(f"part must be (index, count) with 0 <= index < count; got {part!r}")
+    if num_envs * part[1] % samples_per_prompt:
+        raise ValueError(f"samples_per_prompt must divide num_envs={num_envs * part[1]}; got {samples_per_prompt}")
+
+
+def check_settings(backend: str, deferred_rewards: bool, non_finite_rewards: str, render_mode: str | None) -> None:
+    """Refuse values that are not among the valid ones."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if not isinstance(deferred_rewards, bool):
+        raise ValueError(f"deferred_rewards must be True or False; got {deferred_rewards!r}")
+    if non_finite_rewards not in get_args(NonFinite):
+        raise ValueError(
+            f"non_finite_rewards must be one of {', '.join(get_args(NonFinite))}; got {non_finite_rewards!r}"
+        )
+    if render_mode not in (None, "rgb_array"):
+        raise ValueError(f"render_mode must be None or 'rgb_array'; got {render_mode!r}")
+
+
+def autoreset_mode_of(mode: str | AutoresetMode) -> AutoresetMode:
+    """Return the mode that a value such as `"SameStep"` stands for."""
+    try:
+        return AutoresetMode(mode)
+    except ValueError:
+        valid = ", ".join(repr(m.value) for m in AutoresetMode)
+        raise ValueError(f"autoreset_mode must be one of {valid}; got {mode!r}") from None
+
+
+def check_reward_and_rendering(model: DiffusionModel, reward: Reward, render_mode: str | None) -> None:
+    """Refuse a reward for images, and rendering, if the model generates no images."""
+    abilities = abilities_of(model)
+    if is_images_only(reward) and not abilities.draws_images:
+        raise ValueError(
+            f"reward {reward_name(reward)} scores images, uint8 (batch, height, width, 3), and model {model.source!r} "
+            "generates none; give a reward for its samples"
+        )
+    if render_mode is not None and not abilities.can_render:
+        raise ValueError(
+            f"render_mode must be None with model {model.source!r}, which generates no images and has no method "
+            f"render(latents); got {render_mode!r}"
+        )
+
+
+def check_names(options: Mapping[str, Any]) -> None:
+    """Refuse options that `reset` does not know."""
+    if unknown := set(options) - set(RESET_OPTIONS):
+        raise ValueError(
+            f"reset options must be among {', '.join(RESET_OPTIONS)}; got {', '.join(sorted(map(repr, unknown)))}"
+        )
+
+
+def seeds_of(seed: int | Sequence[int | None] | None, num_envs: int, first_index: int = 0) -> list[int | None]:
+    """Return one seed per sub-environment: an integer seed `s` gives `s + first_index + i` to sub-environment `i`."""
+    if seed is None:
+        return [None] * num_envs
+    if isinstance(seed, numbers.Integral):
+        return [int(seed) + first_index + index for index in range(num_envs)]
+    if not isinstance(seed, Sequence | np.ndarray) or len(seed) != num_envs:
+        raise ValueError(f"seed must be None, an integer, or one per sub-environment ({num_envs}); got {seed!r}")
+    return [int(one) if isinstance(one, numbers.Integral) else one for one in seed]
+
+
+def reset_mask(mask: Any, num_envs: int, samples_per_prompt: int, first_index: int = 0) -> npt.NDArray[np.bool_]:
+    """Return which sub-environments are reset, `(num_envs,)`: at least one, and whole groups that share a prompt."""
+    if mask is None:
+        return np.ones(num_envs, dtype=np.bool_)
+    if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != (num_envs,):
+        raise ValueError(f"options['reset_mask'] must be a boolean array of shape ({num_envs},); got {mask!r}")
+    groups = (first_index + np.arange(num_envs)) // samples_per_prompt
+    chosen = np.unique(groups[mask])
+    if not mask.any() or not mask[np.isin(groups, chosen)].all():
+        raise ValueError(
+            f"options['reset_mask'] must select at least one sub-environment, and whole groups of samples_per_prompt="
+            f"{samples_per_prompt} sub-environments; got {mask!r}"
+        )
+    return mask
+
+
+def given_prompts(prompts: Any, num_envs: int, own: PromptDistribution) -> list[Prompt] | None:
+    """Return one prompt per sub-environment; a prompt of the environment's `own` set keeps its metadata."""
+    if prompts is None:
+        return None
+    valid = f"options['prompts'] must be a string or one per sub-environment ({num_envs})"
+    per_env = [prompts] * num_envs if isinstance(prompts, str) else prompts
+    if not isinstance(per_env, Sequence | np.ndarray) or len(per_env) != num_envs:
+        raise ValueError(f"{valid}; got {prompts!r}")
+    try:
+        given = load_prompts(list(per_env))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{valid}: {error}") from error
+    assert isinstance(given, PromptSet)
+    known = dict(own) if isinstance(own, PromptSet) else {}
+    return [(prompt, metadata or known.get(prompt, {})) for prompt, metadata in given]
+
+
+def given_latents(latents: Any, num_envs: int, shape: tuple[int, ...]) -> Tensor | None:
+    """Return one latent per sub-environment, `(num_envs, *shape)` on the CPU."""
+    if latents is None:
+        return None
+    tensor = as_float(latents, "options['latents']")
+    if tuple(tensor.shape) not in (shape, (num_envs, *shape)):
+        raise ValueError(
+            f"options['latents'] must have shape {shape} or {(num_envs, *shape)}; got {tuple(tensor.shape)}"
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError("options['latents'] must be finite; got NaN or infinite values")
+    return tensor.cpu().expand(num_envs, *shape)
+
+
+def as_float(values: Any, name: str) -> Tensor:
+    """Return numbers as a float32 tensor on their device; it may share memory with `values`."""
+    try:
+        return torch.as_tensor(values).detach().to(torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be an array or a tensor of numbers; got {values!r}") from error

@@ -1,0 +1,152 @@
+"""Ranges that settings declare in their annotations, and the one function that checks values against them.
+
+A frozen dataclass of settings writes `kl_coef: Annotated[float, Range(at_least=0)] = 0.0` and calls `check_fields` in
+`__post_init__`. A value is then checked in the same way from Python, from the command line and from a file.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+_Options = TypeVar("_Options")
+_Init = TypeVar("_Init", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Range:
+    """Valid finite values of a number, for an annotation.
+
+    Attributes:
+        at_least: smallest valid value.
+        above: a bound that is itself not valid.
+        below: a bound that is itself not valid.
+        at_most: largest valid value.
+    """
+
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+            and (self.at_most is None or value <= self.at_most)
+        )
+
+    def __str__(self) -> str:
+        bounds = {"at least": self.at_least, "above": self.above, "below": self.below, "at most": self.at_most}
+        return " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None) or "finite"
+
+
+AT_LEAST_1 = Range(at_least=1)
+NOT_NEGATIVE = Range(at_least=0)
+POSITIVE = Range(above=0)
+DECAY = Range(at_least=0, below=1)
+
+
+def check_fields(options: Any) -> None:
+    """Check every field of a dataclass instance against its annotation; fields that are dataclasses check themselves.
+
+    Raises:
+        ValueError: naming the field, its value and what is valid.
+    """
+    hints = get_type_hints(type(options), include_extras=True)
+    for field in fields(options):
+        check_value(field.name, getattr(options, field.name), hints[field.name])
+
+
+def check_value(name: str, value: Any, hint: Any) -> None:
+    """Check a value against an annotation: a number, string, path, boolean, `Literal`, tuple or an optional one.
+
+    Args:
+        name: of the setting, for the error.
+        value: of the setting.
+        hint: annotation; `Range`s in an `Annotated` are checked too.
+
+    Raises:
+        ValueError: naming the setting, its value and what is valid.
+    """
+    ranges: list[Range] = []
+    while get_origin(hint) is Annotated:
+        hint, *extras = get_args(hint)
+        ranges += [extra for extra in extras if isinstance(extra, Range)]
+    optional = ""
+    if get_origin(hint) in (Union, UnionType):
+        if value is None and NoneType in get_args(hint):
+            return
+        (hint,) = (one for one in get_args(hint) if one is not NoneType)
+        optional = "None or "
+    if get_origin(hint) is tuple:
+        _check_tuple(name, value, get_args(hint))
+    elif expected := _expected(value, hint):
+        raise ValueError(f"{name} must be {optional}{expected}; got {value!r}")
+    for valid in ranges:
+        if value not in valid:
+            raise ValueError(f"{name} must be {valid}; got {value!r}")
+
+
+def split_options(options_class: type[_Options], arguments: dict[str, Any]) -> tuple[_Options, dict[str, Any]]:
+    """Take the fields of a class of options out of keyword arguments; return the options and the other arguments."""
+    names = {field.name for field in fields(options_class)}  # type: ignore[arg-type]
+    own = {name: value for name, value in arguments.items() if name in names}
+    return options_class(**own), {name: value for name, value in arguments.items() if name not in names}
+
+
+def shows_options(options_class: type[Any]) -> Callable[[_Init], _Init]:
+    """Decorate a constructor that takes `**options`, so that its signature shows the fields of a class of options."""
+
+    def show(init: _Init) -> _Init:
+        signature = inspect.signature(init)
+        shown = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        known = {parameter.name for parameter in shown}
+        for field in fields(options_class):
+            if field.name not in known:
+                default = inspect.Parameter.empty if field.default is MISSING else field.default
+                shown.append(
+                    inspect.Parameter(
+                        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=field.type
+                    )
+                )
+        rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+        init.__signature__ = signature.replace(parameters=[*shown, *rest])  # type: ignore[attr-defined]
+        return init
+
+    return show
+
+
+def _expected(value: Any, hint: Any) -> str | None:
+    """Return what a value of this type must be, if it is not that."""
+    if get_origin(hint) is Literal:
+        return None if value in get_args(hint) else f"one of {', '.join(map(str, get_args(hint)))}"
+    valid: dict[Any, tuple[type | tuple[type, ...], str]] = {
+        bool: (bool, "True or False"),
+        int: (numbers.Integral, "an integer"),
+        float: (numbers.Real, "a number"),
+        str: (str, "a string"),
+        Path: (Path, "a path"),
+    }
+    if hint not in valid:
+        return None
+    types, name = valid[hint]
+    is_flag = isinstance(value, bool) and hint is not bool
+    return None if isinstance(value, types) and not is_flag else name
+
+
+def _check_tuple(name: str, value: Any, element_hints: tuple[Any, ...]) -> None:
+    is_open = len(element_hints) == 2 and element_hints[1] is Ellipsis
+    if not isinstance(value, tuple) or not (is_open or len(value) == len(element_hints)):
+        length = "" if is_open else f" of {len(element_hints)} values"
+        raise ValueError(f"{name} must be a tuple{length}; got {value!r}")
+    for index, element in enumerate(value):
+        check_value(f"{name}[{index}]", element, element_hints[0 if is_open else index])
