@@ -212,6 +212,7 @@ def test_dry_run_refuses_as_a_run_does(nothing_happens, monkeypatch, capsys, arg
         raise ValueError(shown[0].err)
 
 
+@pytest.mark.usefixtures("count_once")
 @pytest.mark.parametrize("name", PRESETS)
 def test_dry_run_loads_nothing_and_leaves_nothing(nothing_happens, monkeypatch, capsys, name):
     assert run_script("train_ppo", ["--dry-run", "--preset", name, "--device=cpu"], monkeypatch) == 0
@@ -224,6 +225,7 @@ def test_dry_run_loads_nothing_and_leaves_nothing(nothing_happens, monkeypatch, 
     assert list(nothing_happens.iterdir()) == []
 
 
+@pytest.mark.usefixtures("count_once")
 def test_dry_run_asks_no_server(nothing_happens, monkeypatch, capsys):
     arguments = ["--preset=sd14-alignment", "--reward-options", "server=http://localhost:1/v1", "--dry-run"]
     assert run_script("train_ppo", arguments, monkeypatch) == 0
