@@ -6,6 +6,8 @@ size is halved as long as memory runs out. The result is written to `config.yaml
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from accelerate.utils import find_executable_batch_size
 
@@ -31,20 +33,30 @@ def fit_micro_batch_size(algorithm: TensorOnPolicyAlgorithm) -> int:
     most = algorithm.batch_size or algorithm.n_steps * algorithm.n_envs * processes.count
     if policy.device.type == "cpu":
         return largest_divisor(most, CPU_ROWS // (2 if policy.negative_conditioning else 1))
-    sizes = [most]
+    with processes.fail_together():
+        fitting = largest_fitting(most, lambda rows: _training_call(algorithm, policy, rows))
+    return min(processes.gather_objects(fitting))
+
+
+def largest_fitting(most: int, call: Callable[[int], None]) -> int:
+    """Return the largest size for which a call does not run out of memory: `most`, or a divisor of it.
+
+    Raises:
+        RuntimeError: if a call of size 1 runs out of memory.
+    """
+    size = most
 
     def halve() -> int:
-        sizes.append(largest_divisor(most, sizes[-1] // 2) if sizes[-1] > 1 else 0)
-        return sizes[-1]
+        nonlocal size
+        size = largest_divisor(most, size // 2) if size > 1 else 0
+        return size
 
     @find_executable_batch_size(starting_batch_size=most, reduce_batch_size_fn=halve)
     def fitting(batch_size: int) -> int:
-        _training_call(algorithm, policy, batch_size)
+        call(batch_size)
         return batch_size
 
-    with processes.fail_together():
-        fit = int(fitting())
-    return min(processes.gather_objects(fit))
+    return int(fitting())
 
 
 def _training_call(algorithm: TensorOnPolicyAlgorithm, policy: DiffusionPolicy, rows: int) -> None:

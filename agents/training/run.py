@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +82,7 @@ class Run:
         config: TrainConfig,
         algorithm: TensorOnPolicyAlgorithm,
         folder: RunFolder,
-        listeners: Sequence[RunListener],
+        listeners: list[RunListener],
     ) -> None:
         self.config = config
         self.algorithm = algorithm

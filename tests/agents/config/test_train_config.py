@@ -1,0 +1,84 @@
+"""Settings by name: where they go, what is refused, and files of this and of older versions."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from agents import TrainConfig, train_config
+
+
+def test_settings_find_their_group_by_name():
+    config = train_config(model="x", lora_rank=2, kl_coef=0.5, epochs=3, adam_beta1=0.5, eval_samples=7)
+    assert (config.model, config.policy.lora_rank, config.update.kl_coef) == ("x", 2, 0.5)
+    assert (config.training.epochs, config.optimizer.adam_beta1, config.run.eval_samples) == (3, 0.5, 7)
+    assert config.policy.lora_targets == TrainConfig().policy.lora_targets, "the others keep their defaults"
+
+
+def test_names_of_settings_are_unique():
+    config = TrainConfig()
+    names = [field.name for field in dataclasses.fields(config)]
+    for group in (config.policy, config.update, config.training, config.optimizer, config.run):
+        names += [field.name for field in dataclasses.fields(group)]
+    assert len(names) == len(set(names))
+
+
+def test_a_configuration_cannot_be_changed_in_place():
+    config = TrainConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.model = "x"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.policy.lora_rank = 1
+    assert config.changed(lora_rank=1).policy.lora_rank == 1
+    assert config.policy.lora_rank == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora_rnk": 2}, "there is no setting 'lora_rnk'; did you mean lora_rank?"),
+        ({"colour": "blue"}, "there is no setting 'colour'"),
+        ({"seed": "0"}, "seed must be an integer; got '0'"),
+        ({"gradient_checkpointing": "no"}, "gradient_checkpointing must be True or False; got 'no'"),
+        ({"reward_options": ["a=1"]}, "reward_options must be a tuple"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        train_config(**settings)
+
+
+def test_file_gives_the_same_configuration(tmp_path):
+    config = train_config(run_dir=tmp_path, reward_options=("a=1",), timestep_window=(0.1, 0.7)).resolved()
+    assert TrainConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.as_dict()))) == config
+
+
+def test_file_of_version_0_1_is_read():
+    """Its groups were others: run, task, policy, training, optimizer."""
+    old = {
+        "run": {"run_dir": "runs/x", "resume": None, "iterations": 20, "keep_checkpoints": 2},
+        "task": {"model": "tiny", "reward": "aesthetic", "resolution": None},
+        "policy": {"lora_rank": 4, "merge_lora": None},
+        "training": {"algorithm": "ppo", "kl_coef": 0.25, "overlap_rewards": True, "timestep_window": [0.0, 0.5]},
+        "optimizer": {"learning_rate": 0.1},
+    }
+    config = TrainConfig.from_dict(old)
+    assert (config.reward, config.policy.lora_rank, config.update.kl_coef) == ("aesthetic", 4, 0.25)
+    assert (config.update.timestep_window, config.learning_rate) == ((0.0, 0.5), 0.1)
+    old["training"]["overlap_rewards"] = False
+    with pytest.raises(ValueError, match="overlap_rewards is no longer a setting"):
+        TrainConfig.from_dict(old)
+
+
+@pytest.mark.parametrize("values", [None, "text", [], {}, {"run": {}}, {"run": {"colour": 1}}])
+def test_other_files_are_refused(values):
+    with pytest.raises(ValueError, match="no settings of a run"):
+        TrainConfig.from_dict(values)
+
+
+def test_resolving_fills_every_gap_once():
+    config = train_config(algorithm="rwr", samples_per_iteration=40).resolved()
+    assert (config.iterations, config.learning_rate, config.training.epochs) == (20, 2e-3, 5)
+    assert (config.training.sample_batch_size, config.training.samples_per_prompt) == (40, 8)
+    assert config.training.advantage == "per_prompt"
+    assert config.resolved() == config
