@@ -27,3 +27,12 @@ def figures_of(monkeypatch, capsys):
         return json.loads(shown.out[shown.out.index("{\n") :])
 
     return run
+
+
+@pytest.fixture
+def small_architecture(monkeypatch):
+    """Make the random model `sd14` as small as `small`."""
+    import random_stable_diffusion
+
+    architectures = random_stable_diffusion.pipelines.ARCHITECTURES
+    monkeypatch.setitem(architectures, "sd14", architectures["small"])
