@@ -37,7 +37,7 @@ class Arguments:
     against: Path
     """Python interpreter of an environment with TRL."""
     model: str
-    """Folder in diffusers' layout, Hub id, or sd14-random, which is written to a folder first, because TRL needs one."""
+    """Folder in diffusers' layout, Hub id, or sd14-random, which is written to a folder for TRL."""
     model_folder: Path | None = None
     """Folder of sd14-random, written if it is not there (4.3 GB, in bfloat16 half). Default: a temporary folder."""
     resolution: int | None = None
