@@ -175,9 +175,7 @@ def measure(arguments: Arguments) -> Figures:
                 "not_measured": sorted(set(get_args(Part)) - set(figures)),
                 "parts": figures,
             }
-            arguments.json.write_text(
-                json.dumps(result, indent=2) + "\n"
-            )  # after every part, because a run may be stopped
+            arguments.json.write_text(json.dumps(result, indent=2) + "\n")  # after every part: a run may be stopped
     return result
 
 
