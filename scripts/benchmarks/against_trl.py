@@ -92,7 +92,7 @@ class Trainer:
         for line in self._pipes[1]:
             if line.startswith(beginning):
                 return line
-        raise RuntimeError(f"{self.process.args} ended early:\n{self.process.communicate()[1][-2000:]}")
+        raise RuntimeError(f"{self.process.args!r} ended early:\n{self.process.communicate()[1][-2000:]}")
 
     def iteration(self) -> dict[str, float]:
         """Run one iteration and return the seconds of its phases."""

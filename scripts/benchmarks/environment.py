@@ -193,7 +193,7 @@ def main() -> int:
     try:
         arguments.check()
         torch.set_num_threads(arguments.threads)
-        rows = []
+        rows: list[Row] = []
         with tempfile.TemporaryDirectory() as folder:
             for reward in arguments.rewards:
                 rows.extend(compare(arguments, reward, Path(folder)))

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.logger import Logger
 
 from agents import VectorEnvAdapter, train_config
+from agents.config.sizes import must_divide
 from agents.distributed import Processes
 from agents.training.build import build_algorithm
 from ddpo_env import DenoisingVectorEnv
@@ -58,7 +59,12 @@ class SlowBrightness:
 
 
 def iteration_of(arguments: Arguments, reward: SlowBrightness) -> Callable[[], tuple[float, float]]:
-    """Return a function that runs an iteration and returns the seconds of its sampling and of the whole iteration."""
+    """Return a function that runs an iteration and returns the seconds of its sampling and of the whole iteration.
+
+    Raises:
+        ValueError: for samples that the batches do not divide.
+    """
+    must_divide("batches", arguments.batches, "samples", arguments.samples)
     config = train_config(
         num_inference_steps=arguments.num_inference_steps,
         samples_per_iteration=arguments.samples,
