@@ -1,12 +1,17 @@
-"""What an iteration costs on many processes: a model of a few constants, measured here, and checked against runs.
+"""Predict the time of an iteration on many processes from a few constants, and check the prediction against runs.
 
-Measures the constants (seconds of a denoiser's row with and without gradient, of a decoded picture, an encoded prompt,
-a scored picture, an optimizer step, an exchanged byte) in as many processes at once as share the machine, predicts the
-iteration, and times real iterations of as many processes beside it. With `--plan` nothing is measured: the model is
-evaluated for fleets of GPUs, with constants that are stated and not measured.
+    python scripts/benchmarks/cost_model.py
+    python scripts/benchmarks/cost_model.py --plan
+
+The constants are the seconds of a row of the denoiser (with and without gradient), a decoded image, an encoded prompt,
+a scored image, an optimizer step and an exchanged byte. They are measured in all processes at the same time. The
+script predicts the time of an iteration from them, and times real iterations with the same number of processes.
+`--plan` measures nothing. It evaluates the model for numbers of GPUs, with assumed constants.
 """
 
+import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -17,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from benchmark_scaling import Arguments, as_json, configuration, describe_machine, launch, turn
 from rich.console import Console
 from rich.table import Table
+from scaling import Arguments, as_json, configuration, describe_machine, launch, turn
 
 WORKER = "--worker"
 _REPEATS = 3
@@ -30,15 +35,15 @@ class Constants:
     """Seconds on one process, unless said otherwise.
 
     Attributes:
-        forward: of a row: the denoiser called on one latent, in sampling.
-        training: of a row with the gradient of what learns.
-        decode: of a picture by the VAE.
-        encode: of a prompt that is met for the first time.
-        reward: of a picture's score.
-        update: of clipping and the optimizer's step.
-        exchange: of an exchange between processes, whatever its size.
-        byte: of one byte more in it.
-        exchanged: bytes of what learns.
+        forward: one row of the denoiser, which is one latent, in sampling.
+        training: one row in training, with the gradient of the weights that learn.
+        decode: one image, decoded by the VAE.
+        encode: one new prompt.
+        reward: the score of one image.
+        update: gradient clipping and one optimizer step.
+        exchange: one exchange between processes, without its bytes.
+        byte: each byte of an exchange.
+        exchanged: not seconds but bytes: the size of the weights that learn.
     """
 
     forward: float
@@ -53,25 +58,25 @@ class Constants:
 
 
 @dataclass(frozen=True)
-class Iteration:
-    """What is done in an iteration by all processes together.
+class Workload:
+    """The work of one iteration, of all processes together.
 
     Attributes:
-        pictures: that are drawn.
+        images: number of generated images.
         sampled: rows of the denoiser in sampling.
         trained: rows of the denoiser in training.
-        again: rows without gradient, by which half precision computes the log-probabilities again.
-        prompts: that are encoded for the first time.
-        updates: optimizer steps.
+        recomputed: rows without gradient, which compute log-probabilities again in half precision.
+        prompts: number of new prompts.
+        updates: number of optimizer steps.
         rollout: bytes of all latents of all trajectories.
-        overlaps: whether rewards cost no time of their own, because another machine or a second core has them; else
-            they take their turn with the denoiser, as on a CPU of which every core is busy.
+        overlaps: whether rewards take no extra time, because another machine or a free core computes them. If not, the
+            denoiser waits for them, as on a CPU whose cores are all busy.
     """
 
-    pictures: int
+    images: int
     sampled: int
     trained: int
-    again: int
+    recomputed: int
     prompts: int
     updates: int
     rollout: int
@@ -83,7 +88,7 @@ class Choices(Arguments):
     """The work of an iteration; the defaults are those of train_ppo.py."""
 
     plan: bool = False
-    """Evaluate the model for fleets of GPUs, with constants that are stated and not measured."""
+    """Evaluate the model for numbers of GPUs, with assumed constants; measure nothing."""
 
 
 ASSUMED = Constants(
@@ -97,50 +102,50 @@ ASSUMED = Constants(
     byte=1 / 20e9,
     exchanged=4 * 797_184,
 )
-"""SD 1.4 at 512² with a LoRA of rank 4 on one H200, assumed and not measured: the operations that `agents.planning.flops` counts
-at 300 TFLOP/s in bfloat16, 4 ms for a JPEG in one core, 20 GB/s between machines."""
-PICTURES_A_GPU = 32
-"""In an iteration of the plan; on 8 GPUs that makes the paper's 256."""
+"""Stable Diffusion 1.4 at 512² with a LoRA of rank 4 on one H200: assumed, not measured. `agents.planning.flops` counts
+the operations, at 300 TFLOP/s in bfloat16; a JPEG takes one core 4 ms; machines exchange 20 GB/s."""
+IMAGES_PER_GPU = 32
+"""Images per iteration and GPU in the plan; 8 GPUs generate the paper's 256."""
 
 
 def plan() -> Table:
-    """Return the seconds of an iteration of the paper's compressibility task, with a fleet's share of pictures."""
-    fleets = (1, 8, 64, 1000)
+    """Return the seconds of an iteration of the paper's compressibility task, with `IMAGES_PER_GPU` images per GPU."""
+    gpus = (1, 8, 64, 1000)
     columns = []
-    for count in fleets:
-        pictures = PICTURES_A_GPU * count
-        rows = pictures * 50 * 2
-        rollout = 4 * 16_384 * pictures * 51
-        work = Iteration(pictures, rows, rows, again=rows, prompts=pictures, updates=4, rollout=rollout, overlaps=True)
+    for count in gpus:
+        images = IMAGES_PER_GPU * count
+        rows = images * 50 * 2
+        rollout = 4 * 16_384 * images * 51
+        work = Workload(images, rows, rows, recomputed=rows, prompts=images, updates=4, rollout=rollout, overlaps=True)
         columns.append(predict(ASSUMED, work, count) | {"rollout in every process, GB": rollout / 1e9})
-    table = Table("seconds of an iteration", *(f"{count} GPUs" for count in fleets), title="constants are assumed")
+    table = Table("seconds of an iteration", *(f"{count} GPUs" for count in gpus), title="constants are assumed")
     for name in columns[0]:
         table.add_row(name, *(f"{column[name]:.2f}" for column in columns))
     return table
 
 
-def predict(constants: Constants, work: Iteration, processes: int) -> dict[str, float]:
-    """Return the seconds of an iteration by what they are spent on."""
-    shared = {
+def predict(constants: Constants, work: Workload, processes: int) -> dict[str, float]:
+    """Return the seconds of an iteration, by what takes the time."""
+    divided = {
         "UNet, sampling": work.sampled * constants.forward,
-        "VAE": work.pictures * constants.decode,
+        "VAE": work.images * constants.decode,
         "text": work.prompts * constants.encode,
-        "reward": 0.0 if work.overlaps else work.pictures * constants.reward,
-        "UNet, again": work.again * constants.forward,
+        "reward": 0.0 if work.overlaps else work.images * constants.reward,
+        "UNet, log-probabilities": work.recomputed * constants.forward,
         "UNet, training": work.trained * constants.training,
     }
-    seconds = {name: value / processes for name, value in shared.items()}
+    seconds = {name: value / processes for name, value in divided.items()}
     seconds["optimizer"] = work.updates * constants.update
     exchanges = 0.0
     if processes > 1:
-        # An update sums gradients and metrics and agrees on errors; a rollout is gathered by everybody.
+        # An update sums gradients and metrics, and compares errors; every process gathers the whole rollout.
         exchanges = 3 * work.updates * constants.exchange + work.updates * constants.exchanged * constants.byte
         exchanges += 20 * constants.exchange + work.rollout * constants.byte
     return seconds | {"communication": exchanges}
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Return the median seconds of a call, after one that is not counted."""
+    """Return the median seconds of a call; a first call is not timed."""
     work()
     seconds = []
     for _ in range(_REPEATS):
@@ -151,12 +156,11 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 def measure(arguments: Arguments, output: Path) -> None:
-    """Measure the constants in this process, while the others of its run do the same; the main one writes the means."""
+    """Measure the constants in this process while the other processes do the same; the main one writes the means."""
     import numpy as np
     import torch
 
-    from agents.policy.diffusion_policy import DiffusionPolicy
-    from agents.training.preparation import prepare_run
+    from agents import DiffusionPolicy, prepare_run
     from rewards import evaluate_reward
 
     torch.set_num_threads(1)
@@ -165,7 +169,7 @@ def measure(arguments: Arguments, output: Path) -> None:
     assert algorithm.env is not None
     assert isinstance(policy, DiffusionPolicy)
     model, rows, reward = policy.model, algorithm.n_envs, algorithm.env.get_attr("reward")[0]
-    learning = [weight for weight in policy.parameters() if weight.requires_grad]
+    learning = policy.trainable_parameters()
 
     def inputs(count: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         embeds = model.encode_prompts(["a cat"])
@@ -173,8 +177,8 @@ def measure(arguments: Arguments, output: Path) -> None:
         return torch.randn(count, *model.latent_shape), torch.full((count,), 500.0), conditioning
 
     sampling, training = inputs(rows), inputs(arguments.train_batch_size)
-    pictures = model.decode(torch.randn(rows, *model.latent_shape)).cpu().numpy()
-    words = iter(range(10**6))
+    images = model.decode(torch.randn(rows, *model.latent_shape)).cpu().numpy()
+    numbers = itertools.count()
     gradients = torch.zeros(sum(weight.numel() for weight in learning))
     small = torch.zeros(8)
 
@@ -193,20 +197,20 @@ def measure(arguments: Arguments, output: Path) -> None:
         found = {
             "forward": timed(lambda: policy.predict_output(*sampling)) / rows,
             "decode": timed(lambda: model.decode(sampling[0])) / rows,
-            "encode": timed(lambda: model.encode_prompts([f"animal {next(words)}"])),
+            "encode": timed(lambda: model.encode_prompts([f"animal {next(numbers)}"])),
         }
     found["training"] = timed(backward) / arguments.train_batch_size
-    found["reward"] = timed(lambda: evaluate_reward(reward, pictures, ["a cat"] * rows, [{}] * rows)) / rows
+    found["reward"] = timed(lambda: evaluate_reward(reward, images, ["a cat"] * rows, [{}] * rows)) / rows
     found["update"] = timed(update)
     processes.gather_objects(None)
     found["exchange"] = timed(lambda: processes.sum(small))
-    whole = timed(lambda: processes.sum(gradients))
-    found["byte"] = max(0.0, whole - found["exchange"]) / gradients.nbytes
-    everybody = processes.gather_objects(found)
+    all_gradients = timed(lambda: processes.sum(gradients))
+    found["byte"] = max(0.0, all_gradients - found["exchange"]) / gradients.nbytes
+    gathered = processes.gather_objects(found)
     if processes.is_main:
-        means = {name: float(np.mean([one[name] for one in everybody])) for name in found}
+        means = {name: float(np.mean([one[name] for one in gathered])) for name in found}
         output.write_text(json.dumps(means | {"exchanged": gradients.nbytes}))
-    processes.leave()
+    processes.shutdown()
 
 
 def constants_of(arguments: Arguments, processes: int) -> Constants:
@@ -217,42 +221,39 @@ def constants_of(arguments: Arguments, processes: int) -> Constants:
         return Constants(**json.loads(output.read_text()))
 
 
-def iteration_of(arguments: Arguments) -> Iteration:
-    """Return the work of the benchmark's iteration, whose prompts have been encoded in earlier ones."""
+def workload_of(arguments: Arguments) -> Workload:
+    """Return the work of one iteration; its prompts were encoded in earlier iterations."""
     from agents.planning.plan import denoiser_rows
     from ddpo_env.models.outline import outline_model
 
-    config = configuration(arguments, Path("unused"))
+    config = configuration(arguments, Path("unused")).resolved()
     rows = denoiser_rows(config)
     outline = outline_model(arguments.model)
     assert outline is not None
-    latent = 1
-    for side in outline.latent_shape:
-        latent *= side
-    pictures = arguments.samples
-    return Iteration(
-        pictures=pictures,
-        sampled=rows.sampling // config.iterations,
-        trained=rows.training // config.iterations,
-        again=rows.measuring // config.iterations,
+    images = arguments.samples
+    return Workload(
+        images=images,
+        sampled=rows.sampling // config.total_iterations,
+        trained=rows.training // config.total_iterations,
+        recomputed=rows.measuring // config.total_iterations,
         prompts=0,
         updates=arguments.updates,
-        rollout=4 * latent * pictures * (arguments.num_inference_steps + 1),
+        rollout=4 * math.prod(outline.latent_shape) * images * (arguments.num_inference_steps + 1),
     )
 
 
 def check(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Compare predicted and measured seconds of one process and of several."""
-    work = iteration_of(arguments)
+    work = workload_of(arguments)
     counts = (1, arguments.processes)
     turns: dict[int, list[Turn]] = {count: [] for count in counts}
-    for _ in range(arguments.repeats):  # in turns, so that a busy machine disturbs all alike
+    for _ in range(arguments.repeats):  # in turns, so that other users of the machine slow all of them down equally
         for count in counts:
             predicted = predict(constants := constants_of(arguments, count), work, count)
             measured = arguments.samples / turn(arguments, count)["iteration"]
             turns[count].append(Turn(constants, predicted, measured))
-        told = ", ".join(f"{count}: {turns[count][-1].ratio:.2f}" for count in counts)
-        console.print(f"predicted over measured, by processes: {told}")
+        ratios = ", ".join(f"{count}: {turns[count][-1].ratio:.2f}" for count in counts)
+        console.print(f"predicted over measured, by number of processes: {ratios}")
     return {
         "processes": {str(count): describe_turns(of_count) for count, of_count in turns.items()},
         "speedup": statistics.median(
@@ -265,7 +266,7 @@ def check(arguments: Arguments, console: Console) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Turn:
-    """Constants, predicted seconds by what they are spent on, and measured seconds of an iteration."""
+    """Constants, predicted seconds by what takes the time, and measured seconds of an iteration."""
 
     constants: Constants
     predicted: dict[str, float]
@@ -278,7 +279,7 @@ class Turn:
 
 
 def describe_turns(turns: list[Turn]) -> dict[str, Any]:
-    """Return the turn whose ratio is the median, and all ratios."""
+    """Return the figures of the turn with the median ratio, and all ratios."""
     middle = sorted(turns, key=lambda one: one.ratio)[len(turns) // 2]
     return {
         "constants": asdict(middle.constants),
@@ -291,7 +292,7 @@ def describe_turns(turns: list[Turn]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure, compare, print and write; or plan."""
+    """Compare prediction and measurement, and print and write the figures; or print the plan."""
     if sys.argv[1:2] == [WORKER]:
         measure(Arguments(**json.loads(sys.argv[2])), Path(sys.argv[3]))
         return 0

@@ -39,7 +39,7 @@ class Arguments:
     rewards: tuple[str, ...] = ("jpeg_compressibility", "jpeg_incompressibility")
     """Names of rewards; each is a task of its own."""
     prompts: str = "simple_animals"
-    """Name of a prompt set, or a text file with a prompt per line."""
+    """Name of a prompt set, or a text file with one prompt per line."""
     num_inference_steps: int = 10
     """Denoising steps, the length of an episode."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -193,7 +193,7 @@ def main() -> int:
     try:
         arguments.check()
         torch.set_num_threads(arguments.threads)
-        rows = []
+        rows: list[Row] = []
         with tempfile.TemporaryDirectory() as folder:
             for reward in arguments.rewards:
                 rows.extend(compare(arguments, reward, Path(folder)))

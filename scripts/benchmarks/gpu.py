@@ -1,19 +1,21 @@
-"""What the bars for one GPU ask for, measured in one command and written to one file.
+"""Measure everything that has a bar for one GPU, with one command, and write it to one file.
 
     python scripts/benchmarks/gpu.py --against trl-venv/bin/python --json gpu.json
     python scripts/benchmarks/gpu.py --miniature
 
-The parts, each a process of its own, so that each has its own peak of memory:
+A bar is the largest value that a figure may have. Each part is a process of its own, because each has its own peak
+memory:
 
-* `iteration`: Stable Diffusion 1.4's architecture at 512 × 512, 256 pictures of 50 steps, guidance 5, 4 updates, LoRA
-  of rank 4, bfloat16, by `benchmark.py`, next to its bare denoiser calls. It runs an iteration that is not timed, one
-  that is, and the bare calls: three times an iteration's time.
-* `against`: the same work on 32 pictures next to TRL, by `benchmark_against.py`; only with `--against`.
-* `memory`: the same with one picture and one pair a call.
-* `sdxl`: SDXL's architecture at 1024 × 1024, one picture and one pair a call, with gradient checkpointing.
+* `iteration`: an iteration of Stable Diffusion 1.4's architecture at 512 × 512 next to its bare denoiser calls, by
+  `overhead.py`: 256 images of 50 steps, guidance 5, 4 updates, LoRA of rank 4, bfloat16. It takes as long as three
+  iterations: one is not timed, one is, and then come the bare calls.
+* `against`: the same work on 32 images next to TRL, by `against_trl.py`; only with `--against`.
+* `memory`: the same model with one image, and one pair per training call.
+* `sdxl`: SDXL's architecture at 1024 × 1024 with one image, one pair per training call, and gradient checkpointing.
 
-Weights are random. A folder for SDXL (7 GB) is written first, and one for Stable Diffusion 1.4 (2 GB) if there is TRL.
-`--miniature` does all that on a CPU with small networks: it says whether the recipe works, and nothing about a bar.
+The weights are random. A folder for SDXL (7 GB) is written first, and one for Stable Diffusion 1.4 (2 GB) with
+`--against`. `--miniature` runs all parts on a CPU with small networks. It checks the commands and says nothing about a
+bar.
 """
 
 import json
@@ -28,7 +30,7 @@ from typing import Any, Literal, get_args
 import random_stable_diffusion
 import tyro
 
-SCRIPTS = Path(__file__).parent
+FOLDER = Path(__file__).parent
 Part = Literal["iteration", "against", "memory", "sdxl"]
 Figures = dict[str, Any]
 
@@ -40,7 +42,7 @@ BARS: dict[str, tuple[Part, Callable[[Figures], float], float]] = {
     "peak_memory_mb_at_batch_1": ("memory", lambda figures: figures["peak_memory_mb"], 6000.0),
     "sdxl_peak_memory_mb_at_batch_1": ("sdxl", lambda figures: figures["peak_memory_mb"], 16000.0),
 }
-"""What is measured, in which part, and how much it may be at most; memory in 10^6 bytes."""
+"""The part that measures a figure, how it is read there, and its largest valid value; memory in 10^6 bytes."""
 
 
 @dataclass(kw_only=True)
@@ -48,32 +50,32 @@ class Arguments:
     """What is measured."""
 
     parts: tuple[Part, ...] = get_args(Part)
-    """Which; `against` is left out where there is no TRL."""
+    """Parts to measure; `against` is left out without `--against`."""
     against: Path | None = None
-    """Python interpreter of an environment with TRL, see benchmark_trl.py."""
+    """Python interpreter of an environment with TRL, see trl_trainer.py."""
     device: str = "cuda"
-    """cuda, cuda:1, ...; TRL takes cuda alone."""
+    """cuda, cuda:1, ...; TRL takes only cuda."""
     sample_batch_size: int = 32
-    """Pictures drawn at once, in our iteration."""
+    """Images generated at once in our iteration."""
     train_batch_size: int = 0
-    """Pairs in one call of our training. 0: as many as fit."""
+    """Pairs in one training call of ours. 0: as many as fit into the memory."""
     repeats: int = 1
-    """Iterations that are timed, and turns of each next to TRL."""
+    """Timed iterations, and iterations of each trainer in the comparison with TRL."""
     models: Path | None = None
-    """Folder in which random models are written, and found again. Default: one for this run alone."""
+    """Folder in which random models are written and found again. Default: a temporary folder."""
     miniature: bool = False
-    """On a CPU with small networks."""
+    """Use small networks on a CPU."""
     json: Path = Path("gpu.json")
-    """Where to write the figures."""
+    """File that the figures are written to."""
 
 
 def flags(**values: Any) -> list[str]:
-    """Return a command line of settings."""
+    """Return settings as flags of a command line."""
     return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
 
 
 def commands(arguments: Arguments, models: Path) -> dict[str, list[str]]:
-    """Return the command line of every part that is wanted, by its name; each begins with its script.
+    """Return the command line of each wanted part by its name; a command line begins with the script.
 
     Args:
         arguments: what is measured.
@@ -81,8 +83,8 @@ def commands(arguments: Arguments, models: Path) -> dict[str, list[str]]:
     """
     small = arguments.miniature
     steps, short = (2, 2) if small else (50, 4)
-    pictures = 4 if small else 256
-    sampled = min(arguments.sample_batch_size, pictures)
+    images = 4 if small else 256
+    sampled = min(arguments.sample_batch_size, images)
     place = {"device": "cpu" if small else arguments.device, "dtype": "float32" if small else "bfloat16"}
     shared = {**place, "guidance_scale": 5, "lora_rank": 4}
     whole = ["--lora-targets=attention", "--timestep-fraction=1", "--timestep-window", "0", "1"]
@@ -91,22 +93,22 @@ def commands(arguments: Arguments, models: Path) -> dict[str, list[str]]:
     named = str(models / "small") if small else "sd14-random"
     found = {
         "iteration": [
-            "benchmark.py",
-            *flags(model=named, **shared, samples=pictures, updates=2 if small else 4, num_inference_steps=steps),
+            "overhead.py",
+            *flags(model=named, **shared, samples=images, updates=2 if small else 4, num_inference_steps=steps),
             *flags(repeats=arguments.repeats),
             *whole,
             *ours,
         ],
         "against": [
-            "benchmark_against.py",
+            "against_trl.py",
             *flags(against=arguments.against, model=models / ("small" if small else "sd14"), **shared),
             *flags(samples=4 if small else 32, sample_batch_size=4 if small else 8, train_batch_size=4, updates=1),
             *flags(num_inference_steps=steps, rounds=arguments.repeats),
             f"--ours={' '.join(ours if small else flags(sample_batch_size=32, train_batch_size=0))}",
         ],
-        "memory": ["benchmark.py", *flags(model=named, **shared), *whole, *single],
+        "memory": ["overhead.py", *flags(model=named, **shared), *whole, *single],
         "sdxl": [
-            "benchmark.py",
+            "overhead.py",
             *flags(model=models / ("small-sdxl" if small else "sdxl"), **shared),
             "--gradient-checkpointing",
             *whole,
@@ -118,7 +120,7 @@ def commands(arguments: Arguments, models: Path) -> dict[str, list[str]]:
 
 
 def write_models(arguments: Arguments, lines: dict[str, list[str]], models: Path) -> None:
-    """Write the folders that the command lines name and that are not there yet."""
+    """Write the models that the command lines name and that do not exist yet."""
     for architecture in random_stable_diffusion.pipelines.ARCHITECTURES:
         folder = models / architecture
         named = any(f"--model={folder}" in line for line in lines.values())
@@ -128,12 +130,12 @@ def write_models(arguments: Arguments, lines: dict[str, list[str]], models: Path
 
 
 def run_script(line: list[str], output: Path) -> Figures:
-    """Run a script in a process of its own, and return what it wrote.
+    """Run a script in a process of its own and return its figures.
 
     Raises:
-        RuntimeError: if it fails, with the end of what it said.
+        RuntimeError: if it fails; the message ends with its error output.
     """
-    command = [sys.executable, str(SCRIPTS / line[0]), *line[1:], f"--json={output}"]
+    command = [sys.executable, str(FOLDER / line[0]), *line[1:], f"--json={output}"]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(line)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
@@ -141,9 +143,9 @@ def run_script(line: list[str], output: Path) -> Figures:
 
 
 def compared(figures: dict[str, Figures], is_miniature: bool) -> dict[str, Figures]:
-    """Return every bar of a part that was measured: the figure, what it may be at most, and whether it is.
+    """Return the bars of the measured parts: the figure, its largest valid value, and whether the bar is met.
 
-    A miniature says nothing about that.
+    With a miniature, `met` is `None`.
     """
     bars = {}
     for name, (part, read, limit) in BARS.items():
@@ -154,7 +156,7 @@ def compared(figures: dict[str, Figures], is_miniature: bool) -> dict[str, Figur
 
 
 def measure(arguments: Arguments) -> Figures:
-    """Run the parts; return their figures and the bars. A part that fails has its error there, and the others go on."""
+    """Run the parts and return their figures and the bars; for a part that fails, its error instead of figures."""
     with tempfile.TemporaryDirectory() as temporary:
         models = arguments.models or Path(temporary) / "models"
         lines = commands(arguments, models)
@@ -173,15 +175,15 @@ def measure(arguments: Arguments) -> Figures:
                 "not_measured": sorted(set(get_args(Part)) - set(figures)),
                 "parts": figures,
             }
-            arguments.json.write_text(json.dumps(result, indent=2) + "\n")  # after every part: a run may be cut short
+            arguments.json.write_text(json.dumps(result, indent=2) + "\n")  # after every part: a run may be stopped
     return result
 
 
 def main() -> int:
-    """Measure and print; 1 if a part failed."""
+    """Measure and print the bars; return 1 if a part failed."""
     arguments = tyro.cli(Arguments, description=__doc__)
     if not arguments.parts or (arguments.parts == ("against",) and arguments.against is None):
-        print("error: parts must name one at least, and against needs --against", file=sys.stderr)
+        print("error: parts must name at least one part, and against needs --against", file=sys.stderr)
         return 2
     result = measure(arguments)
     print(json.dumps(result["bars"], indent=2))

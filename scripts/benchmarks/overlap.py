@@ -1,102 +1,136 @@
-"""What a slow reward costs: iterations whose reward sleeps as long as sampling a batch takes, against an instant one.
+"""Measure how much longer an iteration takes with a slow reward, with and without overlap.
 
-Both kinds of iteration take turns in one process. With `--no-overlap` the reward is waited for, for comparison.
+    python scripts/benchmarks/overlap.py --repeats 7
+    python scripts/benchmarks/overlap.py --no-overlap
+
+The slow reward sleeps as long as a batch takes to sample, like a reward that waits for a server. With overlap, the
+environment computes a batch's reward while the next batch is sampled. Iterations with the slow reward and with an
+instant one take turns in one process, and the script reports the ratio of their times.
 """
 
 import statistics
-import tempfile
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tyro
+from numpy.typing import NDArray
 from stable_baselines3.common.logger import Logger
 
-DELAY = {"seconds": 0.0}
-"""How long the reward takes, beside its arithmetic."""
+from agents import VectorEnvAdapter, train_config
+from agents.config.sizes import must_divide
+from agents.distributed import Processes
+from agents.training.build import build_algorithm
+from ddpo_env import DenoisingVectorEnv
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Arguments:
-    """One iteration: batches of pictures are sampled, then trained on."""
+    """The work of an iteration."""
 
     samples: int = 72
-    """Pictures in an iteration."""
+    """Images per iteration."""
     batches: int = 12
-    """Batches in which they are sampled; the last batch's rewards are always waited for."""
+    """Batches in which they are sampled. Nothing overlaps with the last batch's reward."""
+    num_inference_steps: int = 10
+    """Denoising steps."""
     repeats: int = 5
     """Iterations of each kind."""
     overlap: bool = True
-    """Whether rewards are computed while the next batch is being sampled."""
+    """Whether the environment computes rewards while the next batch is sampled (`deferred_rewards`)."""
     model: str = "tiny"
-    """The model."""
+    """Bundled name, a folder in diffusers' layout, or a Hub id."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
 
 
-def slow_brightness(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
-    """Sleep, as one who waits for a server, and return the mean pixels."""
-    import benchmark_overlap  # not __main__, of which there is a second copy
+class SlowBrightness:
+    """A reward that sleeps for `delay` seconds and returns the mean pixel of each image."""
 
-    time.sleep(benchmark_overlap.DELAY["seconds"])
-    return images.mean(axis=(1, 2, 3)) / 255
+    delay = 0.0
+
+    def __call__(self, images: NDArray[Any], prompts: list[str], metadata: list[dict[str, Any]]) -> NDArray[Any]:
+        """Return scores `(batch,)` of images `(batch, height, width, 3)`."""
+        time.sleep(self.delay)
+        scores: NDArray[Any] = images.mean(axis=(1, 2, 3)) / 255
+        return scores
 
 
-def main() -> None:
-    """Time and print."""
-    arguments = tyro.cli(Arguments, description=__doc__)
-    import benchmark_overlap
+def iteration_of(arguments: Arguments, reward: SlowBrightness) -> Callable[[], tuple[float, float]]:
+    """Return a function that runs an iteration and returns the seconds of its sampling and of the whole iteration.
 
-    from agents.config.settings import RunSettings, TaskSettings, TrainingSettings
-    from agents.config.train_config import TrainConfig
-    from agents.training.run import build_run
-
-    with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(
-            run=RunSettings(run_dir=Path(folder) / "run", eval_samples=1, iterations=1),
-            task=TaskSettings(model=arguments.model, reward="benchmark_overlap:slow_brightness"),
-            training=TrainingSettings(
-                samples_per_iteration=arguments.samples,
-                sample_batch_size=arguments.samples // arguments.batches,
-                overlap_rewards=arguments.overlap,
-            ),
-        )
-        config.check()
-        config.optimizer.learning_rate = 1e-5
-        algorithm, pictures = build_run(config)
-        algorithm.set_logger(Logger(None, []))
-        _, callback = algorithm._setup_learn(1)
-        assert algorithm.env is not None
-
-        def iteration() -> tuple[float, float]:
-            start = time.perf_counter()
-            algorithm.collect_rollouts(algorithm.env, callback, algorithm.rollout_buffer, algorithm.n_steps)  # type: ignore[arg-type]
-            middle = time.perf_counter()
-            algorithm._update_current_progress_remaining(0, 1)
-            algorithm.train()
-            return middle - start, time.perf_counter() - start
-
-        iteration()  # the first one warms up
-        sampling = statistics.median(iteration()[0] for _ in range(3)) / arguments.batches
-        ratios = []
-        for _ in range(arguments.repeats):
-            benchmark_overlap.DELAY["seconds"] = 0.0
-            _, instant = iteration()
-            benchmark_overlap.DELAY["seconds"] = sampling
-            _, slow = iteration()
-            ratios.append(slow / instant)
-            print(
-                f"instant {instant:.2f} s, slow ({sampling:.2f} s a batch) {slow:.2f} s: {slow / instant:.3f}",
-                flush=True,
-            )
-        algorithm.env.close()
-        pictures.env.close()
-    print(
-        f"\n{arguments.batches} batches of {arguments.samples // arguments.batches} pictures, "
-        f"overlap {'on' if arguments.overlap else 'off'}: a reward as slow as sampling makes an iteration "
-        f"{statistics.median(ratios):.3f} times as long (median of {arguments.repeats})"
+    Raises:
+        ValueError: for samples that the batches do not divide.
+    """
+    must_divide("batches", arguments.batches, "samples", arguments.samples)
+    config = train_config(
+        num_inference_steps=arguments.num_inference_steps,
+        samples_per_iteration=arguments.samples,
+        sample_batch_size=arguments.samples // arguments.batches,
+        eval_samples=1,
+        learning_rate=1e-5,
+    ).resolved()
+    env = DenoisingVectorEnv(
+        config.training.sample_batch_size,
+        model=arguments.model,
+        reward=reward,
+        num_inference_steps=config.num_inference_steps,
+        samples_per_prompt=config.training.samples_per_prompt,
+        device=arguments.device,
+        backend="torch",
+        autoreset_mode="SameStep",
+        deferred_rewards=arguments.overlap,
     )
+    adapter = VectorEnvAdapter(env)
+    algorithm = build_algorithm(config, adapter, Processes())
+    algorithm.set_logger(Logger(None, []))
+    _, callback = algorithm._setup_learn(1)
+
+    def iteration() -> tuple[float, float]:
+        start = time.perf_counter()
+        algorithm.collect_rollouts(adapter, callback, algorithm.rollout_buffer, algorithm.n_steps)
+        sampled = time.perf_counter()
+        algorithm.train()
+        return sampled - start, time.perf_counter() - start
+
+    return iteration
+
+
+def compare(arguments: Arguments) -> list[float]:
+    """Print the times of pairs of iterations, and return how many times as long the slow reward's takes."""
+    reward = SlowBrightness()
+    iteration = iteration_of(arguments, reward)
+    iteration()  # the first one warms up
+    delay = statistics.median(iteration()[0] for _ in range(3)) / arguments.batches
+    ratios = []
+    for _ in range(arguments.repeats):
+        reward.delay = 0.0
+        _, instant = iteration()
+        reward.delay = delay
+        _, slow = iteration()
+        ratios.append(slow / instant)
+        times = f"instant {instant:.2f} s, slow ({delay:.2f} s per batch) {slow:.2f} s"
+        print(f"{times}: {ratios[-1]:.3f}", flush=True)
+    return ratios
+
+
+def main() -> int:
+    """Measure and print."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    try:
+        ratio = statistics.median(compare(arguments))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    size = arguments.samples // arguments.batches
+    print(
+        f"\n{arguments.batches} batches of {size} images, overlap {'on' if arguments.overlap else 'off'}: with a "
+        f"reward as slow as sampling, an iteration takes {ratio:.3f} times as long (median of {arguments.repeats})"
+    )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,12 +1,12 @@
-"""Write a Stable Diffusion with random weights, for benchmarks: it draws nothing, and costs what one costs.
+"""Write a Stable Diffusion with random weights, for benchmarks: its images are noise, and its calls cost the same.
 
     python scripts/benchmarks/random_stable_diffusion.py FOLDER
     python scripts/benchmarks/random_stable_diffusion.py FOLDER --architecture sd14 --dtype bfloat16
 
-`small` has latents 4 × 16 × 16, pictures 64 × 64, a UNet of 1.43 million weights that attends to 77 tokens at 8 × 8,
-and `small-sdxl` is of that size. `sd14` and `sdxl` are the published architectures of Stable Diffusion 1.4 (4.3 GB in
-float32) and SDXL (14 GB). The folder is in diffusers' layout, for any library that reads it. This needs torch,
-diffusers and transformers, and not the package.
+`small` has latents 4 × 16 × 16, images 64 × 64, and a UNet of 1.43 million weights that attends to 77 tokens at 8 × 8.
+`small-sdxl` is an SDXL of the same size. `sd14` and `sdxl` are the published architectures of Stable Diffusion 1.4
+(4.3 GB in float32) and SDXL (14 GB). The folder has diffusers' layout, so any library that uses diffusers can read it.
+The script needs torch, diffusers and transformers; ddpo-env does not have to be installed.
 """
 
 import argparse
@@ -16,13 +16,12 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from diffusers import DiffusionPipeline
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def _random_pipelines() -> ModuleType:
-    """Return `ddpo_env.models.random_pipelines` by its file: where TRL is, the package is not."""
+    """Load `ddpo_env.models.random_pipelines` from its file, because TRL's environment does not have ddpo-env."""
     file = Path(__file__).resolve().parents[2] / "ddpo_env" / "models" / "random_pipelines.py"
     spec = spec_from_file_location("random_pipelines", file)
     assert spec is not None
@@ -35,25 +34,20 @@ def _random_pipelines() -> ModuleType:
 pipelines = _random_pipelines()
 
 
-def build_random_stable_diffusion(seed: int = 0) -> DiffusionPipeline:
-    """Return the small pipeline; its weights are the seed's."""
-    return pipelines.build_pipeline("small", seed=seed)
-
-
 def write(folder: Path, architecture: str = "small", dtype: str = "float32", seed: int = 0) -> None:
-    """Write the folder of an architecture's pipeline.
+    """Write a pipeline to a folder.
 
     Args:
-        folder: to make.
+        folder: must be empty or not exist yet.
         architecture: a name in `ddpo_env.models.random_pipelines.ARCHITECTURES`.
-        dtype: of the weights.
-        seed: of the weights.
+        dtype: dtype of the weights.
+        seed: seed of the weights.
 
     Raises:
-        ValueError: for another architecture, or a folder that holds something already.
+        ValueError: for an unknown architecture, or a folder that is not empty.
     """
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"folder must be empty or not there; got {str(folder)!r}")
+        raise ValueError(f"folder must be empty or not exist yet; got {str(folder)!r}")
     pipelines.build_pipeline(architecture, dtype=DTYPES[dtype], seed=seed).save_pretrained(folder)
 
 
@@ -62,7 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--architecture", default="small", choices=tuple(pipelines.ARCHITECTURES))
-    parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES), help="of the weights in the files")
+    parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES), help="dtype of the weights in the files")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     try:

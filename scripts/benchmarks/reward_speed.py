@@ -1,7 +1,11 @@
-"""How many pictures a second a reward scores: the table of docs/rewards.md, for any reward that is at hand.
+"""Measure how many images per second a reward scores: the table of docs/rewards.md, for any reward.
 
-Two kinds of pictures, because the cost of some rewards depends on what is in them: `noise`, the worst case for a JPEG
-encoder, and `smooth`, noise of an eighth of the size enlarged. The first call is not timed: it loads the model.
+    python scripts/benchmarks/reward_speed.py
+    python scripts/benchmarks/reward_speed.py --rewards clip_score --reward-options model=tiny
+
+There are two kinds of images, because the cost of some rewards depends on the content. `noise` is the worst case for a
+JPEG encoder. `smooth` is noise of an eighth of the size, enlarged. The first call is not timed, because it loads the
+model.
 """
 
 import platform
@@ -10,11 +14,11 @@ import sys
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
+from measuring.figures import processor
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
@@ -26,24 +30,24 @@ METADATA = {"questions": ("How many animals are in this image?",), "answers": ("
 
 @dataclass(kw_only=True)
 class Arguments:
-    """What to measure; the defaults need no download."""
+    """What is measured; the defaults need no download."""
 
     rewards: tuple[str, ...] = ("jpeg_compressibility",)
-    """Names, module:function or weighted sums."""
+    """Built-in names, module:function, or weighted sums."""
     reward_options: tuple[str, ...] = ()
     """Arguments of the reward's class as key=value, such as model=tiny device=cpu."""
     sizes: tuple[int, ...] = (64, 512)
-    """Height and width of the pictures."""
+    """Sides of the images in pixels."""
     batch_sizes: tuple[int, ...] = (1, 16, 64)
-    """Pictures in a call."""
+    """Images per call."""
     repeats: int = 7
-    """Timed calls; the median counts."""
+    """Timed calls; the table shows the median."""
     threads: int = torch.get_num_threads()
     """CPU threads of PyTorch; the JPEG rewards use every core that the process may use."""
 
 
-def pictures(kind: str, batch: int, size: int) -> NDArray[np.uint8]:
-    """Return (batch, size, size, 3) uint8, the same in every run."""
+def make_images(kind: str, batch: int, size: int) -> NDArray[np.uint8]:
+    """Return images of a kind, `(batch, size, size, 3)` uint8, the same in every run."""
     generator = np.random.default_rng(0)
     small = size if kind == "noise" else max(size // 8, 1)
     noise = generator.integers(0, 256, (batch, small, small, 3), dtype=np.uint8)
@@ -51,21 +55,14 @@ def pictures(kind: str, batch: int, size: int) -> NDArray[np.uint8]:
 
 
 def images_per_second(reward: Reward, images: NDArray[np.uint8], repeats: int) -> float:
-    """Return the median over the repeats, checks of the answer included."""
+    """Return the median rate; the time includes the checks of the reward's result."""
     prompts, metadata = ["two dogs"] * len(images), [METADATA] * len(images)
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        evaluate_reward(reward, images, prompts, metadata)  # returns host memory, so a device has finished
+        evaluate_reward(reward, images, prompts, metadata)  # the result is on the host, so a device has finished
         times.append(time.perf_counter() - start)
     return len(images) / statistics.median(times[1:])
-
-
-def processor() -> str:
-    """Return the CPU's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def measure(arguments: Arguments) -> list[str]:
@@ -73,13 +70,13 @@ def measure(arguments: Arguments) -> list[str]:
     torch.set_num_threads(arguments.threads)
     options = parse_options(arguments.reward_options)
     heads = [f"batch {batch}" for batch in arguments.batch_sizes]
-    lines = [f"| reward | pictures | {' | '.join(heads)} |", "| --- | --- |" + " --- |" * len(heads)]
+    lines = [f"| reward | images | {' | '.join(heads)} |", "| --- | --- |" + " --- |" * len(heads)]
     for name in arguments.rewards:
         reward = configured_reward(name, options)
         for size in arguments.sizes:
             for kind in ("noise", "smooth"):
                 cells = [
-                    f"{images_per_second(reward, pictures(kind, batch, size), arguments.repeats):.0f}"
+                    f"{images_per_second(reward, make_images(kind, batch, size), arguments.repeats):.0f}"
                     for batch in arguments.batch_sizes
                 ]
                 lines.append(f"| `{name}` | {size}², {kind} | {' | '.join(cells)} |")
@@ -87,7 +84,7 @@ def measure(arguments: Arguments) -> list[str]:
 
 
 def main() -> int:
-    """Measure and print."""
+    """Measure and print the table."""
     arguments = tyro.cli(Arguments, description=__doc__)
     console = Console()
     try:

@@ -1,11 +1,11 @@
-"""The least time that a sample can take on a machine: its floating-point operations over the rate of matrix products.
+"""Compute the least time that a sample can take on this machine: its operations divided by the machine's rate.
 
     python scripts/benchmarks/roofline.py --model tiny
 
-Counts the operations of a sample (one forward pass a step, two with guidance, and the decoder) and of its update
-(forward and backward) by torch's FlopCounterMode on the meta device; measures the rate of a matrix product and of
-copying memory; and counts the bytes that the denoiser's weights and outputs of layers take, which have to be moved at
-least once in a call.
+torch counts the floating-point operations of a sample (one forward pass per step, two with guidance, and the decoder)
+and of its update (forward and backward), without computing anything. The script measures the machine's rate of matrix
+products and of copying memory. It also counts the bytes of the denoiser's weights and of its layers' outputs, which a
+call has to move at least once.
 """
 
 import sys
@@ -16,39 +16,39 @@ from typing import Any
 
 import torch
 import tyro
-from benchmark_figures import machine, print_figures
+from measuring.figures import machine, print_figures
 from torch import nn
 
 from agents.config.settings import Dtype
-from agents.planning.flops import count_work, matmul_rate
+from agents.planning.flops import count_flops, matmul_rate
 from agents.policy.lora import LoraTargets, add_lora
-from ddpo_env.models.loading import DiffusionModel
+from ddpo_env.models import DiffusionModel, abilities_of
 from ddpo_env.models.outline import outline_model
 from rewards.devices import resolve_device, resolve_dtype
 
 
 @dataclass(kw_only=True)
 class Arguments:
-    """The work of one sample, and the machine."""
+    """One sample, and the machine."""
 
     model: str = "tiny"
     """Bundled name, a folder in diffusers' layout, or a Hub id whose architecture is known."""
     resolution: int | None = None
-    """Side of the pictures in pixels. Default: the model's own."""
+    """Side of the images in pixels. Default: the model's own."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     dtype: Dtype = "auto"
-    """Of the arithmetic."""
+    """Dtype of the arithmetic. auto: float32 on a CPU, bfloat16 on an accelerator."""
     num_inference_steps: int = 10
     """Denoising steps."""
     trained_steps: int = 5
     """Steps of a sample that are trained on."""
     guidance_scale: float = 1.0
-    """Of classifier-free guidance; 1 is off, others double every call."""
+    """Scale of classifier-free guidance; 1 is off, other values double the rows of every call."""
     lora_rank: int = 8
-    """Rank of the LoRA; 0: full training."""
+    """Rank of the LoRA; 0 trains every weight."""
     lora_targets: LoraTargets = "attention+convolutions"
-    """Which layers get an adapter."""
+    """Layers that get an adapter."""
     threads: int = torch.get_num_threads()
     """CPU threads."""
 
@@ -69,7 +69,7 @@ def bytes_of_call(model: DiffusionModel, arguments: Arguments, size: int) -> tup
         if not list(layer.children()):
             layer.register_forward_hook(count)
     conditioning = {name: torch.zeros(1, *shape, device="meta") for name, shape in model.conditioning_shapes.items()}
-    if getattr(model, "guidance_embeds", False):
+    if abilities_of(model).guidance_embeds:
         conditioning["guidance"] = torch.zeros(1, device="meta")
     with torch.no_grad():
         latents = torch.zeros(1, *model.latent_shape, device="meta")
@@ -78,7 +78,7 @@ def bytes_of_call(model: DiffusionModel, arguments: Arguments, size: int) -> tup
 
 
 def copy_rate(device: torch.device) -> float:
-    """Measure the bytes a second that copying reads and writes."""
+    """Measure how many bytes per second a copy reads and writes."""
     source = torch.ones(2**26 if device.type == "cuda" else 2**24, device=device)
     target = torch.empty_like(source)
 
@@ -95,32 +95,36 @@ def _seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def floor(arguments: Arguments) -> dict[str, Any]:
-    """Return operations, bytes, rates, and the seconds that follow from them."""
+def roofline(arguments: Arguments) -> dict[str, Any]:
+    """Return operations, bytes, rates, and the seconds that follow from them: the least possible times.
+
+    Raises:
+        ValueError: for a model whose architecture is not known without a download.
+    """
     torch.set_num_threads(arguments.threads)
     model = outline_model(arguments.model, arguments.resolution)
     if model is None:
         raise ValueError(f"model must be one whose architecture is known without a download; got {arguments.model!r}")
     device = resolve_device(arguments.device)
     dtype = resolve_dtype(arguments.dtype, device)
-    work = count_work(model, arguments.lora_rank, arguments.lora_targets)
-    rows = 1 if arguments.guidance_scale == 1 or getattr(model, "guidance_embeds", False) else 2
-    sampling = arguments.num_inference_steps * rows * work.forward + work.decoding
-    training = arguments.trained_steps * rows * work.training
+    flops = count_flops(model, arguments.lora_rank, arguments.lora_targets)
+    rows = 1 if arguments.guidance_scale == 1 or abilities_of(model).guidance_embeds else 2
+    sampling = arguments.num_inference_steps * rows * flops.forward + flops.decoding
+    training = arguments.trained_steps * rows * flops.training
     weights, outputs = bytes_of_call(model, arguments, dtype.itemsize)
     rate, bandwidth = matmul_rate(device, dtype), copy_rate(device)
     return {
-        "forward_operations": work.forward,
-        "training_operations": work.training,
+        "forward_operations": flops.forward,
+        "training_operations": flops.training,
         "sample_operations": sampling,
         "update_operations": training,
         "weight_bytes": weights,
-        "output_bytes_of_a_row": outputs,
+        "output_bytes_per_row": outputs,
         "matmul_operations_per_second": rate,
         "copied_bytes_per_second": bandwidth,
-        "sample_floor_seconds": sampling / rate,
-        "update_floor_seconds": training / rate,
-        "sample_memory_floor_seconds": arguments.num_inference_steps * rows * 2 * outputs / bandwidth,
+        "least_sample_seconds": sampling / rate,
+        "least_update_seconds": training / rate,
+        "least_sample_memory_seconds": arguments.num_inference_steps * rows * 2 * outputs / bandwidth,
         "dtype": str(dtype),
         "machine": machine(device),
     }
@@ -128,7 +132,7 @@ def floor(arguments: Arguments) -> dict[str, Any]:
 
 def main() -> int:
     """Count, measure and print."""
-    return print_figures(lambda: floor(tyro.cli(Arguments, description=__doc__)))
+    return print_figures(lambda: roofline(tyro.cli(Arguments, description=__doc__)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
-"""How much faster two processes are than one: samples per second of whole iterations, on the same total sizes.
+"""Measure how much faster several processes are than one: samples per second of iterations of the same total size.
 
-One process with one thread and several processes with one thread each take turns, so that a busy machine disturbs both
-alike; the ratio is the median over the turns. Every turn starts anew, warms up with an iteration and times the others.
+    python scripts/benchmarks/scaling.py --processes 2
+
+One process and several processes take turns, with one thread per process, so that other users of the machine slow both
+down equally. The reported ratio is the median over the turns. Every turn starts new processes. Their first iteration is
+not timed.
 """
+
+from __future__ import annotations
 
 import json
 import os
@@ -20,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-if TYPE_CHECKING:  # what takes seconds is imported where it is used: the processes are started by one that needs it not
-    from agents.config.train_config import TrainConfig
+if TYPE_CHECKING:  # the process that starts the others does not need torch, so it does not wait for its import
+    from agents import TrainConfig
 
 WORKER = "--worker"
 
@@ -31,59 +36,58 @@ class Arguments:
     """The work of an iteration; the defaults are those of train_ppo.py."""
 
     processes: int = 2
-    """How many are compared with one."""
+    """Number of processes that are compared with one."""
     model: str = "tiny"
     """Bundled name, a folder in diffusers' layout, or a Hub id."""
     device: str = "cpu"
-    """cpu, or cuda: a GPU a process."""
+    """cpu, or cuda: one GPU per process."""
     samples: int = 72
-    """Pictures in an iteration, of all processes together; so are the other sizes."""
+    """Images per iteration. All sizes are totals over the processes."""
     sample_batch_size: int = 72
-    """Pictures drawn at once."""
+    """Images generated at once."""
     train_batch_size: int = 45
-    """(sample, timestep) pairs in one call of the denoiser in training."""
+    """(sample, timestep) pairs in one training call."""
     updates: int = 4
-    """Optimizer steps in an iteration."""
+    """Optimizer steps per iteration."""
     num_inference_steps: int = 10
     """Denoising steps."""
     guidance_scale: float = 1.0
-    """Of classifier-free guidance; 1 is off."""
+    """Scale of classifier-free guidance; 1 is off."""
     iterations: int = 3
-    """Iterations that are timed in every turn, after one that is not."""
+    """Timed iterations per turn, after one that is not timed."""
     repeats: int = 5
-    """Turns."""
+    """Number of turns."""
     json: Path | None = None
-    """Where to write the figures."""
+    """File that the figures are written to as well."""
 
 
-def configuration(arguments: Arguments, run_dir: Path) -> "TrainConfig":
+def configuration(arguments: Arguments, run_dir: Path) -> TrainConfig:
     """Return the training configuration that does this work."""
-    from agents.config.settings import PolicySettings, RunSettings, TaskSettings, TrainingSettings
-    from agents.config.train_config import TrainConfig
+    from agents import train_config
 
-    return TrainConfig(
-        run=RunSettings(run_dir=run_dir, device=arguments.device, eval_samples=arguments.processes),
-        task=TaskSettings(model=arguments.model, num_inference_steps=arguments.num_inference_steps),
-        policy=PolicySettings(guidance_scale=arguments.guidance_scale),
-        training=TrainingSettings(
-            samples_per_iteration=arguments.samples,
-            sample_batch_size=arguments.sample_batch_size,
-            train_batch_size=arguments.train_batch_size,
-            updates_per_iteration=arguments.updates,
-        ),
+    return train_config(
+        run_dir=run_dir,
+        device=arguments.device,
+        eval_samples=arguments.processes,
+        model=arguments.model,
+        num_inference_steps=arguments.num_inference_steps,
+        guidance_scale=arguments.guidance_scale,
+        samples_per_iteration=arguments.samples,
+        sample_batch_size=arguments.sample_batch_size,
+        train_batch_size=arguments.train_batch_size,
+        updates_per_iteration=arguments.updates,
     )
 
 
-def work(arguments: Arguments, output: Path) -> None:
-    """Run iterations in this process, which may be one of several, and let the main one write the seconds of each."""
+def run_iterations(arguments: Arguments, output: Path) -> None:
+    """Run iterations in this process, which may be one of several; the main process writes the seconds of each."""
     import torch
     from stable_baselines3.common.logger import Logger
 
-    from agents.training.preparation import prepare_run
+    from agents import prepare_run
 
     torch.set_num_threads(1)
-    config = configuration(arguments, output.with_name("run"))
-    algorithm = prepare_run(config).algorithm
+    algorithm = prepare_run(configuration(arguments, output.with_name("run"))).algorithm
     algorithm.set_logger(Logger(None, []))
     _, callback = algorithm._setup_learn(1)
     env, processes = algorithm.env, algorithm.processes
@@ -94,27 +98,27 @@ def work(arguments: Arguments, output: Path) -> None:
         algorithm.collect_rollouts(env, callback, algorithm.rollout_buffer, algorithm.n_steps)
         middle = time.perf_counter()
         algorithm.train()
-        processes.gather_objects(None)  # the slowest counts
+        processes.gather_objects(None)  # wait for the slowest process
         if iteration:
             seconds["sampling"].append(middle - start)
             seconds["training"].append(time.perf_counter() - middle)
     if processes.is_main:
         output.write_text(json.dumps(seconds))
-    processes.leave()
+    processes.shutdown()
 
 
 def as_json(arguments: Arguments) -> str:
-    """Return what a worker is told of the work."""
+    """Return the arguments as JSON, for the command line of a worker."""
     return json.dumps(
         {field.name: getattr(arguments, field.name) for field in fields(Arguments) if field.name != "json"}
     )
 
 
 def launch(command: list[str], count: int) -> None:
-    """Start `count` processes of a Python script, with one thread each, and wait for their end.
+    """Start `count` processes of a Python script, with one thread each, and wait until they end.
 
     Raises:
-        subprocess.CalledProcessError: if one of them failed; it has said why.
+        subprocess.CalledProcessError: if one of them fails; its error is on standard error.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -135,7 +139,7 @@ def turn(arguments: Arguments, count: int) -> dict[str, float]:
 
 
 def measure(arguments: Arguments) -> dict[str, Any]:
-    """Let one process and several take turns, and return samples per second and their ratios."""
+    """Let one process and several take turns; return samples per second and their ratios."""
     rates: dict[int, list[dict[str, float]]] = {1: [], arguments.processes: []}
     for repeat in range(arguments.repeats):
         for count in rates if repeat % 2 == 0 else reversed(rates):
@@ -160,7 +164,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return the versions and the machine that figures are of."""
+    """Return the date, the versions and the machine that the figures are from."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "versions": {name: version(name) for name in ("torch", "accelerate", "diffusers", "peft")},
@@ -169,9 +173,9 @@ def describe_machine() -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure, print and write."""
+    """Measure, and print and write the figures."""
     if sys.argv[1:2] == [WORKER]:
-        work(Arguments(**json.loads(sys.argv[2])), Path(sys.argv[3]))
+        run_iterations(Arguments(**json.loads(sys.argv[2])), Path(sys.argv[3]))
         return 0
     arguments = tyro.cli(Arguments, description=__doc__)
     text = json.dumps(measure(arguments), indent=2)

@@ -1,19 +1,20 @@
-"""TRL's `DDPOTrainer` on the work of benchmark.py: the same arguments, the same figures.
+"""Time an iteration of TRL's `DDPOTrainer` on the work of overhead.py, with the same arguments and the same figures.
 
-TRL 0.23.1 is the last release that has it. It gets an environment of its own, in which nothing of this package is:
+TRL 0.23.1 is the last release that has this trainer. Install it in a virtual environment of its own; ddpo-env is not
+needed there:
 
     python -m venv trl-venv
     trl-venv/bin/pip install torch==2.13.0
     trl-venv/bin/pip install "trl[diffusers]==0.23.1" peft
     trl-venv/bin/python scripts/benchmarks/trl_trainer.py --model FOLDER --device cpu --threads 1 ...
 
-The work is the same: pictures, batches, denoising steps, guidance, updates, LoRA on the attention's projections (TRL
-fixes its rank at 4, `--lora-rank` replaces that), running statistics of the prompts, file size as the reward. What
-differs is each trainer's own way:
+Both trainers do the same work: images, batches, denoising steps, guidance, updates, LoRA on the attention's
+projections, running statistics per prompt, file size as the reward. (TRL fixes the LoRA's rank at 4; `--lora-rank`
+replaces it.) These differences remain:
 
-* a training call of TRL has one timestep of `--train-batch-size` samples, ours that many (sample, timestep) pairs;
-* TRL encodes every batch's prompts, ours every distinct prompt once; ours also measures how far the policy has moved,
-  on 16 transitions after the updates, and draws the next starts;
+* A training call of TRL has one timestep of `--train-batch-size` samples. Ours has that many (sample, timestep) pairs.
+* TRL encodes the prompts of every batch. Ours encodes each distinct prompt once. After the updates, ours also measures
+  on 16 transitions how far the policy has moved, and it draws the next initial latents.
 * `--dtype bfloat16` is TRL's `mixed_precision`.
 """
 
@@ -27,17 +28,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_figures import Work, measure, report
+from measuring.figures import TrainerIteration, measure, report
 
 PROMPTS = ("a cat", "a dog", "a horse", "a fox", "a lion", "a penguin", "a bear", "a bird")
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; the flags mean what they mean in benchmark.py."""
+    """Read the command line; the flags have the same meaning as in overhead.py."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder in diffusers' layout, or a Hub id")
-    parser.add_argument("--resolution", type=int, default=None, help="side of the pictures in pixels")
+    parser.add_argument("--resolution", type=int, default=None, help="side of the images in pixels")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--samples", type=int, default=72)
@@ -50,7 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lora-rank", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--on-request", action="store_true", help="take the iterations from standard input")
+    parser.add_argument("--on-request", action="store_true", help="run an iteration for every line of standard input")
     parser.add_argument("--json", type=Path, default=None)
     chosen = parser.parse_args(arguments)
     check(chosen)
@@ -58,7 +59,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuse sizes that TRL cannot have.
+    """Refuse sizes that TRL does not allow.
 
     Raises:
         ValueError: naming the argument.
@@ -99,7 +100,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def file_sizes(images: torch.Tensor, prompts: Any, metadata: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Return minus the pictures' sizes in kB as JPEG files, the reward `jpeg_compressibility`."""
+    """Return minus the size in kB of each image as a JPEG file: the reward `jpeg_compressibility`."""
     from PIL import Image
 
     sizes = []
@@ -111,21 +112,21 @@ def file_sizes(images: torch.Tensor, prompts: Any, metadata: Any) -> tuple[torch
 
 
 def trainer_of(arguments: argparse.Namespace, next_prompt: Callable[[], str] | None = None, **others: Any) -> Any:
-    """Return TRL's trainer for the work.
+    """Return TRL's trainer.
 
     Args:
         arguments: of the command line.
-        next_prompt: gives a sample's prompt. Default: `PROMPTS` in turn.
-        others: settings of `DDPOConfig` in the place of the benchmark's.
+        next_prompt: returns the prompt of the next sample. Default: `PROMPTS` in turn.
+        others: settings of `DDPOConfig` that replace the benchmark's.
     """
     from accelerate import PartialState
 
-    PartialState(cpu=arguments.device == "cpu")  # TRL's LoRA path logs by accelerate before it has begun
+    PartialState(cpu=arguments.device == "cpu")  # TRL's LoRA code logs through accelerate before it starts it
     from peft import LoraConfig
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
     class Pipeline(DefaultDDPOStableDiffusionPipeline):
-        """TRL's, with a rank and a resolution that can be chosen."""
+        """TRL's pipeline with another LoRA rank and another resolution."""
 
         def get_trainable_layers(self) -> Any:
             rank = arguments.lora_rank
@@ -141,32 +142,32 @@ def trainer_of(arguments: argparse.Namespace, next_prompt: Callable[[], str] | N
             side = arguments.resolution
             return super().__call__(*given, height=side, width=side, **named)
 
-    draw = next_prompt or partial(next, itertools.cycle(PROMPTS))
+    prompt = next_prompt or partial(next, itertools.cycle(PROMPTS))
     pipeline = Pipeline(arguments.model, use_lora=True)
     config = DDPOConfig(**{**settings(arguments), **others})
-    trainer = DDPOTrainer(config, file_sizes, lambda: (draw(), {}), pipeline)
+    trainer = DDPOTrainer(config, file_sizes, lambda: (prompt(), {}), pipeline)
     trainer.sd_pipeline.set_progress_bar_config(disable=True)
     return trainer
 
 
-def work_of(arguments: argparse.Namespace) -> Work:
-    """Return an iteration of TRL in its two parts, and the bare calls of each."""
+def iteration_of(arguments: argparse.Namespace) -> TrainerIteration:
+    """Return TRL's iteration in two phases, and the bare calls of each phase."""
     trainer = trainer_of(arguments)
-    generate, judge = trainer._generate_samples, trainer.compute_rewards
-    drawn: dict[str, Any] = {}
+    generate, score = trainer._generate_samples, trainer.compute_rewards
+    sampled: dict[str, Any] = {}
 
     def sampling() -> None:
         batches = arguments.samples // arguments.sample_batch_size
-        drawn["samples"], drawn["pairs"] = generate(iterations=batches, batch_size=arguments.sample_batch_size)
-        drawn["rewards"] = list(judge(drawn["pairs"]))
+        sampled["samples"], sampled["pairs"] = generate(iterations=batches, batch_size=arguments.sample_batch_size)
+        sampled["rewards"] = list(score(sampled["pairs"]))
 
     def training() -> None:
         trainer.step(0, 0)
 
-    # A step samples, judges and trains: its first two parts were done by `sampling`.
-    trainer._generate_samples = lambda **_: (drawn["samples"], drawn["pairs"])
-    trainer.compute_rewards = lambda *_, **__: drawn["rewards"]
-    return Work(
+    # `step` samples, scores and trains. `sampling` has done the first two already.
+    trainer._generate_samples = lambda **_: (sampled["samples"], sampled["pairs"])
+    trainer.compute_rewards = lambda *_, **__: sampled["rewards"]
+    return TrainerIteration(
         sampling=sampling,
         training=training,
         bare=lambda: bare_calls(trainer, arguments),
@@ -177,7 +178,7 @@ def work_of(arguments: argparse.Namespace) -> Work:
 
 
 def bare_calls(trainer: Any, arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Return the UNet calls of an iteration alone: those of sampling, and those of training with their backward."""
+    """Return the UNet calls of an iteration: those of sampling, and those of training with their backward passes."""
     unet, device = trainer.sd_pipeline.unet, trainer.accelerator.device
     dtype = next(unet.parameters()).dtype
     side = unet.config.sample_size
@@ -216,7 +217,7 @@ def main() -> int:
         return 2
     torch.set_num_threads(arguments.threads)
     packages = ("torch", "diffusers", "peft", "trl")
-    figures = measure(work_of(arguments), arguments.repeats, arguments.on_request, packages)
+    figures = measure(iteration_of(arguments), arguments.repeats, arguments.on_request, packages)
     print(report(figures, vars(arguments), arguments.json))
     return 0
 

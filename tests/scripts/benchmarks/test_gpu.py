@@ -1,34 +1,30 @@
-"""The recipe for a GPU: its miniature on a CPU, what it would run, and what it makes of the figures."""
+"""The benchmark of a GPU: its miniature on a CPU, its command lines, and its bars."""
 
 import json
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from helpers.scripts import SCRIPTS
 
 MINIATURE_PARTS = ("iteration", "memory", "sdxl")
 
 
 @pytest.fixture
-def recipe(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    import benchmark_gpu
+def recipe():
+    import gpu
 
-    return benchmark_gpu
+    return gpu
 
 
 def in_this_process(monkeypatch):
     """Run a part without a process of its own."""
 
     def run(line, output):
-        import benchmark
+        import overhead
 
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [*line, f"--json={output}"])
-            code = benchmark.main()
+            code = overhead.main()
         if code:
             raise RuntimeError(f"{line[0]} ended with {code}")
         return json.loads(output.read_text())
@@ -37,7 +33,7 @@ def in_this_process(monkeypatch):
 
 
 def run_recipe(recipe, arguments, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmark_gpu.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
     return recipe.main()
 
 
@@ -87,21 +83,20 @@ def test_the_work_is_that_of_the_bars(recipe):
 
 @pytest.mark.parametrize("miniature", [False, True])
 def test_every_script_takes_its_arguments(recipe, miniature):
-    import benchmark
-    import benchmark_against
-    import benchmark_trl
+    import against_trl
+    import overhead
+    import trl_trainer
     import tyro
 
     given = recipe.Arguments(against=Path("python"), miniature=miniature)
-    scripts = {"benchmark.py": benchmark.Arguments, "benchmark_against.py": benchmark_against.Arguments}
+    scripts = {"overhead.py": overhead.Arguments, "against_trl.py": against_trl.Arguments}
     for name, line in recipe.commands(given, Path("models")).items():
         parsed = tyro.cli(scripts[line[0]], args=line[1:])
         if name == "against":
-            ours, theirs = (benchmark_against.commands(parsed)[one][2:] for one in ("ours", "trl"))
-            parsed = tyro.cli(benchmark.Arguments, args=ours)
-            assert benchmark_trl.parse(theirs).num_inference_steps == parsed.num_inference_steps
-        config = benchmark.configuration(parsed, Path("run"))
-        config.check()
+            ours, theirs = (against_trl.commands(parsed)[one][2:] for one in ("ours", "trl"))
+            parsed = tyro.cli(overhead.Arguments, args=ours)
+            assert trl_trainer.parse(theirs).num_inference_steps == parsed.num_inference_steps
+        config = overhead.configuration(parsed, Path("run")).resolved()
         assert config.trained_steps == parsed.num_inference_steps, f"{name}: all steps are trained on"
         assert config.policy.guidance_scale == 5
 

@@ -1,4 +1,4 @@
-"""`scripts/benchmarks/train_trl.py`: TRL's own trainer on the task that `compare_settings.py` counts reward queries of."""
+"""`scripts/benchmarks/train_trl.py`: TRL's own trainer on the task of the experiments that count reward queries."""
 
 import csv
 import sys
@@ -6,7 +6,7 @@ import sys
 import torch
 from helpers.paths import ROOT
 
-from ddpo_env.prompts.distributions import load_prompts
+from ddpo_env.prompts import load_prompts
 
 PROMPTS = ROOT / "docs" / "prompts" / "simple_animals.txt"
 
@@ -15,13 +15,13 @@ def test_prompts_of_the_file_are_those_of_the_set():
     assert tuple(PROMPTS.read_text().splitlines()) == tuple(load_prompts("simple_animals").prompts)
 
 
-def test_trl_trains_with_the_rates_it_is_given(scripts_on_path, micro_pipeline_folder, monkeypatch, capsys):
-    import benchmark_trl
+def test_trl_trains_with_the_rates_it_is_given(micro_pipeline_folder, monkeypatch, capsys):
     import train_trl
+    import trl_trainer
 
-    made, make = [], benchmark_trl.trainer_of
+    made, make = [], trl_trainer.trainer_of
     monkeypatch.setattr(
-        benchmark_trl, "trainer_of", lambda *given, **named: made.append(make(*given, **named)) or made[0]
+        trl_trainer, "trainer_of", lambda *given, **named: made.append(make(*given, **named)) or made[0]
     )
     sizes = ("--iterations=2", "--samples=8", "--train-batch-size=2", "--num-inference-steps=3", "--seed=5")
     given = (f"--model={micro_pipeline_folder}", f"--prompts={PROMPTS}", "--learning-rate=0.01", "--clip-range=0.002")
