@@ -18,10 +18,10 @@ import numpy as np
 import torch
 import tyro
 from diffusers import StableDiffusionPipeline
-from emoji_renderings import Subject, all_subjects, grid, render, render_dataset
-from judge_lessons import HOW_MANY, MIXTURE, WHICH, answer, through_jpeg
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from pretraining.emoji_renderings import Subject, all_subjects, grid, render, render_dataset
+from pretraining.judge_lessons import HOW_MANY, MIXTURE, WHICH, answer, through_jpeg
 
 from ddpo_env.models.loading import resolve_source
 from ddpo_env.prompts.vocabulary import ACTIVITIES, COUNTS, SIMPLE_ANIMALS

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import tyro
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from emoji_renderings import Mixture, Subject, grid, render_dataset
-from tiny_components import DEFAULT_GUIDANCE
+from pretraining.emoji_renderings import Mixture, Subject, grid, render_dataset
+from pretraining.tiny_components import DEFAULT_GUIDANCE
 from torch import nn
 from torch.nn import functional
 

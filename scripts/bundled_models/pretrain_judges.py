@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from emoji_renderings import all_subjects
-from judge_components import (
+from pretraining.emoji_renderings import all_subjects
+from pretraining.judge_components import (
     IMAGE_TOKENS,
     build_clip,
     build_image_processor,
@@ -25,7 +25,7 @@ from judge_components import (
     export,
     vision_tower,
 )
-from judge_lessons import Lessons, all_texts, answer, draw_question, make_lessons, soften
+from pretraining.judge_lessons import Lessons, all_texts, answer, draw_question, make_lessons, soften
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPImageProcessorPil, CLIPModel, LlavaProcessor

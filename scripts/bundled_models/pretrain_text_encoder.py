@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from emoji_renderings import Subject, all_subjects, plural
-from judge_components import build_text_encoder, export
 from pretrain_judges import Trainer
+from pretraining.emoji_renderings import Subject, all_subjects, plural
+from pretraining.judge_components import build_text_encoder, export
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 import tyro
 from diffusers import AutoencoderKL
-from emoji_renderings import all_subjects, grid, render_dataset
-from tiny_components import (
+from pretraining.emoji_renderings import all_subjects, grid, render_dataset
+from pretraining.tiny_components import (
     build_scheduler,
     build_text_encoder,
     build_tokenizer,

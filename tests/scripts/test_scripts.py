@@ -14,6 +14,9 @@ from helpers.paths import SCRIPTS
 from helpers.scripts import MINIATURE, run_script
 from PIL import Image
 
+from agents.evaluation.sample import SampleArguments, generate
+from ddpo_env.models import load_model
+
 PROMISED_FLAGS = (
     "--run-dir --model --reward --prompts --seed --device --iterations --samples-per-iteration --num-inference-steps "
     "--guidance-scale --eta --noise-level --learning-rate --clip-range --lora-rank"
@@ -29,7 +32,7 @@ def test_help_lists_every_promised_flag(monkeypatch, capsys):
     assert missing == []
 
 
-def test_training_leaves_weights_pictures_and_a_summary(monkeypatch, capsys, tmp_path):
+def test_training_leaves_weights_images_and_a_summary(monkeypatch, capsys, tmp_path):
     run = tmp_path / "run"
     assert run_script("train_ppo", [*MINIATURE, "--iterations=1", f"--run-dir={run}"], monkeypatch) == 0
     summary = json.loads((run / "summary.json").read_text())
@@ -63,14 +66,14 @@ def test_bad_arguments_exit_with_the_valid_choices(arguments, message, monkeypat
     assert not (tmp_path / "run").exists()
 
 
-def test_sample_draws_the_same_seeds_with_and_without_a_lora(monkeypatch, tmp_path):
+def test_sample_uses_the_same_noise_with_and_without_a_lora(monkeypatch, tmp_path):
     run = tmp_path / "run"
     sizes = [*MINIATURE, "--learning-rate=0.01"]
     assert run_script("train_ppo", [*sizes, "--iterations=2", f"--run-dir={run}"], monkeypatch) == 0
-    drawing = ["--prompts", "a cat", "a fox", "--seeds", "3", "--num-inference-steps=2", "--device=cpu"]
+    sampling = ["--prompts", "a cat", "a fox", "--seeds", "3", "--num-inference-steps=2", "--device=cpu"]
     compared = [f"--output={tmp_path / 'compared.png'}", f"--lora={run / 'lora'}", "--compare"]
-    assert run_script("sample", [*drawing, *compared], monkeypatch) == 0
-    assert run_script("sample", [*drawing, f"--output={tmp_path / 'base.png'}"], monkeypatch) == 0
+    assert run_script("sample", [*sampling, *compared], monkeypatch) == 0
+    assert run_script("sample", [*sampling, f"--output={tmp_path / 'base.png'}"], monkeypatch) == 0
     both, base = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("compared.png", "base.png"))
     height = base.shape[0]
     upper, lower = both[:height, 84:], both[height - base.shape[0] + 134 :, 84:]
@@ -79,11 +82,11 @@ def test_sample_draws_the_same_seeds_with_and_without_a_lora(monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion_xl", "stable_diffusion_3", "flux_dev", "flux_schnell"])
-def test_sample_draws_with_every_text_to_image_family(monkeypatch, tmp_path, family):
+def test_sample_works_with_every_text_to_image_family(monkeypatch, tmp_path, family):
     micro_family(family).save_pretrained(tmp_path / family)
-    drawing = [f"--model={tmp_path / family}", "--num-inference-steps=2", "--device=cpu", "--guidance-scale=2"]
+    sampling = [f"--model={tmp_path / family}", "--num-inference-steps=2", "--device=cpu", "--guidance-scale=2"]
     output = tmp_path / "samples.png"
-    assert run_script("sample", [*drawing, "--prompts", "a cat", "a dog", f"--output={output}"], monkeypatch) == 0
+    assert run_script("sample", [*sampling, "--prompts", "a cat", "a dog", f"--output={output}"], monkeypatch) == 0
     assert output.is_file()
 
 
@@ -96,15 +99,26 @@ def test_sample_refuses_a_model_that_takes_no_prompts(monkeypatch, capsys, tmp_p
     assert "model must be a text-to-image pipeline; got" in capsys.readouterr().err
 
 
-def test_sample_draws_at_a_resolution(monkeypatch, capsys, tmp_path):
-    drawing = ["--prompts", "a cat", "--seeds", "0", "--num-inference-steps=1", "--device=cpu"]
-    assert run_script("sample", [*drawing, "--resolution=48", f"--output={tmp_path / 'x.png'}"], monkeypatch) == 0
-    script = sys.modules["sample"]
+def test_sample_generates_at_a_resolution(monkeypatch, capsys, tmp_path):
+    sampling = ["--prompts", "a cat", "--seeds", "0", "--num-inference-steps=1", "--device=cpu"]
+    assert run_script("sample", [*sampling, "--resolution=48", f"--output={tmp_path / 'x.png'}"], monkeypatch) == 0
     settings = {"prompts": ("a cat",), "seeds": (0,), "num_inference_steps": 1, "device": "cpu"}
-    shapes = [script.draw(script.Arguments(**settings, resolution=side))[0][0].shape for side in (None, 48)]
+    shapes = [generate(SampleArguments(**settings, resolution=side))[0][0].shape for side in (None, 48)]
     assert shapes == [(1, 64, 64, 3), (1, 48, 48, 3)]
-    assert run_script("sample", [*drawing, "--resolution=47"], monkeypatch) == 2
+    assert run_script("sample", [*sampling, "--resolution=47"], monkeypatch) == 2
     assert "resolution must be a multiple of" in capsys.readouterr().err
+
+
+def test_sample_leaves_the_model_as_it_was():
+    model = load_model("tiny", "cpu")
+    scheduler = model.pipeline.scheduler
+    generate(SampleArguments(prompts=("a cat",), seeds=(0,), num_inference_steps=1, device="cpu"))
+    assert model.pipeline.scheduler is scheduler
+
+
+def test_error_shows_square_brackets(monkeypatch, capsys, tmp_path):
+    assert run_script("sample", [f"--lora={tmp_path / '[a]'}"], monkeypatch) == 2
+    assert "[a]" in capsys.readouterr().err
 
 
 def test_sample_refuses_a_folder_without_a_lora(monkeypatch, capsys, tmp_path):

@@ -30,7 +30,7 @@ def pipeline() -> StableDiffusionPipeline:
 @pytest.fixture
 def emoji_renderings(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(SCRIPTS / "bundled_models"))
-    return importlib.import_module("emoji_renderings")
+    return importlib.import_module("pretraining.emoji_renderings")
 
 
 def test_folder_is_a_complete_stable_diffusion(pipeline: StableDiffusionPipeline) -> None:

@@ -19,7 +19,7 @@ from rewards.pretrained import BUNDLED_MODELS
 @pytest.fixture
 def scripts(monkeypatch):
     """Import a script as a module."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.syspath_prepend(str(SCRIPTS / "bundled_models"))
     return importlib.import_module
 
 
@@ -33,7 +33,7 @@ def scripts(monkeypatch):
     ],
 )
 def test_answers(scripts, subject, description, how_many, which):
-    lessons, renderings = scripts("judge_lessons"), scripts("emoji_renderings")
+    lessons, renderings = scripts("pretraining.judge_lessons"), scripts("pretraining.emoji_renderings")
     shown = renderings.Subject(*subject)
     questions = (QUESTION, "Describe this image.", lessons.HOW_MANY, lessons.WHICH)
     assert [lessons.answer(shown, question) for question in questions] == [description, description, how_many, which]
@@ -42,7 +42,7 @@ def test_answers(scripts, subject, description, how_many, which):
 def test_counting_prompts_ask_what_was_taught(scripts):
     from ddpo_env.prompts.distributions import load_prompts
 
-    lessons = scripts("judge_lessons")
+    lessons = scripts("pretraining.judge_lessons")
     _, metadata = load_prompts("counting")[0]
     assert metadata["questions"] == (lessons.HOW_MANY, lessons.WHICH)
 
@@ -62,26 +62,29 @@ def test_contrastive_loss_is_the_mean_of_both_directions(scripts):
 
 def test_question_is_taught_as_the_judge_asks_it(scripts):
     """The tokens before the answer are those of the processor's own way from picture and question to tokens."""
-    pretrain, renderings = scripts("pretrain_judges"), scripts("emoji_renderings")
+    pretrain, renderings = scripts("pretrain_judges"), scripts("pretraining.emoji_renderings")
+    taught_by = scripts("pretraining.judge_lessons")
     processor = AutoProcessor.from_pretrained(Path(rewards.__file__).parent / BUNDLED_MODELS["judge"])
     shown = [renderings.Subject("fox", "riding a bike"), renderings.Subject("ant")]
-    lessons = scripts("judge_lessons").Lessons(np.zeros((2, 64, 64, 3), np.uint8), shown, torch.zeros(2))
+    lessons = taught_by.Lessons(np.zeros((2, 64, 64, 3), np.uint8), shown, torch.zeros(2))
     batch = pretrain.Dialogues(processor, seed=0).batch(lessons, np.array([0, 1]))
     for row in range(2):
         taught = batch["labels"][row] != pretrain.IGNORED
         first = int(taught.nonzero()[0])
         text = processor.tokenizer.decode(batch["input_ids"][row, :first]).replace("<image>", "")
-        question = next(one for one in scripts("judge_lessons").all_texts() if one.lower() in text)
+        question = next(one for one in taught_by.all_texts() if one.lower() in text)
         asked = processor.apply_chat_template(user_turn(question), add_generation_prompt=True)
         inputs = processor(images=[[Image.new("RGB", (64, 64))]], text=[asked], return_tensors="pt")
         assert batch["input_ids"][row, :first].tolist() == inputs["input_ids"][0].tolist()
         said = batch["labels"][row][taught]
         assert said[-1] == processor.tokenizer.eos_token_id
-        assert processor.tokenizer.decode(said[:-1]).strip() == scripts("judge_lessons").answer(shown[row], question)
+        assert processor.tokenizer.decode(said[:-1]).strip() == taught_by.answer(
+            shown[row], question
+        )
 
 
 def test_grain_and_blur_keep_the_picture(scripts):
-    soften = scripts("judge_lessons").soften
+    soften = scripts("pretraining.judge_lessons").soften
     pixels = torch.rand(64, 3, 64, 64, generator=torch.Generator().manual_seed(0)).round()
     torch.manual_seed(0)
     changed = soften(pixels)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from emoji_renderings import Mixture, Subject, all_subjects, plural, render_dataset
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from ddpo_env.models.loading import resolve_source
 from ddpo_env.prompts.vocabulary import COUNTS, EVERYDAY_OBJECTS
+from pretraining.emoji_renderings import Mixture, Subject, all_subjects, plural, render_dataset
 from rewards.judge.alignment import QUESTION
 
 MIXTURE = Mixture(simple_animals=0.35, held_out=0.2, activities=0.3, counts=0.15)
