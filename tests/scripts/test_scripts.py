@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -21,6 +22,19 @@ PROMISED_FLAGS = (
     "--run-dir --model --reward --prompts --seed --device --iterations --samples-per-iteration --num-inference-steps "
     "--guidance-scale --eta --noise-level --learning-rate --clip-range --lora-rank"
 ).split()
+FOLDERS = ("benchmarks", "bundled_models", "experiments")
+COMMANDS = sorted(path for folder in (".", *FOLDERS) for path in (SCRIPTS / folder).glob("*.py"))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda path: str(path.relative_to(SCRIPTS)))
+def test_every_file_is_a_command_with_help(command, monkeypatch, capsys):
+    """Libraries of commands are in folders of their own, beside the commands."""
+    monkeypatch.setattr(sys, "argv", [command.name, "--help"])
+    monkeypatch.setattr(sys, "path", [str(command.parent), *sys.path])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(command), run_name="__main__")
+    assert stop.value.code == 0
+    assert "--help" in capsys.readouterr().out
 
 
 def test_help_lists_every_promised_flag(monkeypatch, capsys):
@@ -59,7 +73,11 @@ def test_training_leaves_weights_images_and_a_summary(monkeypatch, capsys, tmp_p
     ],
 )
 def test_bad_arguments_exit_with_the_valid_choices(arguments, message, monkeypatch, capsys, tmp_path):
-    code = run_script("train_ppo", [*MINIATURE, f"--run-dir={tmp_path / 'run'}", *arguments], monkeypatch)
+    command = [*MINIATURE, f"--run-dir={tmp_path / 'run'}", *arguments]
+    try:
+        code = run_script("train_ppo", command, monkeypatch)
+    except SystemExit as stop:  # a value that is not valid by itself is refused while the command line is parsed
+        code = stop.code
     shown = capsys.readouterr().err
     assert code == 2
     assert message in shown
