@@ -48,20 +48,20 @@ def test_counting_prompts_ask_what_was_taught(scripts):
 
 
 def test_contrastive_loss_is_the_mean_of_both_directions(scripts):
-    """Written out once more: each picture among all captions, each caption present among the pictures that show it."""
+    """Written out once more: each image among all captions, each caption present among the images that show it."""
     similarity = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     captions = torch.tensor([3, 1, 3, 6, 1])
-    by_picture = -torch.log_softmax(similarity, dim=1)[torch.arange(5), captions].mean()
+    by_image = -torch.log_softmax(similarity, dim=1)[torch.arange(5), captions].mean()
     by_caption = []
     for caption in (1, 3, 6):
         shows = captions == caption
         by_caption.append(-torch.log_softmax(similarity[:, caption], dim=0)[shows].mean())
-    expected = (by_picture + torch.stack(by_caption).mean()) / 2
+    expected = (by_image + torch.stack(by_caption).mean()) / 2
     assert scripts("pretrain_judges").contrastive_loss(similarity, captions).item() == pytest.approx(expected.item())
 
 
 def test_question_is_taught_as_the_judge_asks_it(scripts):
-    """The tokens before the answer are those of the processor's own way from picture and question to tokens."""
+    """The tokens before the answer are those of the processor's own way from image and question to tokens."""
     pretrain, renderings = scripts("pretrain_judges"), scripts("pretraining.emoji_renderings")
     taught_by = scripts("pretraining.judge_lessons")
     processor = AutoProcessor.from_pretrained(Path(rewards.__file__).parent / BUNDLED_MODELS["judge"])
@@ -78,12 +78,10 @@ def test_question_is_taught_as_the_judge_asks_it(scripts):
         assert batch["input_ids"][row, :first].tolist() == inputs["input_ids"][0].tolist()
         said = batch["labels"][row][taught]
         assert said[-1] == processor.tokenizer.eos_token_id
-        assert processor.tokenizer.decode(said[:-1]).strip() == taught_by.answer(
-            shown[row], question
-        )
+        assert processor.tokenizer.decode(said[:-1]).strip() == taught_by.answer(shown[row], question)
 
 
-def test_grain_and_blur_keep_the_picture(scripts):
+def test_grain_and_blur_keep_the_image(scripts):
     soften = scripts("pretraining.judge_lessons").soften
     pixels = torch.rand(64, 3, 64, 64, generator=torch.Generator().manual_seed(0)).round()
     torch.manual_seed(0)
