@@ -110,8 +110,11 @@ class TrainConfig:
                 raise ValueError(f"there is no setting {name!r}{hint}")
         return replace(self, **own)
 
-    def resolved(self) -> TrainConfig:
+    def resolved(self, processes: int = 1) -> TrainConfig:
         """Return the settings with every open one filled in, once they fit together.
+
+        Args:
+            processes: number of processes that divide every batch among them; sizes are totals.
 
         Raises:
             ValueError: naming the setting, its value and what is valid; for sizes that do not divide, the nearest that
@@ -131,23 +134,9 @@ class TrainConfig:
             advantage=training.advantage or ("gae" if self.policy.critic else "per_prompt"),
         )
         config._check_algorithm()
-        config._check_sizes()
+        config._check_sizes(processes)
         parse_options(self.reward_options)
         return config
-
-    def check_processes(self, count: int) -> None:
-        """Refuse sizes that `count` processes cannot divide among them; sizes are totals.
-
-        Raises:
-            ValueError: naming the setting.
-        """
-        for name, value in (
-            ("samples_per_iteration", self.samples_per_iteration),
-            ("sample_batch_size", self.training.sample_batch_size),
-            ("eval_samples", self.eval_batch_size),
-        ):
-            if value % count:
-                raise ValueError(f"{name} must be a multiple of the number of processes, {count}; got {value}")
 
     @property
     def total_iterations(self) -> int:
@@ -217,7 +206,7 @@ class TrainConfig:
                 f"got {training.stat_min_count}"
             )
 
-    def _check_sizes(self) -> None:
+    def _check_sizes(self, processes: int) -> None:
         training, total = self.training, self.samples_per_iteration
         must_divide("sample_batch_size", training.sample_batch_size, "samples_per_iteration", total)
         must_divide("samples_per_prompt", training.samples_per_prompt, "sample_batch_size", training.sample_batch_size)
@@ -227,6 +216,13 @@ class TrainConfig:
                 f"timestep_window must contain at least one of the {self.num_inference_steps} steps; "
                 f"got {self.update.timestep_window}"
             )
+        for name, value in (
+            ("samples_per_iteration", total),
+            ("sample_batch_size", training.sample_batch_size),
+            ("eval_samples", self.eval_batch_size),
+        ):
+            if value % processes:
+                raise ValueError(f"{name} must be a multiple of the number of processes, {processes}; got {value}")
 
 
 def train_config(**settings: Any) -> TrainConfig:

@@ -129,14 +129,11 @@ class Checkpoints:
             self._unwritten.write(self.folder, self.keep)
             self._unwritten = None
 
-    def go_back(self) -> None:
-        """Restore the state after the last finished iteration, and make sure that it has a checkpoint."""
-        checkpoint = self.algorithm.processes.from_main(self._written)
+    def restore(self) -> None:
+        """Restore the state of the last finished iteration, and make sure that it has a checkpoint."""
+        self.algorithm.processes.from_main(self.write)
+        checkpoint = self.algorithm.processes.from_main(lambda: latest_checkpoint(self.folder))
         load_checkpoint(checkpoint, self.algorithm, self.components)
-
-    def _written(self) -> Path:
-        self.write()
-        return latest_checkpoint(self.folder)
 
 
 def latest_checkpoint(folder: Path) -> Path:
@@ -154,6 +151,17 @@ def latest_checkpoint(folder: Path) -> Path:
 def iterations_done(checkpoint: Path) -> int:
     """Return the number of iterations that a checkpoint has finished."""
     return int(checkpoint.name.removeprefix("iteration_"))
+
+
+def check_resumable(folder: Path, iterations: int) -> None:
+    """Refuse to resume a run without a checkpoint, or with more finished iterations than it is to have.
+
+    Raises:
+        ValueError: naming the folder, or the setting.
+    """
+    done = iterations_done(latest_checkpoint(folder))
+    if iterations < done:
+        raise ValueError(f"iterations must be at least {done}, which the run has finished; got {iterations}")
 
 
 def load_checkpoint(checkpoint: Path, algorithm: TensorOnPolicyAlgorithm, components: dict[str, Stateful]) -> None:

@@ -40,14 +40,15 @@ def prepare() -> Run | int:
     from agents.config.command_line import parse_command_line
 
     line = parse_command_line(description=__doc__)
-    from agents.distributed import Processes, start_processes
+    from agents.config.resolve import start_run_processes
+    from agents.distributed import Processes
     from agents.planning.flops import estimate_time
     from agents.planning.plan import describe_plan
-    from agents.training.preparation import check_run, device_of, prepare_run
+    from agents.training.preparation import check_run, prepare_run
 
     processes = Processes()
     try:
-        processes = start_processes(device_of(line.config), line.run.process_timeout)
+        processes = start_run_processes(line.config)
         run = None if line.dry_run else prepare_run(line.config, processes)
         config = check_run(line.config, processes).config if run is None else run.config
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:

@@ -6,31 +6,27 @@ A dry run stops between the two (`check_run`), so it refuses whatever a real run
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import yaml
+import gymnasium as gym
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.utils import set_random_seed
 
-from agents.config.presets import check_preset
+from agents.config.resolve import resolve, start_run_processes
 from agents.config.train_config import TrainConfig
-from agents.distributed import Processes, start_processes
-from agents.planning.memory import fitting_train_batch_size
-from agents.policy.diffusion_policy import DiffusionPolicy
+from agents.distributed import Processes
 from agents.rollout.vec_env import VectorEnvAdapter
 from agents.training.build import build_algorithm
-from agents.training.checkpoint import iterations_done, latest_checkpoint
+from agents.training.checkpoint import check_resumable
 from agents.training.held_out_images import HeldOutImages
 from agents.training.run import Run, RunResult
 from agents.training.run_folder import RunFolder
 from ddpo_env.models import check_source, load_model
 from ddpo_env.prompts import PromptDistribution, load_prompts
-from ddpo_env.vector_env import DenoisingVectorEnv
 from rewards import Loadable, LogsAnswers, Reward, check_shareable, configured_reward, parse_options
-from rewards.devices import resolve_device, resolve_dtype
 
+_ENVIRONMENT = "ddpo_env:DDPO-SD-v0"
 _EVAL_SEED_OFFSET = 1_000_000
 """Held-out seeds start this far above the run's; the training sub-environments use the ones right above the run's."""
 
@@ -44,24 +40,22 @@ class CheckedRun:
         folder: of the run.
         reward: with its options, not loaded.
         prompts: their distribution.
-        checkpoint: from which a resumed run continues.
     """
 
     config: TrainConfig
     folder: RunFolder
     reward: Reward
     prompts: PromptDistribution
-    checkpoint: Path | None
 
 
-def check_run(config: TrainConfig, processes: Processes | None = None) -> CheckedRun:
+def check_run(config: TrainConfig, processes: Processes) -> CheckedRun:
     """Resolve a configuration and check whatever can be checked without loading anything.
 
     A reward of the user's own is constructed, because its constructor checks its options.
 
     Args:
         config: every setting.
-        processes: that train together, each of which calls this; default: those that a launcher started.
+        processes: that train together, each of which calls this.
 
     Raises:
         ValueError: for a setting that is not valid; for a folder that holds another run; for a reward, prompts, a
@@ -69,19 +63,18 @@ def check_run(config: TrainConfig, processes: Processes | None = None) -> Checke
         TypeError: if the reward does not take its options.
         ImportError: if a package is missing that the reward needs.
     """
-    processes = processes or start_processes(device_of(config), config.run.process_timeout)
-    config, checkpoint = processes.from_main(lambda: _resolve(config))
+    config = resolve(config, processes)
     with processes.fail_together():
-        config.check_processes(processes.count)
         assert config.run_dir is not None
-        folder = RunFolder(config.run_dir, resume=checkpoint is not None)
+        folder = RunFolder(config.run_dir, resume=config.resume is not None)
+        if folder.is_resumed:
+            check_resumable(folder.checkpoints, config.total_iterations)
         reward = configured_reward(config.reward, parse_options(config.reward_options))
         if processes.count > 1:
             check_shareable(reward)
         prompts = load_prompts(config.prompts)
-        resolve_dtype(config.run.dtype, resolve_device(processes.device or config.device))
-        check_source(config.model)
-    return CheckedRun(config, folder, reward, prompts, checkpoint)
+        check_source(config.model, processes.device or config.device, config.run.dtype)
+    return CheckedRun(config, folder, reward, prompts)
 
 
 def prepare_run(config: TrainConfig, processes: Processes | None = None) -> Run:
@@ -89,23 +82,20 @@ def prepare_run(config: TrainConfig, processes: Processes | None = None) -> Run:
 
     Args:
         config: every setting.
-        processes: as for `check_run`.
+        processes: that train together, each of which calls this; default: those that a launcher started.
 
     Raises:
         ValueError, TypeError, ImportError: as `check_run`, or if the loaded model does not fit the settings.
         OSError: if a model cannot be downloaded.
         RuntimeError: if the reward needs a server that does not answer.
     """
-    processes = processes or start_processes(device_of(config), config.run.process_timeout)
+    processes = processes or start_run_processes(config)
     checked = check_run(config, processes)
     with processes.fail_together():
         run = _load(checked, processes)
     run.algorithm.broadcast_weights()
-    if checked.checkpoint is not None:
-        run.restore(checked.checkpoint)
-    elif run.config.training.train_batch_size == 0:
-        assert isinstance(run.algorithm.policy, DiffusionPolicy)
-        run.set_train_batch_size(fitting_train_batch_size(run.config, run.algorithm.policy, processes))
+    if checked.folder.is_resumed:
+        run.restore()
     return run
 
 
@@ -113,51 +103,6 @@ def run_training(config: TrainConfig) -> RunResult:
     """Prepare a run and train it; see `prepare_run` for the errors and `Run.train` for the result."""
     started = time.perf_counter()
     return prepare_run(config).train(started)
-
-
-def device_of(config: TrainConfig) -> str:
-    """Return the device of a configuration; for a run to be resumed the run's own, if its folder can be read."""
-    if config.resume is None:
-        return config.device
-    try:
-        return TrainConfig.from_dict(_read_config(config.resume)).device
-    except ValueError:
-        return config.device  # the error is shown when the run is resumed
-
-
-def _resolve(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
-    """Return the complete configuration and, for a resumed run, its own configuration and the newest checkpoint."""
-    check_preset(config)
-    if config.resume is not None:
-        return _resumed(config.resume, config.iterations)
-    folder_name = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in config.reward)
-    run_dir = config.run_dir or Path("runs") / f"{folder_name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return replace(config, run_dir=run_dir).resolved(), None
-
-
-def _resumed(run_dir: Path, iterations: int | None) -> tuple[TrainConfig, Path]:
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise ValueError(f"resume must be the folder of a run, with a config.yaml; got {str(run_dir)!r}")
-    try:
-        own = TrainConfig.from_dict(_read_config(run_dir))
-    except ValueError as error:
-        raise ValueError(f"resume: {str(path)!r} does not hold the settings of a run: {error}") from error
-    config = replace(own, run_dir=run_dir, iterations=iterations or own.iterations).resolved()
-    checkpoint = latest_checkpoint(run_dir / "checkpoints")
-    done = iterations_done(checkpoint)
-    if config.total_iterations < done:
-        raise ValueError(
-            f"iterations must be at least {done}, which the run has finished; got {config.total_iterations}"
-        )
-    return config, checkpoint
-
-
-def _read_config(run_dir: Path) -> Any:
-    try:
-        return yaml.safe_load((run_dir / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(str(error)) from error
 
 
 def _load(checked: CheckedRun, processes: Processes) -> Run:
@@ -181,16 +126,20 @@ def _load(checked: CheckedRun, processes: Processes) -> Run:
         "non_finite_rewards": "keep" if config.training.non_finite_rewards == "drop" else "raise",
     }
     set_random_seed(config.seed)
-    env = DenoisingVectorEnv(
-        config.training.sample_batch_size // processes.count,
+    env = gym.make_vec(
+        _ENVIRONMENT,
+        num_envs=config.training.sample_batch_size // processes.count,
         autoreset_mode=AutoresetMode.SAME_STEP,
         samples_per_prompt=config.training.samples_per_prompt,
         deferred_rewards=True,
         **common,
     )
-    eval_env = DenoisingVectorEnv(
-        config.eval_batch_size // processes.count, autoreset_mode=AutoresetMode.DISABLED, **common
-    )
+    eval_env: Any = gym.make_vec(
+        _ENVIRONMENT,
+        num_envs=config.eval_batch_size // processes.count,
+        autoreset_mode=AutoresetMode.DISABLED,
+        **common,
+    ).unwrapped
     if isinstance(checked.reward, Loadable):
         checked.reward.load()  # shows what the reward lacks now, not after the first images
     if processes.is_main:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
@@ -18,9 +17,10 @@ from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.config.train_config import TrainConfig
 from agents.evaluation.image_grid import reward_curve
+from agents.planning.memory import fit_micro_batch_size
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.vec_env import denoising_env_of
-from agents.training.checkpoint import Checkpoints, Stateful, iterations_done, latest_checkpoint, load_checkpoint
+from agents.training.checkpoint import Checkpoints, Stateful, iterations_done, latest_checkpoint
 from agents.training.console import ConsoleWriter
 from agents.training.run_folder import MetricsTable, RunFolder
 from rewards import StatefulReward
@@ -98,22 +98,17 @@ class Run:
         self._is_new = True
         self._callback: BaseCallback = CallbackList([])
 
-    def restore(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint of this run."""
-        load_checkpoint(checkpoint, self.algorithm, self.checkpoints.components)
+    def restore(self) -> None:
+        """Continue from the newest checkpoint of this run."""
+        self.checkpoints.restore()
         self._is_new = False
-
-    def set_train_batch_size(self, pairs: int) -> None:
-        """Set the (sample, timestep) pairs of one training call, for a configuration that leaves it open."""
-        self.config = self.config.changed(train_batch_size=pairs)
-        self.algorithm.micro_batch_size = pairs
 
     def train(self, started: float | None = None) -> RunResult:
         """Run the iterations that are left.
 
         A run that stops for any reason can be resumed from its last finished iteration.
 
-            write config.yaml, and the first checkpoint of a new run
+            find the training calls that fit, if that is left open; write config.yaml and a new run's first checkpoint
             tell the listeners: the held-out images are generated and scored
             for each iteration that is left:
                 collect a rollout and update the policy      (agents/algorithms/on_policy.py)
@@ -192,6 +187,9 @@ class Run:
         """Get ready to iterate; a new run gets its first checkpoint, so that it can be resumed from anywhere."""
         with self.processes.fail_together():
             _, self._callback = self.algorithm._setup_learn(0, None, reset_num_timesteps=self._is_new)
+        if self.config.training.train_batch_size == 0:
+            size = fit_micro_batch_size(self.algorithm)
+            self.config, self.algorithm.micro_batch_size = self.config.changed(train_batch_size=size), size
         if self._is_new:
             self.checkpoints.save(0)
 
@@ -220,7 +218,7 @@ class Run:
             return True
         except KeyboardInterrupt:
             self._cancel_rewards()
-            self.checkpoints.go_back()
+            self.checkpoints.restore()
             return False
         except Exception:
             self._cancel_rewards()

@@ -57,6 +57,7 @@ class RunFolder:
     def __init__(self, path: str | Path, resume: bool = False) -> None:
         """Check the folder; nothing is written before `make`."""
         self.path = Path(path)
+        self.is_resumed = resume
         if (self.path / "config.yaml").exists() and not resume:
             raise ValueError(f"run_dir {str(path)!r} holds a run already: choose another folder, or resume the run")
         if self.path.exists() and not self.path.is_dir():

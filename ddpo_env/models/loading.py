@@ -38,14 +38,16 @@ _pipelines: WeakValueDictionary[str, DiffusionPipeline] = WeakValueDictionary()
 _models: WeakValueDictionary[str, DiffusionModel] = WeakValueDictionary()
 
 
-def check_source(model: str | Path) -> None:
-    """Refuse a model whose name, or whose folder apart from the weights, shows that it cannot be loaded.
+def check_source(model: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> None:
+    """Refuse a model that cannot be loaded, as far as its name and its folder show, apart from the weights.
 
-    Nothing is loaded or downloaded.
+    Nothing is loaded or downloaded. The arguments are those of `load_model`.
 
     Raises:
-        ValueError: as `load_model`, for a name, a folder, the family of its pipeline, or weights that are pickled.
+        ValueError: as `load_model`, for a device, a dtype, a name, a folder, the family of its pipeline, or weights
+            that are pickled.
     """
+    resolve_dtype(dtype, resolve_device(device))
     if str(model) in _models or str(model) in _pipelines:
         return
     location = resolve_source(model)

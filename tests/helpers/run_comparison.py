@@ -16,7 +16,10 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
-    """Weights, adapters, metrics, statistics, random states and pictures are the same bits."""
+    """Weights, adapters, metrics, statistics, random states and images are the same bits.
+
+    Of the checkpoints only the newest ones are compared.
+    """
     assert _files(folder) == _files(expected)
     for name in _files(folder):
         if name.endswith((".safetensors", ".png")):
@@ -30,7 +33,12 @@ def assert_same_run(folder: Path, expected: Path) -> None:
 
 
 def _files(folder: Path) -> set[str]:
-    return {name for name in files_below(folder) if "tfevents" not in name}
+    newest = f"checkpoints/{latest_checkpoint(folder / 'checkpoints').name}/"
+    return {
+        name
+        for name in files_below(folder)
+        if "tfevents" not in name and (not name.startswith("checkpoints/") or name.startswith(newest))
+    }
 
 
 def _state(folder: Path) -> dict[str, Any]:

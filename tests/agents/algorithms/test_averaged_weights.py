@@ -49,9 +49,9 @@ def test_without_an_average_nothing_is_swapped(micro_pipeline_folder):
 
 
 def test_run_saves_the_average_and_resumes_both(micro_pipeline_folder, tmp_path):
-    config = micro_config(micro_pipeline_folder, tmp_path / "run", ema_decay=0.9)
-    run_training(config)
-    checkpoint = load_file(tmp_path / "run/checkpoints/iteration_000003/tensors.safetensors")
+    short = {"iterations": 2, "eval_interval": 0, "eval_samples": 2}
+    run_training(micro_config(micro_pipeline_folder, tmp_path / "run", ema_decay=0.9, **short))
+    checkpoint = load_file(tmp_path / "run/checkpoints/iteration_000002/tensors.safetensors")
     learned = [checkpoint[name] for name in checkpoint if name.startswith("policy.")]
     averages = [checkpoint[name] for name in checkpoint if name.startswith("average.")]
     assert len(averages) == len(learned) > 0

@@ -265,8 +265,9 @@ def test_cartpole_is_solved(seed):
 def test_brightness_of_drawn_pictures_rises(micro_pipeline_folder):
     model = denoising_ppo(
         micro_pipeline_folder,
-        num_envs=32,
+        num_envs=16,
         batch_size=40,
+        learning_rate=2e-2,
         clip_range=2e-2,
         max_grad_norm=1.0,
         advantage=PerPromptAdvantage(32, 8),
@@ -276,7 +277,7 @@ def test_brightness_of_drawn_pictures_rises(micro_pipeline_folder):
     held_out = micro_env(micro_pipeline_folder, 32, autoreset_mode=AutoresetMode.DISABLED)
     prompts = [prompt for prompt, _ in held_out.prompts][:32]
     before = evaluate(model.policy, held_out, prompts, seed=10_000).rewards
-    model.learn(12 * 32 * STEPS)
+    model.learn(12 * 16 * STEPS)
     after = evaluate(model.policy, held_out, prompts, seed=10_000).rewards
     rise = after - before
     assert rise.mean() > 0.7 * before.std()

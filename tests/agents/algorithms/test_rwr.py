@@ -174,7 +174,7 @@ def test_brightness_of_drawn_pictures_rises(micro_pipeline_folder, weighting):
         num_envs=32,
         weighting=weighting,
         n_epochs=10,
-        learning_rate=1e-2,
+        learning_rate=2e-2,
         advantage=BatchAdvantage() if weighting == "percentile" else PerPromptAdvantage(32, 8),
         policy={"lora_rank": 4, "guidance_scale": 1.0},
         seed=1,
@@ -182,6 +182,6 @@ def test_brightness_of_drawn_pictures_rises(micro_pipeline_folder, weighting):
     held_out = micro_env(micro_pipeline_folder, 32, autoreset_mode="Disabled")
     prompts = [prompt for prompt, _ in held_out.prompts][:32]
     before = evaluate(model.policy, held_out, prompts, seed=10_000).rewards
-    model.learn(12 * 32 * STEPS)
+    model.learn(6 * 32 * STEPS)
     rise = evaluate(model.policy, held_out, prompts, seed=10_000).rewards - before
     assert rise.mean() > 0.3 * before.std(), (rise.mean(), before.std())

@@ -141,9 +141,10 @@ def test_plan_shows_them():
     assert describe_plan(config)[1].endswith("device=cpu, samples whose score is NaN or infinite are dropped")
 
 
-def test_command_line_takes_them(monkeypatch, capsys, tmp_path):
+def test_command_line_takes_them(micro_pipeline_folder, monkeypatch, capsys, tmp_path):
     run = tmp_path / "run"
     arguments = [*MINIATURE, "--iterations=1", f"--run-dir={run}", f"--reward={HERE}:Logging:2,jpeg_compressibility:1"]
+    arguments.append(f"--model={micro_pipeline_folder}")
     options = ["--reward-options", f"{HERE}:Logging.factor=2.5", f"{HERE}:Logging.device=cpu"]
     assert run_script("train_ppo", [*arguments, *options], monkeypatch) == 0
     shown = capsys.readouterr().out

@@ -12,6 +12,7 @@ from helpers.scripts import MINIATURE, SCRIPTS, run_script
 from agents.config.command_line import parse_command_line
 from agents.config.presets import PRESETS, preset_config
 from agents.config.train_config import TrainConfig, train_config
+from agents.distributed import Processes
 from agents.planning.plan import describe_plan
 from agents.training.preparation import check_run, prepare_run, run_training
 from ddpo_env import vector_env
@@ -109,7 +110,7 @@ def test_preset_has_the_published_settings(name):
     }
     found = settings(preset_config(name).resolved())
     assert {key: found[key] for key in expected} == expected
-    assert len(check_run(preset_config(name)).prompts) == count
+    assert len(check_run(preset_config(name), Processes()).prompts) == count
 
 
 def test_a_variant_leaves_the_preset_as_it_is():
@@ -121,7 +122,7 @@ def test_a_variant_leaves_the_preset_as_it_is():
 def test_presets_can_be_shared_by_two_four_or_eight_processes(name):
     def is_shareable(processes):
         try:
-            preset_config(name).resolved().check_processes(processes)
+            preset_config(name).resolved(processes)
         except ValueError:
             return False
         return True
@@ -211,6 +212,7 @@ def test_dry_run_refuses_as_a_run_does(nothing_happens, monkeypatch, capsys, arg
         raise ValueError(shown[0].err)
 
 
+@pytest.mark.usefixtures("count_once")
 @pytest.mark.parametrize("name", PRESETS)
 def test_dry_run_loads_nothing_and_leaves_nothing(nothing_happens, monkeypatch, capsys, name):
     assert run_script("train_ppo", ["--dry-run", "--preset", name, "--device=cpu"], monkeypatch) == 0
@@ -223,6 +225,7 @@ def test_dry_run_loads_nothing_and_leaves_nothing(nothing_happens, monkeypatch, 
     assert list(nothing_happens.iterdir()) == []
 
 
+@pytest.mark.usefixtures("count_once")
 def test_dry_run_asks_no_server(nothing_happens, monkeypatch, capsys):
     arguments = ["--preset=sd14-alignment", "--reward-options", "server=http://localhost:1/v1", "--dry-run"]
     assert run_script("train_ppo", arguments, monkeypatch) == 0
@@ -262,7 +265,7 @@ def test_plan_of_a_preset():
 
 def test_plan_says_what_was_changed_in_the_preset():
     arguments = ["--preset=sd14-aesthetic", "--samples-per-iteration=64", "--seed=1", "--run-dir=x", "--device=cpu"]
-    plan = describe_plan(check_run(parse_command_line(arguments).config).config)
+    plan = describe_plan(check_run(parse_command_line(arguments).config, Processes()).config)
     assert plan[0] == "preset     sd14-aesthetic, but seed=1, samples_per_iteration=64"
 
 

@@ -33,6 +33,7 @@ def test_operations_of_a_perceptron():
     assert count_flops(outline, lora_rank=0) == Flops(forward, forward + forward + weights, 0.0)
 
 
+@pytest.mark.usefixtures("count_once")
 def test_operations_of_stable_diffusion_are_the_published_ones():
     """339 G multiplications in layers with weights, without the products of attention (Kim et al. 2023, BK-SDM)."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -40,7 +41,7 @@ def test_operations_of_stable_diffusion_are_the_published_ones():
     total = counter.get_total_flops()
     attention = sum(n for name, n in counter.get_flop_counts()["Global"].items() if str(name) == "aten.bmm")
     assert (total - attention) / 2 == pytest.approx(339e9, rel=2e-3)
-    work = count_flops(outline_model(SD14), lora_rank=4)
+    work = flops.count_flops(outline_model(SD14), lora_rank=4)
     assert total < work.forward < 1.01 * total, "the adapters add little"
     assert 2 * total < work.training < 2.5 * total, "no gradient of frozen weights"
 
@@ -69,6 +70,7 @@ def test_rows_are_those_that_a_run_computes(micro_pipeline_folder, tmp_path, mon
     assert (config.iterations * sampled, config.iterations * rows["training"]) == (planned.sampling, planned.training)
 
 
+@pytest.mark.usefixtures("count_once")
 def test_estimate_of_the_published_run(monkeypatch):
     monkeypatch.setattr(flops, "matmul_rate", lambda device, dtype: 1e14)
     said = estimate_time(published())

@@ -237,7 +237,7 @@ def test_last_finished_iteration_is_kept_in_memory_until_it_is_needed(micro_pipe
     iterate(model, 1)
     curve.values.append(3)
     assert latest_checkpoint(tmp_path).name == "iteration_000000"
-    checkpoints.go_back()
+    checkpoints.restore()
     assert latest_checkpoint(tmp_path).name == "iteration_000002"
     assert curve.values == [1, 2]
     assert all(torch.equal(value, after_two[name]) for name, value in weights(model.policy).items())

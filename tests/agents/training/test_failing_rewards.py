@@ -44,20 +44,12 @@ class LosesTheThird:
         return scores
 
 
-@pytest.fixture(scope="module")
-def whole(micro_pipeline_folder, tmp_path_factory):
-    """A run that nothing stopped."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    run_training(micro_config(micro_pipeline_folder, folder))
-    return folder
-
-
 # Calls of the reward: 2 before training, then 2 per iteration, and 2 more at the end of the second and the third.
 @pytest.mark.parametrize(
     ("interval", "call", "done"), [(0, 1, 0), (0, 3, 0), (0, 7, 1), (1, 6, 1), (3, 5, 1), (3, 10, 2), (0, 11, 2)]
 )
 def test_run_goes_on_from_the_last_finished_iteration(
-    whole, micro_pipeline_folder, tmp_path, monkeypatch, interval, call, done
+    finished, micro_pipeline_folder, tmp_path, monkeypatch, interval, call, done
 ):
     folder = tmp_path / "run"
     config = micro_config(micro_pipeline_folder, folder, checkpoint_interval=interval)
@@ -71,14 +63,15 @@ def test_run_goes_on_from_the_last_finished_iteration(
     assert "the judge [at home] has left" in text
     assert latest_checkpoint(folder / "checkpoints").name == f"iteration_{done:06d}"
     run_training(train_config(resume=folder))
-    assert_same_run(folder, whole)
+    assert_same_run(folder, finished.folder.path)
 
 
-def test_script_says_what_failed_and_how_to_go_on(monkeypatch, capsys, tmp_path):
+def test_script_says_what_failed_and_how_to_go_on(micro_pipeline_folder, monkeypatch, capsys, tmp_path):
     run = tmp_path / "a run"
     reward = FailingReward(4)
     monkeypatch.setattr(micro_agents, "brightness", reward)
-    arguments = [*MINIATURE, "--iterations=3", "--checkpoint-interval=0", "--reward=helpers.micro_agents:brightness"]
+    arguments = [*MINIATURE, "--iterations=3", "--checkpoint-interval=0", f"--model={micro_pipeline_folder}"]
+    arguments.append("--reward=helpers.micro_agents:brightness")
     assert run_script("train_ppo", [*arguments, f"--run-dir={run}"], monkeypatch) == 1
     shown = capsys.readouterr()
     expected = (
@@ -137,7 +130,8 @@ def test_run_that_drops_samples_is_resumed_like_any_other(micro_pipeline_folder,
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["training"]["non_finite_rewards"] == "drop"
 
 
-def test_option_changes_nothing_where_nothing_is_dropped(whole, micro_pipeline_folder, tmp_path):
+def test_option_changes_nothing_where_nothing_is_dropped(finished, micro_pipeline_folder, tmp_path):
+    whole = finished.folder.path
     run_training(micro_config(micro_pipeline_folder, tmp_path, non_finite_rewards="drop"))
     for name in ("policy/policy.safetensors", "checkpoints/iteration_000003/tensors.safetensors"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()

@@ -28,12 +28,6 @@ from agents.training.console import ConsoleWriter
 from agents.training.preparation import run_training
 
 
-@pytest.fixture(scope="module")
-def finished(micro_pipeline_folder, tmp_path_factory):
-    """A run that nothing stopped."""
-    return run_training(micro_config(micro_pipeline_folder, tmp_path_factory.mktemp("runs") / "finished"))
-
-
 def test_run_folder_holds_what_its_docstring_says(finished):
     files = files_below(finished.folder.path)
     events = {name for name in files if name.startswith("tensorboard/events.out.tfevents.")}
@@ -182,27 +176,27 @@ def test_run_killed_in_a_save_and_resumed_equals_one_that_was_not(
 
 def test_finished_run_goes_on_to_more_iterations(micro_pipeline_folder, tmp_path):
     constant = {"learning_rate_schedule": "constant"}  # a falling rate depends on how many iterations there are in all
-    for name, iterations in (("run", 2), ("at once", 3)):
-        run_training(micro_config(micro_pipeline_folder, tmp_path / name, **constant, iterations=iterations))
-    longer = run_training(train_config(resume=tmp_path / "run", iterations=3))
-    assert longer.config.iterations == longer.iterations == 3
+    for name, iterations in (("run", 1), ("at once", 2)):
+        settings = {**constant, "iterations": iterations, "eval_interval": 1}
+        run_training(micro_config(micro_pipeline_folder, tmp_path / name, **settings))
+    longer = run_training(train_config(resume=tmp_path / "run", iterations=2))
+    assert longer.config.iterations == longer.iterations == 2
     assert_same_run(tmp_path / "run", tmp_path / "at once")
-    with pytest.raises(ValueError, match="iterations must be at least 3, which the run has finished; got 1"):
+    with pytest.raises(ValueError, match="iterations must be at least 2, which the run has finished; got 1"):
         run_training(train_config(resume=tmp_path / "run", iterations=1))
 
 
 @pytest.mark.parametrize("interval", [0, 2])
 def test_run_stopped_between_checkpoints_goes_on_from_its_last_iteration(
-    micro_pipeline_folder, tmp_path, monkeypatch, interval
+    finished, micro_pipeline_folder, tmp_path, monkeypatch, interval
 ):
     settings = {"checkpoint_interval": interval}
-    run_training(micro_config(micro_pipeline_folder, tmp_path / "whole", **settings))
     with monkeypatch.context() as patch:
         patch.setattr(micro_agents, "brightness", InterruptedReward(6))
         assert run_training(micro_config(micro_pipeline_folder, tmp_path / "run", **settings)).iterations == 1
     assert agents.training.checkpoint.latest_checkpoint(tmp_path / "run" / "checkpoints").name == "iteration_000001"
     run_training(train_config(resume=tmp_path / "run"))
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", finished.folder.path)
 
 
 @pytest.mark.parametrize("policy", [{"critic": True}, {"lora_rank": 0}])

@@ -14,13 +14,17 @@ from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.config.train_config import ALGORITHMS, train_config
 from agents.training.preparation import prepare_run, run_training
 
+SHORT = {"iterations": 2, "eval_interval": 0, "eval_samples": 4}
+"""Two iterations: the reward is called once before training, twice in each iteration and once at the end."""
+ONE = {"iterations": 1, "eval_samples": 2}
+
 
 def config_of(model, folder, algorithm="ppo", **settings):
-    """The micro run with another algorithm, whose sizes are its defaults."""
+    """A short micro run with another algorithm, whose sizes are its defaults."""
     updates = {"updates_per_iteration": 2 if algorithm == "ppo" else 1, "epochs": ALGORITHMS[algorithm].epochs}
     if algorithm == "rwr_sparse":
         updates["epochs"] = 3
-    return micro_config(model, folder, algorithm=algorithm, **updates, **settings)
+    return micro_config(model, folder, algorithm=algorithm, **SHORT | updates | settings)
 
 
 @pytest.mark.parametrize(
@@ -37,9 +41,9 @@ def test_stopped_and_resumed_run_equals_one_that_was_not(
 ):
     run_training(config_of(micro_pipeline_folder, tmp_path / "whole", algorithm, **settings))
     with monkeypatch.context() as patch:
-        patch.setattr(micro_agents, "brightness", InterruptedReward(7))
+        patch.setattr(micro_agents, "brightness", InterruptedReward(5))
         stopped = run_training(config_of(micro_pipeline_folder, tmp_path / "stopped", algorithm, **settings))
-    assert stopped.iterations == 2
+    assert stopped.iterations == 1
     run_training(train_config(resume=tmp_path / "stopped"))
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
@@ -64,18 +68,17 @@ def test_sizes_and_learning_rate_left_open_are_the_algorithms():
 
 
 def test_resolved_learning_rate_is_in_the_run_folder(micro_pipeline_folder, tmp_path):
-    result = run_training(config_of(micro_pipeline_folder, tmp_path, "rwr"))
+    result = run_training(config_of(micro_pipeline_folder, tmp_path, "rwr", **ONE))
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert written["learning_rate"] == result.config.learning_rate == ALGORITHMS["rwr"].learning_rate
 
 
 def test_critic_learns_beside_every_estimator(micro_pipeline_folder, tmp_path):
     for advantage in ("per_prompt", "gae"):
-        run_training(config_of(micro_pipeline_folder, tmp_path / advantage, advantage=advantage, critic=True))
+        run_training(config_of(micro_pipeline_folder, tmp_path / advantage, advantage=advantage, critic=True, **ONE))
         assert float(rows(tmp_path / advantage)[1]["train/value_loss"]) > 0
-    assert (
-        "train/value_loss" not in rows(run_training(config_of(micro_pipeline_folder, tmp_path / "no")).folder.path)[1]
-    )
+    run_training(config_of(micro_pipeline_folder, tmp_path / "no", **ONE))
+    assert "train/value_loss" not in rows(tmp_path / "no")[1]
 
 
 def failing(images, prompts, metadata):
