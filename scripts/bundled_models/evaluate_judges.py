@@ -1,10 +1,10 @@
-"""Measures the bundled judges: what they read off renderings and drawings, how fast, and how their scores order.
+"""Measure the bundled judges: what they read in renderings and generated images, their speed, and BERTScore's order.
 
     python scripts/bundled_models/evaluate_judges.py
 
-Renderings are of seeds that nobody was trained on. Drawings are the bundled Stable Diffusion's own, 20 DDIM steps at
-eta 1; whether they show what was asked is also read by the convolutional network of `scripts/bundled_models/evaluate_tiny.py`, which
-knows nothing of the judges. The figures in `docs/tiny-judges.md` come from here.
+The seeds of the renderings were not used in any training. The bundled Stable Diffusion generates the images with 20
+DDIM steps at eta 1. The convolutional network of `scripts/bundled_models/evaluate_tiny.py`, which is independent of the
+judges, reads them too. The figures in `docs/tiny-judges.md` come from this command.
 """
 
 import json
@@ -18,10 +18,10 @@ import numpy as np
 import torch
 import tyro
 from diffusers import StableDiffusionPipeline
-from emoji_renderings import Subject, all_subjects, grid, render, render_dataset
-from judge_lessons import HOW_MANY, MIXTURE, WHICH, answer, through_jpeg
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from pretraining.emoji_renderings import Subject, all_subjects, grid, render, render_dataset
+from pretraining.judge_lessons import HOW_MANY, MIXTURE, WHICH, answer, through_jpeg
 
 from ddpo_env.models.loading import resolve_source
 from ddpo_env.prompts.vocabulary import ACTIVITIES, COUNTS, SIMPLE_ANIMALS
@@ -34,7 +34,7 @@ from rewards.judge.vqa import answers_match
 from rewards.pretrained import TINY
 
 TEST_SEED, SHEET_SEED = 3_000_001, 4_000_001
-NOBODY = Subject("nothing that was asked for")
+UNKNOWN = Subject("nothing that was asked for")
 
 
 @dataclass
@@ -42,51 +42,51 @@ class Arguments:
     """Measure the bundled judges."""
 
     clip: Path | str = TINY
-    """The CLIP to measure: a folder or tiny."""
+    """CLIP to measure: a folder or tiny."""
     judge: Path | str = TINY
-    """The LLaVA to measure: a folder or tiny."""
+    """LLaVA to measure: a folder or tiny."""
     text_encoder: Path | str = TINY
-    """The text encoder to measure: a folder or tiny."""
+    """Text encoder to measure: a folder or tiny."""
     renderings: int = 3000
-    """Held-out renderings."""
+    """Number of held-out renderings."""
     samples_per_word: int = 4
-    """Drawings of each of the 45 animals alone."""
+    """Images per animal."""
     samples_per_activity: int = 2
-    """Drawings of each animal with each activity and of each count of it."""
+    """Images per animal and activity, and per animal and count."""
     speed_repeats: int = 5
     """Timed passes over 512 renderings."""
     test_sheet: Path | None = None
-    """Where to write the sheet of renderings that the tests read, and nothing else happens."""
+    """Write the sheet of renderings that the tests read to this file, and do nothing else."""
     run_folder: Path = Path("runs/evaluate_judges")
-    """Where `evaluation.json`, the sheet of what was read wrong, and the drawings' reader go."""
+    """Folder for `evaluation.json`, the sheet of wrong readings, and the convolutional network."""
     threads: int = 2
     """CPU threads."""
 
 
 class Readers:
-    """The two judges, each made to say what a picture shows."""
+    """The two judges; each says which subject an image shows."""
 
     def __init__(self, arguments: Arguments) -> None:
-        self.clip: ClipEmbedder = ClipScore(arguments.clip, device="cpu").clip
+        self.clip: ClipEmbedder = ClipScore(arguments.clip, device="cpu").loaded
         self.judge = JudgeModel(arguments.judge, device="cpu", batch_size=64)
         self.subjects = list(all_subjects())
         self.by_caption = {subject.caption: subject for subject in self.subjects}
         self.captions = self.clip.embed_texts(list(self.by_caption))
 
     def clip_reads(self, images: np.ndarray) -> list[Subject]:
-        """Returns the subject whose caption is nearest to each picture, of all that there are."""
-        pictures = [Image.fromarray(image) for image in images]
-        parts = [self.clip.embed_images(pictures[start : start + 100]) for start in range(0, len(pictures), 100)]
+        """Return for each image the subject with the most similar caption."""
+        shown = [Image.fromarray(image) for image in images]
+        parts = [self.clip.embed_images(shown[start : start + 100]) for start in range(0, len(shown), 100)]
         return [self.subjects[index] for index in (torch.cat(parts) @ self.captions.T).argmax(dim=1).tolist()]
 
     def judge_reads(self, images: np.ndarray) -> list[Subject]:
-        """Returns the subject that the judge describes, a nonsensical one where it describes none."""
+        """Return for each image the subject that the judge describes, or `UNKNOWN` if its answer is no caption."""
         answers = self.judge.ask(list(images), [QUESTION] * len(images))
-        return [self.by_caption.get(text, NOBODY) for text in answers]
+        return [self.by_caption.get(text, UNKNOWN) for text in answers]
 
 
 def scores(wanted: Sequence[Subject], found: Sequence[Subject]) -> dict[str, float]:
-    """Returns top-1 accuracies: the animal alone, the animal and the activity of those that have one, the count."""
+    """Return top-1 accuracies of the animal, the activity, the count, the word, and all three together."""
     pairs = list(zip(wanted, found, strict=True))
     animals = [(a, b) for a, b in pairs if a.word in SIMPLE_ANIMALS]
     active = [(a, b) for a, b in pairs if a.activity]
@@ -97,27 +97,27 @@ def scores(wanted: Sequence[Subject], found: Sequence[Subject]) -> dict[str, flo
         "count": mean(a.count == b.count for a, b in counted),
         "any_word": mean(a.word == b.word for a, b in pairs),
         "all": mean(a == b for a, b in pairs),
-        "pictures": len(pairs),
+        "images": len(pairs),
     }
 
 
 def mean(values: Iterable[bool]) -> float:
-    """Returns the share of true values, to four digits; NaN of none."""
+    """Return the fraction of true values, to four digits; NaN without values."""
     found = list(values)
     return round(float(np.mean(found)), 4) if found else float("nan")
 
 
 def questions(readers: Readers, images: np.ndarray, subjects: Sequence[Subject]) -> dict[str, float]:
-    """Returns the share of the counting prompts' questions that the judge answers right."""
-    shares = {}
+    """Return the fraction of correct answers for each question of the counting prompts."""
+    fractions = {}
     for name, question in (("how_many", HOW_MANY), ("which", WHICH)):
         answers = readers.judge.ask(list(images), [question] * len(images))
-        shares[name] = mean(answers_match(answer(s, question), a) for s, a in zip(subjects, answers, strict=True))
-    return shares
+        fractions[name] = mean(answers_match(answer(s, question), a) for s, a in zip(subjects, answers, strict=True))
+    return fractions
 
 
 def order(text_encoder: Path | str) -> dict[str, float]:
-    """Returns how BERTScore orders descriptions: the mean score of each kind, and how often the kinds are in order."""
+    """Return the mean BERTScore of right and wrong descriptions, and how often their order is right."""
     recall = BertScoreRecall(text_encoder, device="cpu")
     rng = np.random.default_rng(0)
     rows = []
@@ -145,7 +145,7 @@ def order(text_encoder: Path | str) -> dict[str, float]:
 
 
 def images_per_second(readers: Readers, images: np.ndarray, repeats: int) -> list[float]:
-    """Returns the judge's speed in each of some passes; the first one, which warms up, does not count."""
+    """Return the judge's speed in each pass after a pass of warm-up."""
     speeds = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -154,8 +154,8 @@ def images_per_second(readers: Readers, images: np.ndarray, repeats: int) -> lis
     return speeds[1:]
 
 
-def drawings(arguments: Arguments) -> tuple[np.ndarray, list[Subject]]:
-    """Returns the bundled model's drawings, and what each was to show."""
+def generated_images(arguments: Arguments) -> tuple[np.ndarray, list[Subject]]:
+    """Return the bundled model's images, `(number, 64, 64, 3)` uint8, and the subject of each prompt."""
     subjects = [Subject(word) for word in SIMPLE_ANIMALS] * arguments.samples_per_word
     each = arguments.samples_per_activity
     subjects += [Subject(word, activity) for activity in ACTIVITIES for word in SIMPLE_ANIMALS] * each
@@ -163,11 +163,11 @@ def drawings(arguments: Arguments) -> tuple[np.ndarray, list[Subject]]:
     pipeline = StableDiffusionPipeline.from_pretrained(resolve_source("tiny"))
     pipeline.set_progress_bar_config(disable=True)
     settings = evaluate_tiny.Arguments(run_folder=arguments.run_folder, threads=arguments.threads)
-    return evaluate_tiny.draw(pipeline, subjects, evaluate_tiny.DEFAULT_GUIDANCE, settings), subjects
+    return evaluate_tiny.generate(pipeline, subjects, evaluate_tiny.DEFAULT_GUIDANCE, settings), subjects
 
 
 def save_mistakes(path: Path, images: np.ndarray, wanted: Sequence[Subject], found: Sequence[Subject]) -> None:
-    """Writes the first drawings that the judge read otherwise than they were asked for: wanted | read."""
+    """Write the first 40 images that the judge read differently from their prompts, with both: prompt | read."""
     wrong = [index for index, pair in enumerate(zip(wanted, found, strict=True)) if pair[0] != pair[1]][:40]
     labels = [f"{brief(wanted[index])} | {brief(found[index])}" for index in wrong]
     if wrong:
@@ -175,12 +175,12 @@ def save_mistakes(path: Path, images: np.ndarray, wanted: Sequence[Subject], fou
 
 
 def brief(subject: Subject) -> str:
-    """Returns a short text for a subject: "fox, bike", "two foxes"."""
+    """Return a short text for a subject: "fox, bike", "two foxes"."""
     return f"{subject.word}, {subject.activity.split()[-1]}" if subject.activity else subject.caption
 
 
 def save_test_sheet(path: Path) -> None:
-    """Writes 96 renderings in rows of twelve, their captions in the PNG's text chunk `captions`, one a line."""
+    """Write 96 renderings in rows of twelve; the PNG's text chunk `captions` has their captions, one per line."""
     rng = np.random.default_rng(SHEET_SEED)
     subjects = [Subject(word) for word in SIMPLE_ANIMALS]
     subjects += [Subject(word, activity) for activity in ACTIVITIES for word in SIMPLE_ANIMALS[::3]]
@@ -192,8 +192,9 @@ def save_test_sheet(path: Path) -> None:
     Image.fromarray(rows.reshape(-1, 12 * images.shape[2], 3)).save(path, optimize=True, pnginfo=captions)
 
 
-def main(arguments: Arguments) -> None:
-    """Reads renderings, renderings after JPEG, and drawings; times; writes."""
+def main() -> None:
+    """Parse the command line, let the judges read renderings and generated images, and write the figures."""
+    arguments = tyro.cli(Arguments, description=__doc__)
     if arguments.test_sheet is not None:
         return save_test_sheet(arguments.test_sheet)
     torch.set_num_threads(arguments.threads)
@@ -210,26 +211,26 @@ def main(arguments: Arguments) -> None:
             "judge_questions": questions(readers, shown, subjects),
         }
         print(name, json.dumps(report[name]), flush=True)
-    drawn, asked = drawings(arguments)
+    generated, asked = generated_images(arguments)
     seen_by_network = evaluate_tiny.train_classifier(
         evaluate_tiny.Arguments(run_folder=arguments.run_folder, threads=arguments.threads)
-    ).read(drawn)
-    seen_by_clip, seen_by_judge = readers.clip_reads(drawn), readers.judge_reads(drawn)
-    report["drawings"] = {
+    ).read(generated)
+    seen_by_clip, seen_by_judge = readers.clip_reads(generated), readers.judge_reads(generated)
+    report["generated_images"] = {
         "network_against_prompts": scores(asked, seen_by_network),
         "clip_against_prompts": scores(asked, seen_by_clip),
         "judge_against_prompts": scores(asked, seen_by_judge),
         "clip_against_network": scores(seen_by_network, seen_by_clip),
         "judge_against_network": scores(seen_by_network, seen_by_judge),
     }
-    print("drawings", json.dumps(report["drawings"]), flush=True)
+    print("generated_images", json.dumps(report["generated_images"]), flush=True)
     report["bert_score"] = order(arguments.text_encoder)
     print("bert_score", json.dumps(report["bert_score"]), flush=True)
     report["judge_images_per_second"] = images_per_second(readers, images[:512], arguments.speed_repeats)
     print("images per second", report["judge_images_per_second"], flush=True)
     (arguments.run_folder / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
-    save_mistakes(arguments.run_folder / "mistakes.png", drawn, asked, seen_by_judge)
+    save_mistakes(arguments.run_folder / "mistakes.png", generated, asked, seen_by_judge)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    main()

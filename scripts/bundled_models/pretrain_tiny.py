@@ -1,10 +1,10 @@
-"""Pretrains the bundled Stable Diffusion from nothing on a CPU: renderings → VAE → text encoder and denoiser.
+"""Pretrain the bundled Stable Diffusion on a CPU: first the VAE, then the text encoder together with the denoiser.
 
     python scripts/bundled_models/pretrain_tiny.py --output-folder ddpo_env/data/tiny
 
-The result depends on the arguments (up to the machine's arithmetic). An interrupted run goes on where it was when it
-is started again with the same arguments. `docs/tiny-model.md` has the command and the time behind the shipped weights;
-`scripts/bundled_models/evaluate_tiny.py` measures them.
+The model learns from renderings of emoji. The same arguments give the same result, up to the machine's rounding. An
+interrupted run continues when it is started again with the same arguments. `docs/tiny-model.md` has the command for the
+bundled weights and its time; `scripts/bundled_models/evaluate_tiny.py` measures them.
 """
 
 import copy
@@ -19,8 +19,8 @@ import numpy as np
 import torch
 import tyro
 from diffusers import AutoencoderKL
-from emoji_renderings import all_subjects, grid, render_dataset
-from tiny_components import (
+from pretraining.emoji_renderings import all_subjects, grid, render_dataset
+from pretraining.tiny_components import (
     build_scheduler,
     build_text_encoder,
     build_tokenizer,
@@ -37,43 +37,43 @@ class Arguments:
     """Pretrain the bundled tiny Stable Diffusion."""
 
     run_folder: Path = Path("runs/pretrain_tiny")
-    """Where the training state, the log pictures and the newest export (`latest/`) go."""
+    """Folder for the training state, images of reconstructions, and the newest export (`latest/`)."""
     output_folder: Path | None = None
-    """A second place for every export, for example the package's data folder."""
+    """A second folder for every export, such as the package's data folder."""
     seed: int = 0
     """Seed of the weights, the renderings and the batches."""
-    pictures: int = 60_000
-    """Renderings to train on."""
+    images: int = 60_000
+    """Number of renderings to train on."""
     vae_steps: int = 1300
-    """Updates of the VAE."""
+    """Number of updates of the VAE."""
     vae_batch_size: int = 32
-    """Pictures in a VAE update."""
+    """Images per update of the VAE."""
     vae_learning_rate: float = 2e-3
     """Peak learning rate of the VAE."""
     kl_weight: float = 3e-4
     """Weight of the VAE's mean KL divergence per latent dimension."""
     decoder_steps: int = 1800
-    """Updates of the VAE's decoder alone, on the latents that the denoiser learned; last of all, it sharpens."""
+    """Number of updates of the VAE's decoder at the end, on the denoiser's latents: its images become sharper."""
     decoder_learning_rate: float = 2e-3
-    """Peak learning rate of these."""
+    """Peak learning rate of these updates."""
     steps: int = 3000
-    """Updates of the denoiser and the text encoder."""
+    """Number of updates of the denoiser and the text encoder."""
     batch_size: int = 64
-    """Latents in an update of the denoiser."""
+    """Latents per update of the denoiser."""
     learning_rate: float = 1.5e-3
     """Peak learning rate of the denoiser and the text encoder."""
     warmup_steps: int = 200
     """Updates over which the learning rate rises linearly."""
-    decay_share: float = 0.4
-    """Share of the updates, at the end, over which it falls to zero; `steps` can be changed until then."""
+    decay_fraction: float = 0.4
+    """Fraction of the updates, at the end, in which it falls to zero; until then `steps` can be changed."""
     ema_decay: float = 0.999
-    """Decay of the averaged weights, which are the ones exported."""
+    """Decay of the averaged weights, which are exported."""
     caption_dropout: float = 0.1
-    """Share of captions replaced by the empty prompt, for classifier-free guidance."""
+    """Fraction of the captions that are replaced by the empty prompt, for classifier-free guidance."""
     snr_cap: float = 5.0
     """Cap of the min-SNR loss weighting."""
     threads: int = 2
-    """CPU threads; the denoiser's batch is split over as many processes."""
+    """CPU threads; the denoiser trains in as many processes, and each has some of the batch's rows."""
     save_every: float = 300.0
     """Seconds between saves of the training state."""
     export_every: float = 600.0
@@ -81,24 +81,24 @@ class Arguments:
 
 
 def learning_rate_factor(step: int, warmup: int, decay_from: int, steps: int) -> float:
-    """Linear warm-up, a constant stretch, then cosine decay from `decay_from` to zero at `steps`; in [0, 1]."""
+    """Return a factor in [0, 1]: linear warm-up, then 1, then cosine decay from `decay_from` to zero at `steps`."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 + 0.5 * math.cos(math.pi * max(0, step - decay_from) / max(1, steps - decay_from))
 
 
 def to_tensor(images: np.ndarray) -> torch.Tensor:
-    """Turns `(batch, height, width, 3)` uint8 into `(batch, 3, height, width)` float32 in [-1, 1]."""
+    """Turn `(batch, height, width, 3)` uint8 into `(batch, 3, height, width)` float32 in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def batch_indices(arguments: Arguments, stage: int, step: int, size: int) -> np.ndarray:
-    """The pictures of one update: a function of seed, stage and step, so that a resumed run sees the same batches."""
-    return np.random.default_rng([arguments.seed, stage, step]).integers(0, arguments.pictures, size)
+    """Return the images of one update; they depend on seed, stage and step only, also in a resumed run."""
+    return np.random.default_rng([arguments.seed, stage, step]).integers(0, arguments.images, size)
 
 
 def train_vae(arguments: Arguments, images: np.ndarray) -> AutoencoderKL:
-    """Returns a VAE trained on the pictures with L1, squared error and a small KL; not resumable, it takes minutes."""
+    """Train a VAE with L1, squared error and a small KL divergence; it takes minutes and cannot be resumed."""
     vae = build_vae()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=arguments.vae_learning_rate, weight_decay=1e-3)
     started = time.monotonic()
@@ -126,7 +126,7 @@ def train_vae(arguments: Arguments, images: np.ndarray) -> AutoencoderKL:
 
 
 def refine_decoder(arguments: Arguments, vae: AutoencoderKL, images: np.ndarray, latents: torch.Tensor) -> None:
-    """Trains the decoder on, in place, with the latents fixed and a little noise on them, as a denoiser leaves it."""
+    """Train the decoder further, in place, on fixed latents with a little noise, which a denoiser leaves too."""
     parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -158,7 +158,7 @@ def refine_decoder(arguments: Arguments, vae: AutoencoderKL, images: np.ndarray,
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
-    """Returns the latent means of the pictures, `(number, 4, 16, 16)` float32."""
+    """Return the latent means of the images, `(number, 4, 16, 16)` float32."""
     with torch.autocast("cpu", torch.bfloat16):
         parts = [vae.encode(to_tensor(images[i : i + 256])).latent_dist.mean for i in range(0, len(images), 256)]
     return torch.cat(parts).float()
@@ -166,15 +166,15 @@ def encode(vae: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
 
 @torch.no_grad()
 def save_reconstructions(vae: AutoencoderKL, images: np.ndarray, path: Path) -> None:
-    """Writes pictures and, in the row below each row, what the VAE makes of them."""
+    """Write rows of images, each with a row of the VAE's reconstructions below."""
     decoded = vae.decode(vae.encode(to_tensor(images)).latent_dist.mean).sample
     pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    rows = [picture for i in range(0, len(images), 12) for picture in (*images[i : i + 12], *pixels[i : i + 12])]
+    rows = [image for i in range(0, len(images), 12) for image in (*images[i : i + 12], *pixels[i : i + 12])]
     grid(rows, columns=12, scale=2).save(path)
 
 
 class Denoising(nn.Module):
-    """The text encoder and the denoiser, which are trained together, and the loss they are trained by."""
+    """The text encoder and the denoiser, which are trained together, and their loss."""
 
     def __init__(self, text_encoder: nn.Module, unet: nn.Module, snr_cap: float) -> None:
         super().__init__()
@@ -186,13 +186,13 @@ class Denoising(nn.Module):
         snr = alphas / (1 - alphas).clamp(min=1e-12)
         self.register_buffer("weight", snr.clamp(max=snr_cap) / (snr + 1), persistent=False)
 
-    def loss(self, latents: torch.Tensor, token_ids: torch.Tensor, share: slice) -> torch.Tensor:
-        """Returns the weighted v-prediction loss of a share of a batch.
+    def loss(self, latents: torch.Tensor, token_ids: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Return the weighted v-prediction loss of some rows of a batch.
 
         Args:
             latents: `(batch, 4, 16, 16)`.
             token_ids: Their captions, `(batch, 16)`.
-            share: The rows to look at; timesteps and noise are drawn for the whole batch.
+            rows: The rows of this process. Every process draws timesteps and noise for the whole batch.
         """
         batch = len(latents)
         # Stratified timesteps: every update covers the whole schedule.
@@ -200,7 +200,7 @@ class Denoising(nn.Module):
         signal, noise_level = self.signal[timesteps, None, None, None], self.noise[timesteps, None, None, None]
         noise = torch.randn_like(latents)
         noisy, target = signal * latents + noise_level * noise, signal * noise - noise_level * latents
-        noisy, target, timesteps, token_ids = noisy[share], target[share], timesteps[share], token_ids[share]
+        noisy, target, timesteps, token_ids = noisy[rows], target[rows], timesteps[rows], token_ids[rows]
         with torch.autocast("cpu", torch.bfloat16):
             text = self.text_encoder(token_ids)[0]
             predicted = self.unet(noisy, timesteps, text).sample
@@ -209,7 +209,7 @@ class Denoising(nn.Module):
 
 
 class TrainingState:
-    """Everything a run needs to go on: weights, averaged weights, optimizer, step."""
+    """What a run needs to continue: weights, averaged weights, optimizer and step."""
 
     def __init__(self, arguments: Arguments) -> None:
         self.path = arguments.run_folder / "denoiser.pt"
@@ -221,7 +221,7 @@ class TrainingState:
         )
 
     def load(self) -> None:
-        """Takes up the saved state, if there is one."""
+        """Load the saved state if there is one."""
         if self.path.is_file():
             saved = torch.load(self.path, weights_only=True)
             self.model.load_state_dict(saved["model"])
@@ -231,7 +231,7 @@ class TrainingState:
             print(f"resumed at step {self.step}", flush=True)
 
     def save(self) -> None:
-        """Replaces the saved state, by a rename, so that a kill leaves a whole one."""
+        """Replace the saved state by a rename, so that an interrupted run leaves a complete one."""
         state = {
             "model": self.model.state_dict(),
             "averaged": self.averaged.state_dict(),
@@ -244,46 +244,46 @@ class TrainingState:
 
     @torch.no_grad()
     def average(self, decay: float) -> None:
-        """Moves the averaged weights towards the current ones; faster at first."""
+        """Move the averaged weights towards the current ones, faster during the first updates."""
         decay = min(decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
 
 
-def share_gradients(model: nn.Module, replicas: int) -> None:
-    """Averages the gradients over the replicas, in place."""
+def average_gradients(model: nn.Module, processes: int) -> None:
+    """Average the gradients over the processes, in place."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     distributed.all_reduce(flat)
-    pieces = (flat / replicas).split([gradient.numel() for gradient in gradients])
+    pieces = (flat / processes).split([gradient.numel() for gradient in gradients])
     torch._foreach_copy_(gradients, [piece.view_as(g) for piece, g in zip(pieces, gradients, strict=True)])
 
 
 def train_denoiser(
     arguments: Arguments, rank: int, state: TrainingState, latents: torch.Tensor, token_ids: torch.Tensor
 ) -> Iterator[int]:
-    """Trains in place, on every `arguments.threads`-th row of each batch; yields the number of finished updates.
+    """Train in place, on every `arguments.threads`-th row of each batch; yield the number of finished updates.
 
     Args:
-        arguments: The run's.
-        rank: Which rows are this replica's.
+        arguments: Settings of the run.
+        rank: Index of this process; its rows are `rank`, `rank + threads`, ...
         state: What is trained.
-        latents: `(pictures, 4, 16, 16)`.
-        token_ids: `(pictures + 1, 16)`; the last row is the empty prompt.
+        latents: `(images, 4, 16, 16)`.
+        token_ids: `(images + 1, 16)`; the last row is the empty prompt.
     """
     started, first, losses = time.monotonic(), state.step, []
-    share = slice(rank, None, arguments.threads)
-    decay_from = round(arguments.steps * (1 - arguments.decay_share))
+    rows = slice(rank, None, arguments.threads)
+    decay_from = round(arguments.steps * (1 - arguments.decay_fraction))
     while state.step < arguments.steps:
         factor = learning_rate_factor(state.step, arguments.warmup_steps, decay_from, arguments.steps)
         state.optimizer.param_groups[0]["lr"] = arguments.learning_rate * factor
         indices = torch.from_numpy(batch_indices(arguments, 2, state.step, arguments.batch_size))
-        torch.manual_seed(arguments.seed * 1_000_003 + state.step)  # The same draws in every replica.
+        torch.manual_seed(arguments.seed * 1_000_003 + state.step)  # the same noise in every process
         dropped = torch.rand(len(indices)) < arguments.caption_dropout
         ids = token_ids[torch.where(dropped, len(token_ids) - 1, indices)]
         state.optimizer.zero_grad(set_to_none=True)
-        loss = state.model.loss(latents[indices].float(), ids, share)
+        loss = state.model.loss(latents[indices].float(), ids, rows)
         loss.backward()
-        share_gradients(state.model, arguments.threads)
+        average_gradients(state.model, arguments.threads)
         nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
         state.optimizer.step()
         state.step += 1
@@ -299,10 +299,10 @@ def train_denoiser(
         yield state.step
 
 
-def train_replica(rank: int, arguments: Arguments, latents: torch.Tensor, token_ids: torch.Tensor) -> None:
-    """One of the denoiser's training processes, one thread each; the first one saves and exports.
+def train_process(rank: int, arguments: Arguments, latents: torch.Tensor, token_ids: torch.Tensor) -> None:
+    """Train the denoiser in one of several processes with one thread each; the first one saves and exports.
 
-    Two processes that meet once per update suffer less from a busy machine than two threads that meet in every layer.
+    Processes wait for each other once per update, threads in every layer. So a busy machine slows processes less.
     """
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -312,7 +312,7 @@ def train_replica(rank: int, arguments: Arguments, latents: torch.Tensor, token_
     state = TrainingState(arguments)
     state.load()
     saved = time.monotonic()
-    exported = saved - arguments.export_every + 60  # The first export comes after a minute.
+    exported = saved - arguments.export_every + 60  # the first export comes after a minute
     for _ in train_denoiser(arguments, rank, state, latents, token_ids):
         now = time.monotonic()
         if rank == 0 and now - saved > arguments.save_every:
@@ -328,14 +328,14 @@ def train_replica(rank: int, arguments: Arguments, latents: torch.Tensor, token_
 
 
 def export_averaged(arguments: Arguments, state: TrainingState, vae: AutoencoderKL) -> None:
-    """Writes the pipeline with the averaged weights."""
+    """Write the pipeline with the averaged weights."""
     folders = [arguments.run_folder / "latest", *([arguments.output_folder] if arguments.output_folder else [])]
     export(folders, state.tokenizer, state.averaged.text_encoder, vae, state.averaged.unet)
     print(f"exported at step {state.step}", flush=True)
 
 
 def trained_vae(arguments: Arguments, images: np.ndarray) -> tuple[AutoencoderKL, torch.Tensor]:
-    """Returns the VAE, trained now or by an earlier start of this run, and the pictures' latents in float16."""
+    """Return the VAE, trained now or when this run was started before, and the images' latents in float16."""
     folder = arguments.run_folder / "vae"
     if not folder.exists():
         vae = train_vae(arguments, images)
@@ -351,21 +351,22 @@ def trained_vae(arguments: Arguments, images: np.ndarray) -> tuple[AutoencoderKL
     return vae, latents
 
 
-def main(arguments: Arguments) -> None:
-    """Runs the stages in order."""
+def main() -> None:
+    """Parse the command line and run the stages in order."""
+    arguments = tyro.cli(Arguments, description=__doc__)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     arguments.run_folder.mkdir(parents=True, exist_ok=True)
     (arguments.run_folder / "rendezvous").unlink(missing_ok=True)
     started = time.monotonic()
-    images, subjects = render_dataset(arguments.pictures, arguments.seed, workers=arguments.threads)
-    print(f"rendered {len(images)} pictures in {time.monotonic() - started:.0f} s", flush=True)
+    images, subjects = render_dataset(arguments.images, arguments.seed, workers=arguments.threads)
+    print(f"rendered {len(images)} images in {time.monotonic() - started:.0f} s", flush=True)
     vae, latents = trained_vae(arguments, images)
 
     state = TrainingState(arguments)
     captions = [*(subject.caption for subject in subjects), ""]
     token_ids = state.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
-    multiprocessing.spawn(train_replica, (arguments, latents, token_ids), nprocs=arguments.threads)
+    multiprocessing.spawn(train_process, (arguments, latents, token_ids), nprocs=arguments.threads)
     state.load()
     export_averaged(arguments, state, vae)
     refine_decoder(arguments, vae, images, latents)
@@ -375,4 +376,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main()

@@ -1,8 +1,8 @@
 """Compare DDPO-IS, DDPO-SF, RWR and RWR-sparse, as the paper does (Black et al. 2023, section 6.1), on the tiny model.
 
 Every algorithm gets the same number of reward queries, the same advantages, and a learning rate from the same grid:
-`--stage tune` tries the grid with a seed of its own and a shorter run; `--stage compare` takes the best of it, runs
-every seed on every reward, and draws the curves. Runs whose rows are in the CSV already are not done again.
+`--stage tune` tries the grid in shorter runs with another seed. `--stage compare` takes the best learning rates, trains
+with every seed on every reward, and plots the curves. A run whose rows are already in the CSV file is not repeated.
 """
 
 import sys
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import tyro
-from many_runs import held_out_rewards, perform, read_rows, use_one_thread
+from comparisons.many_runs import held_out_rewards, perform, read_rows, use_one_thread
 
 LABELS = {"ppo": "DDPO-IS", "reinforce": "DDPO-SF", "rwr": "RWR", "rwr_sparse": "RWR-sparse"}
 COLOURS = {"ppo": "#0b6e99", "reinforce": "#d9730d", "rwr": "#6940a5", "rwr_sparse": "#448361"}
 FIELDS = ("algorithm", "reward", "seed", "learning_rate", "updates", "iteration", "reward_queries", "eval_reward")
 KEY = 5
-"""How many of the fields tell runs apart."""
+"""The first five fields identify a run."""
 
 
 @dataclass
@@ -27,33 +27,33 @@ class Arguments:
     """What to compare, and where the results go."""
 
     stage: Literal["tune", "compare", "plot"] = "compare"
-    """tune: search the learning rates; compare: run everything and plot; plot: only draw what the CSV holds."""
+    """tune: search the learning rates; compare: train and plot; plot: only plot the rows of the CSV file."""
     algorithms: tuple[str, ...] = tuple(LABELS)
-    """Which of ppo, reinforce, rwr, rwr_sparse."""
+    """Algorithms to compare, of ppo, reinforce, rwr and rwr_sparse."""
     rewards: tuple[str, ...] = ("jpeg_compressibility", "jpeg_incompressibility")
-    """On which rewards."""
+    """Rewards to train on."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the runs that are compared."""
+    """Seeds of the runs that are compared."""
     learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
-    """The grid of the search."""
+    """Learning rates that the search tries."""
     ppo_updates: tuple[int, ...] = (4, 2)
-    """Updates an iteration that the search tries for ppo; the others have one (in each of their epochs)."""
+    """Updates per iteration that the search tries with ppo; the others make one update per epoch."""
     tuning_seed: int = 100
-    """Of the search: none of the seeds that are compared."""
+    """Seed of the search, which must not be one of the compared seeds."""
     tuning_iterations: int = 8
-    """Length of a run of the search, on the first of the rewards."""
+    """Iterations of a run of the search, which uses the first reward."""
     iterations: int = 12
-    """Length of a run that is compared, of 72 reward queries each."""
+    """Iterations of a run that is compared; each has 72 reward queries."""
     eval_samples: int = 45
-    """Held-out pictures of an evaluation: one of each animal."""
+    """Held-out images per evaluation: one of each animal."""
     eval_interval: int = 3
     """Iterations between evaluations."""
     jobs: int = 2
-    """Runs at the same time, each in a process with one thread."""
+    """Number of runs at the same time, each in a process with one thread."""
     output: Path = Path("docs")
-    """Folder of algorithms.csv, learning-rates.csv and images/algorithms.png."""
+    """Folder for algorithms.csv, learning-rates.csv and images/algorithms.png."""
     model: str = "tiny"
-    """The model that is trained."""
+    """Model to train."""
 
 
 class Run(NamedTuple):
@@ -68,7 +68,7 @@ class Run(NamedTuple):
 
 
 def main() -> None:
-    """Search, compare or draw."""
+    """Parse the command line; search, compare or plot."""
     arguments = tyro.cli(Arguments, description=__doc__)
     unknown = set(arguments.algorithms) - set(LABELS)
     if unknown:
@@ -95,7 +95,7 @@ def main() -> None:
             )
         runs = [
             Run(algorithm, reward, seed, best[algorithm].learning_rate, best[algorithm].updates, arguments.iterations)
-            for seed in arguments.seeds  # so that a comparison that is cut short has all algorithms
+            for seed in arguments.seeds  # the outer loop, so that an interrupted comparison has all algorithms
             for reward in arguments.rewards
             for algorithm in arguments.algorithms
         ]
@@ -105,27 +105,26 @@ def main() -> None:
 
 
 def train(arguments: Arguments, run: Run) -> list[dict[str, str]]:
-    """Train once, in a process of its own; return a row an evaluation."""
+    """Train once, in a process of its own; return one row per evaluation."""
     use_one_thread()
-    from agents.config.settings import OptimizerSettings, RunSettings, TaskSettings, TrainingSettings
-    from agents.config.train_config import TrainConfig
+    from agents.config import train_config
 
     with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(
-            run=RunSettings(
-                run_dir=Path(folder) / "run",
-                iterations=run.iterations,
-                seed=run.seed,
-                eval_samples=arguments.eval_samples,
-                eval_interval=arguments.eval_interval,
-                checkpoint_interval=0,
-            ),
-            task=TaskSettings(model=arguments.model, reward=run.reward),
-            training=TrainingSettings(algorithm=run.algorithm, updates_per_iteration=run.updates),  # type: ignore[arg-type]
-            optimizer=OptimizerSettings(learning_rate=run.learning_rate),
+        config = train_config(
+            model=arguments.model,
+            reward=run.reward,
+            algorithm=run.algorithm,
+            iterations=run.iterations,
+            learning_rate=run.learning_rate,
+            updates_per_iteration=run.updates,
+            seed=run.seed,
+            run_dir=Path(folder) / "run",
+            eval_samples=arguments.eval_samples,
+            eval_interval=arguments.eval_interval,
+            checkpoint_interval=0,
         )
         evaluations = held_out_rewards(config)
-    queries = config.training.samples_per_iteration
+    queries = config.samples_per_iteration
     return [
         dict(zip(FIELDS, [*map(str, run[:KEY]), str(at), str(at * queries), f"{reward:.6f}"], strict=True))
         for at, reward in evaluations
@@ -133,7 +132,7 @@ def train(arguments: Arguments, run: Run) -> list[dict[str, str]]:
 
 
 class Best(NamedTuple):
-    """An algorithm's best settings, and the held-out reward that they reached in the search."""
+    """An algorithm's best settings, and the held-out reward that it reached with them in the search."""
 
     learning_rate: float
     updates: int
@@ -141,7 +140,7 @@ class Best(NamedTuple):
 
 
 def best_settings(file: Path) -> dict[str, Best]:
-    """Return each algorithm's best settings from the rows of a search."""
+    """Return the best settings of each algorithm from the CSV file of a search."""
     best: dict[str, Best] = {}
     rows = read_rows(file)
     last = max((int(row["iteration"]) for row in rows), default=0)
@@ -155,7 +154,7 @@ def best_settings(file: Path) -> dict[str, Best]:
 
 
 def curves(rows: list[dict[str, str]], algorithm: str, reward: str) -> tuple[list[int], list[list[float]]]:
-    """Return the numbers of queries, and at each the held-out rewards of all seeds."""
+    """Return the numbers of queries, and for each the held-out rewards of all seeds."""
     by_queries: dict[int, list[float]] = {}
     for row in rows:
         if (row["algorithm"], row["reward"]) == (algorithm, reward):
@@ -164,7 +163,7 @@ def curves(rows: list[dict[str, str]], algorithm: str, reward: str) -> tuple[lis
 
 
 def plot(rows: list[dict[str, str]], file: Path) -> None:
-    """Draw a panel a reward: the mean over seeds, with a band from the worst to the best."""
+    """Plot one panel per reward: the mean over seeds, and a band from the worst to the best seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -198,7 +197,7 @@ def plot(rows: list[dict[str, str]], file: Path) -> None:
 
 
 def print_table(rows: list[dict[str, str]]) -> None:
-    """Print each algorithm's rewards before and after, as a Markdown table."""
+    """Print the rewards before and after training as a Markdown table."""
     print("\n| reward | algorithm | before | after, by seed | mean |\n| --- | --- | --- | --- | --- |")
     for reward in sorted({row["reward"] for row in rows}):
         for algorithm, label in LABELS.items():

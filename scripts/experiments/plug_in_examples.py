@@ -1,4 +1,4 @@
-"""Run the examples of docs/plug-in.md as they stand, one process each, and print what they learned as a table."""
+"""Run the examples of docs/plug-in.md, each in a process of its own, and print their results as a table."""
 
 import argparse
 import re
@@ -11,17 +11,17 @@ PAGE = Path(__file__).parents[2] / "docs" / "plug-in.md"
 
 
 def examples() -> dict[str, str]:
-    """Return the page's examples: heading → code."""
+    """Return the code of each example by its heading."""
     sections = re.split(r"^## ", PAGE.read_text("utf-8"), flags=re.MULTILINE)[1:]
     blocks = {text.partition("\n")[0]: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for text in sections}
     return {heading: found[0] for heading, found in blocks.items() if found}
 
 
 def chosen(names: list[str]) -> dict[str, str]:
-    """Return the examples in whose heading one of the names occurs, whatever the case; all if there are no names.
+    """Return the examples whose heading contains one of the names, in any case; without names, all examples.
 
     Raises:
-        ValueError: for a name that is in no heading.
+        ValueError: for a name that no heading contains.
     """
     known = examples()
     for name in names:
@@ -38,7 +38,7 @@ def run(code: str) -> tuple[str, float]:
     """Run an example in a process of its own.
 
     Returns:
-        Its last line, `first -> last`, or how it failed; and the seconds that it took.
+        Its last line, `first -> last`, or how it failed, and the seconds that it took.
     """
     started = time.perf_counter()
     last = ""
@@ -51,7 +51,7 @@ def run(code: str) -> tuple[str, float]:
 
 
 def main() -> int:
-    """Parse the command line, run, print the table."""
+    """Parse the command line, run the examples, and print the table; return 1 if an example failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="parts of the headings of the examples to run; default: all")
     try:

@@ -1,6 +1,6 @@
-"""Train a denoiser of points in the plane from nothing, and draw what it draws.
+"""Train a denoiser of points in the plane without pretraining, and plot its points before and after training.
 
-A few seconds a training on a CPU: `DDPO-Points-v0` has a small MLP for a denoiser, and no pretraining.
+The denoiser of `DDPO-Points-v0` is a small MLP, so a training takes a few seconds on a CPU.
 """
 
 import time
@@ -13,30 +13,29 @@ import numpy as np
 import tyro
 
 import ddpo_env  # noqa: F401  (registers DDPO-Points-v0)
-from agents import PPO, DiffusionPolicy, PerPromptAdvantage, VectorEnvAdapter
-from agents.evaluation.evaluate import evaluate
+from agents import PPO, DiffusionPolicy, Evaluation, PerPromptAdvantage, VectorEnvAdapter, evaluate
 
 
 @dataclass
 class Arguments:
-    """One training a reward."""
+    """What to train, and where the plot goes; there is one training per reward."""
 
     rewards: tuple[str, ...] = ("points_ring", "points_mixture")
-    """Which rewards."""
+    """Rewards to train on."""
     kl_coef: float = 0.0
     """Weight of the KL divergence from the untrained policy."""
     iterations: int = 60
-    """Rollouts of 256 episodes and 10 steps."""
+    """Iterations of 256 episodes with 10 steps each."""
     samples: int = 1024
-    """Held-out points that are scored and drawn."""
+    """Number of held-out points that are scored and plotted."""
     seed: int = 0
-    """Of everything."""
+    """Seed of weights, noise and batches."""
     output: Path = Path("docs/images/points.png")
-    """The picture."""
+    """The plot, a PNG file."""
 
 
-def train(reward: str, arguments: Arguments) -> tuple[Any, Any, float]:
-    """Train once; return the held-out evaluations before and after, and the seconds between them."""
+def train(reward: str, arguments: Arguments) -> tuple[Evaluation, Evaluation, float]:
+    """Train once; return the held-out evaluations before and after training, and the seconds of training."""
     env = gym.make_vec("DDPO-Points-v0", 256, reward=reward, backend="torch", autoreset_mode="SameStep")
     held_out = gym.make_vec(
         "DDPO-Points-v0", arguments.samples, reward=reward, backend="torch", autoreset_mode="Disabled"
@@ -64,7 +63,7 @@ def train(reward: str, arguments: Arguments) -> tuple[Any, Any, float]:
 
 
 def main() -> None:
-    """Train, print, draw."""
+    """Parse the command line, train on each reward, print the mean rewards, and plot the points."""
     arguments = tyro.cli(Arguments, description=__doc__)
     import matplotlib
 
@@ -77,11 +76,11 @@ def main() -> None:
     for pair, reward in zip(axes.reshape(-1, 2), arguments.rewards, strict=True):
         before, after, seconds = train(reward, arguments)
         print(f"{reward}: {before.rewards.mean():.3f} -> {after.rewards.mean():.3f} in {seconds:.1f} s", flush=True)
-        for axis, title, drawn in zip(pair, ("untrained", "trained"), (before, after), strict=True):
-            x, y = np.clip(drawn.images, -2.4, 2.4).T
+        for axis, title, evaluation in zip(pair, ("untrained", "trained"), (before, after), strict=True):
+            x, y = np.clip(evaluation.images, -2.4, 2.4).T
             axis.scatter(x, y, s=4, alpha=0.5, color="#0b6e99", linewidths=0)
             axis.set(xlim=(-2.5, 2.5), ylim=(-2.5, 2.5), xticks=[-2, 0, 2], yticks=[-2, 0, 2], aspect="equal")
-            axis.set_title(f"{reward}, {title}: {drawn.rewards.mean():.2f}", fontsize=9)
+            axis.set_title(f"{reward}, {title}: {evaluation.rewards.mean():.2f}", fontsize=9)
             axis.spines[["top", "right"]].set_visible(False)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()

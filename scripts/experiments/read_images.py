@@ -1,57 +1,56 @@
-"""What a trained policy draws and the pretrained one did not, read by the bundled judge and by a network apart from it.
+"""Compare the images of a trained policy with the pretrained one's, read by the bundled judge and by another network.
 
     python scripts/experiments/read_images.py --run-dir runs/three --prompts docs/prompts/three_animals.txt
 
-A reward that a judge gives may be earned by fooling the judge. The convolutional network of `scripts/bundled_models/evaluate_tiny.py`
-learned from pictures of its own and shares no weights with it, so what both read is in the picture.
+A policy may earn a judge's reward by deceiving the judge. The convolutional network of
+`scripts/bundled_models/evaluate_tiny.py` was trained on other images and has no weights in common with the judge. If
+both read the prompt in an image, the image shows it.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import evaluate_tiny
 import numpy as np
 import torch
 import tyro
 import yaml
-from emoji_renderings import Subject, all_subjects
 
-from agents import DiffusionPolicy
-from agents.evaluation.evaluate import evaluate
+from agents import DiffusionPolicy, TrainConfig, evaluate
 from ddpo_env import DenoisingVectorEnv
-from ddpo_env.prompts.distributions import load_prompts
+from ddpo_env.prompts import load_prompts
 from rewards import load_reward
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bundled_models"))
+import evaluate_tiny
+from pretraining.emoji_renderings import all_subjects
 
 
 @dataclass(kw_only=True)
 class Arguments:
-    """What to read."""
+    """Which images to read."""
 
     run_dir: Path
-    """Folder of a run on the bundled model."""
+    """Folder of a run with the bundled model."""
     prompts: str
-    """Set or file of prompts, all of them captions of the bundled model's renderings."""
+    """Prompt set or file; each prompt must be a caption of the bundled model's renderings."""
     samples_per_prompt: int = 4
-    """Drawings of each prompt, from seeds that no training used."""
+    """Images per prompt, from seeds that no training used."""
     seed: int = 5_000_000
-    """Of the first drawing."""
+    """Seed of the first image."""
     reader_folder: Path = Path("runs/evaluate_judges")
-    """Where the network is; it is trained if it is not there."""
+    """Folder of the network; if it is not there, it is trained first."""
     threads: int = 2
     """CPU threads."""
 
 
-def share(wanted: list[Subject], found: list[Subject], part: str) -> float:
-    """Returns the share with the right `word`, `activity` or `count`."""
-    return float(np.mean([getattr(a, part) == getattr(b, part) for a, b in zip(wanted, found, strict=True)]))
-
-
-def main(arguments: Arguments) -> None:
-    """Draws with both policies, reads, and prints."""
+def main() -> None:
+    """Parse the command line, generate images with both policies, read them, and print the figures."""
+    arguments = tyro.cli(Arguments, description=__doc__)
     torch.set_num_threads(arguments.threads)
-    steps = yaml.safe_load((arguments.run_dir / "config.yaml").read_text())["task"]["num_inference_steps"]
+    config = TrainConfig.from_dict(yaml.safe_load((arguments.run_dir / "config.yaml").read_text()))
     by_caption = {subject.caption: subject for subject in all_subjects()}
     prompts = [prompt for prompt, _ in load_prompts(arguments.prompts)]  # type: ignore[attr-defined]
     prompts *= arguments.samples_per_prompt
@@ -60,7 +59,7 @@ def main(arguments: Arguments) -> None:
         min(45, len(prompts)),
         reward=load_reward("vlm_alignment", model="tiny", device="cpu"),
         prompts=arguments.prompts,
-        num_inference_steps=steps,
+        num_inference_steps=config.num_inference_steps,
         autoreset_mode="Disabled",
         device="cpu",
         backend="torch",
@@ -72,18 +71,15 @@ def main(arguments: Arguments) -> None:
     policies: dict[str, Any] = {"pretrained": trained.model.denoiser, "trained": trained.denoiser}
     for name, denoiser in policies.items():
         trained.denoiser = denoiser
-        drawn = evaluate(trained, env, prompts, arguments.seed)
-        found = network.read(drawn.images)
-        said = np.equal(drawn.details["answer"], prompts)
+        generated = evaluate(trained, env, prompts, arguments.seed)
+        found = network.read(generated.images)
         figures = {
-            "vlm_alignment": float(drawn.rewards.mean()),
-            "judge_says_the_prompt": float(said.mean()),
-            **{f"network_{part}": share(wanted, found, part) for part in ("word", "activity", "count")},
-            "network_all": float(np.mean([a == b for a, b in zip(wanted, found, strict=True)])),
-            "drawings": len(prompts),
+            "vlm_alignment": float(generated.rewards.mean()),
+            "judge_says_the_prompt": float(np.equal(generated.details["answer"], prompts).mean()),
+            **{f"network_{name}": value for name, value in evaluate_tiny.scores(wanted, found).items()},
         }
         print(name, json.dumps({key: round(value, 4) for key, value in figures.items()}), flush=True)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    main()

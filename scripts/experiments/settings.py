@@ -1,10 +1,13 @@
-"""How many reward queries until the bundled model's files are a quarter smaller: our defaults, TRL's, and options.
+"""Count the reward queries until the bundled model's images compress a quarter better, for several settings.
 
-`--stage tune` searches the learning rate of every contender that is not trained at the defaults' own, with a seed that
-is in no comparison; `--stage compare` takes the best of it, trains every seed, prints when each first got there, and
-draws the curves. Runs whose rows are in the CSV already are not done again. `trl` is the algorithm of TRL's
+Each contender is a set of settings: our defaults, TRL's, and variants. `--stage tune` searches the learning rates of
+the contenders with a seed that no comparison uses. `--stage compare` takes the best learning rates, or the default one
+for a contender that was not in the search. It trains with every seed, prints how many queries each run needed, and
+plots the curves. A run whose rows are already in the CSV file is not repeated. `trl` is the algorithm of TRL's
 `DDPOTrainer` with its default settings; `scripts/benchmarks/train_trl.py` trains with TRL itself.
 """
+
+from __future__ import annotations
 
 import statistics
 import sys
@@ -13,42 +16,44 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import tyro
-from many_runs import held_out_rewards, perform, read_rows, use_one_thread
+from comparisons.many_runs import held_out_rewards, perform, read_rows, use_one_thread
+
+if TYPE_CHECKING:
+    from agents.config import TrainConfig
 
 FIELDS = ("contender", "seed", "learning_rate", "iteration", "reward_queries", "eval_reward")
 KEY = 3
-"""How many of the fields tell runs apart."""
+"""The first three fields identify a run."""
 
-TRL: dict[str, dict[str, Any]] = {
-    "policy": {"lora_rank": 4, "lora_targets": "attention"},
-    "training": {
-        "samples_per_prompt": 1,
-        "timestep_window": (0.0, 1.0),
-        "timestep_fraction": 1.0,
-        "clip_range": 1.6e-3,
-        "stat_min_count": 16,
-    },
-    "optimizer": {"learning_rate_schedule": "constant", "adam_beta2": 0.999, "adam_epsilon": 1e-8},
+TRL_ADAPTERS: dict[str, Any] = {"lora_rank": 4, "lora_targets": "attention"}
+TRL_TRAINING: dict[str, Any] = {
+    "samples_per_prompt": 1,
+    "timestep_window": (0.0, 1.0),
+    "timestep_fraction": 1.0,
+    "clip_range": 1.6e-3,
+    "stat_min_count": 16,
+    "learning_rate_schedule": "constant",
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
 }
-"""What `DDPOConfig` of TRL 0.23.1, its example and its pipeline set; 72 pictures in 4 updates, as in our defaults.
+"""Settings of `DDPOConfig` in TRL 0.23.1, of its example and of its pipeline; 72 samples in 4 updates, as our defaults.
 
-The clip range is TRL's 1e-4, which is for the 16,384 dimensions of Stable Diffusion's latent, at the bundled model's
-1,024: a mean over fewer dimensions varies more.
+TRL's clip range 1e-4 is for the 16,384 dimensions of Stable Diffusion's latent. The bundled model's latent has 1,024,
+and a mean over fewer dimensions varies more, so the clip range is scaled to 1.6e-3.
 """
-GUIDED: dict[str, dict[str, Any]] = {"policy": {"guidance_scale": 3.0}}
-CONTENDERS: dict[str, dict[str, dict[str, Any]]] = {
+CONTENDERS: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "trl": TRL,
-    "trl_our_adapters": {name: group for name, group in TRL.items() if name != "policy"},
-    "all_but_last_step": {"training": {"timestep_fraction": 1.0}},
-    "fifth_of_steps": {"training": {"timestep_fraction": 0.2}},
-    "guided": GUIDED,
-    "guided_half_gradient": {"policy": {**GUIDED["policy"], "unconditional_gradient": False}},
+    "trl": TRL_ADAPTERS | TRL_TRAINING,
+    "trl_our_adapters": TRL_TRAINING,
+    "all_but_last_step": {"timestep_fraction": 1.0},
+    "fifth_of_steps": {"timestep_fraction": 0.2},
+    "guided": {"guidance_scale": 3.0},
+    "guided_half_gradient": {"guidance_scale": 3.0, "unconditional_gradient": False},
 }
-"""Settings that differ from the defaults, in groups as in `agents.config.train_config.TrainConfig`."""
+"""For each contender, the settings that differ from the defaults."""
 
 
 @dataclass
@@ -56,33 +61,33 @@ class Arguments:
     """What to compare, and where the results go."""
 
     stage: Literal["tune", "compare", "report"] = "compare"
-    """tune: search the learning rates; compare: train and report; report: only print and draw what the CSV holds."""
+    """tune: search the learning rates; compare: train and report; report: only print and plot the CSV file's rows."""
     contenders: tuple[str, ...] = ("defaults", "trl")
-    """Which of defaults, trl, trl_our_adapters, all_but_last_step, fifth_of_steps, guided, guided_half_gradient."""
+    """Some of defaults, trl, trl_our_adapters, all_but_last_step, fifth_of_steps, guided, guided_half_gradient."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the runs that are compared."""
+    """Seeds of the runs that are compared."""
     learning_rates: tuple[float, ...] = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
-    """The grid of the search."""
+    """Learning rates that the search tries."""
     tuning_seed: int = 100
-    """Of the search: none of the seeds that are compared."""
+    """Seed of the search, which must not be one of the compared seeds."""
     iterations: int = 20
-    """Length of a run, of 72 reward queries each."""
+    """Iterations of a run; each has 72 reward queries."""
     reward: str = "jpeg_compressibility"
-    """What is asked for."""
+    """Reward to train on."""
     change: float = 0.25
-    """Share by which the held-out pictures' mean file is to be smaller."""
+    """Improvement of the mean held-out reward that a run must reach, as a fraction of the reward before training."""
     eval_samples: int = 90
-    """Held-out pictures of an evaluation, which are no part of the queries; there is one every iteration."""
+    """Held-out images per evaluation; every iteration has one, and they do not count as queries."""
     jobs: int = 2
-    """Runs at the same time, each in a process with one thread."""
+    """Number of runs at the same time, each in a process with one thread."""
     output: Path = Path("docs")
-    """Folder of reward-queries.csv, reward-queries-tuning.csv and images/reward_queries.png."""
+    """Folder for reward-queries.csv, reward-queries-tuning.csv and images/reward_queries.png."""
     model: str = "tiny"
-    """The model that is trained."""
+    """Model to train."""
 
 
 class Run(NamedTuple):
-    """One training run; without a learning rate, at the defaults'."""
+    """One training run; without a learning rate, it has the default one."""
 
     contender: str
     seed: int
@@ -91,7 +96,7 @@ class Run(NamedTuple):
 
 
 def main() -> None:
-    """Search, compare or report."""
+    """Parse the command line; search, compare or report."""
     arguments = tyro.cli(Arguments, description=__doc__)
     unknown = set(arguments.contenders) - set(CONTENDERS)
     if unknown:
@@ -120,35 +125,31 @@ def main() -> None:
     plot(rows, arguments.contenders, arguments.change, arguments.output / "images" / "reward_queries.png")
 
 
-def configuration(arguments: Arguments, run: Run, run_dir: Path) -> Any:
+def configuration(arguments: Arguments, run: Run, run_dir: Path) -> TrainConfig:
     """Return the settings of a run."""
-    from agents.config.settings import OptimizerSettings, PolicySettings, RunSettings, TaskSettings, TrainingSettings
-    from agents.config.train_config import TrainConfig
+    from agents.config import train_config
 
-    chosen = CONTENDERS[run.contender]
-    return TrainConfig(
-        run=RunSettings(
-            run_dir=run_dir,
-            iterations=run.iterations,
-            seed=run.seed,
-            eval_samples=arguments.eval_samples,
-            eval_interval=1,
-            checkpoint_interval=0,
-        ),
-        task=TaskSettings(model=arguments.model, reward=arguments.reward),
-        policy=PolicySettings(**chosen.get("policy", {})),
-        training=TrainingSettings(**chosen.get("training", {})),
-        optimizer=OptimizerSettings(learning_rate=run.learning_rate, **chosen.get("optimizer", {})),
+    return train_config(
+        model=arguments.model,
+        reward=arguments.reward,
+        iterations=run.iterations,
+        learning_rate=run.learning_rate,
+        seed=run.seed,
+        run_dir=run_dir,
+        eval_samples=arguments.eval_samples,
+        eval_interval=1,
+        checkpoint_interval=0,
+        **CONTENDERS[run.contender],
     )
 
 
 def train(arguments: Arguments, run: Run) -> list[dict[str, str]]:
-    """Train once, in a process of its own; return a row an evaluation."""
+    """Train once, in a process of its own; return one row per evaluation."""
     use_one_thread()
     with tempfile.TemporaryDirectory() as folder:
         config = configuration(arguments, run, Path(folder) / "run")
         evaluations = held_out_rewards(config)
-    queries = config.training.samples_per_iteration
+    queries = config.samples_per_iteration
     return [
         dict(zip(FIELDS, [*map(str, run[:KEY]), str(at), str(at * queries), f"{reward:.6f}"], strict=True))
         for at, reward in evaluations
@@ -156,7 +157,7 @@ def train(arguments: Arguments, run: Run) -> list[dict[str, str]]:
 
 
 def best_rates(rows: list[dict[str, str]]) -> dict[str, tuple[float, float]]:
-    """Return each contender's learning rate with the best reward after the longest runs' last iteration, with that."""
+    """Return for each contender the best learning rate and its reward; runs that ended early do not count."""
     best: dict[str, tuple[float, float]] = {}
     last = max((int(row["iteration"]) for row in rows), default=0)
     for row in rows:
@@ -167,19 +168,19 @@ def best_rates(rows: list[dict[str, str]]) -> dict[str, tuple[float, float]]:
 
 
 def curve(rows: Iterable[dict[str, str]], contender: str, seed: str) -> list[tuple[int, float]]:
-    """Return a run's evaluations: reward queries so far, and the mean reward."""
+    """Return the evaluations of a run as pairs `(reward queries so far, mean reward)`."""
     chosen = [row for row in rows if (row["contender"], row["seed"]) == (contender, seed)]
     return [(int(row["reward_queries"]), float(row["eval_reward"])) for row in chosen]
 
 
 def queries_to(evaluations: list[tuple[int, float]], change: float) -> int | None:
-    """Return the queries before the first evaluation that is better than the first one by a share; None: never."""
+    """Return the queries before the first evaluation that is better than the first by a fraction; None if none is."""
     start = evaluations[0][1]
     return next((queries for queries, reward in evaluations if reward >= start + change * abs(start)), None)
 
 
 def table(rows: list[dict[str, str]], change: float) -> str:
-    """Return what every contender needed, as a Markdown table."""
+    """Return the queries that each contender needed, as a Markdown table."""
     lines = [
         f"| contender | learning rate | queries to {change:+.0%}, by seed | mean | reward at the end, by seed |",
         "| --- | --- | --- | --- | --- |",
@@ -200,7 +201,7 @@ def table(rows: list[dict[str, str]], change: float) -> str:
 
 
 def plot(rows: list[dict[str, str]], contenders: tuple[str, ...], change: float, file: Path) -> None:
-    """Draw every seed's curve, the mean of a contender bold, and the line that is to be reached."""
+    """Plot the curve of every seed, a bold mean curve per contender, and the reward that must be reached."""
     import matplotlib
 
     matplotlib.use("Agg")

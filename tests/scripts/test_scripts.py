@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -14,10 +15,26 @@ from helpers.paths import SCRIPTS
 from helpers.scripts import MINIATURE, run_script
 from PIL import Image
 
+from agents.evaluation.sample import SampleArguments, generate
+from ddpo_env.models import load_model
+
 PROMISED_FLAGS = (
     "--run-dir --model --reward --prompts --seed --device --iterations --samples-per-iteration --num-inference-steps "
     "--guidance-scale --eta --noise-level --learning-rate --clip-range --lora-rank"
 ).split()
+FOLDERS = ("benchmarks", "bundled_models", "experiments")
+COMMANDS = sorted(path for folder in (".", *FOLDERS) for path in (SCRIPTS / folder).glob("*.py"))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda path: str(path.relative_to(SCRIPTS)))
+def test_every_file_is_a_command_with_help(command, monkeypatch, capsys):
+    """Libraries of commands are in folders of their own, beside the commands."""
+    monkeypatch.setattr(sys, "argv", [command.name, "--help"])
+    monkeypatch.setattr(sys, "path", [str(command.parent), *sys.path])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(command), run_name="__main__")
+    assert stop.value.code == 0
+    assert "--help" in capsys.readouterr().out
 
 
 def test_help_lists_every_promised_flag(monkeypatch, capsys):
@@ -29,7 +46,7 @@ def test_help_lists_every_promised_flag(monkeypatch, capsys):
     assert missing == []
 
 
-def test_training_leaves_weights_pictures_and_a_summary(monkeypatch, capsys, tmp_path):
+def test_training_leaves_weights_images_and_a_summary(monkeypatch, capsys, tmp_path):
     run = tmp_path / "run"
     assert run_script("train_ppo", [*MINIATURE, "--iterations=1", f"--run-dir={run}"], monkeypatch) == 0
     summary = json.loads((run / "summary.json").read_text())
@@ -56,21 +73,25 @@ def test_training_leaves_weights_pictures_and_a_summary(monkeypatch, capsys, tmp
     ],
 )
 def test_bad_arguments_exit_with_the_valid_choices(arguments, message, monkeypatch, capsys, tmp_path):
-    code = run_script("train_ppo", [*MINIATURE, f"--run-dir={tmp_path / 'run'}", *arguments], monkeypatch)
+    command = [*MINIATURE, f"--run-dir={tmp_path / 'run'}", *arguments]
+    try:
+        code = run_script("train_ppo", command, monkeypatch)
+    except SystemExit as stop:  # a value that is not valid by itself is refused while the command line is parsed
+        code = stop.code
     shown = capsys.readouterr().err
     assert code == 2
     assert message in shown
     assert not (tmp_path / "run").exists()
 
 
-def test_sample_draws_the_same_seeds_with_and_without_a_lora(monkeypatch, tmp_path):
+def test_sample_uses_the_same_noise_with_and_without_a_lora(monkeypatch, tmp_path):
     run = tmp_path / "run"
     sizes = [*MINIATURE, "--learning-rate=0.01"]
     assert run_script("train_ppo", [*sizes, "--iterations=2", f"--run-dir={run}"], monkeypatch) == 0
-    drawing = ["--prompts", "a cat", "a fox", "--seeds", "3", "--num-inference-steps=2", "--device=cpu"]
+    sampling = ["--prompts", "a cat", "a fox", "--seeds", "3", "--num-inference-steps=2", "--device=cpu"]
     compared = [f"--output={tmp_path / 'compared.png'}", f"--lora={run / 'lora'}", "--compare"]
-    assert run_script("sample", [*drawing, *compared], monkeypatch) == 0
-    assert run_script("sample", [*drawing, f"--output={tmp_path / 'base.png'}"], monkeypatch) == 0
+    assert run_script("sample", [*sampling, *compared], monkeypatch) == 0
+    assert run_script("sample", [*sampling, f"--output={tmp_path / 'base.png'}"], monkeypatch) == 0
     both, base = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("compared.png", "base.png"))
     height = base.shape[0]
     upper, lower = both[:height, 84:], both[height - base.shape[0] + 134 :, 84:]
@@ -79,11 +100,11 @@ def test_sample_draws_the_same_seeds_with_and_without_a_lora(monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion_xl", "stable_diffusion_3", "flux_dev", "flux_schnell"])
-def test_sample_draws_with_every_text_to_image_family(monkeypatch, tmp_path, family):
+def test_sample_works_with_every_text_to_image_family(monkeypatch, tmp_path, family):
     micro_family(family).save_pretrained(tmp_path / family)
-    drawing = [f"--model={tmp_path / family}", "--num-inference-steps=2", "--device=cpu", "--guidance-scale=2"]
+    sampling = [f"--model={tmp_path / family}", "--num-inference-steps=2", "--device=cpu", "--guidance-scale=2"]
     output = tmp_path / "samples.png"
-    assert run_script("sample", [*drawing, "--prompts", "a cat", "a dog", f"--output={output}"], monkeypatch) == 0
+    assert run_script("sample", [*sampling, "--prompts", "a cat", "a dog", f"--output={output}"], monkeypatch) == 0
     assert output.is_file()
 
 
@@ -96,15 +117,26 @@ def test_sample_refuses_a_model_that_takes_no_prompts(monkeypatch, capsys, tmp_p
     assert "model must be a text-to-image pipeline; got" in capsys.readouterr().err
 
 
-def test_sample_draws_at_a_resolution(monkeypatch, capsys, tmp_path):
-    drawing = ["--prompts", "a cat", "--seeds", "0", "--num-inference-steps=1", "--device=cpu"]
-    assert run_script("sample", [*drawing, "--resolution=48", f"--output={tmp_path / 'x.png'}"], monkeypatch) == 0
-    script = sys.modules["sample"]
+def test_sample_generates_at_a_resolution(monkeypatch, capsys, tmp_path):
+    sampling = ["--prompts", "a cat", "--seeds", "0", "--num-inference-steps=1", "--device=cpu"]
+    assert run_script("sample", [*sampling, "--resolution=48", f"--output={tmp_path / 'x.png'}"], monkeypatch) == 0
     settings = {"prompts": ("a cat",), "seeds": (0,), "num_inference_steps": 1, "device": "cpu"}
-    shapes = [script.draw(script.Arguments(**settings, resolution=side))[0][0].shape for side in (None, 48)]
+    shapes = [generate(SampleArguments(**settings, resolution=side))[0][0].shape for side in (None, 48)]
     assert shapes == [(1, 64, 64, 3), (1, 48, 48, 3)]
-    assert run_script("sample", [*drawing, "--resolution=47"], monkeypatch) == 2
+    assert run_script("sample", [*sampling, "--resolution=47"], monkeypatch) == 2
     assert "resolution must be a multiple of" in capsys.readouterr().err
+
+
+def test_sample_leaves_the_model_as_it_was():
+    model = load_model("tiny", "cpu")
+    scheduler = model.pipeline.scheduler
+    generate(SampleArguments(prompts=("a cat",), seeds=(0,), num_inference_steps=1, device="cpu"))
+    assert model.pipeline.scheduler is scheduler
+
+
+def test_error_shows_square_brackets(monkeypatch, capsys, tmp_path):
+    assert run_script("sample", [f"--lora={tmp_path / '[a]'}"], monkeypatch) == 2
+    assert "[a]" in capsys.readouterr().err
 
 
 def test_sample_refuses_a_folder_without_a_lora(monkeypatch, capsys, tmp_path):

@@ -30,7 +30,7 @@ def pipeline() -> StableDiffusionPipeline:
 @pytest.fixture
 def emoji_renderings(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(SCRIPTS / "bundled_models"))
-    return importlib.import_module("emoji_renderings")
+    return importlib.import_module("pretraining.emoji_renderings")
 
 
 def test_folder_is_a_complete_stable_diffusion(pipeline: StableDiffusionPipeline) -> None:
@@ -132,7 +132,7 @@ def test_renderings_depend_on_the_seed_not_on_the_workers(emoji_renderings: Modu
 @needs_font
 def test_activities_are_rare_in_the_mixture(emoji_renderings: ModuleType) -> None:
     rng = np.random.default_rng(0)
-    drawn = [emoji_renderings.draw_subject(rng) for _ in range(4000)]
+    drawn = [emoji_renderings.random_subject(rng) for _ in range(4000)]
     assert 0.07 < np.mean([subject.activity is not None for subject in drawn]) < 0.11
     assert {subject.word for subject in drawn} == {*SIMPLE_ANIMALS, *HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS}
 

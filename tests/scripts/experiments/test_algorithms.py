@@ -1,7 +1,6 @@
-"""A miniature of each script that compares or times algorithms."""
+"""A miniature of `scripts/experiments/algorithms.py` and `points.py`."""
 
 import csv
-import sys
 
 import pytest
 from helpers.scripts import run_script
@@ -25,7 +24,7 @@ def write(file, fields, rows):
 
 
 def test_comparison_trains_every_algorithm(scripts_on_path, micro_pipeline_folder):
-    import compare_algorithms as script
+    import algorithms as script
 
     arguments = script.Arguments(model=str(micro_pipeline_folder), eval_samples=2, eval_interval=0)
     for algorithm in script.LABELS:
@@ -37,7 +36,7 @@ def test_comparison_trains_every_algorithm(scripts_on_path, micro_pipeline_folde
 
 
 def test_search_takes_the_best_last_reward(scripts_on_path, tmp_path):
-    import compare_algorithms as script
+    import algorithms as script
 
     file = tmp_path / "rates.csv"
     results = [
@@ -51,12 +50,12 @@ def test_search_takes_the_best_last_reward(scripts_on_path, tmp_path):
     assert script.best_settings(file) == {"ppo": (0.002, 2, -1.2), "rwr": (0.001, 1, -1.4)}
 
 
-def test_comparison_is_drawn_from_its_table(scripts_on_path, tmp_path, monkeypatch, capsys):
-    import compare_algorithms as script
+def test_comparison_is_plotted_from_its_table(scripts_on_path, tmp_path, monkeypatch, capsys):
+    import algorithms as script
 
     results = [("ppo", seed, 0.001, 4, 1, -1 - seed / 10) for seed in (0, 1, 2)]
     write(tmp_path / "algorithms.csv", script.FIELDS, rows_of(results))
-    run_script("compare_algorithms", ["--stage", "plot", "--output", tmp_path], monkeypatch)
+    run_script("experiments/algorithms", ["--stage", "plot", "--output", tmp_path], monkeypatch)
     assert Image.open(tmp_path / "images" / "algorithms.png").size[0] > 300
     assert "| DDPO-IS | -1.000 | -1.000, -1.100, -1.200 | -1.100 |" in capsys.readouterr().out
 
@@ -70,20 +69,13 @@ def test_comparison_is_drawn_from_its_table(scripts_on_path, tmp_path, monkeypat
 )
 def test_comparison_refuses(scripts_on_path, tmp_path, monkeypatch, arguments, message):
     with pytest.raises(SystemExit, match=message):
-        run_script("compare_algorithms", [*arguments, "--output", tmp_path], monkeypatch)
+        run_script("experiments/algorithms", [*arguments, "--output", tmp_path], monkeypatch)
 
 
-def test_points_are_trained_and_drawn(tmp_path, monkeypatch, capsys):
-    picture = tmp_path / "points.png"
-    run_script("train_points", ["--iterations", 2, "--samples", 32, "--output", picture], monkeypatch)
-    assert Image.open(picture).size[0] > 300
+def test_points_are_trained_and_plotted(tmp_path, monkeypatch, capsys):
+    plot = tmp_path / "points.png"
+    run_script("experiments/points", ["--iterations", 2, "--samples", 32, "--output", plot], monkeypatch)
+    assert Image.open(plot).size[0] > 300
     shown = capsys.readouterr().out
     assert "points_ring: " in shown
     assert "points_mixture: " in shown
-
-
-def test_overlap_is_timed(scripts_on_path, micro_pipeline_folder, monkeypatch, capsys):
-    sys.modules.pop("benchmark_overlap", None)
-    arguments = ["--model", micro_pipeline_folder, "--samples", 8, "--batches", 4, "--repeats", 1]
-    run_script("benchmark_overlap", arguments, monkeypatch)
-    assert "4 batches of 2 pictures, overlap on: a reward as slow as sampling" in capsys.readouterr().out

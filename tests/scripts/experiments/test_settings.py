@@ -1,4 +1,4 @@
-"""`scripts/experiments/settings.py`: what its contenders are, and how it counts the reward queries."""
+"""The contenders of `scripts/experiments/settings.py`, and how it counts reward queries."""
 
 import csv
 import sys
@@ -9,9 +9,9 @@ from PIL import Image
 
 @pytest.fixture
 def script(scripts_on_path):
-    import compare_settings
+    import settings
 
-    return compare_settings
+    return settings
 
 
 def rows(script, contender, seed, rewards, rate="0.001"):
@@ -23,8 +23,8 @@ def test_every_contender_is_a_valid_configuration(script, tmp_path):
     arguments = script.Arguments()
     for contender in script.CONTENDERS:
         config = script.configuration(arguments, script.Run(contender, 3, 2e-3, 5), tmp_path)
-        config.check()
-        assert (config.learning_rate, config.iterations, config.run.seed) == (2e-3, 5, 3)
+        config.resolved()
+        assert (config.learning_rate, config.iterations, config.seed) == (2e-3, 5, 3)
 
 
 def test_contenders_differ_as_their_names_say(script, tmp_path):
@@ -57,7 +57,7 @@ def test_search_takes_the_best_rate_of_the_whole_runs(script):
     assert script.best_rates(found) == {"trl": (0.005, -1.4)}
 
 
-def test_report_prints_and_draws_what_the_table_holds(script, tmp_path, monkeypatch, capsys):
+def test_report_prints_and_plots_the_rows_of_the_table(script, tmp_path, monkeypatch, capsys):
     held = [
         *rows(script, "defaults", 0, [-2, -1.4, -1.3]),
         *rows(script, "defaults", 1, [-2, -1.6, -1.3]),
@@ -68,7 +68,7 @@ def test_report_prints_and_draws_what_the_table_holds(script, tmp_path, monkeypa
         writer = csv.DictWriter(table, script.FIELDS)
         writer.writeheader()
         writer.writerows(held)
-    monkeypatch.setattr(sys, "argv", ["compare_settings.py", "--stage", "report", "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["settings.py", "--stage", "report", "--output", str(tmp_path)])
     script.main()
     printed = capsys.readouterr().out
     assert "| defaults | 0.001 | 72, 144 | 108 | -1.300, -1.300 |" in printed
@@ -76,7 +76,7 @@ def test_report_prints_and_draws_what_the_table_holds(script, tmp_path, monkeypa
     assert Image.open(tmp_path / "images" / "reward_queries.png").size[0] > 300
 
 
-def test_training_gives_a_row_an_evaluation(script, micro_pipeline_folder):
+def test_training_gives_one_row_per_evaluation(script, micro_pipeline_folder):
     arguments = script.Arguments(model=str(micro_pipeline_folder), eval_samples=2)
     found = script.train(arguments, script.Run("trl", 3, 1e-3, 1))
     assert [(row["iteration"], row["reward_queries"]) for row in found] == [("0", "0"), ("1", "72")]
@@ -84,6 +84,6 @@ def test_training_gives_a_row_an_evaluation(script, micro_pipeline_folder):
 
 
 def test_unknown_contender_is_refused(script, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["compare_settings.py", "--contenders", "sac"])
+    monkeypatch.setattr(sys, "argv", ["settings.py", "--contenders", "sac"])
     with pytest.raises(SystemExit, match="contenders must be among defaults, trl, .*; got sac"):
         script.main()

@@ -1,8 +1,8 @@
-"""Captioned 64x64 pictures of emoji: what the bundled model is pretrained on and what judges of it can learn from.
+"""Renders emoji as 64x64 images with captions, on which the bundled model and its judges are pretrained.
 
-Every word of `ddpo_env.prompts.vocabulary` has one emoji of Google's Noto Color Emoji font (OFL). A picture shows it on a calm
-background at a random place and size, next to a second emoji for an activity, or several times for a count. Pictures
-are never flipped or rotated: a small model fuses the two orientations into two-tailed fish.
+Every word of `ddpo_env.prompts.vocabulary` has one emoji of Google's Noto Color Emoji font (OFL). An image shows it on
+a plain background at a random place and size, next to a second emoji for an activity, or several times for a count.
+Images are never flipped or rotated, because a small model mixes the two orientations: its fish have two tails.
 """
 
 import math
@@ -19,9 +19,9 @@ from PIL import Image, ImageDraw, ImageFont
 from ddpo_env.prompts.vocabulary import ACTIVITIES, COUNTS, EVERYDAY_OBJECTS, HELD_OUT_ANIMALS, SIMPLE_ANIMALS
 
 FONT_PATH = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-FONT_SIZE = 109  # The font is a set of bitmaps of this one size.
+FONT_SIZE = 109  # the font has bitmaps of this size only
 IMAGE_SIZE = 64
-CHUNK = 500  # Pictures per task; a chunk has its own random stream, so the number of workers changes nothing.
+CHUNK = 500  # images per task; each has its own random generator, so the number of workers has no influence
 
 _ANIMAL_EMOJI = "🐱🐶🐴🐒🐰🦓🕷🐦🐑🦌🐮🐐🦁🐯🐻🦝🦊🐺🦎🪲🐜🦋🐠🦈🐳🐬🐿🐭🐀🐍🐢🐸🐔🦆🪿🐝🐷🦃🪰🦙🐫🦇🦍🦔🦘"
 _HELD_OUT_EMOJI = "🐧🦉🐘🐼🦒🐙🐨🐊🦚🦩🦜🦢🦀🦞🐌🦂🦏🐞🦥🦛"
@@ -38,7 +38,7 @@ _inflect = inflect.engine()
 
 @dataclass(frozen=True)
 class Subject:
-    """What a picture shows: one `word`, or a word with an `activity`, or `count` of it (one of `COUNTS`)."""
+    """What an image shows: one `word`, a word with an `activity`, or a word with a `count` (one of `COUNTS`)."""
 
     word: str
     activity: str | None = None
@@ -46,7 +46,7 @@ class Subject:
 
     @property
     def caption(self) -> str:
-        """The prompt for it, as in "an ant", "an ant playing chess", "two ants"."""
+        """The prompt, such as "an ant", "an ant playing chess" or "two ants"."""
         if self.count is not None:
             return f"{self.count} {plural(self.word)}"
         return f"{_with_article(self.word)} {self.activity}" if self.activity else _with_article(self.word)
@@ -54,7 +54,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Mixture:
-    """How often each kind of picture is drawn, as weights."""
+    """Weights of the kinds of images."""
 
     simple_animals: float = 0.65
     held_out: float = 0.22
@@ -65,7 +65,7 @@ class Mixture:
 
 @cache
 def plural(word: str) -> str:
-    """The plural of a noun: "mice", "geese", "sheep"."""
+    """Return the plural of a noun, such as "mice", "geese" or "sheep"."""
     return str(_inflect.plural(word))
 
 
@@ -75,7 +75,7 @@ def _with_article(word: str) -> str:
 
 
 def all_subjects() -> tuple[Subject, ...]:
-    """Every subject that `draw_subject` can return, once."""
+    """Return every subject that `random_subject` can return, once."""
     words = (*SIMPLE_ANIMALS, *HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS)
     return (
         *(Subject(word) for word in words),
@@ -84,8 +84,8 @@ def all_subjects() -> tuple[Subject, ...]:
     )
 
 
-def draw_subject(rng: np.random.Generator, mixture: Mixture | None = None) -> Subject:
-    """Returns a random subject: first the kind by the mixture's weights, then one of that kind, uniformly."""
+def random_subject(rng: np.random.Generator, mixture: Mixture | None = None) -> Subject:
+    """Return a random subject: the kind by the mixture's weights, then one of this kind, uniformly."""
     mixture = mixture or Mixture()
     weights = np.array([mixture.simple_animals, mixture.held_out, mixture.activities, mixture.counts])
     kind = int(rng.choice(4, p=weights / weights.sum()))
@@ -99,7 +99,7 @@ def draw_subject(rng: np.random.Generator, mixture: Mixture | None = None) -> Su
 
 @cache
 def _sprite(word: str) -> Image.Image:
-    """The word's emoji, RGBA, cropped to its ink."""
+    """Return the word's emoji, RGBA, without its transparent border."""
     if not FONT_PATH.is_file():
         raise FileNotFoundError(
             f"the emoji font {FONT_PATH} is missing; on Debian or Ubuntu: apt-get install fonts-noto-color-emoji"
@@ -109,12 +109,12 @@ def _sprite(word: str) -> Image.Image:
     ImageDraw.Draw(canvas).text((20, 20), EMOJI[word], font=font, embedded_color=True)
     box = canvas.getbbox()
     if box is None:
-        raise ValueError(f"the font {FONT_PATH} has no picture for {word!r} ({EMOJI[word]}); install a newer version")
+        raise ValueError(f"the font {FONT_PATH} has no image for {word!r} ({EMOJI[word]}); install a newer version")
     return canvas.crop(box)
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
-    """A pastel, flat or with a gentle linear gradient; `(64, 64, 3)` float in `[0, 255]`."""
+    """Return a light colour, uniform or with a linear gradient, `(64, 64, 3)` float in [0, 255]."""
     hue, saturation, value = rng.uniform(0, 1), rng.uniform(0.02, 0.4), rng.uniform(0.6, 1.0)
     phases = hue * 2 * math.pi + np.array([0, 2, 4]) * math.pi / 3
     start = value * (1 - saturation * (0.5 - 0.5 * np.cos(phases)))
@@ -126,7 +126,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 
 
 def _paste(canvas: Image.Image, word: str, centre: tuple[float, float], size: float) -> None:
-    """Pastes the word's emoji so that its longer side is `size` pixels, kept inside the canvas."""
+    """Paste the word's emoji so that its longer side is `size` pixels, kept inside the canvas."""
     sprite = _sprite(word)
     scale = size / max(sprite.size)
     width, height = max(1, round(sprite.width * scale)), max(1, round(sprite.height * scale))
@@ -137,7 +137,7 @@ def _paste(canvas: Image.Image, word: str, centre: tuple[float, float], size: fl
 
 
 def _places(subject: Subject, rng: np.random.Generator) -> list[tuple[str, tuple[float, float], float]]:
-    """What to paste where: a list of `(word, (x, y) centre, size)` in pixels."""
+    """Return what to paste where, as a list of `(word, (x, y) of the centre, size)` in pixels."""
     jitter = rng.uniform(-2, 2, size=2)
     if subject.activity is not None:
         size, other = rng.uniform(32, 37), rng.uniform(23, 27)
@@ -161,10 +161,10 @@ def _places(subject: Subject, rng: np.random.Generator) -> list[tuple[str, tuple
 
 
 def render(subject: Subject, rng: np.random.Generator) -> np.ndarray:
-    """Returns a picture of the subject, `(64, 64, 3)` uint8 RGB, its background, places and sizes drawn from `rng`.
+    """Return an image of the subject, `(64, 64, 3)` uint8 RGB, with a random background, places and sizes.
 
     Raises:
-        FileNotFoundError: the emoji font is not installed; the message names the package.
+        FileNotFoundError: The emoji font is not installed; the message names the package.
     """
     canvas = Image.fromarray(_background(rng).round().astype(np.uint8))
     for word, centre, size in _places(subject, rng):
@@ -175,18 +175,18 @@ def render(subject: Subject, rng: np.random.Generator) -> np.ndarray:
 def _render_chunk(task: tuple[int, int, int, Mixture]) -> tuple[np.ndarray, list[Subject]]:
     seed, chunk, number, mixture = task
     rng = np.random.default_rng([seed, chunk])
-    subjects = [draw_subject(rng, mixture) for _ in range(number)]
+    subjects = [random_subject(rng, mixture) for _ in range(number)]
     return np.stack([render(subject, rng) for subject in subjects]), subjects
 
 
 def render_dataset(
     number: int, seed: int, *, mixture: Mixture | None = None, workers: int = 2
 ) -> tuple[np.ndarray, list[Subject]]:
-    """Returns random pictures, `(number, 64, 64, 3)` uint8 RGB, and what each of them shows (`.caption` is its prompt).
+    """Return random images, `(number, 64, 64, 3)` uint8 RGB, and the subject of each; `.caption` is its prompt.
 
-    The result depends on the seed and the number alone, not on the number of worker processes.
+    The result depends on `number`, `seed` and `mixture`, and not on the number of worker processes.
     """
-    _sprite(SIMPLE_ANIMALS[0])  # A missing font is an error here, not in a worker.
+    _sprite(SIMPLE_ANIMALS[0])  # a missing font is an error here and not in a worker
     tasks = [
         (seed, start // CHUNK, min(CHUNK, number - start), mixture or Mixture()) for start in range(0, number, CHUNK)
     ]
@@ -201,13 +201,13 @@ def render_dataset(
 def grid(
     images: Sequence[np.ndarray], columns: int, labels: Sequence[str] | None = None, scale: int = 1
 ) -> Image.Image:
-    """Returns a contact sheet of equally sized `(height, width, 3)` uint8 pictures, with a caption under each.
+    """Return a contact sheet of images, each `(64, 64, 3)` uint8, with a caption under each.
 
     Args:
-        images: The pictures, row by row.
-        columns: Pictures in a row.
-        labels: One short text per picture, or None for none.
-        scale: Whole-number enlargement of each picture.
+        images: The images, row by row.
+        columns: Images per row.
+        labels: One short text per image, or None for none.
+        scale: Integer by which each image is enlarged.
     """
     size, text = IMAGE_SIZE * scale, 14 if labels else 0
     rows = math.ceil(len(images) / columns)

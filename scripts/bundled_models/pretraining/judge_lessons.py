@@ -1,7 +1,7 @@
-"""What the bundled judges learn from: pictures as a judge meets them, and questions about them with their answers.
+"""What the bundled judges learn from: images similar to a judge's inputs, and questions about them with their answers.
 
-A judge sees drawings, not renderings, and a server is sent JPEG files. So some renderings are passed through the
-bundled model's VAE, some through JPEG, and all may be softened and get grain.
+A judge sees generated images and not renderings, and a server receives JPEG files. So some renderings are encoded and
+decoded with the bundled model's VAE, some are compressed with JPEG, and all may be blurred and get noise.
 """
 
 import io
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from emoji_renderings import Mixture, Subject, all_subjects, plural, render_dataset
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from ddpo_env.models.loading import resolve_source
 from ddpo_env.prompts.vocabulary import COUNTS, EVERYDAY_OBJECTS
+from pretraining.emoji_renderings import Mixture, Subject, all_subjects, plural, render_dataset
 from rewards.judge.alignment import QUESTION
 
 MIXTURE = Mixture(simple_animals=0.35, held_out=0.2, activities=0.3, counts=0.15)
@@ -27,12 +27,12 @@ DESCRIBE = (QUESTION, "What is in this image?", "Describe this image.", "What do
 
 @dataclass(frozen=True)
 class Lessons:
-    """Pictures and what they show.
+    """Images and their subjects.
 
     Attributes:
         images: `(number, 64, 64, 3)` uint8.
-        subjects: Of each picture.
-        captions: Index of each picture's subject among `all_subjects()`, `(number,)`.
+        subjects: The subject of each image.
+        captions: Index of each image's subject among `all_subjects()`, `(number,)`.
     """
 
     images: np.ndarray
@@ -40,22 +40,22 @@ class Lessons:
     captions: Tensor
 
 
-def make_lessons(number: int, seed: int, decoded_share: float, jpeg_share: float, workers: int) -> Lessons:
-    """Renders pictures; the first part of them goes through the VAE, and a random part of all through JPEG.
+def make_lessons(number: int, seed: int, decoded_fraction: float, jpeg_fraction: float, workers: int) -> Lessons:
+    """Render images; the first ones go through the VAE, and random ones through JPEG.
 
     Args:
-        number: Of pictures.
-        seed: Of everything.
-        decoded_share: Which part the bundled model's VAE encodes and decodes, in [0, 1].
-        jpeg_share: Which part is compressed, at qualities from 60 to 95, in [0, 1].
-        workers: Processes that render.
+        number: Number of images.
+        seed: Seed of renderings, latents and compression.
+        decoded_fraction: Fraction of the images that the bundled model's VAE encodes and decodes, in [0, 1].
+        jpeg_fraction: Fraction of the images that are compressed, with qualities from 60 to 95, in [0, 1].
+        workers: Number of processes that render.
     """
     images, subjects = render_dataset(number, seed, mixture=MIXTURE, workers=workers)
-    decoded = round(decoded_share * number)
+    decoded = round(decoded_fraction * number)
     if decoded:
         images[:decoded] = through_vae(images[:decoded], seed)
     rng = np.random.default_rng([seed, 1])
-    for index in np.flatnonzero(rng.uniform(size=number) < jpeg_share):
+    for index in np.flatnonzero(rng.uniform(size=number) < jpeg_fraction):
         images[index] = through_jpeg(images[index], int(rng.integers(60, 96)))
     index_of = {subject: index for index, subject in enumerate(all_subjects())}
     return Lessons(images, subjects, torch.tensor([index_of[subject] for subject in subjects]))
@@ -63,7 +63,7 @@ def make_lessons(number: int, seed: int, decoded_share: float, jpeg_share: float
 
 @torch.no_grad()
 def through_vae(images: np.ndarray, seed: int) -> np.ndarray:
-    """Returns what the bundled model's VAE makes of pictures, its latents a little off, as a denoiser leaves them."""
+    """Encode and decode images with the bundled model's VAE; latents get a little noise, as a denoiser leaves it."""
     vae = AutoencoderKL.from_pretrained(resolve_source("tiny"), subfolder="vae")
     generator = torch.Generator().manual_seed(seed)
     parts = []
@@ -80,14 +80,14 @@ def through_vae(images: np.ndarray, seed: int) -> np.ndarray:
 
 
 def through_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    """Returns a picture after compression."""
+    """Return an image after compression with JPEG."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file))
 
 
 def soften(pixels: Tensor) -> Tensor:
-    """Blurs half of the pictures, `(batch, 3, height, width)` of unit contrast, a little, and adds grain to all."""
+    """Blur half of the normalised images `(batch, 3, height, width)` a little, and add noise to all."""
     soft = functional.avg_pool2d(functional.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     blurred = torch.rand(len(pixels), 1, 1, 1) < 0.5
     pixels = pixels + torch.rand(len(pixels), 1, 1, 1) * blurred * (soft - pixels)
@@ -95,7 +95,7 @@ def soften(pixels: Tensor) -> Tensor:
 
 
 def answer(subject: Subject, question: str) -> str:
-    """Returns what a judge should say about a picture of the subject."""
+    """Return the correct answer to a question about an image of the subject."""
     if question in DESCRIBE:
         return subject.caption
     if subject.word in EVERYDAY_OBJECTS:
@@ -105,14 +105,14 @@ def answer(subject: Subject, question: str) -> str:
     return plural(subject.word) if subject.count in COUNTS else subject.word
 
 
-def draw_question(rng: np.random.Generator) -> str:
-    """Returns the DDPO paper's question half of the time, else another."""
+def random_question(rng: np.random.Generator) -> str:
+    """Return a random question: with probability one half the DDPO paper's, else another."""
     others = (*DESCRIBE[1:], HOW_MANY, HOW_MANY, WHICH, WHICH)
     return DESCRIBE[0] if rng.uniform() < 0.5 else others[rng.integers(len(others))]
 
 
 def all_texts() -> Iterator[str]:
-    """Yields every question and every answer."""
+    """Yield every question and every answer."""
     for question in (*DESCRIBE, HOW_MANY, WHICH):
         yield question
         yield from sorted({answer(subject, question) for subject in all_subjects()})

@@ -1,4 +1,4 @@
-"""Training runs side by side, each in a process of one thread, with their rows in a CSV: what the comparisons share."""
+"""Trains several runs at the same time, each in a process with one thread, and collects their rows in a CSV file."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Run = TypeVar("Run", bound=NamedTuple)
 def perform(
     runs: Iterable[Run], train: Callable[[Run], list[Row]], file: Path, fields: Sequence[str], key: int, jobs: int
 ) -> None:
-    """Train what is not in the file yet, a few at a time, and append the rows of each run as it ends.
+    """Train the runs that are not in the file yet, and append the rows of each run when it ends.
 
     Args:
-        runs: what to train; a run's first `key` values name it.
-        train: trains one, in a process of its own, and returns its rows.
-        file: the CSV.
-        fields: its columns; the first `key` are those of a run.
-        key: how many values tell runs apart.
-        jobs: runs at the same time.
+        runs: the runs; the first `key` values of a run identify it.
+        train: trains one run, in a process of its own, and returns its rows.
+        file: the CSV file.
+        fields: its columns; the first `key` columns identify a run.
+        key: number of values that identify a run.
+        jobs: number of runs at the same time.
     """
     done = {tuple(row[name] for name in fields[:key]) for row in read_rows(file)}
     left = [run for run in runs if tuple(map(str, run[:key])) not in done]
@@ -49,7 +49,7 @@ def perform(
 
 
 def use_one_thread() -> None:
-    """To be called before torch computes anything."""
+    """Make this process use one thread; call this before torch computes anything."""
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
@@ -57,24 +57,25 @@ def use_one_thread() -> None:
 
 
 def held_out_rewards(config: TrainConfig) -> list[tuple[int, float]]:
-    """Train silently; return the evaluations, as pairs of the iteration and the held-out pictures' mean reward.
+    """Train without output; return the evaluations as pairs `(iteration, mean reward of the held-out images)`.
 
-    A run that diverges, because its learning rate is too high, ends with the worst possible reward.
+    A run whose learning rate is too high may diverge. It then has one evaluation, minus infinity after its last
+    iteration.
     """
     from agents.training.preparation import prepare_run
 
     with open(os.devnull, "w") as silence:
         try:
             with contextlib.redirect_stdout(silence):
-                prepared = prepare_run(config)
-                prepared.train()
-            return prepared.pictures.evaluations
+                run = prepare_run(config)
+                run.train()
+            return run.evaluations
         except FloatingPointError:
-            return [(config.iterations, float("-inf"))]
+            return [(config.resolved().total_iterations, float("-inf"))]
 
 
 def read_rows(file: Path) -> list[Row]:
-    """Return the rows of a CSV; none if it is not there."""
+    """Return the rows of a CSV file, or no rows if there is no such file."""
     if not file.is_file():
         return []
     with file.open(newline="") as table:

@@ -1,7 +1,7 @@
-"""The parts of the bundled Stable Diffusion, untrained: tokenizer, text encoder, VAE, denoiser, scheduler, and export.
+"""Builds the bundled Stable Diffusion with random weights, component by component, and writes the trained pipeline.
 
-Sizes are chosen for a CPU: 64x64 pictures, 4x16x16 latents, a denoiser that attends to the text at 8x8 and 4x4 only
-(attention at 16x16 costs more than all the rest) and gets the pooled text in every block through its time embedding.
+The sizes are for a CPU: 64x64 images and 4x16x16 latents. The denoiser attends to the text at 8x8 and 4x4 only, because
+attention at 16x16 costs more than everything else. Every block gets the pooled text through the time embedding.
 """
 
 import copy
@@ -17,15 +17,14 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-TEXT_LENGTH = 16  # Tokens in a prompt, start and end included.
+TEXT_LENGTH = 16  # tokens per prompt, with start and end
 TEXT_SIZE = 96
 LATENT_SHAPE = (4, 16, 16)
-DEFAULT_GUIDANCE = 1.0  # The guidance scale to sample the bundled model with; it needs none.
-DEFAULT_GUIDANCE = 1.0
+DEFAULT_GUIDANCE = 1.0  # the bundled model needs no guidance
 
 
 def build_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
-    """Returns a CLIP tokenizer in which every word of the captions is one token and other words become pieces."""
+    """Return a CLIP tokenizer in which every word of the captions is one token; other words are split."""
     learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
     learner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     words = pre_tokenizers.Whitespace()
@@ -37,7 +36,7 @@ def build_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
         BpeTrainer(vocab_size=4096, min_frequency=1, show_progress=False, end_of_word_suffix="</w>"),
     )
     merges = [tuple(merge) for merge in _merges(learner)]
-    # The order of OpenAI's vocabulary: bytes, bytes that end a word, merges, start, end.
+    # OpenAI's vocabulary has this order: bytes, bytes that end a word, merges, start, end.
     tokens = [*characters, *(character + "</w>" for character in characters), *(a + b for a, b in merges)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
@@ -50,7 +49,7 @@ def _merges(tokenizer: Tokenizer) -> list[list[str]]:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Returns an untrained text encoder for the tokenizer; its output is `(batch, 16, 96)`."""
+    """Return an untrained text encoder for the tokenizer; its output is `(batch, 16, 96)`."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_SIZE,
@@ -67,7 +66,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_vae() -> AutoencoderKL:
-    """Returns an untrained VAE between `(batch, 3, 64, 64)` pictures in [-1, 1] and `(batch, 4, 16, 16)` latents."""
+    """Return an untrained VAE between `(batch, 3, 64, 64)` images in [-1, 1] and `(batch, 4, 16, 16)` latents."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -81,7 +80,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Returns an untrained denoiser of `(batch, 4, 16, 16)` latents, conditioned on `(batch, 16, 96)` text."""
+    """Return an untrained denoiser of `(batch, 4, 16, 16)` latents, conditioned on `(batch, 16, 96)` text."""
     return UNet2DConditionModel(
         sample_size=LATENT_SHAPE[1],
         layers_per_block=1,
@@ -89,7 +88,7 @@ def build_unet() -> UNet2DConditionModel:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=16,
-        attention_head_dim=(1, 2, 3),  # diffusers reads this as the number of heads.
+        attention_head_dim=(1, 2, 3),  # diffusers reads this as the number of heads
         cross_attention_dim=TEXT_SIZE,
         addition_embed_type="text",
         addition_embed_type_num_heads=2,
@@ -97,9 +96,9 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Returns the noise schedule: Stable Diffusion's, rescaled to end in pure noise, with v-prediction.
+    """Return Stable Diffusion's noise schedule, rescaled so that it ends in pure noise, with v-prediction.
 
-    `set_alpha_to_one=False` keeps the last sampling step's standard deviation above zero at eta 1, so that its
+    `set_alpha_to_one=False` keeps the last sampling step's standard deviation above zero at eta 1, so that the
     log-probability exists.
     """
     return DDIMScheduler(
@@ -116,21 +115,21 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def whiten(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Makes each latent channel zero-mean and unit-variance, in the VAE itself, without changing what it decodes.
+    """Change the VAE so that each latent channel has mean 0 and variance 1 and decoded images stay the same.
 
     Args:
-        vae: Its two 1x1 convolutions around the latent are rewritten in place; `scaling_factor` becomes 1.
-        latents: Latent means of many pictures, `(number, 4, 16, 16)`.
+        vae: Its two 1x1 convolutions next to the latent are changed in place; `scaling_factor` becomes 1.
+        latents: Latent means of many images, `(number, 4, 16, 16)`.
 
     Returns:
-        The same latents as the changed VAE would encode them.
+        The same latents as the changed VAE encodes them.
     """
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     channels = len(mean)
     with torch.no_grad():
         vae.quant_conv.weight[:channels] /= std[:, None, None, None]
         vae.quant_conv.bias[:channels] = (vae.quant_conv.bias[:channels] - mean) / std
-        vae.quant_conv.bias[channels:] -= 2 * std.log()  # The other half predicts log variances.
+        vae.quant_conv.bias[channels:] -= 2 * std.log()  # the other half are log variances
         vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
         vae.post_quant_conv.weight *= std[None, :, None, None]
     vae.register_to_config(scaling_factor=1.0)
@@ -144,7 +143,7 @@ def export(
     vae: AutoencoderKL,
     unet: UNet2DConditionModel,
 ) -> None:
-    """Writes the pipeline as fp16 safetensors into each folder, replacing it only once its successor is complete."""
+    """Write the pipeline as fp16 safetensors; each folder is replaced only when the new one is complete."""
     pipeline = StableDiffusionPipeline(
         vae=copy.deepcopy(vae).half(),
         text_encoder=copy.deepcopy(text_encoder).half(),
@@ -168,6 +167,6 @@ def export(
 
 
 def _load_as_float32(config: Path) -> None:
-    """Transformers loads in the dtype that the config names, diffusers in float32: make the two agree by default."""
+    """Make transformers load in float32, as diffusers does; without this, it loads in the dtype of the weights."""
     settings = json.loads(config.read_text())
     config.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n")

@@ -1,7 +1,7 @@
-"""The parts of the bundled judges, untrained: tokenizers, CLIP, LLaVA, BERT, and how each is written to its folder.
+"""Builds the bundled judges with random weights (tokenizers, CLIP, LLaVA, BERT), and writes trained ones to folders.
 
-Sizes are chosen for a CPU and for the bundled Stable Diffusion's pictures: 64x64 in patches of 8x8, vision towers of
-width 128. LLaVA's is built like CLIP's, so that it can begin with CLIP's weights.
+The sizes are for a CPU and for the bundled Stable Diffusion's images: 64x64 in patches of 8x8, vision towers of width
+128. LLaVA's vision tower has CLIP's architecture, so that it can start with CLIP's weights.
 """
 
 import copy
@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from tiny_components import TEXT_LENGTH, build_tokenizer
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -33,8 +32,10 @@ from transformers import (
     ProcessorMixin,
 )
 
+from pretraining.tiny_components import TEXT_LENGTH, build_tokenizer
+
 IMAGE_SIZE, PATCH_SIZE = 64, 8
-IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2 + 1  # The class token counts.
+IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2 + 1  # with the class token
 WIDTH = 128
 VISION = {
     "hidden_size": WIDTH,
@@ -50,18 +51,18 @@ CHAT_TEMPLATE = (
     "{% for part in turn['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %} "
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-"""The one of LLaVA 1.5."""
+"""The chat template of LLaVA 1.5."""
 
 
 def build_image_processor() -> CLIPImageProcessorPil:
-    """Returns CLIP's preprocessing at 64x64: shortest side to 64, the middle, OpenAI's mean and standard deviation."""
+    """Return CLIP's preprocessing at 64x64: resize the shortest side, crop the centre, normalise as OpenAI does."""
     return CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     )
 
 
 def build_clip(captions: Iterable[str]) -> tuple[CLIPModel, CLIPTokenizer]:
-    """Returns an untrained CLIP of 64x64 pictures and 16 tokens, and a tokenizer that knows the captions' words."""
+    """Return an untrained CLIP of 64x64 images and 16 tokens, and a tokenizer that knows the captions' words."""
     tokenizer = build_tokenizer(captions)
     text = {
         "vocab_size": len(tokenizer),
@@ -78,7 +79,7 @@ def build_clip(captions: Iterable[str]) -> tuple[CLIPModel, CLIPTokenizer]:
 
 
 def build_language_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Returns a byte-level BPE tokenizer in which every word of the texts is one token, with LLaVA's special tokens."""
+    """Return a byte-level BPE tokenizer in which every word of the texts is one token, with LLaVA's special tokens."""
     learner = Tokenizer(BPE())
     learner.normalizer = normalizers.Lowercase()
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -101,7 +102,7 @@ def build_language_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_llava(tokenizer: PreTrainedTokenizerFast) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Returns an untrained LLaVA, a vision tower, a projector and a small Llama, and its processor."""
+    """Return an untrained LLaVA, a vision tower, a projector and a small Llama, and its processor."""
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     language = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -132,17 +133,17 @@ def build_llava(tokenizer: PreTrainedTokenizerFast) -> tuple[LlavaForConditional
         chat_template=CHAT_TEMPLATE,
     )
     model = LlavaForConditionalGeneration(config)
-    model.generation_config.min_new_tokens = 1  # It knows no picture that nothing is to be said about.
+    model.generation_config.min_new_tokens = 1  # every image of its training has an answer
     return model, processor
 
 
 def vision_tower(llava: LlavaForConditionalGeneration) -> CLIPVisionModel:
-    """Returns the part of a LLaVA that sees."""
+    """Return the vision tower of a LLaVA."""
     return llava.model.vision_tower
 
 
 def build_text_encoder(words: Iterable[str]) -> tuple[BertModel, BertTokenizer]:
-    """Returns an untrained BERT and a WordPiece tokenizer with a token for every word; other words fall into letters.
+    """Return an untrained BERT and a WordPiece tokenizer with one token per word; others are split into letters.
 
     Args:
         words: In lower case, without punctuation.
@@ -166,7 +167,7 @@ def build_text_encoder(words: Iterable[str]) -> tuple[BertModel, BertTokenizer]:
 
 
 def export(folder: Path, model: PreTrainedModel, *processors: ProcessorMixin | PreTrainedTokenizerFast) -> None:
-    """Writes a model as fp16 safetensors and what goes before it; the folder is replaced by a complete one."""
+    """Write a model as fp16 safetensors with its processors; a complete folder replaces the old one."""
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     copy.deepcopy(model).half().save_pretrained(fresh)

@@ -1,0 +1,165 @@
+"""Generate images with a base model or a trained LoRA, for prompts and seeds, and write them to one image grid.
+
+Only diffusers generates the images, so everybody who loads the LoRA gets the same ones. A seed gives the same initial
+noise with and without the LoRA; `--compare` puts both images into one grid.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+
+BAD_ARGUMENTS = 2
+_LORA_FILE = "pytorch_lora_weights.safetensors"
+_SEEDS_APART = 1000
+"""Distance between the seeds of two columns, so that no two images of a usual grid have the same noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArguments:
+    """Which images to generate, and with which model."""
+
+    model: str = "tiny"
+    """Bundled name, a folder in diffusers' layout, or a Hub id."""
+    resolution: int | None = None
+    """Side of the images in pixels. Default: the model's own; use the one that the LoRA was trained with."""
+    lora: Path | None = None
+    """Folder of a trained LoRA, such as runs/<name>/lora."""
+    compare: bool = False
+    """With --lora: also generate the images without it, in a row above."""
+    prompts: tuple[str, ...] = ("a cat", "a fox", "a lion", "a penguin", "a fox riding a bike")
+    """Prompts, one per column."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the initial noise, one per row."""
+    num_inference_steps: int = 20
+    """Denoising steps."""
+    guidance_scale: float = 1.0
+    """Scale of classifier-free guidance; 1 is off. Use the one that the LoRA was trained with."""
+    eta: float = 1.0
+    """Noise of the DDIM steps; 0 is the deterministic sampler. Flow matching (SD 3, FLUX) always samples without."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    output: Path = Path("samples.png")
+    """The image grid, a PNG file."""
+
+    def check(self) -> None:
+        """Check the arguments before anything is loaded.
+
+        Raises:
+            ValueError: naming the argument, its value and what is valid.
+        """
+        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
+            raise ValueError(f"prompts must be at least one, none empty; got {self.prompts}")
+        if not self.seeds:
+            raise ValueError("seeds must be at least one; got none")
+        if self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1; got {self.num_inference_steps}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be between 0 and 1; got {self.eta}")
+        if self.compare and self.lora is None:
+            raise ValueError("compare must be used with a LoRA: add --lora")
+        if self.lora is not None and not (self.lora / _LORA_FILE).is_file():
+            raise ValueError(f"lora must be a folder with {_LORA_FILE}; got {str(self.lora)!r}")
+
+
+def main() -> int:
+    """Parse the command line, generate the images and write the grid: the command `ddpo-sample`.
+
+    Returns:
+        The exit code: 0, or 2 after an error in the arguments, which is printed.
+    """
+    arguments = tyro.cli(Annotated[SampleArguments, tyro.conf.arg(name="")], description=__doc__)
+    try:
+        arguments.check()
+        rows, labels = generate(arguments)
+    except (ValueError, OSError) as error:
+        _print_error(str(error))
+        return BAD_ARGUMENTS
+    from agents.evaluation.image_grid import image_grid
+
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    image_grid(rows, labels, arguments.prompts).save(arguments.output)
+    print(f"wrote {arguments.output}")
+    return 0
+
+
+def generate(arguments: SampleArguments) -> tuple[list[NDArray[np.uint8]], list[str]]:
+    """Generate the images.
+
+    Returns:
+        The rows of the grid, each `(prompts, height, width, 3)` uint8, and the label of each row.
+
+    Raises:
+        ValueError: for a model that is no text-to-image pipeline, or a resolution that it cannot have.
+        OSError: for a model that cannot be downloaded.
+    """
+    from ddpo_env.models import load_model
+    from ddpo_env.models.families.text_to_image import TextToImageModel
+
+    model = load_model(arguments.model, arguments.device, resolution=arguments.resolution)
+    if not isinstance(model, TextToImageModel):
+        raise ValueError(f"model must be a text-to-image pipeline; got {arguments.model!r}, a {type(model).__name__}")
+    pipeline: Any = model.pipeline
+    scheduler, options = _sampler(pipeline, model.guidance_embeds, arguments)
+    height, width = (side * pipeline.vae_scale_factor for side in model.latent_shape[-2:])
+    before = pipeline.scheduler
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        pipeline.scheduler = scheduler
+        if arguments.lora is not None:
+            pipeline.load_lora_weights(arguments.lora)
+        return _rows(pipeline, arguments, {"height": height, "width": width, **options})
+    finally:  # the model stays loaded in this process, so it is left as it was
+        if arguments.lora is not None:
+            pipeline.unload_lora_weights()
+        pipeline.scheduler = before
+
+
+def _sampler(pipeline: Any, guidance_embeds: bool, arguments: SampleArguments) -> tuple[Any, dict[str, Any]]:
+    """Return the scheduler to sample with (DDIM, except for flow matching), and the sampler's options."""
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    steps, guidance_scale = arguments.num_inference_steps, arguments.guidance_scale
+    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+        return DDIMScheduler.from_config(pipeline.scheduler.config), options | {"eta": arguments.eta}
+    if isinstance(pipeline, FluxPipeline) and not guidance_embeds and guidance_scale != 1:
+        # FluxPipeline's guidance_scale is only an input of the transformer; true_cfg_scale is classifier-free guidance.
+        options |= {"true_cfg_scale": guidance_scale, "negative_prompt": [""] * len(arguments.prompts)}
+    return pipeline.scheduler, options
+
+
+def _rows(
+    pipeline: Any, arguments: SampleArguments, options: dict[str, Any]
+) -> tuple[list[NDArray[np.uint8]], list[str]]:
+    import torch
+
+    rows, labels = [], []
+    variants = ["base", "trained"] if arguments.compare else ["trained" if arguments.lora else "base"]
+    for seed in arguments.seeds:
+        for variant in variants:
+            if arguments.lora is not None:
+                (pipeline.enable_lora if variant == "trained" else pipeline.disable_lora)()
+            seeds = range(seed, seed + _SEEDS_APART * len(arguments.prompts), _SEEDS_APART)
+            generators = [torch.Generator(pipeline.device).manual_seed(one) for one in seeds]
+            images = pipeline(list(arguments.prompts), generator=generators, output_type="np", **options).images
+            rows.append((images * 255).round().astype(np.uint8))
+            labels.append(f"{variant}\nseed {seed}")
+    return rows, labels
+
+
+def _print_error(message: str) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    Console(stderr=True).print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the bundled models are pretrained with: images, lessons about them, and untrained networks."""

@@ -1,0 +1,1 @@
+"""What the commands that compare many training runs have in common."""
