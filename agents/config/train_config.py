@@ -89,6 +89,9 @@ class TrainConfig:
     run: RunSettings = field(default_factory=RunSettings)
 
     def __post_init__(self) -> None:
+        for name in ("run_dir", "resume"):
+            if isinstance(path := getattr(self, name), str):
+                object.__setattr__(self, name, Path(path))
         check_fields(self)
 
     def changed(self, **settings: Any) -> TrainConfig:
@@ -175,8 +178,6 @@ class TrainConfig:
                 raise ValueError(f"{name} is no longer a setting, and runs behave as with {only}; go on with 0.1.0")
         if "model" not in flat:
             raise ValueError("it holds no settings of a run")
-        for name in ("run_dir", "resume"):
-            flat[name] = None if flat.get(name) is None else Path(flat[name])
         for name, value in flat.items():
             flat[name] = tuple(value) if isinstance(value, list) else value
         return train_config(**flat)

@@ -218,7 +218,7 @@ def test_weighted_sum_of_raw_terms_is_shared(micro_pipeline_folder, tmp_path):
             "ACCELERATE_USE_FSDP must be 'false', or not asked of the launcher; got 'true'",
         ),
         ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not supported"),
-        ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed precision is --autocast bfloat16"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "use the script's --autocast bfloat16"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "ACCELERATE_DYNAMO_BACKEND must be 'no'"),
     ],
 )

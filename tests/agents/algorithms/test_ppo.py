@@ -175,7 +175,7 @@ def test_gradient_that_is_not_finite_is_an_error_and_leaves_the_weights_alone(mi
         ({"n_epochs": -1}, "n_epochs must be at least 1; got -1"),
         ({"timestep_fraction": 0.0}, r"timestep_fraction must be in \(0, 1\]; got 0.0"),
         ({"timestep_fraction": 1.1}, r"timestep_fraction must be in \(0, 1\]; got 1.1"),
-        ({"timestep_window": (0.5, 0.5)}, r"timestep_window must be two shares, 0 <= start < end <= 1; got"),
+        ({"timestep_window": (0.5, 0.5)}, r"timestep_window must be two fractions, 0 <= start < end <= 1; got"),
         ({"clip_range": 0.0}, "clip_range must be above 0; got 0.0"),
     ],
 )

@@ -151,8 +151,8 @@ def test_more_steps_than_the_model_was_trained_on(make_vec: MakeVec) -> None:
         (np.zeros((2, 4, 8, 9)), r"actions must have shape \(2, 4, 8, 8\); got \(2, 4, 8, 9\)"),
         (np.zeros(SHAPE), r"actions must have shape \(2, 4, 8, 8\); got \(4, 8, 8\)"),
         (0.0, r"actions must have shape \(2, 4, 8, 8\); got \(\)"),
-        (np.full((2, *SHAPE), np.nan), r"actions must be finite; .* slots \[0, 1\]"),
-        (np.stack([np.zeros(SHAPE), np.full(SHAPE, np.inf)]), r"actions must be finite; .* slots \[1\]"),
+        (np.full((2, *SHAPE), np.nan), r"actions must be finite; .* sub-environments \[0, 1\]"),
+        (np.stack([np.zeros(SHAPE), np.full(SHAPE, np.inf)]), r"actions must be finite; .* sub-environments \[1\]"),
         (np.full((2, *SHAPE), 1e39), r"actions must be finite"),
         (np.full((2, *SHAPE), "x"), "actions must be an array or a tensor of numbers"),
     ],
@@ -202,7 +202,7 @@ def test_bad_action_of_one_environment(micro_pipeline_folder: Path, action: np.n
         ({"latents": "noise"}, r"options\['latents'\] must be an array or a tensor of numbers; got 'noise'"),
         ({"reset_mask": [True, False]}, r"options\['reset_mask'\] must be a boolean array of shape \(2,\)"),
         ({"reset_mask": np.array([1, 0])}, r"options\['reset_mask'\] must be a boolean array of shape \(2,\)"),
-        ({"reset_mask": np.zeros(2, bool)}, r"options\['reset_mask'\] must select at least one slot"),
+        ({"reset_mask": np.zeros(2, bool)}, r"options\['reset_mask'\] must select at least one sub-environment"),
     ],
 )
 def test_bad_reset_options_are_refused_and_change_nothing(
@@ -238,7 +238,7 @@ def test_bad_seed_is_refused(make_vec: MakeVec, seed: Any) -> None:
         ([1.0, np.nan], ValueError, "reward judge must be finite; got nan for prompt 'an ant'"),
         (np.array([np.inf, 0]), ValueError, "reward judge must be finite; got inf for prompt 'a cat'"),
         (None, TypeError, "reward judge must return scores; got None"),
-        (["good", "bad"], TypeError, "reward judge must return one number a picture"),
+        (["good", "bad"], TypeError, "reward judge must return one number per sample"),
     ],
 )
 def test_a_reward_that_answers_wrongly(make_vec: MakeVec, answer: Any, error: type[Exception], message: str) -> None:

@@ -16,7 +16,7 @@ from agents.distributed import Processes
 from agents.planning.plan import describe_plan
 from agents.training.preparation import check_run, prepare_run, run_training
 from ddpo_env import vector_env
-from ddpo_env.models import loading as models
+from ddpo_env.models import loading, sources
 
 ROOT = SCRIPTS.parent
 EXPERIMENTS = {  # reward, prompts, how many of them, samples and updates per iteration, iterations, stat buffer
@@ -44,8 +44,8 @@ def nothing_happens(monkeypatch, tmp_path):
     def refuse(*_, **__):
         raise AssertionError("a dry run must not do this")
 
-    for name in ("load_pipeline", "pipeline_index"):
-        monkeypatch.setattr(models, name, refuse)
+    monkeypatch.setattr(loading, "load_pipeline", refuse)
+    monkeypatch.setattr(sources, "pipeline_index", refuse)
     monkeypatch.setattr(vector_env, "load_model", refuse)
     monkeypatch.setattr("agents.training.run_folder.RunFolder.make", refuse)
     monkeypatch.setattr("socket.socket.connect", refuse)
@@ -233,7 +233,7 @@ def test_dry_run_asks_no_server(nothing_happens, monkeypatch, capsys):
 
 
 def test_dry_run_looks_into_a_folder_but_not_at_its_weights(monkeypatch, capsys, tmp_path, micro_pipeline_folder):
-    monkeypatch.setattr(models, "load_pipeline", None)
+    monkeypatch.setattr(loading, "load_pipeline", None)
     arguments = [*MINIATURE, "--dry-run", f"--run-dir={tmp_path / 'run'}", "--model"]
     assert run_script("train_ppo", [*arguments, micro_pipeline_folder], monkeypatch) == 0
     (tmp_path / "model").mkdir()
@@ -266,7 +266,7 @@ def test_plan_of_a_preset():
 def test_plan_says_what_was_changed_in_the_preset():
     arguments = ["--preset=sd14-aesthetic", "--samples-per-iteration=64", "--seed=1", "--run-dir=x", "--device=cpu"]
     plan = describe_plan(check_run(parse_command_line(arguments).config, Processes()).config)
-    assert plan[0] == "preset     sd14-aesthetic, but seed=1, samples_per_iteration=64"
+    assert plan[0] == "preset     sd14-aesthetic, but samples_per_iteration=64, seed=1"
 
 
 def test_preset_is_in_the_run_folder_and_survives_resuming(micro_pipeline_folder, tmp_path):
@@ -275,7 +275,7 @@ def test_preset_is_in_the_run_folder_and_survives_resuming(micro_pipeline_folder
     run_training(parse_command_line(arguments).config)
     resumed = prepare_run(train_config(resume=tmp_path, iterations=2)).config
     assert resumed.preset == "sd14-compressibility"
-    assert describe_plan(resumed)[0].startswith("preset     sd14-compressibility, but iterations=2, ")
+    assert describe_plan(resumed)[0].startswith("preset     sd14-compressibility, but model=")
     assert describe_plan(resumed.changed(preset="of-another-version"))[0].startswith("model      ")
 
 

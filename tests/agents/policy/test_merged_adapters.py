@@ -154,18 +154,21 @@ def test_a_step_after_sampling_is_seen_by_the_next_sampling(micro_pipeline_folde
 
 
 @pytest.mark.parametrize(
-    ("precision", "merge_lora", "merges"),
+    ("dtype", "autocast", "merge_lora", "merges"),
     [
-        ({}, None, True),
-        ({}, False, False),
-        ({"autocast": "bfloat16"}, None, False),
-        ({"autocast": "bfloat16"}, True, True),
-        ({"dtype": "bfloat16"}, None, False),
-        ({"dtype": "bfloat16"}, True, True),
+        ("float32", None, None, True),
+        ("float32", None, False, False),
+        ("float32", "bfloat16", None, False),
+        ("float32", "bfloat16", True, True),
+        ("bfloat16", None, None, False),
+        ("bfloat16", None, True, True),
     ],
 )
-def test_float32_merges_by_default_and_half_precision_when_asked(micro_pipeline_folder, precision, merge_lora, merges):
-    policy = micro_policy(micro_env(micro_pipeline_folder), **precision, merge_lora=merge_lora)
+def test_float32_merges_by_default_and_half_precision_when_asked(
+    micro_pipeline_folder, dtype, autocast, merge_lora, merges
+):
+    env = micro_env(micro_pipeline_folder, dtype=dtype)
+    policy = micro_policy(env, autocast=autocast, merge_lora=merge_lora)
     with policy.sampling_weights():
         assert set(merged_layers(policy.denoiser)) == {merges}
     assert set(merged_layers(policy.denoiser)) == {False}

@@ -21,10 +21,11 @@ def test_loaded_algorithm_has_the_weights_and_settings_and_trains_on(micro_pipel
     model.save(tmp_path / "model.zip")
     env = VectorEnvAdapter(micro_env(micro_pipeline_folder, 6, samples_per_prompt=2))
     loaded = type(model).load(tmp_path / "model.zip", env=env, device="cpu")
+    options = loaded.options
     assert isinstance(loaded.policy, DiffusionPolicy)
     assert same(weights(loaded.policy), weights(model.policy))
     assert (loaded.num_timesteps, loaded._n_updates) == (model.num_timesteps, model._n_updates)
-    assert (loaded.max_grad_norm, loaded.ema_decay, tuple(loaded.timestep_window)) == (0.7, 0.5, (0.0, 0.8))
+    assert (loaded.max_grad_norm, options.ema_decay, options.timestep_window) == (0.7, 0.5, (0.0, 0.8))
     assert type(loaded.advantage) is type(model.advantage)
     before = weights(loaded.policy)
     with loaded.averaged_weights(), model.averaged_weights():
