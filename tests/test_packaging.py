@@ -1,4 +1,4 @@
-"""The wheel: what it contains, and that its commands train and sample outside of the checkout."""
+"""The wheel: what it contains, and that its commands train and sample outside of the checkout; the source archive."""
 
 import os
 import shutil
@@ -25,18 +25,35 @@ def pip(*arguments: str | Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the sources, so that the build leaves nothing in the checkout."""
-    source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+def build_wheel(source: Path, output: Path) -> Path:
+    """Build the wheel of a source folder or archive, without a download where setuptools is installed."""
     offline = ["--no-build-isolation"] if find_spec("setuptools") else []
     pip("wheel", "--no-deps", *offline, "--wheel-dir", output, source)
     (built,) = output.glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, so that a build leaves nothing in the checkout."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel."""
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"))
+
+
+def contents(wheel: Path) -> set[str]:
+    """Files of a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +75,18 @@ def run(installed: Path, command: list[str], folder: Path) -> str:
 def test_wheel_contains_every_module_type_marker_and_data_file(wheel):
     files = (path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file())
     expected = {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
-    with zipfile.ZipFile(wheel) as archive:
-        contained = set(archive.namelist())
     assert {f"{package}/py.typed" for package in PACKAGES} <= expected
     assert any(name.startswith("ddpo_env/data/tiny/") for name in expected)
     assert any(name.startswith("rewards/data/tiny_clip/") for name in expected)
-    assert {name for name in contained if ".dist-info/" not in name} == expected
+    assert {name for name in contents(wheel) if ".dist-info/" not in name} == expected
+
+
+@pytest.mark.skipif(find_spec("setuptools") is None, reason="setuptools, which builds the archive, is not installed")
+def test_source_archive_gives_the_same_wheel(source, wheel, tmp_path):
+    build = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, capture_output=True, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    assert contents(build_wheel(archive, tmp_path / "wheel")) == contents(wheel)
 
 
 def test_installed_packages_are_the_ones_that_are_imported(installed, tmp_path):

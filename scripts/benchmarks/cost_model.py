@@ -302,7 +302,7 @@ def main() -> int:
         console.print(plan())
         return 0
     text = json.dumps(check(arguments, console), indent=2)
-    console.print(text, highlight=False, soft_wrap=True)
+    print(text)
     if arguments.json is not None:
         arguments.json.write_text(text + "\n")
     return 0

@@ -19,12 +19,12 @@ import torch
 import tyro
 from measuring.figures import TrainerIteration, measure, report
 from peft import LoraConfig, inject_adapter_in_model
-from rich.console import Console
 from stable_baselines3.common.logger import Logger
 from torch import nn
 
-from agents import DiffusionPolicy, Run, TrainConfig, prepare_run, train_config
+from agents import DiffusionPolicy, TensorOnPolicyAlgorithm, TrainConfig, prepare_run, train_config
 from agents.config.settings import Dtype
+from agents.planning.memory import fit_micro_batch_size
 from agents.planning.plan import pairs_per_update
 from agents.policy.lora import LORA_TARGETS, LoraTargets, copy_for_full_training, share_weights
 
@@ -116,9 +116,11 @@ def plain_denoiser(policy: DiffusionPolicy) -> nn.Module:
     return plain.to(policy.device)
 
 
-def bare_calls(run: Run) -> tuple[Callable[[], None], Callable[[], None]]:
+def bare_calls(
+    algorithm: TensorOnPolicyAlgorithm, config: TrainConfig
+) -> tuple[Callable[[], None], Callable[[], None]]:
     """Return the denoiser calls of an iteration: those of sampling, and those of training with their backward."""
-    algorithm, config, policy = run.algorithm, run.config, run.algorithm.policy
+    policy = algorithm.policy
     assert isinstance(policy, DiffusionPolicy)
     model, options, denoiser = policy.model, policy.options, plain_denoiser(policy)
     rows_per_latent = 2 if policy.negative_conditioning else 1
@@ -157,12 +159,15 @@ def iteration_of(arguments: Arguments, run_dir: Path) -> TrainerIteration:
     algorithm, config = run.algorithm, run.config
     algorithm.set_logger(Logger(None, []))
     _, callback = algorithm._setup_learn(1, None)
+    if config.training.train_batch_size == 0:  # as Run.train does before the first iteration
+        algorithm.micro_batch_size = fit_micro_batch_size(algorithm)
+        config = config.changed(train_batch_size=algorithm.micro_batch_size)
     env = algorithm.env
     assert env is not None
     return TrainerIteration(
         sampling=lambda: algorithm.collect_rollouts(env, callback, algorithm.rollout_buffer, algorithm.n_steps),
         training=algorithm.train,
-        bare=lambda: bare_calls(run),
+        bare=lambda: bare_calls(algorithm, config),
         samples=arguments.samples,
         pairs=arguments.samples * config.trained_steps,
         device=algorithm.device,
@@ -180,7 +185,7 @@ def main() -> int:
             packages = ("torch", "diffusers", "peft", "stable_baselines3")
             figures = measure(iteration, arguments.repeats, arguments.on_request, packages)
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(report(figures, vars(arguments), arguments.json))
     return 0

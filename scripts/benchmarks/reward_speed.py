@@ -21,7 +21,6 @@ import tyro
 from measuring.figures import processor
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
 
 from rewards import Reward, configured_reward, evaluate_reward, parse_options
 
@@ -86,11 +85,10 @@ def measure(arguments: Arguments) -> list[str]:
 def main() -> int:
     """Measure and print the table."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    console = Console()
     try:
         lines = measure(arguments)
     except (ValueError, TypeError, ImportError, OSError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     versions = ", ".join(f"{name} {version(name)}" for name in ("pillow", "numpy", "torch", "transformers"))
     threads = f"{arguments.threads} PyTorch threads"

@@ -176,6 +176,10 @@ def save_reconstructions(vae: AutoencoderKL, images: np.ndarray, path: Path) -> 
 class Denoising(nn.Module):
     """The text encoder and the denoiser, which are trained together, and their loss."""
 
+    signal: torch.Tensor
+    noise: torch.Tensor
+    weight: torch.Tensor
+
     def __init__(self, text_encoder: nn.Module, unet: nn.Module, snr_cap: float) -> None:
         super().__init__()
         self.text_encoder, self.unet = text_encoder, unet

@@ -37,7 +37,7 @@ class Arguments:
 def train(reward: str, arguments: Arguments) -> tuple[Evaluation, Evaluation, float]:
     """Train once; return the held-out evaluations before and after training, and the seconds of training."""
     env = gym.make_vec("DDPO-Points-v0", 256, reward=reward, backend="torch", autoreset_mode="SameStep")
-    held_out = gym.make_vec(
+    held_out: Any = gym.make_vec(
         "DDPO-Points-v0", arguments.samples, reward=reward, backend="torch", autoreset_mode="Disabled"
     )
     algorithm = PPO(
@@ -55,11 +55,12 @@ def train(reward: str, arguments: Arguments) -> tuple[Evaluation, Evaluation, fl
         seed=arguments.seed,
     )
     points: list[Any] = ["a point"] * arguments.samples
-    before = evaluate(algorithm.policy, held_out, points, seed=1000)
+    policy: Any = algorithm.policy
+    before = evaluate(policy, held_out, points, seed=1000)
     started = time.perf_counter()
     algorithm.learn(arguments.iterations * 2560)
     seconds = time.perf_counter() - started
-    return before, evaluate(algorithm.policy, held_out, points, seed=1000), seconds
+    return before, evaluate(policy, held_out, points, seed=1000), seconds
 
 
 def main() -> None:
