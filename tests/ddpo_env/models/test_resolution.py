@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from helpers.micro_agents import micro_config, micro_env, micro_policy
 from helpers.micro_families import micro_family
 
@@ -46,7 +47,13 @@ def test_the_policy_takes_the_environments_resolution_and_keeps_it(micro_pipelin
     policy.save(tmp_path)
     assert DiffusionPolicy.load(tmp_path, device="cpu").model.latent_shape == (4, 12, 12)
     with pytest.raises(ValueError, match="observation_space must be that of model"):
-        micro_policy(env, model=load_model(env.model.source, "cpu", resolution=32))
+        DiffusionPolicy(
+            spaces.Dict(env.single_observation_space.spaces),
+            env.single_action_space,
+            lambda _: 1e-2,
+            model=load_model(env.model.source, "cpu", resolution=32),
+            num_inference_steps=2,
+        )
 
 
 def test_a_run_generates_images_of_the_size(micro_pipeline_folder, tmp_path):
