@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
@@ -174,17 +173,12 @@ def _counting() -> PromptSet:
     )
 
 
-def _imagenet_animals() -> PromptSet:
-    with files("ddpo_env").joinpath("data", "imagenet_animals.txt").open(encoding="utf-8") as file:
-        return _with_article(line.strip() for line in file if not line.startswith("#"))
-
-
 PROMPT_SETS: dict[str, Callable[[], PromptSet]] = {
     "simple_animals": lambda: _with_article(vocabulary.SIMPLE_ANIMALS),
     "animal_activities": _animal_activities,
     "counting": _counting,
     "held_out_animals": lambda: _with_article(vocabulary.HELD_OUT_ANIMALS),
     "everyday_objects": lambda: _with_article(vocabulary.EVERYDAY_OBJECTS),
-    "imagenet_animals": _imagenet_animals,
+    "imagenet_animals": lambda: _with_article(vocabulary.read_words("imagenet_animals")),
 }
 """Named prompt sets; each one is built when it is used."""

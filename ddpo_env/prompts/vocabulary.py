@@ -5,105 +5,21 @@ Reinforcement learning trains only on `SIMPLE_ANIMALS`, with `ACTIVITIES` and `C
 behaviour generalizes to other prompts (DDPO, arXiv 2305.13301, section 6.3).
 """
 
-# The 45 common animals of the DDPO paper, in its order.
-SIMPLE_ANIMALS: tuple[str, ...] = (
-    "cat",
-    "dog",
-    "horse",
-    "monkey",
-    "rabbit",
-    "zebra",
-    "spider",
-    "bird",
-    "sheep",
-    "deer",
-    "cow",
-    "goat",
-    "lion",
-    "tiger",
-    "bear",
-    "raccoon",
-    "fox",
-    "wolf",
-    "lizard",
-    "beetle",
-    "ant",
-    "butterfly",
-    "fish",
-    "shark",
-    "whale",
-    "dolphin",
-    "squirrel",
-    "mouse",
-    "rat",
-    "snake",
-    "turtle",
-    "frog",
-    "chicken",
-    "duck",
-    "goose",
-    "bee",
-    "pig",
-    "turkey",
-    "fly",
-    "llama",
-    "camel",
-    "bat",
-    "gorilla",
-    "hedgehog",
-    "kangaroo",
-)
+from importlib.resources import files
 
-# Other animals of the bundled model, for generalization to unseen animals. Reinforcement learning never uses them.
-HELD_OUT_ANIMALS: tuple[str, ...] = (
-    "penguin",
-    "owl",
-    "elephant",
-    "panda",
-    "giraffe",
-    "octopus",
-    "koala",
-    "crocodile",
-    "peacock",
-    "flamingo",
-    "parrot",
-    "swan",
-    "crab",
-    "lobster",
-    "snail",
-    "scorpion",
-    "rhinoceros",
-    "ladybug",
-    "sloth",
-    "hippopotamus",
-)
 
-# Objects, for generalization beyond animals. Reinforcement learning never uses them.
-EVERYDAY_OBJECTS: tuple[str, ...] = (
-    "car",
-    "umbrella",
-    "guitar",
-    "apple",
-    "banana",
-    "balloon",
-    "house",
-    "tree",
-    "key",
-    "clock",
-    "book",
-    "hat",
-    "cactus",
-    "rocket",
-    "boat",
-    "cup",
-    "camera",
-    "teapot",
-    "trumpet",
-    "drum",
-)
+def read_words(name: str) -> tuple[str, ...]:
+    """Return the lines of a list in `ddpo_env/data/words`, without its comments."""
+    lines = files("ddpo_env").joinpath("data", "words", f"{name}.txt").read_text("utf-8").splitlines()
+    return tuple(line for line in lines if not line.startswith("#"))
+
+
+SIMPLE_ANIMALS = read_words("simple_animals")
+HELD_OUT_ANIMALS = read_words("held_out_animals")
+EVERYDAY_OBJECTS = read_words("everyday_objects")
 
 # Activities of an animal, as in "a fox riding a bike": the paper's three, in its wording.
-ACTIVITIES: tuple[str, ...] = ("washing the dishes", "riding a bike", "playing chess")
+ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
 
 # Numbers of animals, as in "two dogs".
-COUNTS: tuple[str, ...] = ("two", "three", "four")
+COUNTS = ("two", "three", "four")

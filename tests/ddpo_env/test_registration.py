@@ -60,7 +60,7 @@ def test_packages_are_marked_as_typed(package: str) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "imagenet_animals.txt",
+        "words/imagenet_animals.txt",
         "tiny/model_index.json",
         "tiny/scheduler/scheduler_config.json",
         "tiny/tokenizer/tokenizer_config.json",

@@ -115,7 +115,10 @@ def test_details_of_a_reward_are_logged(micro_pipeline_folder, tmp_path, monkeyp
     ("settings", "message"),
     [
         ({"algorithm": "sac"}, "algorithm must be one of ppo, reinforce, rwr, rwr_sparse; got 'sac'"),
-        ({"advantage": "best"}, "advantage must be None or one of per_prompt, batch, group, leave_one_out, gae; got 'best'"),
+        (
+            {"advantage": "best"},
+            "advantage must be None or one of per_prompt, batch, group, leave_one_out, gae; got 'best'",
+        ),
         ({"advantage": "gae"}, "advantage must not be gae without a critic: add --critic"),
         ({"advantage": "group", "samples_per_prompt": 1}, "samples_per_prompt must be at least 2 with advantage group"),
         ({"algorithm": "reinforce", "epochs": 2}, "epochs and updates_per_iteration must be 1 with reinforce"),
