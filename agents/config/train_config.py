@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import yaml
+
 from agents.algorithms.options import UpdateOptions
 from agents.config.settings import Algorithm, OptimizerSettings, RunSettings, TrainingSettings
 from agents.config.sizes import largest_divisor, must_divide
@@ -162,6 +164,21 @@ class TrainConfig:
     def as_dict(self) -> dict[str, Any]:
         """Return every setting as plain values, for `config.yaml`."""
         return _plain(asdict(self))
+
+    @classmethod
+    def read(cls, run_dir: Path) -> TrainConfig:
+        """Return the configuration of the run in a folder.
+
+        Raises:
+            ValueError: if the folder is not a run's.
+        """
+        path = run_dir / "config.yaml"
+        if not path.is_file():
+            raise ValueError(f"resume must be the folder of a run, with a config.yaml; got {str(run_dir)!r}")
+        try:
+            return cls.from_dict(yaml.safe_load(path.read_text()))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"resume: {str(path)!r} does not hold the settings of a run: {error}") from error
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

@@ -40,11 +40,10 @@ def prepare() -> Run | int:
     from agents.config.command_line import parse_command_line
 
     line = parse_command_line(description=__doc__)
-    from agents.config.resolve import start_run_processes
     from agents.distributed import Processes
     from agents.planning.flops import estimate_time
     from agents.planning.plan import describe_plan
-    from agents.training.preparation import check_run, prepare_run
+    from agents.training.preparation import check_run, prepare_run, start_run_processes
 
     processes = Processes()
     try:

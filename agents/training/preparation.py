@@ -6,6 +6,7 @@ A dry run stops between the two (`check_run`), so it refuses whatever a real run
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,9 @@ import gymnasium as gym
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.utils import set_random_seed
 
-from agents.config.resolve import resolve, start_run_processes
+from agents.config.resolve import resolve
 from agents.config.train_config import TrainConfig
-from agents.distributed import Processes
+from agents.distributed import Processes, start_processes
 from agents.rollout.vec_env import VectorEnvAdapter
 from agents.training.build import build_algorithm
 from agents.training.checkpoint import check_resumable
@@ -48,6 +49,19 @@ class CheckedRun:
     prompts: PromptDistribution
 
 
+def start_run_processes(config: TrainConfig) -> Processes:
+    """Connect the processes that a launcher started for a run, on the device of its settings.
+
+    Raises:
+        ValueError: as `start_processes`.
+    """
+    device = config.device
+    if config.resume is not None:
+        with suppress(ValueError):  # the error is shown when the settings are resolved
+            device = TrainConfig.read(config.resume).device
+    return start_processes(device, config.run.process_timeout)
+
+
 def check_run(config: TrainConfig, processes: Processes) -> CheckedRun:
     """Resolve a configuration and check whatever can be checked without loading anything.
 
@@ -63,7 +77,7 @@ def check_run(config: TrainConfig, processes: Processes) -> CheckedRun:
         TypeError: if the reward does not take its options.
         ImportError: if a package is missing that the reward needs.
     """
-    config = resolve(config, processes)
+    config = processes.from_main(lambda: resolve(config, processes.count))
     with processes.fail_together():
         assert config.run_dir is not None
         folder = RunFolder(config.run_dir, resume=config.resume is not None)
