@@ -17,9 +17,7 @@ from ddpo_env.validation.options import NOT_NEGATIVE, POSITIVE, Range, check_fie
 class PolicyOptions:
     """The denoiser as a policy: how it samples, and which weights learn.
 
-    Where the denoiser takes the guidance scale as an input (FLUX.1-dev), `guidance_scale` is that input. Without
-    `unconditional_gradient` an update costs about a fifth less. Its gradient is then that of guidance's conditional
-    half, times the guidance scale. In half precision `merge_lora` loses small adapters to rounding.
+    Where the denoiser takes the guidance scale as an input (FLUX.1-dev), `guidance_scale` is that input.
 
     Raises:
         ValueError: for a value that is not valid, naming the option.
@@ -28,7 +26,8 @@ class PolicyOptions:
     guidance_scale: Annotated[float, NOT_NEGATIVE] = 5.0
     """Scale of classifier-free guidance in sampling and training. 1 is off and halves the cost; DDPO: 5 on SD 1.4."""
     unconditional_gradient: Annotated[bool, tyro.conf.Suppress] = True
-    """Differentiate the unconditional half of guidance; without it an update costs less and has another gradient."""
+    """Differentiate both halves of guidance. Without it an update costs about a fifth less, and its gradient is that of
+    the conditional half, times the guidance scale."""
     eta: Annotated[float, POSITIVE] = 1.0
     """Noise of the DDIM steps; 1 is as noisy as DDPM."""
     noise_level: Annotated[float | None, POSITIVE] = None
@@ -40,7 +39,8 @@ class PolicyOptions:
     lora_targets: LoraTargets = "attention"
     """Layers that get an adapter."""
     merge_lora: Annotated[bool | None, tyro.conf.Suppress] = None
-    """Sample with the adapters merged into a copy of their layers' weights, which is faster. Default: in float32."""
+    """Sample with the adapters merged into a copy of their layers' weights, which is faster. Default: in float32.
+    In half precision it loses small adapters to rounding."""
     log_prob_reduction: Reduction = "mean"
     """Reduction of the log-probability over the latent's dimensions. The clip range depends on it."""
     critic: bool = False

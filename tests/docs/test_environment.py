@@ -28,7 +28,10 @@ def script(monkeypatch):
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_example_runs(block):
-    exec(compile(block, "environment.md", "exec"), {"__name__": "__main__"})
+    names = {"__name__": "__main__"}
+    exec(compile(block, "environment.md", "exec"), names)
+    assert names["terminations"].all()
+    assert (names["rewards"] < -1).all(), "an image of noise takes more than 1 kB"
 
 
 def test_table_has_every_policy(script, micro_pipeline_folder, tmp_path, monkeypatch, capsys):

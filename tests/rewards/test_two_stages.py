@@ -9,6 +9,8 @@ import pytest
 from helpers.images import PROMPTS, random_images
 
 from rewards import (
+    StatefulReward,
+    TwoStageReward,
     check_shareable,
     combine_measurements,
     evaluate_reward,
@@ -188,7 +190,9 @@ def test_samples_are_checked_before_they_are_measured():
 
 @pytest.mark.parametrize("spec", [*SPECS.values(), f"{HERE}:contrast", "jpeg_compressibility"])
 def test_rewards_that_processes_can_share(spec):
-    check_shareable(load_reward(spec))
+    reward = load_reward(spec)
+    check_shareable(reward)
+    assert isinstance(reward, TwoStageReward) or not isinstance(reward, StatefulReward)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,8 @@ class Options:
     ],
 )
 def test_valid_values_are_accepted(settings):
-    Options(**settings)
+    options = Options(**settings)
+    assert {name: getattr(options, name) for name in settings} == settings
 
 
 @pytest.mark.parametrize(
