@@ -316,7 +316,7 @@ def test_ctrl_c_stops_a_launched_run_and_it_goes_on(micro_pipeline_folder, tmp_p
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     shown, _ = process.communicate(timeout=100)
-    assert "the run is saved. To go on:" in shown
+    assert "the run is saved. To continue:" in shown
     assert process.returncode != 0
     assert not Path(run / "summary.json").exists()
 

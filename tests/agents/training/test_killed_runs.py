@@ -16,14 +16,14 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from helpers.micro_agents import micro_config
-from agents.config.train_config import TrainConfig
+from agents.config.train_config import train_config
 from agents.training.preparation import run_training
 
 model, folder, resume = sys.argv[1:]
 run_training(
     train_config(resume=Path(folder))
     if resume == "resume"
-    else micro_config(model, Path(folder), run={"iterations": 5})
+    else micro_config(model, Path(folder), iterations=5)
 )
 """
 
