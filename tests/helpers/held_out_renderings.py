@@ -13,10 +13,10 @@ SIDE = 64
 
 
 def load_renderings():
-    """Pictures, (96, 64, 64, 3) uint8, and their captions."""
+    """Images, (96, 64, 64, 3) uint8, and their captions."""
     with Image.open(SHEET) as sheet:
         pixels, captions = np.asarray(sheet.convert("RGB")), sheet.text["captions"].split("\n")
     rows, columns = pixels.shape[0] // SIDE, pixels.shape[1] // SIDE
-    pictures = pixels.reshape(rows, SIDE, columns, SIDE, 3).swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3)
-    assert len(pictures) == len(captions)
-    return np.ascontiguousarray(pictures), captions
+    images = pixels.reshape(rows, SIDE, columns, SIDE, 3).swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3)
+    assert len(images) == len(captions)
+    return np.ascontiguousarray(images), captions

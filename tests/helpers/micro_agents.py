@@ -27,7 +27,7 @@ def contrast(images: np.ndarray, prompts: list[str], metadata: list[dict[str, An
 
 
 def spotty(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
-    """Contrast, but of pictures whose prompt's length is a multiple of 3 there is no score."""
+    """Contrast, but images whose prompt's length is a multiple of 3 have no score."""
     return np.where([len(prompt) % 3 for prompt in prompts], contrast(images, prompts, metadata)[0], np.nan)
 
 

@@ -111,19 +111,19 @@ def test_bad_argument_is_refused(arguments, message):
 
 @pytest.mark.parametrize(("gamma", "gae_lambda"), [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0)])
 def test_gae_equals_stable_baselines3(gamma, gae_lambda):
-    steps, slots = 40, 3
-    expected = RolloutBuffer(steps, BOX, BOX, "cpu", gae_lambda, gamma, slots)
-    buffer = TensorRolloutBuffer(steps, BOX, BOX, "cpu", gae_lambda, gamma, slots)
+    steps, num_envs = 40, 3
+    expected = RolloutBuffer(steps, BOX, BOX, "cpu", gae_lambda, gamma, num_envs)
+    buffer = TensorRolloutBuffer(steps, BOX, BOX, "cpu", gae_lambda, gamma, num_envs)
     rng = np.random.default_rng(0)
-    starts = rng.random((steps + 1, slots)) < 0.15
+    starts = rng.random((steps + 1, num_envs)) < 0.15
     for step in range(steps):
-        rewards = rng.normal(size=slots).astype(np.float32)
-        values, log_prob = (torch.as_tensor(rng.normal(size=slots), dtype=torch.float32) for _ in range(2))
-        zeros = np.zeros((slots, 1), np.float32)
+        rewards = rng.normal(size=num_envs).astype(np.float32)
+        values, log_prob = (torch.as_tensor(rng.normal(size=num_envs), dtype=torch.float32) for _ in range(2))
+        zeros = np.zeros((num_envs, 1), np.float32)
         expected.add(zeros, zeros, rewards, starts[step], values, log_prob)
-        tensors = torch.zeros(slots, 1), torch.zeros(slots, 1)
-        buffer.add(*tensors, rewards, starts[step], values[:, None], log_prob, [None] * slots)
-    last_values = torch.as_tensor(rng.normal(size=(slots, 1)), dtype=torch.float32)
+        tensors = torch.zeros(num_envs, 1), torch.zeros(num_envs, 1)
+        buffer.add(*tensors, rewards, starts[step], values[:, None], log_prob, [None] * num_envs)
+    last_values = torch.as_tensor(rng.normal(size=(num_envs, 1)), dtype=torch.float32)
     expected.compute_returns_and_advantage(last_values, starts[-1])
     buffer.finish(last_values, starts[-1])
     plain = GeneralizedAdvantage(normalize=False)(buffer)

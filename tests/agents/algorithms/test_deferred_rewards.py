@@ -88,12 +88,12 @@ def test_scores_and_details_are_those_of_the_undeferred_environment(make: Any, m
         assert "deferred_reward" not in given
         assert np.array_equal(promised["image"], given["image"])
         assert promised["prompt"].tolist() == given["prompt"].tolist()
-        for slot, reward in enumerate(promised["deferred_reward"]):
+        for index, reward in enumerate(promised["deferred_reward"]):
             assert isinstance(reward, DeferredReward)
-            assert reward.result() == scores[slot]
+            assert reward.result() == scores[index]
             assert type(reward.result()) is float
             assert reward.done()
-            assert reward.details() == {name: given["reward_details"][name][slot] for name in ("red", "word")}
+            assert reward.details() == {name: given["reward_details"][name][index] for name in ("red", "word")}
 
 
 def test_step_does_not_wait_and_calls_keep_their_order_in_one_thread(make: Any) -> None:

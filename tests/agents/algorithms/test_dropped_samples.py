@@ -135,7 +135,7 @@ ESTIMATORS = [PerPromptAdvantage, BatchAdvantage, GroupRelativeAdvantage, LeaveO
 
 @pytest.mark.parametrize("estimator", [*ESTIMATORS, GeneralizedAdvantage])
 def test_advantages_over_several_rounds_are_those_of_the_other_episodes(estimator):
-    """Two rounds of episodes, of which each loses another slot, against a rollout of what is left."""
+    """Two rounds of episodes, each of which loses another sub-environment, against a rollout of what is left."""
     returns = np.array([[1.0, np.nan, 4.0, 2.5, 0.0], [np.inf, 7.0, 3.0, 5.0, 1.0]])
     prompts = np.array([["a cat", "a cat", "a dog", "a cat", "a dog"]] * 2)
     kept = np.isfinite(returns)

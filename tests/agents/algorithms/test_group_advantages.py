@@ -1,4 +1,4 @@
-"""Advantages within the pictures of a prompt, and the critic's targets: by hand and against Stable-Baselines3."""
+"""Advantages within the samples of a prompt, and the critic's targets: by hand and against Stable-Baselines3."""
 
 import numpy as np
 import pytest

@@ -48,7 +48,7 @@ def stirred(model):
     return model
 
 
-def test_every_epoch_is_compared_with_recomputed_log_densities(micro_pipeline_folder):
+def test_every_epoch_is_compared_with_recomputed_log_probabilities(micro_pipeline_folder):
     """Later epochs choose other steps: all of them are computed again, by the policy that sampled."""
     model = denoising_ppo(micro_pipeline_folder, n_epochs=2, timestep_fraction=0.4, recompute_log_probs=True)
     collected(model).rollout_buffer.log_probs += 5.0
@@ -76,7 +76,7 @@ def test_what_learns_and_what_is_scored_stay_float32(micro_pipeline_folder):
     assert model.rollout_buffer.log_probs.dtype == model.rollout_buffer.actions.dtype == torch.float32
 
 
-def test_bfloat16_pictures_are_nearly_those_of_float32(micro_pipeline_folder):
+def test_bfloat16_means_are_nearly_those_of_float32(micro_pipeline_folder):
     env = micro_env(micro_pipeline_folder, 4)
     observation, _ = env.reset(seed=0)
     with torch.no_grad():

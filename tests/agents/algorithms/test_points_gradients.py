@@ -22,7 +22,7 @@ def constant() -> ConstantModel:
 # The exact policy gradient of one step, N(mu, std² I): for r(x) = -|x - g|², d E[r] / d mu = 2 (g - mu).
 
 GOAL = np.array([1.0, 0.6])
-SLOTS = 8192
+ENVS = 8192
 
 
 def distance(points: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
@@ -42,7 +42,7 @@ def one_step(
 
 
 def ppo(env: VectorEnvAdapter, **policy_kwargs: Any) -> PPO:
-    return one_step(PPO, env, policy_kwargs, batch_size=SLOTS, advantage=centred)
+    return one_step(PPO, env, policy_kwargs, batch_size=ENVS, advantage=centred)
 
 
 def reinforce(env: VectorEnvAdapter, **policy_kwargs: Any) -> REINFORCE:
@@ -51,14 +51,14 @@ def reinforce(env: VectorEnvAdapter, **policy_kwargs: Any) -> REINFORCE:
 
 def policy_gradient(algorithm: TensorOnPolicyAlgorithm) -> tuple[np.ndarray, np.ndarray]:
     """One rollout of one-step episodes: the reward's gradient in mu by `loss`, (2,), and its standard error."""
-    _, callback = algorithm._setup_learn(SLOTS)
+    _, callback = algorithm._setup_learn(ENVS)
     algorithm.collect_rollouts(algorithm.env, callback, algorithm.rollout_buffer, 1)
-    batch = algorithm.rollout_buffer[np.arange(SLOTS)]
+    batch = algorithm.rollout_buffer[np.arange(ENVS)]
     mu = algorithm.policy.denoiser.bias
     loss, _ = algorithm.loss(batch)
     (gradient,) = torch.autograd.grad(loss, mu)
     samples = batch.advantages[:, None] * (batch.actions - mu.detach()) / 0.5**2
-    return -gradient.numpy(), (samples.std(0) / SLOTS**0.5).numpy()
+    return -gradient.numpy(), (samples.std(0) / ENVS**0.5).numpy()
 
 
 @pytest.mark.parametrize("make_algorithm", [ppo, reinforce])
@@ -66,7 +66,7 @@ def policy_gradient(algorithm: TensorOnPolicyAlgorithm) -> tuple[np.ndarray, np.
 def test_gradient_of_the_loss_is_the_closed_form_policy_gradient(
     constant: ConstantModel, make_algorithm: Callable[..., Any], reduction: str, scale: float
 ) -> None:
-    env = make_vec(SLOTS, model=constant, reward=distance, num_inference_steps=1)
+    env = make_vec(ENVS, model=constant, reward=distance, num_inference_steps=1)
     algorithm = make_algorithm(VectorEnvAdapter(env), log_prob_reduction=reduction)
     assert algorithm.policy.sampler.std.tolist() == pytest.approx([0.5])
     exact = scale * 2 * (GOAL - algorithm.policy.denoiser.bias.detach().numpy())
@@ -78,9 +78,9 @@ def test_gradient_of_the_loss_is_the_closed_form_policy_gradient(
 
 def regression_gradient(algorithm: RWR) -> tuple[np.ndarray, np.ndarray, Transitions]:
     """One rollout of one-step episodes: minus the loss's gradient in mu, mu, and the rollout."""
-    _, callback = algorithm._setup_learn(SLOTS)
+    _, callback = algorithm._setup_learn(ENVS)
     algorithm.collect_rollouts(algorithm.env, callback, algorithm.rollout_buffer, 1)
-    batch = algorithm.rollout_buffer[np.arange(SLOTS)]
+    batch = algorithm.rollout_buffer[np.arange(ENVS)]
     mu = algorithm.policy.denoiser.bias
     (gradient,) = torch.autograd.grad(algorithm.loss(batch)[0], mu)
     return -gradient.numpy(), mu.detach().numpy(), batch
@@ -92,13 +92,13 @@ def test_gradient_of_weighted_regression_is_the_closed_form(constant: ConstantMo
 
     The model answers mu at every timestep, so the denoising loss is |mu - x|² / 2 and its gradient mu less that mean.
     """
-    env = make_vec(SLOTS, model=constant, reward=distance, num_inference_steps=1)
+    env = make_vec(ENVS, model=constant, reward=distance, num_inference_steps=1)
     algorithm = one_step(RWR, VectorEnvAdapter(env), {}, beta=beta, advantage=RawReturn())
     gradient, start, batch = regression_gradient(algorithm)
     precision = 1 / 0.5**2
     tilted = (precision * start + 2 * beta * GOAL) / (precision + 2 * beta)
     samples = batch.advantages[:, None] * (batch.actions - torch.as_tensor(tilted).float())
-    tolerance = 4 * (samples.std(0) / SLOTS**0.5).numpy()
+    tolerance = 4 * (samples.std(0) / ENVS**0.5).numpy()
     assert (tolerance < np.abs(tilted - start) / 3).all(), "a wrong sign, or a factor of 1.5 either way, must not pass"
     np.testing.assert_array_less(np.abs(gradient - (tilted - start)), tolerance)
 
@@ -109,14 +109,14 @@ def to_the_right(points: np.ndarray, prompts: list[str], metadata: list[dict[str
 
 @pytest.mark.parametrize("percentile", [50.0, 90.0])
 def test_gradient_of_sparse_regression_is_the_closed_form(constant: ConstantModel, percentile: float) -> None:
-    """The best share of N(mu, std² I) along an axis is a truncated Gaussian: inverse Mills ratio."""
-    env = make_vec(SLOTS, model=constant, reward=to_the_right, num_inference_steps=1)
+    """The best fraction of N(mu, std² I) along an axis is a truncated Gaussian: inverse Mills ratio."""
+    env = make_vec(ENVS, model=constant, reward=to_the_right, num_inference_steps=1)
     arguments = {"weighting": "percentile", "percentile": percentile, "advantage": RawReturn()}
     gradient, _, _ = regression_gradient(one_step(RWR, VectorEnvAdapter(env), {}, **arguments))
     normal = torch.distributions.Normal(0.0, 1.0)
     threshold = normal.icdf(torch.tensor(percentile / 100))
     mills = normal.log_prob(threshold).exp() / (1 - percentile / 100)
     expected = np.array([0.5 * float(mills), 0.0])
-    standard_error = 0.5 / (SLOTS * (1 - percentile / 100)) ** 0.5
+    standard_error = 0.5 / (ENVS * (1 - percentile / 100)) ** 0.5
     assert 4 * standard_error < expected[0] / 3, "a wrong sign, or a factor of 1.5 either way, must not pass"
     np.testing.assert_array_less(np.abs(gradient - expected), 4 * standard_error)

@@ -65,21 +65,21 @@ def test_micro_batches_give_the_update_of_one_batch(micro_pipeline_folder, micro
         assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-4, abs=1e-6), name
 
 
-@pytest.mark.parametrize(("fraction", "share"), [(1.0, 5), (0.6, 3), (0.5, 2), (0.01, 1)])
-def test_timestep_fraction_trains_exactly_its_share_of_each_episode(micro_pipeline_folder, fraction, share):
+@pytest.mark.parametrize(("fraction", "steps"), [(1.0, 5), (0.6, 3), (0.5, 2), (0.01, 1)])
+def test_timestep_fraction_trains_exactly_its_steps_of_each_episode(micro_pipeline_folder, fraction, steps):
     model = collected(denoising_ppo(micro_pipeline_folder, n_steps=2 * STEPS, timestep_fraction=fraction))
     segments = model.rollout_buffer.segments.ravel()
     choices = [model.select_steps() for _ in range(2)]
     for chosen in choices:
         assert len(set(chosen)) == len(chosen)
-        assert np.bincount(segments[chosen]).tolist() == [share] * 12
+        assert np.bincount(segments[chosen]).tolist() == [steps] * 12
     assert (sorted(choices[0]) == sorted(choices[1])) == (fraction == 1)
     rows = []
     model.policy.denoiser.conv_out.register_forward_pre_hook(
         lambda _, inputs: rows.append(len(inputs[0]) if torch.is_grad_enabled() else 0)
     )
     model.train()
-    assert sum(rows) == 2 * 12 * share, "each chosen step once, doubled by guidance"
+    assert sum(rows) == 2 * 12 * steps, "each chosen step once, doubled by guidance"
 
 
 def test_timestep_window_leaves_the_other_steps_out(micro_pipeline_folder):
@@ -149,9 +149,9 @@ class Constant(gym.Env):
 @pytest.mark.parametrize("reward", [math.nan, math.inf])
 def test_reward_that_is_not_finite_leaves_the_weights_alone(micro_pipeline_folder, reward):
     generic = PPO("MlpPolicy", Constant(reward), n_steps=4, batch_size=4, seed=0, device="cpu")
-    drawn = denoising_ppo(micro_pipeline_folder)
-    drawn.env.vector_env.reward = lambda images, prompts, metadata: [1.0] * 5 + [reward]
-    for model in (generic, drawn):
+    denoising = denoising_ppo(micro_pipeline_folder)
+    denoising.env.vector_env.reward = lambda images, prompts, metadata: [1.0] * 5 + [reward]
+    for model in (generic, denoising):
         before = weights(model.policy)
         with pytest.raises(ValueError, match=r"must be finite; got .*(nan|inf)"):
             model.learn(30)
@@ -262,7 +262,7 @@ def test_cartpole_is_solved(seed):
     assert mean >= 475
 
 
-def test_brightness_of_drawn_pictures_rises(micro_pipeline_folder):
+def test_brightness_of_sampled_images_rises(micro_pipeline_folder):
     model = denoising_ppo(
         micro_pipeline_folder,
         num_envs=16,
@@ -281,4 +281,4 @@ def test_brightness_of_drawn_pictures_rises(micro_pipeline_folder):
     after = evaluate(model.policy, held_out, prompts, seed=10_000).rewards
     rise = after - before
     assert rise.mean() > 0.7 * before.std()
-    assert rise.mean() > 5 * rise.std() / math.sqrt(len(rise)), "same seeds, so nearly every picture is brighter"
+    assert rise.mean() > 5 * rise.std() / math.sqrt(len(rise)), "same seeds, so nearly every image is brighter"

@@ -83,7 +83,7 @@ def test_cartpole_is_learned(seed):
     assert mean > 100
 
 
-def test_brightness_of_drawn_pictures_rises(micro_pipeline_folder):
+def test_brightness_of_sampled_images_rises(micro_pipeline_folder):
     model = denoising_reinforce(
         micro_pipeline_folder,
         num_envs=32,

@@ -14,7 +14,7 @@ from agents.evaluation.evaluate import evaluate
 
 
 def final_weights(model):
-    """Weights of the finished pictures, and that all other steps have none."""
+    """Weights of the finished samples; all other steps must have none."""
     credit = model.rollout_buffer.advantages
     assert not credit[:-1].any()
     return credit[-1].numpy()
@@ -82,7 +82,7 @@ def test_other_policies_imitate_by_likelihood():
     assert loss.item() == pytest.approx((metrics["regression_loss"] + 0.5 * value_loss).item(), rel=1e-5)
 
 
-def test_epochs_train_on_finished_pictures_alone_without_guidance(micro_pipeline_folder):
+def test_epochs_train_on_finished_latents_alone_without_guidance(micro_pipeline_folder):
     model = denoising_rwr(micro_pipeline_folder, n_epochs=3, micro_batch_size=4)
     rows = []
     model.policy.denoiser.register_forward_pre_hook(
@@ -168,7 +168,7 @@ def test_pendulum_is_learned(seed):
 
 
 @pytest.mark.parametrize("weighting", ["exponential", "percentile"])
-def test_brightness_of_drawn_pictures_rises(micro_pipeline_folder, weighting):
+def test_brightness_of_sampled_images_rises(micro_pipeline_folder, weighting):
     model = denoising_rwr(
         micro_pipeline_folder,
         num_envs=32,

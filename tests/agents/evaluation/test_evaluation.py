@@ -1,4 +1,4 @@
-"""Held-out pictures: the same for the same arguments, and no trace of them in training."""
+"""Held-out images: the same for the same arguments, and training is not affected by them."""
 
 import random
 
@@ -18,7 +18,7 @@ def env(micro_pipeline_folder):
     return micro_env(micro_pipeline_folder, 3, autoreset_mode=AutoresetMode.DISABLED)
 
 
-def test_same_arguments_give_the_same_pictures_whatever_training_did(env):
+def test_same_arguments_give_the_same_images_whatever_training_did(env):
     policy = stir(micro_policy(env))
     first = evaluate(policy, env, PROMPTS, seed=5)
     torch.manual_seed(123)
@@ -51,7 +51,7 @@ def test_error_in_the_reward_leaves_the_random_state_too(env, monkeypatch):
 
 
 @pytest.mark.parametrize("samples", [1, 3, 7])
-def test_number_of_pictures_need_not_divide_by_the_slots(env, samples):
+def test_number_of_samples_need_not_be_a_multiple_of_the_sub_environments(env, samples):
     policy = micro_policy(env)
     evaluation = evaluate(policy, env, PROMPTS[:samples], seed=5)
     assert evaluation.prompts == PROMPTS[:samples]
@@ -79,7 +79,7 @@ def test_sample_i_starts_from_seed_plus_i(env, monkeypatch):
         np.testing.assert_array_equal(latents, expected)
 
 
-def test_details_of_the_reward_come_one_a_picture(env, monkeypatch):
+def test_details_of_the_reward_have_one_value_per_sample(env, monkeypatch):
     def detailed(images, prompts, metadata):
         return brightness(images, prompts, metadata), {"length": [len(prompt) for prompt in prompts]}
 

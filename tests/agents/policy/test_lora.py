@@ -114,21 +114,21 @@ def test_stock_unet_gives_the_policys_output(env, micro_pipeline_folder, tmp_pat
 
 
 @pytest.mark.parametrize("targets", LORA_TARGETS)
-def test_stock_pipeline_reproduces_the_trained_picture(env, micro_pipeline_folder, tmp_path, targets):
+def test_stock_pipeline_reproduces_the_trained_image(env, micro_pipeline_folder, tmp_path, targets):
     policy = stir(micro_policy(env, lora_targets=targets, guidance_scale=GUIDANCE))
     policy.save_lora(tmp_path)
     latents = torch.randn(1, *env.model.latent_shape, generator=torch.Generator().manual_seed(4))
-    picture = draw_with_policy(policy, micro_pipeline_folder, "a cat", latents)
+    image = sample_with_policy(policy, micro_pipeline_folder, "a cat", latents)
     trained, base = (
-        draw_with_pipeline(stock_pipeline(micro_pipeline_folder, lora), "a cat", latents) for lora in (tmp_path, None)
+        sample_with_pipeline(stock_pipeline(micro_pipeline_folder, lora), "a cat", latents) for lora in (tmp_path, None)
     )
-    difference = np.abs(picture.astype(int) - trained.astype(int))
+    difference = np.abs(image.astype(int) - trained.astype(int))
     assert difference.max() <= 1
     assert (difference > 0).mean() < 0.01
-    assert np.abs(picture.astype(int) - base.astype(int)).max() > 10, "training must matter for this test"
+    assert np.abs(image.astype(int) - base.astype(int)).max() > 10, "training must matter for this test"
 
 
-def draw_with_policy(policy, folder, prompt, latents):
+def sample_with_policy(policy, folder, prompt, latents):
     env = micro_env(folder, num_envs=1)
     observation, _ = env.reset(options={"prompts": prompt, "latents": latents})
     torch.manual_seed(11)
@@ -138,7 +138,7 @@ def draw_with_policy(policy, folder, prompt, latents):
     return infos["final_info"]["image"][0]
 
 
-def draw_with_pipeline(pipeline, prompt, latents):
+def sample_with_pipeline(pipeline, prompt, latents):
     torch.manual_seed(11)
     images = pipeline(
         prompt, latents=latents, num_inference_steps=STEPS, guidance_scale=GUIDANCE, eta=1.0, output_type="pil"

@@ -85,23 +85,23 @@ def test_actions_and_scores_are_those_of_their_observations(micro_pipeline_folde
 
 
 def staggered(buffer, starts):
-    """Fill a denoising buffer with numbers that tell step and slot, where episodes begin as `starts` says."""
-    steps, slots = starts.shape
-    latents = torch.zeros(slots, 1)
+    """Fill a denoising buffer with numbers that tell step and sub-environment; `starts` says where episodes begin."""
+    steps, num_envs = starts.shape
+    latents = torch.zeros(num_envs, 1)
     seen = []
     for step in range(steps):
         begins = torch.as_tensor(starts[step])[:, None]
-        fresh = 1000.0 + 10 * step + torch.arange(slots)[:, None]
+        fresh = 1000.0 + 10 * step + torch.arange(num_envs)[:, None]
         latents = torch.where(begins, fresh, latents)
         conditioning = fresh if step == 0 else torch.where(begins, fresh, seen[-1]["prompt_embeds"])
         seen.append(
-            {"latents": latents, "timestep": torch.full((slots, 1), float(step)), "prompt_embeds": conditioning}
+            {"latents": latents, "timestep": torch.full((num_envs, 1), float(step)), "prompt_embeds": conditioning}
         )
-        latents = 10.0 * step + torch.arange(slots)[:, None]
-        contexts = [f"{step}/{slot}" for slot in range(slots)]
-        zeros = torch.zeros(slots)
-        buffer.add(seen[-1], latents, np.full(slots, step), starts[step], zeros, zeros, contexts)
-    buffer.finish(torch.zeros(slots), np.array([True, False, True])[:slots])
+        latents = 10.0 * step + torch.arange(num_envs)[:, None]
+        contexts = [f"{step}/{index}" for index in range(num_envs)]
+        zeros = torch.zeros(num_envs)
+        buffer.add(seen[-1], latents, np.full(num_envs, step), starts[step], zeros, zeros, contexts)
+    buffer.finish(torch.zeros(num_envs), np.array([True, False, True])[:num_envs])
     return seen
 
 
@@ -131,21 +131,21 @@ def test_episodes_out_of_step_with_each_other_are_told_apart():
     assert torch.equal(per_step, torch.as_tensor(buffer.segments, dtype=torch.float32))
 
 
-def filled(steps, slots, latents, conditioning, device):
-    """A denoising buffer after one episode a slot; on the meta device tensors have sizes and no memory."""
+def filled(steps, num_envs, latents, conditioning, device):
+    """A denoising buffer after one episode per sub-environment; on the meta device tensors have sizes and no memory."""
     buffer = TensorRolloutBuffer(
-        steps, denoising_space(latents, conditioning, steps), latent_box(latents), device, n_envs=slots
+        steps, denoising_space(latents, conditioning, steps), latent_box(latents), device, n_envs=num_envs
     )
     observation = {
-        "latents": torch.zeros((slots, *latents), device=device),
-        "timestep": torch.zeros((slots, 1), device=device),
-        "prompt_embeds": torch.zeros((slots, *conditioning), device=device),
+        "latents": torch.zeros((num_envs, *latents), device=device),
+        "timestep": torch.zeros((num_envs, 1), device=device),
+        "prompt_embeds": torch.zeros((num_envs, *conditioning), device=device),
     }
-    actions, zeros = torch.zeros((slots, *latents), device=device), torch.zeros(slots, device=device)
+    actions, zeros = torch.zeros((num_envs, *latents), device=device), torch.zeros(num_envs, device=device)
     for step in range(steps):
-        starts = np.full(slots, step == 0)
-        buffer.add(observation, actions, np.zeros(slots), starts, zeros, zeros, ["a cat"] * slots)
-    buffer.finish(zeros, np.ones(slots, bool))
+        starts = np.full(num_envs, step == 0)
+        buffer.add(observation, actions, np.zeros(num_envs), starts, zeros, zeros, ["a cat"] * num_envs)
+    buffer.finish(zeros, np.ones(num_envs, bool))
     return buffer
 
 
@@ -161,13 +161,14 @@ def tensor_bytes(holder):
 
 
 def test_trajectory_is_stored_as_t_plus_1_latents_and_one_conditioning():
-    steps, slots, latents, conditioning = 6, 5, (4, 8, 8), (7, 16)
-    buffer = filled(steps, slots, latents, conditioning, "cpu")
-    numbers = slots * ((steps + 1) * 256 + 7 * 16)
-    # Besides: timestep, value, log-density, advantage, return, reward (4 bytes each), start flag (1), part number (8).
-    small = slots * steps * (6 * 4 + 1 + 8)
+    steps, num_envs, latents, conditioning = 6, 5, (4, 8, 8), (7, 16)
+    buffer = filled(steps, num_envs, latents, conditioning, "cpu")
+    numbers = num_envs * ((steps + 1) * 256 + 7 * 16)
+    # Besides: timestep, value, log-probability, advantage, return and reward (4 bytes each), start flag (1), and the
+    # number of the segment (8).
+    small = num_envs * steps * (6 * 4 + 1 + 8)
     assert buffer.nbytes == 4 * numbers + small
-    assert tensor_bytes(vars(buffer)) - buffer.nbytes <= slots * (4 + 1), "last values and flags alone are uncounted"
+    assert tensor_bytes(vars(buffer)) - buffer.nbytes <= num_envs * (4 + 1), "last values and flags alone are uncounted"
 
 
 def test_stable_diffusion_rollout_of_256_episodes_and_50_steps_is_below_1_gib():
@@ -179,8 +180,8 @@ def test_stable_diffusion_rollout_of_256_episodes_and_50_steps_is_below_1_gib():
     assert buffer.nbytes / 2**30 == pytest.approx(0.854, abs=0.001)
 
 
-def filled_bytes(steps, slots, latents, conditioning):
-    return slots * (4 * ((steps + 1) * np.prod(latents) + np.prod(conditioning)) + 33 * steps)
+def filled_bytes(steps, num_envs, latents, conditioning):
+    return num_envs * (4 * ((steps + 1) * np.prod(latents) + np.prod(conditioning)) + 33 * steps)
 
 
 BOX = spaces.Box(-1, 1, (2, 3), np.float32)

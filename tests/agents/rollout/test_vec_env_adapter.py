@@ -48,13 +48,13 @@ def assert_same_step(adapted, expected):
     np.testing.assert_array_equal(dones, expected_dones)
     assert rewards.dtype == expected_rewards.dtype
     assert dones.dtype == np.bool_
-    for slot in np.flatnonzero(dones):
-        mine, theirs = infos[slot], expected_infos[slot]
+    for index in np.flatnonzero(dones):
+        mine, theirs = infos[index], expected_infos[index]
         np.testing.assert_array_equal(mine["terminal_observation"], theirs["terminal_observation"])
         assert mine["TimeLimit.truncated"] == theirs["TimeLimit.truncated"]
         assert (mine["episode"]["r"], mine["episode"]["l"]) == (theirs["episode"]["r"], theirs["episode"]["l"])
-    for slot in np.flatnonzero(~dones):
-        assert not {"terminal_observation", "episode"} & infos[slot].keys()
+    for index in np.flatnonzero(~dones):
+        assert not {"terminal_observation", "episode"} & infos[index].keys()
 
 
 def test_cartpole_equals_dummy_vec_env_with_monitor_step_by_step():
@@ -72,7 +72,7 @@ def test_cartpole_equals_dummy_vec_env_with_monitor_step_by_step():
         adapted = adapter.step(actions)
         assert_same_step(adapted, expected.step(actions))
         _, _, dones, infos = adapted
-        cut = sum(infos[slot]["TimeLimit.truncated"] for slot in np.flatnonzero(dones))
+        cut = sum(infos[index]["TimeLimit.truncated"] for index in np.flatnonzero(dones))
         truncated, terminated = truncated + cut, terminated + dones.sum() - cut
     assert truncated > 3
     assert terminated > 3
@@ -85,7 +85,7 @@ def test_make_vec_cartpole_is_taken_as_it_is():
     adapter.close()
 
 
-def test_dictionaries_and_infos_arrive_slot_by_slot():
+def test_dictionaries_and_infos_arrive_for_each_sub_environment():
     makers = [lambda: Counter(2), lambda: Counter(5)]
     adapter = VectorEnvAdapter(SyncVectorEnv(makers, **SAME_STEP))
     adapter.reset()
@@ -120,7 +120,7 @@ def test_episode_that_ends_at_its_time_limit_is_not_truncated():
 
 
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
-def test_native_batch_ends_with_picture_prompt_and_last_latents(micro_pipeline_folder, backend):
+def test_native_batch_ends_with_image_prompt_and_last_latents(micro_pipeline_folder, backend):
     adapter = VectorEnvAdapter(micro_env(micro_pipeline_folder, backend=backend, samples_per_prompt=2))
     adapter.seed(0)
     first = adapter.reset()
@@ -133,12 +133,12 @@ def test_native_batch_ends_with_picture_prompt_and_last_latents(micro_pipeline_f
         observation, rewards, dones, infos = adapter.step(actions)
         assert dones.all() == dones.any() == (step == STEPS - 1)
         assert rewards.any() == dones.any()
-    for slot, info in enumerate(infos):
-        np.testing.assert_array_equal(info["terminal_observation"]["latents"], actions[slot])
+    for index, info in enumerate(infos):
+        np.testing.assert_array_equal(info["terminal_observation"]["latents"], actions[index])
         assert info["terminal_observation"]["timestep"] == 0
-        assert info["prompt"] == prompts[slot]
-        assert info["image"].mean() / 255 == pytest.approx(rewards[slot], abs=1e-6)
-        assert info["episode"]["r"] == pytest.approx(rewards[slot])
+        assert info["prompt"] == prompts[index]
+        assert info["image"].mean() / 255 == pytest.approx(rewards[index], abs=1e-6)
+        assert info["episode"]["r"] == pytest.approx(rewards[index])
         assert info["episode"]["l"] == STEPS
         assert not info["TimeLimit.truncated"]
     assert not np.array_equal(observation["latents"], actions)
@@ -192,9 +192,9 @@ def test_attributes_and_methods_are_the_batchs(micro_pipeline_folder):
     with pytest.raises(ValueError, match="indices must be None"):
         adapter.env_method("state_dict", indices=0)
     assert adapter.env_is_wrapped(gym.Wrapper) == [False] * 4
-    pictures = adapter.get_images()
-    assert len(pictures) == 4
-    assert pictures[0].shape == (32, 32, 3)
+    images = adapter.get_images()
+    assert len(images) == 4
+    assert images[0].shape == (32, 32, 3)
 
 
 def test_nothing_is_rendered_without_a_render_mode(micro_pipeline_folder):
