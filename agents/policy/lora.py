@@ -96,17 +96,27 @@ def merged_adapters(denoiser: nn.Module) -> Iterator[None]:
 
     The sum is a new tensor, so `W`, which the pretrained model shares, does not change. Inside, the adapters must not
     change, and no gradient reaches them. In half precision the sum loses small adapters to rounding.
+
+    Inside and afterwards, `requires_grad` of the adapters is what it was: a policy that a callback saves during a
+    rollout is complete. peft's `enable_adapters` would change it.
     """
     layers: list[Any] = [layer for layer in denoiser.modules() if isinstance(layer, LoraLayer)]
     frozen = [layer.base_layer.weight for layer in layers]
+    learns = {parameter: parameter.requires_grad for parameter in denoiser.parameters()}
+
+    def switch(layer: Any, enabled: bool) -> None:
+        layer.enable_adapters(enabled)
+        for parameter in layer.parameters():
+            parameter.requires_grad_(learns.get(parameter, False))
+
     try:
         with torch.no_grad():
             for layer, weight in zip(layers, frozen, strict=True):
                 merged = (weight.float() + layer.get_delta_weight(ADAPTER).float()).to(weight.dtype)
                 layer.base_layer.weight = nn.Parameter(merged, requires_grad=False)
-                layer.enable_adapters(False)
+                switch(layer, False)
         yield
     finally:
         for layer, weight in zip(layers, frozen, strict=True):
             layer.base_layer.weight = weight
-            layer.enable_adapters(True)
+            switch(layer, True)

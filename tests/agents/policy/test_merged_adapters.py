@@ -5,6 +5,7 @@ import torch
 from helpers.algorithms import collected, denoising_ppo, logged
 from helpers.micro_agents import micro_config, micro_env, micro_policy, stir, train_a_step, weights
 from peft.tuners.lora import LoraLayer
+from stable_baselines3.common.callbacks import CheckpointCallback
 from torch import nn
 
 from agents.evaluation.evaluate import evaluate
@@ -229,3 +230,27 @@ def test_training_gives_nearly_the_same_weights_with_and_without_merging(micro_p
     assert moved > 0
     for name, value in trained[0].items():
         assert float((value - trained[1][name]).abs().max()) <= 1e-2 * moved, name
+
+
+def test_parameters_learn_or_not_as_before(micro_pipeline_folder):
+    policy = stir(micro_policy(micro_env(micro_pipeline_folder)))
+    policy.trainable_parameters()[0].requires_grad_(False)  # a user may freeze an adapter
+    learns = {name: parameter.requires_grad for name, parameter in policy.named_parameters()}
+    saved = policy.state_dict()
+    with policy.sampling_weights():
+        assert {name: parameter.requires_grad for name, parameter in policy.named_parameters()} == learns
+        inside = policy.state_dict()
+        assert inside.keys() == saved.keys()
+        assert all(torch.equal(inside[name], saved[name]) for name in saved)
+    assert {name: parameter.requires_grad for name, parameter in policy.named_parameters()} == learns
+
+
+def test_checkpoint_during_a_rollout_holds_the_adapters(micro_pipeline_folder, tmp_path):
+    model = denoising_ppo(micro_pipeline_folder)
+    steps = model.n_steps * model.n_envs
+    model.learn(steps, callback=CheckpointCallback(1, tmp_path), log_interval=None)
+    path = tmp_path / f"rl_model_{model.n_envs}_steps.zip"
+    loaded = type(model).load(path, env=model.get_env(), device="cpu")
+    expected = denoising_ppo(micro_pipeline_folder).policy.state_dict()
+    assert loaded.policy.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.policy.state_dict().items())
