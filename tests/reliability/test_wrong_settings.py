@@ -1,0 +1,101 @@
+"""Wrong values of every setting, made from the annotations: from Python, from a file, and on the command line."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers.wrong_values import settings_of, shown, unclear, wrong_texts, wrong_values
+
+from agents import TrainConfig, train_config
+from agents.distributed import Processes
+from agents.training import command
+from agents.training.preparation import check_run
+
+SETTINGS = settings_of(TrainConfig)
+IN_PYTHON = [(name, value) for name, hint in SETTINGS.items() for value in wrong_values(hint)]
+IN_A_FILE = [(name, value) for name, value in IN_PYTHON if type(value) is not object and not isinstance(value, bytes)]
+ON_THE_COMMAND_LINE = [(name, text) for name, hint in SETTINGS.items() for text in wrong_texts(hint)]
+
+
+def named(case: Any) -> str:
+    return shown(case)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def check_python(name: str, value: Any) -> None:
+    with pytest.raises((ValueError, TypeError)) as caught:
+        check_run(train_config(**{name: value}), Processes())
+    assert not (lacking := unclear(str(caught.value), name, value)), f"{lacking}: {caught.value}"
+
+
+def check_file(name: str, value: Any) -> None:
+    settings = TrainConfig().as_dict()
+    owner = next((one for one in settings.values() if isinstance(one, dict) and name in one), settings)
+    owner[name] = value
+    folder = Path("run")
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.dump(settings), encoding="utf-8")
+    if value is None and TrainConfig().as_dict() == settings:
+        pytest.skip("the default")
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        TrainConfig.read(folder)
+    assert "config.yaml" in str(caught.value)
+    assert name in str(caught.value)
+
+
+def check_command_line(
+    name: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    option = f"--{name.replace('_', '-')}"
+    monkeypatch.setattr(sys, "argv", ["ddpo-train", "--dry-run", f"{option}={text}"])
+    try:
+        code = command.main()
+    except SystemExit as leaving:
+        code = leaving.code
+    printed = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert code == 2, printed
+    assert not (lacking := unclear(printed, name, text)), f"{lacking}: {printed}"
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(("name", "value"), IN_PYTHON[::9], ids=named)
+def test_some_wrong_settings_are_refused_in_python(name: str, value: Any) -> None:
+    check_python(name, value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "value"), IN_PYTHON, ids=named)
+def test_every_wrong_setting_is_refused_in_python(name: str, value: Any) -> None:
+    check_python(name, value)
+
+
+@pytest.mark.parametrize(("name", "value"), IN_A_FILE[::9], ids=named)
+def test_some_wrong_settings_are_refused_in_a_file(name: str, value: Any) -> None:
+    check_file(name, value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "value"), IN_A_FILE, ids=named)
+def test_every_wrong_setting_is_refused_in_a_file(name: str, value: Any) -> None:
+    check_file(name, value)
+
+
+@pytest.mark.parametrize(("name", "text"), ON_THE_COMMAND_LINE[::9], ids=named)
+def test_some_wrong_settings_are_refused_on_the_command_line(
+    name: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_command_line(name, text, monkeypatch, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "text"), ON_THE_COMMAND_LINE, ids=named)
+def test_every_wrong_setting_is_refused_on_the_command_line(
+    name: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_command_line(name, text, monkeypatch, capsys)
