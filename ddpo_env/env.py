@@ -11,7 +11,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from ddpo_env.models.loading import with_model_named
+from ddpo_env.models.loading import with_plain_values
 from ddpo_env.validation.arguments import as_float
 from ddpo_env.vector_env import DenoisingVectorEnv, Latents, Observation
 
@@ -107,7 +107,7 @@ class DenoisingEnv(gym.Env[Observation, Latents]):
 
     @spec.setter
     def spec(self, spec: EnvSpec | None) -> None:
-        self._spec = with_model_named(spec, self.batch.model)
+        self._spec = with_plain_values(spec, self.batch.model)
 
 
 def _first(observation: Observation) -> dict[str, npt.NDArray[np.float32] | Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ddpo_env.deferred_reward import RewardCaller
 from ddpo_env.initial_states import InitialState, InitialStates
-from ddpo_env.models.loading import load_model, with_model_named
+from ddpo_env.models.loading import load_model, with_plain_values
 from ddpo_env.models.protocol import DiffusionModel, abilities_of
 from ddpo_env.prompts.distributions import load_prompts
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
@@ -327,7 +327,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
 
     @spec.setter
     def spec(self, spec: EnvSpec | None) -> None:
-        self._spec = with_model_named(spec, self.model)
+        self._spec = with_plain_values(spec, self.model)
 
     def _begin(self, start: InitialState, infos: dict[str, Any]) -> dict[str, Any]:
         """Begin episodes; return `infos` with theirs added."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -26,6 +27,26 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     rows = 1 if one_at_a_time else max(1, _PIXELS_PER_CALL // pixels)
     scaled = _unscaled(latents.to(vae.device, vae.dtype), vae.config)
     return torch.cat([to_pixels(vae.decode(chunk, return_dict=False)[0]) for chunk in scaled.split(rows)])
+
+
+def check_scaling(config: Any, source: str) -> None:
+    """Refuse a VAE whose configuration cannot scale latents.
+
+    Raises:
+        ValueError: naming the entry: `scaling_factor` and `latents_std` must be above 0, the shifts finite.
+    """
+    for name in ("scaling_factor", "latents_std", "latents_mean", "shift_factor"):
+        given = config.get(name)
+        is_factor = name in ("scaling_factor", "latents_std")
+        if given is None and name != "scaling_factor":
+            continue
+        for value in given if isinstance(given, list | tuple) else (given,):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not is_number or (is_factor and value <= 0):
+                raise ValueError(
+                    f"{name} in the configuration of component vae of model {source!r} must be "
+                    f"{'above 0' if is_factor else 'finite'}; got {given!r}"
+                )
 
 
 def to_pixels(images: Tensor) -> Tensor:

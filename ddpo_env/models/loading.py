@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from enum import Enum
+from itertools import count
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary, finalize
 
 import torch
 from diffusers import DiffusionPipeline
 from gymnasium.envs.registration import EnvSpec
 
-from ddpo_env.models.pipelines import load_pipeline, place_pipeline
-from ddpo_env.models.protocol import MEMBERS, DiffusionModel, abilities_of
+from ddpo_env.models.outline import outline_model
+from ddpo_env.models.pipelines import download_pipeline, load_pipeline, place_pipeline, snapshot, weights_fingerprint
+from ddpo_env.models.protocol import MEMBERS, DiffusionModel, ModelAbilities, abilities_of
 from ddpo_env.models.sources import (
     BUNDLED_MODELS,
     PIPELINE_OBJECT,
@@ -32,26 +35,39 @@ from rewards.devices import DTYPES, resolve_device, resolve_dtype
 _IMPORTED_BY = os.getpid()
 _loaded: dict[tuple[str, str, str], DiffusionModel] = {}
 """By location, device and dtype."""
-_resized: dict[tuple[int, str], tuple[DiffusionModel, DiffusionModel]] = {}
-"""By the identity of a model and a resolution: that model, and the one with the other resolution."""
+_resized: WeakValueDictionary[tuple[int, str], DiffusionModel] = WeakValueDictionary()
+"""By the identity of a model, which the resized one keeps alive, and a resolution."""
+_adapted: WeakValueDictionary[tuple[Any, ...], DiffusionModel] = WeakValueDictionary()
+"""Models of pipeline objects by source, device, dtype and the identities of the components, which the model holds."""
+_made: WeakValueDictionary[int, DiffusionModel] = WeakValueDictionary()
+"""Every model that was made here, by its identity."""
 _pipelines: WeakValueDictionary[str, DiffusionPipeline] = WeakValueDictionary()
+_pipeline_sources: WeakKeyDictionary[DiffusionPipeline, str] = WeakKeyDictionary()
+_pipeline_numbers = count(1)
 _models: WeakValueDictionary[str, DiffusionModel] = WeakValueDictionary()
 
 
-def check_source(model: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> None:
+def check_source(
+    model: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    resolution: int | None = None,
+) -> None:
     """Refuse a model that cannot be loaded, as far as its name and its folder show, apart from the weights.
 
     Nothing is loaded or downloaded. The arguments are those of `load_model`.
 
     Raises:
-        ValueError: as `load_model`, for a device, a dtype, a name, a folder, the family of its pipeline, or weights
-            that are pickled.
+        ValueError: as `load_model`, for a device, a dtype, a name, a folder, the family of its pipeline, a component
+            that is missing or not valid, or weights that are pickled; for a resolution that the model cannot have.
     """
     resolve_dtype(dtype, resolve_device(device))
     if str(model) in _models or str(model) in _pipelines:
         return
     location = resolve_source(model)
-    if location not in BUNDLED_MODELS and Path(location).is_dir():
+    if resolution is not None:
+        outline_model(model, resolution)
+    elif location not in BUNDLED_MODELS and Path(location).is_dir():
         family_in(location)
 
 
@@ -68,8 +84,9 @@ def load_model(
 
     Args:
         model: bundled name (`"tiny"`, `"points"`), folder in diffusers' layout, Hub id, a pipeline object (which is
-            moved to `device` and `dtype`), or a `DiffusionModel` of your own, which stays where it is and is found
-            again by its `source` as long as somebody holds it.
+            moved to `device` and `dtype`; the model has the components that it has now, and holds them), or a
+            `DiffusionModel` of your own, which stays where it is and is found again by its `source` as long as somebody
+            holds it.
         device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, ...
         dtype: dtype of the frozen weights: `"auto"`, `"float32"`, `"float16"`, `"bfloat16"` or the torch dtype.
         resolution: side of the images in pixels, for text-to-image pipelines; default: the pipeline's own. Models of
@@ -86,8 +103,8 @@ def load_model(
 
     Raises:
         ValueError: for an unknown model, device, dtype or pipeline family; for a resolution, or a way to save memory,
-            that the model cannot have; for a folder whose weights are pickled; for a model of your own that has
-            abilities and does not derive from `ModelAbilities`.
+            that the model cannot have; for a folder whose components or weights are missing, pickled, not finite or of
+            another part; for a model of your own that has abilities and does not derive from `ModelAbilities`.
         OSError: for a Hub id that cannot be downloaded, or has no safetensors weights.
     """
     if os.getpid() != _IMPORTED_BY:
@@ -96,9 +113,11 @@ def load_model(
     abilities = abilities_of(loaded)
     if resolution is not None and resolution != abilities.resolution:
         key = (id(loaded), str(resolution))
-        if key not in _resized:
-            _resized[key] = loaded, abilities.at_resolution(resolution)
-        loaded = _resized[key][1]
+        resized = _resized.get(key)
+        if resized is None:
+            resized = _resized[key] = _made_here(abilities.at_resolution(resolution), abilities.identity)
+            finalize(resized, id, loaded).atexit = False  # holds `loaded` as long as `resized` lives
+        loaded = resized
     abilities_of(loaded).save_memory(offload_text_encoder, vae_tiling)
     return loaded
 
@@ -109,11 +128,17 @@ def unload_models() -> None:
     _resized.clear()
 
 
-def with_model_named(spec: EnvSpec | None, model: DiffusionModel) -> EnvSpec | None:
-    """Return the spec with a model object's name in its place: wrappers copy the spec with all that it holds."""
-    if spec is None or not isinstance(spec.kwargs.get("model"), DiffusionPipeline | DiffusionModel):
-        return spec
-    return replace(spec, kwargs={**spec.kwargs, "model": model.source})
+def with_plain_values(spec: EnvSpec | None, model: DiffusionModel) -> EnvSpec | None:
+    """Return the spec with names in place of a model object, paths and enums: it is copied, and written as JSON."""
+    if spec is None:
+        return None
+    kwargs = {
+        name: str(value) if isinstance(value, Path) else value.value if isinstance(value, Enum) else value
+        for name, value in spec.kwargs.items()
+    }
+    if isinstance(kwargs.get("model"), DiffusionPipeline | DiffusionModel):
+        kwargs["model"] = model.source
+    return replace(spec, kwargs=kwargs)
 
 
 def _load(
@@ -135,30 +160,43 @@ def _load(
     key = (location, str(place), str(weight_dtype))
     if key not in _loaded:
         if location in BUNDLED_MODELS:
-            _loaded[key] = build_bundled(location, place, weight_dtype)
+            _loaded[key] = _made_here(build_bundled(location, place, weight_dtype), None)
         else:
-            family, options = family_in(location)
-            _loaded[key] = family(load_pipeline(location, weight_dtype, options).to(place), str(model))
+            family, index = family_in(location)
+            if not Path(location).is_dir():
+                family, index = family_in(download_pipeline(location, index.settings))
+            source = str(model) if str(model) in BUNDLED_MODELS else location
+            loaded = family(load_pipeline(index, place, weight_dtype), source)
+            _loaded[key] = _made_here(loaded, index.fingerprint())
     return _loaded[key]
 
 
 def _adapt(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
-    """Move a pipeline object, and return the model of it."""
+    """Move a pipeline object, and return the model of the components that it has now."""
     family = family_of(type(pipeline).__name__)
-    source = f"{PIPELINE_OBJECT}{id(pipeline):x}"
     place_pipeline(pipeline, device, dtype)
+    source = _pipeline_sources.setdefault(pipeline, f"{PIPELINE_OBJECT}{next(_pipeline_numbers)}")
     _pipelines[source] = pipeline
-    key = (source, str(device), str(dtype))
-    if key not in _loaded:
-        _loaded[key] = family(pipeline, source)
-    return _loaded[key]
+    key = (source, str(device), str(dtype), *map(id, pipeline.components.values()))
+    model = _adapted.get(key)
+    if model is None:
+        model = _adapted[key] = family(snapshot(pipeline), source)
+    else:
+        abilities_of(model).forget_prompts()  # a component may have changed in place, as by textual inversion
+    return _made_here(model, weights_fingerprint(model.denoiser))
+
+
+def _made_here(model: DiffusionModel, identity: str | None) -> DiffusionModel:
+    _made[id(model)] = model
+    if isinstance(model, ModelAbilities):
+        model.identity = identity
+    return model
 
 
 def _register(model: DiffusionModel, device: str | torch.device, dtype: str | torch.dtype) -> DiffusionModel:
     """Check a model object, and remember one of the user's own by its source."""
     source = model.source
-    ours = (*_loaded.values(), *(resized for _, resized in _resized.values()))
-    is_known = _models.get(source) is model or any(model is one for one in ours)
+    is_known = _models.get(source) is model or _made.get(id(model)) is model
     if not is_known:
         _check_source_is_free(source)
     places = {(weight.device, weight.dtype) for weight in model.denoiser.parameters()}

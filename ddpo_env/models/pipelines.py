@@ -1,26 +1,113 @@
-"""Reads a diffusers pipeline: its index first, classes of diffusers and transformers only, and safetensors only."""
+"""Reads a diffusers pipeline: its index first, then its components one by one, checked (`components`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-import transformers
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers.utils import logging as transformers_logging
+
+from ddpo_env.models.components import CONVERSION, check_component, check_finite, load_component
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 """Names of the components that may be on another device than the rest: they move when there is something to encode."""
 
-_LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_CONVERSION = "If you trust the file, load the pipeline with diffusers and write it again: pipe.save_pretrained(folder)"
+_NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Components that text-to-image does not use; old folders name classes that no longer exist."""
+_MAY_BE_NULL = ("text_encoder_3", "tokenizer_3")
+"""Stable Diffusion 3 runs without T5, though its pipeline does not call these optional."""
+
+_WRAPPERS = (OptimizedModule, DataParallel, DistributedDataParallel)
+_BLOCKS, _BLOCK = 64, 2**16
+_SAMPLED_VALUES = 256
+
+
+@dataclass(frozen=True)
+class PipelineIndex:
+    """What a folder's `model_index.json` says.
+
+    Attributes:
+        location: folder or Hub id.
+        class_name: of the pipeline.
+        components: `[library, class]` of what is loaded, by name.
+        settings: all other arguments of the pipeline's class.
+    """
+
+    location: str
+    class_name: str
+    components: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+    def check(self) -> None:
+        """Check every component, see `check_component`; nothing is loaded."""
+        for name, place in self.components.items():
+            check_component(self.location, name, place)
+
+    def assemble(self, build: Callable[[str, Any], Any]) -> DiffusionPipeline:
+        """Return the pipeline of the components that `build(name, place)` returns."""
+        pipeline_class = getattr(diffusers, self.class_name)
+        expected, optional = pipeline_class._get_signature_keys(pipeline_class)
+        built = {name: build(name, place) for name, place in self.components.items() if name in expected}
+        settings = {name: value for name, value in self.settings.items() if name in (*expected, *optional)}
+        pipeline: DiffusionPipeline = pipeline_class(**settings | built)
+        return pipeline
+
+    def fingerprint(self) -> str:
+        """Return a hash of a folder's configurations and of samples of its weights: it tells two models apart."""
+        digest = hashlib.sha256(repr((self.class_name, self.components, self.settings)).encode())
+        for name in sorted(self.components):
+            for file in sorted((Path(self.location) / name).iterdir()):
+                if file.suffix in (".json", ".safetensors"):
+                    digest.update(f"{name}/{file.name} {file.stat().st_size}".encode())
+                    _add_samples(file, digest)
+        return digest.hexdigest()
+
+
+def read_index(location: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> PipelineIndex:
+    """Sort what the index of a pipeline says.
+
+    Args:
+        location: folder or Hub id.
+        config: what `pipeline_index` returned.
+        options: arguments of the pipeline's class that are not read from the index.
+
+    Raises:
+        ValueError: for a pipeline that diffusers does not have, or a component that the index leaves out.
+    """
+    name = config["_class_name"]
+    pipeline_class = getattr(diffusers, name, None)
+    if not isinstance(pipeline_class, type) or not issubclass(pipeline_class, DiffusionPipeline):
+        raise ValueError(
+            f"model {location!r} must be a pipeline of diffusers to be loaded by its name; its model_index.json names "
+            f"{name}. Load it with its own class, and pass the object: model=pipe"
+        )
+    expected, optional = pipeline_class._get_signature_keys(pipeline_class)
+    given = {key: value for key, value in config.items() if not key.startswith("_")}
+    absent = {key for key, value in given.items() if value == [None, None]}
+    may_be_absent = {*pipeline_class._optional_components, *_NOT_NEEDED, *(absent & {*_MAY_BE_NULL})}
+    if missing := sorted(key for key in expected if key not in {*given} - absent | may_be_absent):
+        raise ValueError(
+            f"model {location!r} must have the component {', '.join(missing)} of a {name}; its model_index.json has "
+            f"{', '.join(sorted({*given} - absent)) or 'none'}"
+        )
+    nothing = {key: None for key in expected if key not in given or key in absent or key in _NOT_NEEDED}
+    settings = {key: value for key, value in given.items() if key in optional} | nothing | dict(options)
+    components = {
+        key: value for key, value in given.items() if key not in settings and key not in (*absent, *_NOT_NEEDED)
+    }
+    return PipelineIndex(location, name, components, settings)
 
 
 def pipeline_index(location: str) -> Mapping[str, Any]:
@@ -41,41 +128,6 @@ def pipeline_index(location: str) -> Mapping[str, Any]:
     return config
 
 
-def check_libraries(location: str, components: Mapping[str, Any]) -> None:
-    """Refuse components of any library but diffusers and transformers: importing another one would run its code.
-
-    Args:
-        location: folder or Hub id, for the message.
-        components: what the index says about the components to load: `[library, class]` by name, among other entries.
-
-    Raises:
-        ValueError: naming the component and its library.
-    """
-    for name, place in components.items():
-        library = place[0] if isinstance(place, list) and place else None
-        if library is not None and library not in _LIBRARIES:
-            raise ValueError(
-                f"component {name} of model {location!r} must be a class of {' or '.join(_LIBRARIES)}; its "
-                f"model_index.json names the library {library!r}, which is not imported"
-            )
-
-
-def component_class(location: str, name: str, library: str, class_name: str) -> type[Any]:
-    """Return the class of diffusers or transformers that an index names for a component.
-
-    Raises:
-        ValueError: for another library, or a class that the library does not have.
-    """
-    check_libraries(location, {name: [library, class_name]})
-    found = getattr(_LIBRARIES[library], class_name, None)
-    if not isinstance(found, type):
-        raise ValueError(
-            f"component {name} of model {location!r} must be a class of {library}; its model_index.json names "
-            f"{class_name!r}, which the installed {library} does not have"
-        )
-    return found
-
-
 def place_pipeline(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype) -> None:
     """Move a pipeline whose components are not all on the device in the dtype; text encoders may be elsewhere."""
     for name, component in pipeline.components.items():
@@ -85,37 +137,63 @@ def place_pipeline(pipeline: DiffusionPipeline, device: torch.device, dtype: tor
                 return
 
 
-def refuse_pickles(folder: Path, components: Sequence[str]) -> None:
-    """Refuse a folder with weights that can only be read by unpickling: a pickle can run any code.
+def snapshot(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Return a pipeline with the same components, without wrappers: later replacements do not reach it."""
+    copied = copy.copy(pipeline)
+    for name, component in pipeline.components.items():
+        vars(copied)[name] = unwrapped(component)
+    return copied
+
+
+def unwrapped(module: Any) -> Any:
+    """Return the network inside the wrappers of `torch.compile` and of data parallelism, which rename its weights."""
+    while isinstance(module, _WRAPPERS):
+        module = module._orig_mod if isinstance(module, OptimizedModule) else module.module
+    return module
+
+
+def weights_fingerprint(network: nn.Module) -> str:
+    """Return a hash of the names and shapes of a network's weights, and of samples of their values in bfloat16."""
+    weights = {name: value for name, value in unwrapped(network).state_dict().items() if value.is_floating_point()}
+    digest = hashlib.sha256(repr({name: tuple(value.shape) for name, value in weights.items()}).encode())
+    if weights:
+        samples = torch.cat([value.flatten()[:_SAMPLED_VALUES].to(torch.bfloat16) for value in weights.values()])
+        digest.update(samples.cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _add_samples(file: Path, digest: Any) -> None:
+    """Add parts of a file to a hash: the whole of a small file, a hundredth of a large one."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
+            stream.seek(start)
+            digest.update(stream.read(_BLOCK))
+
+
+def load_pipeline(index: PipelineIndex, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+    """Load a pipeline's safetensors from its folder, onto a device.
 
     Raises:
-        ValueError: naming the component and its file.
+        ValueError: for a component that is missing or not valid, see `load_component`, or has non-finite weights.
     """
-    for name in components:
-        pickled = sorted(path for kind in _PICKLES for path in (folder / name).glob(kind))
-        if pickled and not any((folder / name).glob("*.safetensors")):
-            raise ValueError(
-                f"model folder {str(folder)!r} must hold safetensors; {name} has only {pickled[0].name}, a pickle, "
-                f"which is not loaded. {_CONVERSION}"
-            )
+    with _without_progress_bars():
+        pipeline = index.assemble(lambda name, place: load_component(index.location, name, place, dtype))
+    pipeline.to(device)
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module):
+            check_finite(index.location, name, component)
+    return pipeline
 
 
-def load_pipeline(location: str, dtype: torch.dtype, options: Mapping[str, Any]) -> DiffusionPipeline:
-    """Load a pipeline's safetensors from a folder or the Hub.
-
-    Args:
-        location: folder or Hub id.
-        dtype: dtype of the weights.
-        options: keyword arguments for `from_pretrained`.
+def download_pipeline(location: str, options: Mapping[str, Any]) -> str:
+    """Download a pipeline's safetensors and configurations from the Hub, and return their folder.
 
     Raises:
         OSError: for a Hub id that cannot be downloaded, or has no safetensors weights.
     """
-    if Path(location).is_dir():
-        with _without_progress_bars():
-            return DiffusionPipeline.from_pretrained(location, dtype=dtype, use_safetensors=True, **options)
     try:
-        return DiffusionPipeline.from_pretrained(location, dtype=dtype, use_safetensors=True, **options)
+        return str(DiffusionPipeline.download(location, use_safetensors=True, **options))
     except OSError as error:
         raise _download_error(location, error) from error
 
@@ -137,7 +215,7 @@ def _download_error(location: str, error: OSError) -> OSError:
     cause = str(error).partition("\n")[0]
     if "`safetensors` weights" in cause:
         return OSError(
-            f"model {location!r} has no safetensors weights on the Hub, and pickles are not loaded. {_CONVERSION}"
+            f"model {location!r} has no safetensors weights on the Hub, and pickles are not loaded. {CONVERSION}"
         )
     return OSError(
         f"model {location!r} is no folder here and could not be downloaded from the Hugging Face Hub "

@@ -67,12 +67,14 @@ class ModelAbilities:
         guidance_embeds: whether the denoiser takes the guidance scale as an input and is called once per step;
             `predict` then finds the scale in `conditioning["guidance"]`, `(batch,)`.
         resolution: side of the images in pixels if it is not the model's own, else `None`.
+        identity: what tells this model's weights from others in any process, such as a hash; `None`: its `source`.
         loading_options: keyword arguments for `from_pretrained` of the family's pipeline.
     """
 
     draws_images: bool = True
     guidance_embeds: bool = False
     resolution: int | None = None
+    identity: str | None = None
     loading_options: ClassVar[dict[str, Any]] = {}
 
     source: str
@@ -89,6 +91,9 @@ class ModelAbilities:
 
     def prepare_prompts(self, prompts: Sequence[str]) -> None:
         """Prepare for prompts that the environment knows it is going to encode: there is nothing to do."""
+
+    def forget_prompts(self) -> None:
+        """Encode every prompt again from now on, because the text encoder may have changed: there is nothing to do."""
 
     def save_memory(self, offload_text_encoder: bool | None, vae_tiling: bool | None) -> None:
         """Choose how the model needs less of an accelerator's memory, see `load_model`; `None` changes nothing.

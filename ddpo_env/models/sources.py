@@ -18,7 +18,7 @@ from typing import Any
 import diffusers
 import torch
 
-from ddpo_env.models.pipelines import check_libraries, pipeline_index, refuse_pickles
+from ddpo_env.models.pipelines import PipelineIndex, pipeline_index, read_index
 from ddpo_env.models.protocol import DiffusionModel, ModelAbilities
 
 BUNDLED_MODELS: dict[str, str] = {
@@ -69,6 +69,11 @@ def resolve_source(model: str | Path) -> str:
         raise ValueError(
             f"model {name!r} stands for a pipeline object that is gone or of another process; pass it again"
         )
+    if folder.is_file():
+        raise ValueError(
+            f"model must be a folder in diffusers' layout, not the single file {name!r}. Convert it once, with the "
+            f"pipeline's class: diffusers.StableDiffusionPipeline.from_single_file({name!r}).save_pretrained(folder)"
+        )
     looks_like_path = name.startswith((".", "/", "~")) or isinstance(model, Path)
     if _HUB_ID.fullmatch(name) and not looks_like_path:
         return name
@@ -87,21 +92,28 @@ def build_bundled(name: str, device: torch.device, dtype: torch.dtype) -> Diffus
     return model
 
 
-def family_in(location: str) -> tuple[Any, dict[str, Any]]:
-    """Return the adapter's class for the pipeline in a folder or on the Hub, and keywords for its `from_pretrained`.
+def family_in(location: str) -> tuple[Any, PipelineIndex]:
+    """Return the adapter's class for the pipeline in a folder or on the Hub, and the checked index of the pipeline.
 
     Raises:
-        ValueError: for an unknown family, a component of another library, or weights that are pickled.
+        ValueError: for an unknown family, or a component that is missing or not valid, see `check_component`.
         OSError: for a Hub id that cannot be downloaded.
     """
-    index = pipeline_index(location)
-    family = family_of(index["_class_name"])
-    absent = {name: None for name, place in index.items() if place == [None, None]}
-    options = absent | loading_options(family)
-    components = {name: place for name, place in index.items() if name not in options}
-    check_libraries(location, components)
-    refuse_pickles(Path(location), list(components))
-    return family, options
+    config = pipeline_index(location)
+    family = family_of(config["_class_name"])
+    index = read_index(location, config, loading_options(family))
+    index.check()
+    return family, index
+
+
+def model_fingerprint(model: str | Path) -> str | None:
+    """Return a hash that tells a model folder from others, wherever it is; `None` for what is not a folder.
+
+    It reads the configurations, and parts of the weights: milliseconds. A changed weight may go unnoticed, another
+    training of the same model does not. The arguments and errors are those of `resolve_source`.
+    """
+    location = resolve_source(model)
+    return family_in(location)[1].fingerprint() if Path(location).is_dir() else None
 
 
 def loading_options(family: Any) -> dict[str, Any]:
@@ -118,7 +130,7 @@ def family_of(pipeline_class: str) -> Any:
     if pipeline_class not in FAMILIES:
         raise ValueError(f"model must be one of the pipelines {', '.join(FAMILIES)}; got a {pipeline_class}")
     with _without_torchvision_warnings():
-        getattr(diffusers, pipeline_class)
+        getattr(diffusers, pipeline_class, None)  # a class of the user's own is not there
     return _look_up(FAMILIES[pipeline_class])
 
 

@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from ddpo_env.models.image_decoding import decode_latents
+from ddpo_env.models.image_decoding import check_scaling, decode_latents
 from ddpo_env.models.pipelines import TEXT_ENCODERS
 from ddpo_env.models.protocol import Conditioning, ModelAbilities
 
@@ -45,6 +45,7 @@ class TextToImageModel(ModelAbilities, ABC):
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
         self.offload_text_encoder = self._is_accelerated()
+        check_scaling(pipeline.vae.config, source)
         self._encoded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self.latent_shape: tuple[int, ...] = self._latent_shape()
         if resolution is not None:
@@ -151,7 +152,13 @@ class TextToImageModel(ModelAbilities, ABC):
 
     def at_resolution(self, resolution: int) -> TextToImageModel:
         """Return the model of the same pipeline for another resolution: they share the weights."""
-        return type(self)(self.pipeline, self.source, resolution)
+        resized = type(self)(self.pipeline, self.source, resolution)
+        resized._encoded = self._encoded
+        return resized
+
+    def forget_prompts(self) -> None:
+        """Encode every prompt again, for all resolutions."""
+        self._encoded.clear()
 
     @property
     def device(self) -> torch.device:

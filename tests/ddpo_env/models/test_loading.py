@@ -159,8 +159,9 @@ def test_hub_id_with_pickled_weights_alone_is_not_called_a_failed_download(monke
         assert arguments["use_safetensors"] is True
         raise OSError("Could not find the necessary `safetensors` weights in {'unet/model.bin'} (variant=None)")
 
-    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda _: {"_class_name": "StableDiffusionPipeline"})
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", refuse)
+    index = DiffusionPipeline.load_config(resolve_source("tiny"))
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda _: index)
+    monkeypatch.setattr(DiffusionPipeline, "download", refuse)
     with pytest.raises(
         OSError, match=r"'nobody/pickles' has no safetensors .*pickles are not loaded\. .*save_pretrained"
     ):
@@ -232,7 +233,7 @@ def test_pickled_weights_are_not_read(
 def test_missing_weights_are_an_error(micro_pipeline_folder: Path, tmp_path: Path, component: str) -> None:
     folder = shutil.copytree(micro_pipeline_folder, tmp_path / "incomplete")
     next((folder / component).glob("*.safetensors")).unlink()
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ValueError, match=rf"must hold safetensors; {component} has none"):
         load_model(folder)
 
 

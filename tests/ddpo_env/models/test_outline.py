@@ -46,9 +46,9 @@ def test_no_other_library_is_imported(
     assert not (tmp_path / "it_ran").exists()
 
 
-@pytest.mark.parametrize("name", ["NoSuchClass", "pipelines", "__name__"])
-def test_a_name_that_is_no_class_is_refused(change_index: Callable[[str, Any], Path], name: str) -> None:
-    with pytest.raises(ValueError, match=rf"component unet of model .* must be a class of diffusers; .*'{name}'"):
+@pytest.mark.parametrize("name", ["NoSuchClass", "pipelines", "__name__", "DDIMScheduler", "models.UNet2DModel", 5])
+def test_a_name_that_is_no_class_is_refused(change_index: Callable[[str, Any], Path], name: Any) -> None:
+    with pytest.raises(ValueError, match=rf"component unet of model .* must be a class of diffusers; .*{name!r}"):
         outline_model(change_index("unet", ["diffusers", name]))
 
 

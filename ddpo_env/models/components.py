@@ -1,0 +1,183 @@
+"""Loads one component of a pipeline's folder: its class, its configuration and its weights are checked first.
+
+A folder is data that somebody else may have written. Only classes of diffusers and transformers of the kind that the
+component needs are looked up, only safetensors are read, and no weight may be missing: diffusers and transformers would
+leave it random and say so in a log.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import nn
+from transformers import ImageProcessingMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.feature_extraction_utils import FeatureExtractionMixin
+
+_LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+_KINDS: dict[str, tuple[type[Any], ...]] = {
+    "scheduler": (SchedulerMixin,),
+    "tokenizer": (PreTrainedTokenizerBase,),
+    "feature_extractor": (FeatureExtractionMixin, ImageProcessingMixin),
+}
+"""Base classes of a component by the beginning of its name; every other component is a network."""
+_NETWORKS = (ModelMixin, PreTrainedModel)
+_NOT_FOLLOWED = ("quantization_config", "transformers_weights", "attn_implementation", "_attn_implementation")
+"""Settings of a `config.json` that make the libraries import further packages, fetch code, or read other files."""
+_ATTENTIONS = (None, "eager", "sdpa")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+CONVERSION = "If you trust the file, load the pipeline with diffusers and write it again: pipe.save_pretrained(folder)"
+
+
+def component_class(location: str, name: str, place: Any) -> type[Any]:
+    """Return the class of diffusers or transformers that an index names for a component; nothing else is looked up.
+
+    Args:
+        location: folder or Hub id, for the message.
+        name: of the component, which says what kind of class it must be.
+        place: what the index says: `[library, class]`.
+
+    Raises:
+        ValueError: for another library, a name that is no class of it, or a class of another kind.
+    """
+    library, class_name = place if isinstance(place, list) and len(place) == 2 else (place, None)
+    if not isinstance(library, str) or library not in _LIBRARIES:
+        raise ValueError(
+            f"component {name} of model {location!r} must be a class of {' or '.join(_LIBRARIES)}; its "
+            f"model_index.json names the library {library!r}, which is not imported"
+        )
+    kinds = next((bases for start, bases in _KINDS.items() if name.startswith(start)), _NETWORKS)
+    is_name = isinstance(class_name, str) and class_name.isidentifier() and class_name[0].isupper()
+    found = getattr(_LIBRARIES[library], class_name, None) if is_name else None
+    if not isinstance(found, type) or not found.__module__.startswith(f"{library}.") or not issubclass(found, kinds):
+        valid = " or ".join(base.__name__ for base in kinds)
+        raise ValueError(
+            f"component {name} of model {location!r} must be a class of {library}; its model_index.json or "
+            f"configuration names {class_name!r}, and the installed {library} has no {valid} of that name"
+        )
+    return found
+
+
+def check_component(location: str, name: str, place: Any) -> None:
+    """Check a component's class, and in a folder its configuration and the names of its weights; load nothing.
+
+    Raises:
+        ValueError: naming the component, and what is missing or not valid.
+    """
+    component = component_class(location, name, place)
+    folder = Path(location) / name
+    if not Path(location).is_dir():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"model folder {location!r} must hold the component {name}; it has no folder of that name")
+    for file in folder.glob("*config.json"):
+        _check_configuration(location, name, file)
+    if issubclass(component, nn.Module):
+        _check_weight_files(location, name, folder)
+
+
+def load_component(location: str, name: str, place: Any, dtype: torch.dtype) -> Any:
+    """Load a component from a pipeline's folder.
+
+    Raises:
+        ValueError: as `check_component`, or for weights that are missing, do not fit or are not finite.
+    """
+    check_component(location, name, place)
+    component: Any = component_class(location, name, place)
+    folder = Path(location) / name
+    if not issubclass(component, nn.Module):
+        return component.from_pretrained(folder)
+    dtype_name = "dtype" if issubclass(component, PreTrainedModel) else "torch_dtype"
+    try:
+        loaded, report = component.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, **{dtype_name: dtype}
+        )
+    except (RuntimeError, ValueError) as error:  # shapes that do not fit
+        raise ValueError(f"component {name} of model {location!r} must fit its config.json: {error}") from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        if keys := sorted(str(key) for key in report.get(problem) or ()):
+            raise ValueError(
+                f"component {name} of model {location!r} must hold every weight of a {component.__name__}; "
+                f"{len(keys)} {problem.replace('_', ' ')}: {_shortened(keys)}. Do the weights belong to another part?"
+            )
+    return loaded
+
+
+def check_finite(location: str, name: str, component: nn.Module) -> None:
+    """Refuse a network with weights that are NaN or infinite, which a cast to half precision can make too.
+
+    Raises:
+        ValueError: naming the component and the weights.
+    """
+    weights = [(key, value) for key, value in component.state_dict().items() if value.is_floating_point()]
+    bounds = [torch.stack(torch.aminmax(value)).float().sum() for _, value in weights if value.numel()]
+    if not bounds or bool(torch.stack(bounds).isfinite().all()):
+        return
+    keys = [key for key, value in weights if not bool(value.isfinite().all())]
+    if keys:
+        raise ValueError(
+            f"component {name} of model {location!r} must have finite weights; in {weights[0][1].dtype} there are NaN "
+            f"or infinite values in {len(keys)} of {len(weights)}: {_shortened(keys)}"
+        )
+
+
+def _check_configuration(location: str, name: str, file: Path) -> None:
+    """Refuse settings that lead to code or to other files; the libraries ignore `auto_map` without an Auto class."""
+    if file.name == "adapter_config.json":
+        raise ValueError(
+            f"component {name} of model folder {location!r} must be a plain network; {file.name} names an adapter: "
+            "merge it first, with pipe.fuse_lora() and pipe.unload_lora_weights() or PeftModel.merge_and_unload()"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"component {name} of model folder {location!r} has a {file.name} that is no JSON") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"component {name} of model folder {location!r} must have an object in {file.name}")
+    for key in _NOT_FOLLOWED:
+        value = config.get(key)
+        if value is not None and not ("attn" in key and value in _ATTENTIONS):
+            raise ValueError(
+                f"component {name} of model folder {location!r} must not have {key} in its {file.name}, which is not "
+                f"followed; got {value!r}"
+            )
+    if "_class_name" in config:  # diffusers looks it up
+        component_class(location, name, ["diffusers", config["_class_name"]])
+
+
+def _check_weight_files(location: str, name: str, folder: Path) -> None:
+    """Refuse weights that can only be read by unpickling, variants alone, and an index that names other files."""
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    pickled = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
+    if not names:
+        has = f"only {pickled[0]}, a pickle, which is not loaded. {CONVERSION}" if pickled else "none"
+        raise ValueError(f"model folder {location!r} must hold safetensors; {name} has {has}")
+    variants = sorted({part[1] for one in names if len(part := one.split(".")) == 3})
+    if variants and not any(len(one.split(".")) == 2 for one in names):
+        variant = variants[0].partition("-")[0]
+        raise ValueError(
+            f"model folder {location!r} must hold weights without a variant; {name} has only {variant!r}. Write them: "
+            f"DiffusionPipeline.from_pretrained({location!r}, variant={variant!r}).save_pretrained(folder)"
+        )
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"component {name} of model folder {location!r} has a broken {index.name}") from error
+        if other := sorted(str(shard) for shard in shards if shard not in names):
+            raise ValueError(
+                f"component {name} of model folder {location!r} must hold the safetensors that {index.name} names; "
+                f"missing {_shortened(other)}"
+            )
+
+
+def _shortened(names: Iterable[str]) -> str:
+    first = list(names)
+    return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
