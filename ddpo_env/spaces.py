@@ -2,10 +2,13 @@
 
 An environment and a policy must agree on the model and on the timesteps. The environment puts both into the handle of
 its space, and the policy reads them there, so ``PPO(DiffusionPolicy, env)`` needs no second copy of these settings.
+Two such spaces are equal only if model, resolution and timesteps are the same, so a trained policy refuses the
+environment of another model.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +20,13 @@ from ddpo_env.models.loading import load_model
 from ddpo_env.models.protocol import DiffusionModel, abilities_of
 
 LATENT_BOUND = 100.0
-"""Bound of every latent in the spaces. Latents have unit scale; libraries demand finite bounds."""
+"""Bound of every latent in the observation space. Latents have unit scale; libraries demand finite bounds."""
+
+ACTION_BOUND = 5.0
+"""Bound of every latent in the action space, in standard deviations of the initial noise.
+
+Many libraries let an agent act in [-1, 1] and stretch that to the box, so the box must have the scale of latents. Of
+standard normal numbers, one in two million is outside."""
 
 CONDITIONING_BOUND = 1.0e4
 """Bound of the conditioning tensors in the observation space (text embeddings stay well below 100)."""
@@ -36,6 +45,8 @@ class ModelHandle:
         dtype: dtype of its frozen weights, e.g. `"float32"`.
         resolution: side of the images in pixels if it is not the model's own, else `None`.
         num_inference_steps: length of an episode, which fixes the timesteps.
+        identity: what tells the model's weights from others in any process, see `ModelAbilities.identity`.
+        scheduler: class of the model's scheduler, and a hash of its configuration.
     """
 
     source: str
@@ -43,6 +54,8 @@ class ModelHandle:
     dtype: str
     resolution: int | None
     num_inference_steps: int
+    identity: str
+    scheduler: str
 
     def __init__(self, model: DiffusionModel, num_inference_steps: int) -> None:
         """Take a loaded model."""
@@ -53,8 +66,15 @@ class ModelHandle:
             dtype=str(weight.dtype).removeprefix("torch."),
             resolution=abilities_of(model).resolution,
             num_inference_steps=num_inference_steps,
+            identity=abilities_of(model).identity or model.source,
+            scheduler=_describe(model.scheduler),
             model=model,
         )
+
+    def is_same_task(self, other: ModelHandle) -> bool:
+        """Whether the other has the same weights, resolution and timesteps, from any folder, in any dtype."""
+        names = ("identity", "resolution", "num_inference_steps", "scheduler")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     @cached_property
     def model(self) -> DiffusionModel:
@@ -84,6 +104,8 @@ class DenoisingObservationSpace(spaces.Dict):
     | `timestep` | `(1,)` | `t` on the scheduler's training scale, float32 |
     | others, e.g. `prompt_embeds` | as the model's text encoder returns them | `c`, float32, constant in an episode |
 
+    Two of these spaces are equal if weights, resolution and timesteps are the same.
+
     Attributes:
         handle: the model and the length of an episode.
         conditioning_keys: names of the conditioning tensors.
@@ -101,7 +123,25 @@ class DenoisingObservationSpace(spaces.Dict):
         self.handle = ModelHandle(model, num_inference_steps)
         self.conditioning_keys = tuple(model.conditioning_shapes)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the other space is of the same model, resolution and timesteps; an ordinary `Dict` names no model."""
+        return (
+            isinstance(other, DenoisingObservationSpace)
+            and super().__eq__(other)
+            and self.handle.is_same_task(other.handle)
+        )
+
 
 def latent_box(latent_shape: tuple[int, ...]) -> spaces.Box:
-    """Return the box of one latent: the action space, and the `latents` of the observation space."""
+    """Return the box of the `latents` in the observation space."""
     return spaces.Box(-LATENT_BOUND, LATENT_BOUND, latent_shape, np.float32)
+
+
+def action_box(latent_shape: tuple[int, ...]) -> spaces.Box:
+    """Return the action space: the box of the next latent."""
+    return spaces.Box(-ACTION_BOUND, ACTION_BOUND, latent_shape, np.float32)
+
+
+def _describe(scheduler: Any) -> str:
+    settings = sorted((name, repr(value)) for name, value in scheduler.config.items() if not name.startswith("_"))
+    return f"{type(scheduler).__name__} {hashlib.sha256(repr(settings).encode()).hexdigest()}"

@@ -23,12 +23,13 @@ from torch import Tensor
 
 from ddpo_env.deferred_reward import RewardCaller
 from ddpo_env.initial_states import InitialState, InitialStates
+from ddpo_env.models.image_decoding import decode_samples
 from ddpo_env.models.loading import load_model, with_plain_values
 from ddpo_env.models.protocol import DiffusionModel, abilities_of
 from ddpo_env.prompts.distributions import load_prompts
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 from ddpo_env.sampler.scheduler_table import SMALLEST_STD
-from ddpo_env.spaces import DenoisingObservationSpace, latent_box
+from ddpo_env.spaces import DenoisingObservationSpace, action_box
 from ddpo_env.validation import arguments as validation
 from rewards import NonFinite, Reward, are_images, check_shareable, configured_reward
 from rewards.devices import copied_to
@@ -47,8 +48,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
     deterministic, because the action *is* the next latent. The reward scores the decoded image at the end.
 
     ## Action Space
-    `Box(-100, 100, latent_shape, float32)`, batched: the next latent `x_{t-1}`. The bounds are there because libraries
-    demand finite ones; a finite latent outside them is taken as it is.
+    `Box(-5, 5, latent_shape, float32)`, batched: the next latent `x_{t-1}`. The bounds are five standard deviations of
+    the initial noise; a finite latent outside them is taken as it is.
 
     ## Observation Space
     A `Dict` (`ddpo_env.DenoisingObservationSpace`), batched. Its `handle` carries the model.
@@ -60,9 +61,10 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
     | `prompt_embeds`, ... | as the text encoder returns them | the prompt's conditioning, constant in an episode |
 
     ## Rewards
-    0 until the last step, then `reward(decode(x_0), prompt)`. A score that is NaN or infinite is an error. With
-    `non_finite_rewards="keep"` it is the step's reward, and `reward_details` has `non_finite`, which is true for such
-    an episode. Use this only with an algorithm that drops such episodes, as those of `agents` do with `"drop"`.
+    0 until the last step, then `reward(decode(x_0), prompt)`. The score of a decoded sample with NaN or infinite values
+    is NaN. A score that is NaN or infinite is an error; with `non_finite_rewards="keep"` it is the step's reward, and
+    `reward_details` has `non_finite`, which is true for such an episode. Use this only with an algorithm that drops
+    such episodes, as those of `agents` do with `"drop"`.
 
     ## Starting State
     `x_T ~ N(0, I)`, and then a prompt from `prompts`. Each sub-environment has a generator: with `seed=s`,
@@ -87,6 +89,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
     | `reward_options` | `None` | arguments of the class that `reward` names; for a weighted sum, by its terms' names |
     | `prompts` | `"simple_animals"` | named set, text file, list or callable |
     | `num_inference_steps` | 20 | number of actions in an episode |
+    | `max_episode_steps` | `None` | must be `None`: an episode always has `num_inference_steps` |
     | `device` | `"auto"` | device of text encoder and decoder |
     | `dtype` | `"auto"` | dtype of the frozen weights: float32 on a CPU, bfloat16 on an accelerator |
     | `backend` | `"numpy"` | `"torch"`: observations are tensors on `device`; rewards and flags stay NumPy |
@@ -108,7 +111,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
     With `deferred_rewards=True`, a step that ends episodes returns before the reward is called. The reward of this step
     is 0, and the last info has `deferred_reward` (`ddpo_env.DeferredReward`: `done()`, `result()`, `details()`) instead
     of `reward_details`. `result()` raises an exception of the reward; if nobody has seen it, the next step raises it.
-    `reset`, `state_dict`, `load_state_dict` and `close` wait for pending rewards.
+    `reset`, `state_dict`, `load_state_dict`, `close` wait for it.
 
     ```python
     >>> import gymnasium as gym
@@ -149,6 +152,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         reward_options: Mapping[str, Any] | None = None,
         prompts: Any = "simple_animals",
         num_inference_steps: int = 20,
+        max_episode_steps: None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         resolution: int | None = None,
@@ -161,7 +165,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         render_mode: str | None = None,
     ) -> None:
         """Check the arguments, then load the model; see the class docstring for each argument."""
-        validation.check_counts(num_envs, samples_per_prompt, num_inference_steps, part)
+        validation.check_counts(num_envs, samples_per_prompt, num_inference_steps, part, max_episode_steps)
         validation.check_settings(backend, deferred_rewards, non_finite_rewards, render_mode)
         self.autoreset_mode = validation.autoreset_mode_of(autoreset_mode)
         self.reward: Reward = configured_reward(reward, reward_options or {})
@@ -185,7 +189,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         sampler = GaussianSampler.from_model(self.model, num_inference_steps, min_std=SMALLEST_STD)
         self._timesteps = np.append(sampler.timesteps.numpy(), 0.0).astype(np.float32)
         self.single_observation_space = DenoisingObservationSpace(self.model, num_inference_steps)
-        self.single_action_space = latent_box(self.model.latent_shape)
+        self.single_action_space = action_box(self.model.latent_shape)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._step_index = np.full(num_envs, -1)
@@ -348,15 +352,17 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         finals = latents[torch.as_tensor(indices, device=self.device)]
         if not bool(torch.isfinite(finals).all()):
             raise ValueError("actions must be finite; the last latents of an episode have NaN or infinite values")
-        samples = self.model.decode(finals).cpu().numpy()
-        key = "image" if are_images(samples) else "sample"
-        prompts, metadata = [self._prompts[i] for i in indices], [self._prompt_metadata[i] for i in indices]
-        answers = self._caller.submit(self.reward, samples, prompts, metadata)
+        samples, finite = decode_samples(self.model, finals, self._prompts[indices].tolist(), self.non_finite_rewards)
+        scored = indices[finite]
+        prompts, metadata = [self._prompts[i] for i in scored], [self._prompt_metadata[i] for i in scored]
+        answers = iter(self._caller.submit(self.reward, samples[finite], prompts, metadata) if finite.any() else ())
         scores = np.zeros(len(indices))
         infos: dict[str, Any] = {}
-        for row, (index, answer) in enumerate(zip(indices, answers, strict=True)):
-            info = {"prompt": prompts[row], key: samples[row]}
-            if self.deferred_rewards or answer.is_measured:
+        for row, index in enumerate(indices):
+            info = {"prompt": self._prompts[index], "image" if are_images(samples) else "sample": samples[row]}
+            if not finite[row]:
+                scores[row], info["reward_details"] = np.nan, {"non_finite": True}
+            elif (answer := next(answers)).is_measured or self.deferred_rewards:
                 info["deferred_reward"] = answer
             else:
                 scores[row] = answer.result()

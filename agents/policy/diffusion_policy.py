@@ -37,7 +37,7 @@ from agents.rollout.buffer import TensorRolloutBuffer, Transitions
 from ddpo_env.models import DiffusionModel, abilities_of, load_model
 from ddpo_env.sampler.denoising_loss import add_noise, draw_timesteps
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
-from ddpo_env.spaces import DenoisingObservationSpace, ModelHandle, latent_box
+from ddpo_env.spaces import DenoisingObservationSpace, ModelHandle, action_box
 from ddpo_env.validation.options import shows_options
 
 DenoisingObservation: TypeAlias = dict[str, Tensor]
@@ -101,7 +101,12 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
             optimizer_kwargs = {"betas": (0.9, 0.999), "weight_decay": 1e-4, **(optimizer_kwargs or {})}
         # ActorCriticPolicy's own constructor would build an MLP; everything that it promises is defined below.
         BasePolicy.__init__(
-            self, observation_space, action_space, optimizer_class=optimizer_class, optimizer_kwargs=optimizer_kwargs
+            self,
+            observation_space,
+            action_space,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            squash_output=True,  # Stable-Baselines3 would clip latents to the box otherwise
         )
         self.options = checked
         handle = _find_model(observation_space, model, num_inference_steps)
@@ -285,6 +290,7 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / _WEIGHTS_FILE)
         settings = {
             "model": self.model.source,
+            "model_identity": abilities_of(self.model).identity,
             "resolution": abilities_of(self.model).resolution,
             "num_inference_steps": self.num_inference_steps,
             **asdict(self.options),
@@ -304,11 +310,11 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
         Args:
             path: the folder.
             device: where to put it.
-            model: the pretrained model, if it is not where it was when the policy was saved.
+            model: the pretrained model, if it has moved; without it, the model must be there and must be the same.
             dtype: dtype of the frozen weights.
 
         Raises:
-            ValueError: if there is no policy in the folder, or it does not fit `model`.
+            ValueError: if there is no policy in the folder, or its model is gone, another one, or does not fit.
         """
         folder = Path(path)
         for name in (_CONFIG_FILE, _WEIGHTS_FILE):
@@ -318,17 +324,30 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
                 )
         settings = json.loads((folder / _CONFIG_FILE).read_text())
         source, resolution = settings.pop("model"), settings.pop("resolution", None)
-        loaded = load_model(source if model is None else model, device, dtype, resolution)
+        identity = settings.pop("model_identity", None)
+        remedy = f"pass the model that it was trained with: DiffusionPolicy.load({str(folder)!r}, model=...)"
+        try:
+            loaded = load_model(source if model is None else model, device, dtype, resolution)
+        except ValueError as error:
+            raise ValueError(f"policy {str(folder)!r} cannot load model {source!r}; {remedy}: {error}") from error
+        if model is None and identity != abilities_of(loaded).identity:
+            raise ValueError(f"model {source!r} has changed since policy {str(folder)!r} was saved; {remedy}")
         space = DenoisingObservationSpace(loaded, settings.pop("num_inference_steps"))
-        policy = cls(space, latent_box(loaded.latent_shape), lambda _: 0.0, **settings)
+        policy = cls(space, action_box(loaded.latent_shape), lambda _: 0.0, **settings)
         policy.load_state_dict(load_file(folder / _WEIGHTS_FILE, device=str(policy.device)))
         return policy
 
     def save_lora(self, folder: str | Path) -> None:
-        """Write the adapters in diffusers' format: stock `pipe.load_lora_weights(folder)` reads them."""
+        """Write the adapters in diffusers' format: stock `pipe.load_lora_weights(folder)` reads them. Check it."""
+        if Path(folder).exists() and not Path(folder).is_dir():
+            raise ValueError(f"folder of a LoRA must be a folder or a new name; {str(folder)!r} is a file")
         if self.options.lora_rank == 0:
             raise ValueError("save_lora needs lora_rank above 0; this policy trains every weight (lora_rank=0)")
         self.model.save_lora(self.denoiser, Path(folder))
+
+    def unscale_action(self, scaled_action: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return latents as they are; the box of the action space is for libraries that need one."""
+        return scaled_action
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         return self.get_distribution(observation).get_actions(deterministic)

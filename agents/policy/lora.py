@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from agents.policy.frozen_convolutions import use_frozen_convolutions
+from ddpo_env.models.pipelines import unwrapped
 
 ADAPTER = "default"
 """Name of the one adapter in peft."""
@@ -47,7 +48,8 @@ def add_lora(denoiser: _Module, rank: int, targets: LoraTargets) -> _Module:
     """Return the denoiser with fresh trainable float32 adapters around the shared frozen weights.
 
     Args:
-        denoiser: the model's network; it is not changed.
+        denoiser: the model's network; it is not changed. Of one that is wrapped, as by `torch.compile`, the network
+            inside is used.
         rank: rank of the adapters. Their scale `alpha / rank` is 1. At the start they do not change the output.
         targets: a name in `LORA_TARGETS`.
 
@@ -69,7 +71,7 @@ def add_lora(denoiser: _Module, rank: int, targets: LoraTargets) -> _Module:
             f"lora_targets={targets!r} matches no layer of this {type(denoiser).__name__}: "
             "train every weight with lora_rank=0"
         )
-    adapted = share_weights(denoiser)
+    adapted = share_weights(unwrapped(denoiser))
     config = LoraConfig(
         r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS[targets])
     )
@@ -83,7 +85,7 @@ def add_lora(denoiser: _Module, rank: int, targets: LoraTargets) -> _Module:
 
 def copy_for_full_training(denoiser: _Module) -> _Module:
     """Return a float32 copy of the denoiser in which every weight learns."""
-    trained = copy.deepcopy(denoiser).requires_grad_(True)
+    trained = copy.deepcopy(unwrapped(denoiser)).requires_grad_(True)
     for tensor in (*trained.parameters(), *trained.buffers()):
         if tensor.is_floating_point():  # one by one, because diffusers' own `to` warns without reason
             tensor.data = tensor.data.to(torch.float32)

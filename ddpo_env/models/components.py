@@ -54,8 +54,9 @@ def component_class(location: str, name: str, place: Any) -> type[Any]:
             f"model_index.json names the library {library!r}, which is not imported"
         )
     kinds = next((bases for start, bases in _KINDS.items() if name.startswith(start)), _NETWORKS)
-    is_name = isinstance(class_name, str) and class_name.isidentifier() and class_name[0].isupper()
-    found = getattr(_LIBRARIES[library], class_name, None) if is_name else None
+    found = None
+    if isinstance(class_name, str) and class_name.isidentifier() and class_name[0].isupper():
+        found = getattr(_LIBRARIES[library], class_name, None)
     if not isinstance(found, type) or not found.__module__.startswith(f"{library}.") or not issubclass(found, kinds):
         valid = " or ".join(base.__name__ for base in kinds)
         raise ValueError(

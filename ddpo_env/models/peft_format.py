@@ -1,13 +1,53 @@
-"""Saves a LoRA in peft's own file format, for denoisers whose pipeline cannot read a LoRA, or that have no pipeline."""
+"""The weights of a LoRA by the names that stock diffusers and peft expect, and a check of every LoRA that was saved.
+
+`save_peft_adapter` writes peft's own format, for denoisers whose pipeline cannot read a LoRA, or that have no pipeline.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import get_peft_model_state_dict
-from safetensors.torch import save_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ddpo_env.models.pipelines import unwrapped
+
+_COMPILED = "_orig_mod."
+"""What `torch.compile` puts into the names of a module inside a network."""
+
+
+def adapter_weights(denoiser: nn.Module) -> dict[str, Tensor]:
+    """Return the adapters of a denoiser by their names in the network without wrappers."""
+    weights = get_peft_model_state_dict(unwrapped(denoiser))
+    return {name.replace(_COMPILED, ""): value.contiguous() for name, value in weights.items()}
+
+
+def check_saved_adapter(file: Path, weights: Mapping[str, Tensor], network: nn.Module, prefix: str) -> None:
+    """Read a saved LoRA back: it must hold all adapters, for layers that the network has.
+
+    Args:
+        file: what was written.
+        weights: what `adapter_weights` returned.
+        network: the pretrained network that is going to read it.
+        prefix: of every key in the file.
+
+    Raises:
+        ValueError: for a file that is missing or differs.
+    """
+    saved = load_file(file) if file.is_file() else {}
+    layers = {name.replace(_COMPILED, "") for name, _ in unwrapped(network).named_modules()}
+    unknown = [name for name in weights if name.partition(".lora_")[0] not in layers]
+    different = [name for name, value in weights.items() if not _equal(saved.pop(prefix + name, None), value)]
+    if unknown or different or saved or not weights:
+        raise ValueError(
+            f"LoRA {str(file)!r} must hold the {len(weights)} adapters that were trained, for layers of the pretrained "
+            f"network; missing or different {different[:3]}, of unknown layers {unknown[:3]}, unexpected "
+            f"{sorted(saved)[:3]}"
+        )
 
 
 def save_peft_adapter(denoiser: nn.Module, folder: Path) -> None:
@@ -17,8 +57,12 @@ def save_peft_adapter(denoiser: nn.Module, folder: Path) -> None:
         denoiser: with the adapter that `agents` put in (`peft.inject_adapter_in_model`).
         folder: gets `adapter_config.json` and `adapter_model.safetensors`, whose keys are those of a `PeftModel`.
     """
-    carrier: Any = denoiser
+    carrier: Any = unwrapped(denoiser)
     carrier.peft_config["default"].save_pretrained(folder)
-    weights = get_peft_model_state_dict(denoiser)
-    named = {f"base_model.model.{name}": value.contiguous() for name, value in weights.items()}
-    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    weights, prefix, file = adapter_weights(denoiser), "base_model.model.", folder / "adapter_model.safetensors"
+    save_file({prefix + name: value for name, value in weights.items()}, file, metadata={"format": "pt"})
+    check_saved_adapter(file, weights, carrier, prefix)
+
+
+def _equal(saved: Tensor | None, value: Tensor) -> bool:
+    return saved is not None and torch.equal(saved, value.detach().cpu())

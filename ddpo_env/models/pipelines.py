@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,12 +88,13 @@ def read_index(location: str, config: Mapping[str, Any], options: Mapping[str, A
         ValueError: for a pipeline that diffusers does not have, or a component that the index leaves out.
     """
     name = config["_class_name"]
-    pipeline_class = getattr(diffusers, name, None)
-    if not isinstance(pipeline_class, type) or not issubclass(pipeline_class, DiffusionPipeline):
+    found = getattr(diffusers, name, None)
+    if not (inspect.isclass(found) and issubclass(found, DiffusionPipeline)):
         raise ValueError(
             f"model {location!r} must be a pipeline of diffusers to be loaded by its name; its model_index.json names "
             f"{name}. Load it with its own class, and pass the object: model=pipe"
         )
+    pipeline_class: Any = found
     expected, optional = pipeline_class._get_signature_keys(pipeline_class)
     given = {key: value for key, value in config.items() if not key.startswith("_")}
     absent = {key for key, value in given.items() if value == [None, None]}

@@ -24,17 +24,33 @@ BACKENDS = ("numpy", "torch")
 RESET_OPTIONS = ("prompts", "latents", "reset_mask")
 
 
-def check_counts(num_envs: int, samples_per_prompt: int, num_inference_steps: int, part: tuple[int, int]) -> None:
-    """Refuse counts that are not integers above 0, and batches that are not whole groups of `samples_per_prompt`."""
+MOST = 1_000_000
+"""Largest count: a larger one is a mistake, and would fail later for lack of memory."""
+
+
+def check_counts(
+    num_envs: int,
+    samples_per_prompt: int,
+    num_inference_steps: int,
+    part: tuple[int, int],
+    max_episode_steps: int | None = None,
+) -> None:
+    """Refuse counts that are not integers from 1 to `MOST`, and incomplete groups of `samples_per_prompt`."""
     counts = {
         "num_envs": num_envs,
         "samples_per_prompt": samples_per_prompt,
         "num_inference_steps": num_inference_steps,
     }
+    if max_episode_steps is not None:
+        raise ValueError(
+            "max_episode_steps must be None, because an episode always has num_inference_steps steps; "
+            f"got {max_episode_steps!r}"
+        )
     for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
-            raise ValueError(f"{name} must be an integer of at least 1; got {count!r}")
-    if len(part) != 2 or not 0 <= part[0] < part[1]:
+        if not _is_integer(count) or not 1 <= count <= MOST:
+            raise ValueError(f"{name} must be an integer from 1 to {MOST}; got {count!r}")
+    is_pair = isinstance(part, tuple | list) and len(part) == 2 and all(map(_is_integer, part))
+    if not is_pair or not 0 <= part[0] < part[1]:
         raise ValueError(f"part must be (index, count) with 0 <= index < count; got {part!r}")
     if num_envs * part[1] % samples_per_prompt:
         raise ValueError(f"samples_per_prompt must divide num_envs={num_envs * part[1]}; got {samples_per_prompt}")
@@ -97,6 +113,10 @@ def seeds_of(seed: int | Sequence[int | None] | None, num_envs: int, first_index
     return [int(one) if isinstance(one, numbers.Integral) else one for one in seed]
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def reset_mask(mask: Any, num_envs: int, samples_per_prompt: int, first_index: int = 0) -> npt.NDArray[np.bool_]:
     """Return which sub-environments are reset, `(num_envs,)`: at least one, and whole groups that share a prompt."""
     if mask is None:
@@ -147,6 +167,9 @@ def given_latents(latents: Any, num_envs: int, shape: tuple[int, ...]) -> Tensor
 def as_float(values: Any, name: str) -> Tensor:
     """Return numbers as a float32 tensor on their device; it may share memory with `values`."""
     try:
-        return torch.as_tensor(values).detach().to(torch.float32)
+        tensor = torch.as_tensor(values).detach()
+        if tensor.is_complex():
+            raise TypeError("complex numbers")
+        return tensor.to(torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} must be an array or a tensor of numbers; got {values!r}") from error
+        raise ValueError(f"{name} must be an array or a tensor of real numbers; got {values!r}") from error

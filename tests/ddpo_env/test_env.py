@@ -19,7 +19,7 @@ from PIL import Image
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import ddpo_env
-from ddpo_env.spaces import LATENT_BOUND
+from ddpo_env.spaces import ACTION_BOUND
 
 STEPS = 4
 PROMPTS = ["a cat", "an ant", "a dog", "a fox"]
@@ -262,7 +262,7 @@ def test_an_action_may_be_an_array_a_tensor_or_a_list(make_env: MakeEnv, kind: C
 def test_an_action_beyond_the_bounds_is_taken_as_it_is(make_env: MakeEnv) -> None:
     env = make_env().unwrapped
     env.reset()
-    action = np.full((4, 8, 8), 2 * LATENT_BOUND, np.float32)
+    action = np.full((4, 8, 8), 2 * ACTION_BOUND, np.float32)
     assert np.array_equal(env.step(action)[0]["latents"], action)
 
 

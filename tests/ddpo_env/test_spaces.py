@@ -3,12 +3,15 @@
 import copy
 import dataclasses
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import gymnasium as gym
 import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from gymnasium import spaces
 from helpers.points_models import ConstantModel
 
@@ -43,6 +46,45 @@ def test_copies_have_the_same_handle(space: DenoisingObservationSpace) -> None:
     again = copy.deepcopy(space)
     assert again == space
     assert again.handle is space.handle is copy.copy(space.handle)
+
+
+@pytest.mark.parametrize(
+    ("model", "steps", "resolution"), [("micro", 7, None), ("tiny", 6, None), ("tiny", 7, 128), ("points", 7, None)]
+)
+def test_spaces_of_other_models_resolutions_and_timesteps_differ(
+    space: DenoisingObservationSpace, micro_pipeline_folder: Path, model: str, steps: int, resolution: int | None
+) -> None:
+    other = load_model(micro_pipeline_folder if model == "micro" else model, "cpu", resolution=resolution)
+    assert space != DenoisingObservationSpace(other, steps)
+    assert pickle.loads(pickle.dumps(space)) != DenoisingObservationSpace(other, steps)
+
+
+def test_spaces_of_models_with_other_weights_or_another_scheduler_differ(micro_pipeline_folder: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(micro_pipeline_folder, safety_checker=None)
+    first = DenoisingObservationSpace(load_model(pipeline), 4)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    second = DenoisingObservationSpace(load_model(pipeline), 4)
+    with torch.no_grad():
+        pipeline.unet.conv_in.weight.mul_(1.1)
+    assert first != second != DenoisingObservationSpace(load_model(pipeline), 4) != first
+    assert DenoisingObservationSpace(load_model(pipeline), 4) == DenoisingObservationSpace(load_model(pipeline), 4)
+
+
+def test_the_same_model_in_another_folder_or_dtype_is_the_same_task(
+    micro_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    space = DenoisingObservationSpace(load_model(micro_pipeline_folder), 4)
+    moved = shutil.copytree(micro_pipeline_folder, tmp_path / "moved")
+    for again in (load_model(moved), load_model(micro_pipeline_folder, dtype="bfloat16")):
+        assert DenoisingObservationSpace(again, 4) == space
+    pipelines = [StableDiffusionPipeline.from_pretrained(moved, safety_checker=None) for _ in range(2)]
+    one, other = (DenoisingObservationSpace(load_model(pipeline), 4) for pipeline in pipelines)
+    assert one == other, "two objects with the same weights"
+
+
+def test_an_ordinary_space_names_no_model(space: DenoisingObservationSpace) -> None:
+    assert space != spaces.Dict(dict(space))
+    assert spaces.Dict(dict(space)) != space
 
 
 def test_pickle_holds_names_and_finds_the_model_again(space: DenoisingObservationSpace) -> None:

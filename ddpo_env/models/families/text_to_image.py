@@ -16,10 +16,11 @@ from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
-from peft import get_peft_model_state_dict
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import Tensor, nn
 
 from ddpo_env.models.image_decoding import check_scaling, decode_latents
+from ddpo_env.models.peft_format import adapter_weights, check_saved_adapter
 from ddpo_env.models.pipelines import TEXT_ENCODERS
 from ddpo_env.models.protocol import Conditioning, ModelAbilities
 
@@ -195,5 +196,6 @@ class TextToImageModel(ModelAbilities, ABC):
         of a LoRA on attention and convolutions. The scale `alpha / rank` is 1, which diffusers assumes if a file does
         not name it.
         """
-        layers = {f"{self.denoiser_name}_lora_layers": get_peft_model_state_dict(denoiser)}
-        self.pipeline.save_lora_weights(folder, **layers)
+        weights = adapter_weights(denoiser)
+        self.pipeline.save_lora_weights(folder, **{f"{self.denoiser_name}_lora_layers": weights})
+        check_saved_adapter(folder / LORA_WEIGHT_NAME_SAFE, weights, self.denoiser, f"{self.denoiser_name}.")

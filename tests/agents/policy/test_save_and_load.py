@@ -1,13 +1,18 @@
 """`save` and `load` mean what they mean in Stable-Baselines3, for diffusion policies and others."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from helpers.algorithms import collected, denoising_ppo, denoising_reinforce, denoising_rwr
 from helpers.micro_agents import STEPS, micro_env, weights
+from safetensors.torch import load_file, save_file
 from stable_baselines3.common.env_util import make_vec_env
 
 from agents import PPO, REINFORCE, DiffusionPolicy, VectorEnvAdapter
+from ddpo_env.models import unload_models
 
 
 def same(first, second):
@@ -59,6 +64,59 @@ def test_without_an_environment_it_predicts_and_with_one_it_trains(micro_pipelin
     )
     loaded.set_env(VectorEnvAdapter(micro_env(micro_pipeline_folder, 6, samples_per_prompt=2)))
     collected(loaded).train()
+
+
+@pytest.mark.parametrize("change", ["model", "resolution", "steps"])
+def test_an_environment_of_another_task_is_refused(micro_pipeline_folder, tmp_path, change):
+    model = denoising_ppo(micro_pipeline_folder)
+    other = {"model": "tiny"} if change == "model" else {"resolution": 64} if change == "resolution" else {}
+    steps = {"num_inference_steps": STEPS + 1} if change == "steps" else {}
+    env = VectorEnvAdapter(micro_env(other.pop("model", micro_pipeline_folder), 6, **steps, **other))
+    model.save(tmp_path / "model.zip")
+    with pytest.raises(ValueError, match="space"):
+        model.set_env(env)
+    with pytest.raises(ValueError, match="space"):
+        PPO.load(tmp_path / "model.zip", env=env, device="cpu")
+
+
+def changed(folder, moved):
+    """A copy of a model with other weights of the same shapes."""
+    file = shutil.copytree(folder, moved) / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.1 * value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    return moved
+
+
+def test_an_environment_of_another_training_of_the_same_architecture_is_refused(micro_pipeline_folder, tmp_path):
+    model = denoising_ppo(micro_pipeline_folder)
+    other = changed(micro_pipeline_folder, tmp_path / "other")
+    with pytest.raises(ValueError, match="spaces do not match"):
+        model.set_env(VectorEnvAdapter(micro_env(other, 6)))
+
+
+def test_a_relative_model_folder_is_found_from_another_working_directory(micro_pipeline_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(micro_pipeline_folder.parent)
+    policy = denoising_ppo(micro_pipeline_folder.name).policy
+    policy.save(tmp_path / "policy")
+    assert json.loads((tmp_path / "policy" / "policy.json").read_text())["model"] == str(micro_pipeline_folder)
+    unload_models()
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    changed(micro_pipeline_folder, tmp_path / "away" / micro_pipeline_folder.name)
+    assert same(weights(DiffusionPolicy.load("../policy", "cpu")), weights(policy))
+
+
+def test_a_model_that_moved_or_changed_must_be_named(micro_pipeline_folder, tmp_path):
+    folder = shutil.copytree(micro_pipeline_folder, tmp_path / "model")
+    denoising_ppo(folder).policy.save(tmp_path / "policy")
+    unload_models()
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"cannot load model '.*model'; .*DiffusionPolicy\.load\('.*', model=\.\.\.\)"):
+        DiffusionPolicy.load(tmp_path / "policy", "cpu")
+    assert DiffusionPolicy.load(tmp_path / "policy", "cpu", model=tmp_path / "moved")
+    changed(micro_pipeline_folder, folder)
+    with pytest.raises(ValueError, match=r"has changed since policy .* was saved; .*model=\.\.\."):
+        DiffusionPolicy.load(tmp_path / "policy", "cpu")
+    assert DiffusionPolicy.load(tmp_path / "policy", "cpu", model=folder)
 
 
 def test_other_policies_are_saved_and_loaded(tmp_path):
