@@ -30,6 +30,8 @@ from ddpo_env.models.sources import (
     family_of,
     resolve_source,
 )
+from ddpo_env.sampler.gaussian_sampler import GaussianSampler
+from ddpo_env.sampler.scheduler_table import SMALLEST_STD
 from rewards.devices import DTYPES, resolve_device, resolve_dtype
 
 _IMPORTED_BY = os.getpid()
@@ -52,21 +54,25 @@ def check_source(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     resolution: int | None = None,
+    num_inference_steps: int | None = None,
 ) -> None:
     """Refuse a model that cannot be loaded, as far as its name and its folder show, apart from the weights.
 
-    Nothing is loaded or downloaded. The arguments are those of `load_model`.
+    Nothing is loaded or downloaded. The arguments are those of `load_model` and of the environment.
 
     Raises:
         ValueError: as `load_model`, for a device, a dtype, a name, a folder, the family of its pipeline, a component
-            that is missing or not valid, or weights that are pickled; for a resolution that the model cannot have.
+            that is missing or not valid, or weights that are pickled; for a resolution that the model cannot have, or
+            for more steps than its scheduler has.
     """
     resolve_dtype(dtype, resolve_device(device))
     if str(model) in _models or str(model) in _pipelines:
         return
     location = resolve_source(model)
-    if resolution is not None:
-        outline_model(model, resolution)
+    if resolution is not None or num_inference_steps is not None:
+        outlined = outline_model(model, resolution)
+        if outlined is not None and num_inference_steps is not None:
+            GaussianSampler.from_model(outlined, num_inference_steps, min_std=SMALLEST_STD)
     elif location not in BUNDLED_MODELS and Path(location).is_dir():
         family_in(location)
 

@@ -70,9 +70,7 @@ def test_spaces_of_models_with_other_weights_or_another_scheduler_differ(micro_p
     assert DenoisingObservationSpace(load_model(pipeline), 4) == DenoisingObservationSpace(load_model(pipeline), 4)
 
 
-def test_the_same_model_in_another_folder_or_dtype_is_the_same_task(
-    micro_pipeline_folder: Path, tmp_path: Path
-) -> None:
+def test_the_same_model_from_elsewhere_is_the_same_task(micro_pipeline_folder: Path, tmp_path: Path) -> None:
     space = DenoisingObservationSpace(load_model(micro_pipeline_folder), 4)
     moved = shutil.copytree(micro_pipeline_folder, tmp_path / "moved")
     for again in (load_model(moved), load_model(micro_pipeline_folder, dtype="bfloat16")):

@@ -29,6 +29,10 @@ _PREPARED_PROMPTS = 1000
 """A larger set of prompts is not encoded completely beforehand: that would take longer than it saves."""
 
 
+_MOST_PIXELS = 2**14
+"""A larger side of an image is a mistake, and would fail later for lack of memory."""
+
+
 class TextToImageModel(ModelAbilities, ABC):
     """Adapter of a text-to-image pipeline; see `ddpo_env.models.DiffusionModel` for each member."""
 
@@ -80,12 +84,12 @@ class TextToImageModel(ModelAbilities, ABC):
         """
         patch, most = self._patch()
         unit = self.pipeline.vae_scale_factor * patch
-        limit = "" if most is None else f", at most {most * unit}"
+        most = _MOST_PIXELS // unit if most is None else most
         whole = isinstance(resolution, int) and not isinstance(resolution, bool)
-        if not whole or resolution < unit or resolution % unit or (most is not None and resolution > most * unit):
+        if not whole or resolution < unit or resolution % unit or resolution > most * unit:
             raise ValueError(
-                f"resolution must be a multiple of {unit} pixels{limit} with model {self.source!r}, whose VAE scales "
-                f"by {self.pipeline.vae_scale_factor} and whose denoiser takes patches of {patch}; got {resolution!r}"
+                f"resolution must be a multiple of {unit} pixels, at most {most * unit}, with model {self.source!r}, "
+                f"whose VAE scales by {self.pipeline.vae_scale_factor} and whose denoiser takes patches of {patch}; got {resolution!r}"
             )
         return resolution // self.pipeline.vae_scale_factor
 

@@ -117,3 +117,18 @@ def test_wrapped_vec_env_still_tells_the_prompts(micro_pipeline_folder):
     contexts = model.rollout_buffer.contexts
     assert contexts[0] == contexts[1] != contexts[2] == contexts[3]
     assert set(model.advantage.history) == set(contexts)
+
+
+@pytest.mark.parametrize("over", [over_dummy_vec_env, over_adapter])
+def test_stock_ppo_takes_latents_outside_the_action_box_as_they_are(micro_pipeline_folder, monkeypatch, over):
+    monkeypatch.setattr("ddpo_env.spaces.ACTION_BOUND", 0.5)
+    model = PPO(DiffusionPolicy, over(micro_pipeline_folder), batch_size=3 * STEPS, **ROLLOUT)
+    assert model.action_space.high.max() == 0.5
+    model.learn(3 * STEPS)
+    buffer = model.rollout_buffer
+    observations = torch.as_tensor(buffer.observations["latents"]).reshape(3, STEPS, -1)
+    actions = torch.as_tensor(buffer.actions).reshape(3, STEPS, -1)
+    assert actions.abs().max() > 0.5
+    assert torch.equal(observations[:, 1:], actions[:, :-1])
+    latents = {name: torch.as_tensor(value).numpy() for name, value in model.env.reset().items()}
+    assert abs(model.predict(latents)[0]).max() > 0.5
