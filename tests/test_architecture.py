@@ -15,17 +15,18 @@ LIBRARY = ("agents", "ddpo_env", "rewards")
 LAYERS = ("scripts", *LIBRARY)
 """Each package imports only itself and those after it."""
 ROOMS = {
-    "training": {"planning", "config", "algorithms", "evaluation", "policy", "rollout", "distributed"},
-    "planning": {"config", "algorithms", "policy", "rollout", "distributed"},
-    "config": {"algorithms", "policy", "rollout", "distributed"},
+    "training": {"planning", "config", "algorithms", "evaluation", "policy", "rollout", "distributed", "terminal"},
+    "planning": {"config", "algorithms", "policy", "rollout", "distributed", "terminal"},
+    "config": {"algorithms", "policy", "rollout", "distributed", "terminal"},
     "algorithms": {"policy", "rollout", "distributed"},
-    "evaluation": {"policy", "rollout", "distributed"},
+    "evaluation": {"policy", "rollout", "distributed", "terminal"},
     "policy": {"rollout", "distributed"},
     "rollout": {"distributed"},
     "distributed": set(),
+    "terminal": set(),
 }
 """The rooms of `agents`, and what each may import."""
-MOST_ENTRIES, MOST_ROOMS, MOST_LINES = 12, 10, 400
+MOST_ENTRIES, MOST_ROOMS, MOST_LINES = 12, 11, 400
 
 
 def source_files(root: Path, packages: Iterable[str]) -> list[Path]:

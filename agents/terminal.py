@@ -1,0 +1,54 @@
+"""What the commands print: text from files, servers and users cannot control the terminal, and no encoding ends a run.
+
+Nothing heavy is imported here, so that the first line of a program can use it.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from io import TextIOWrapper
+
+from rich.console import Console
+from rich.text import Text
+
+
+def tolerate_encodings() -> None:
+    """Let standard output and standard error print every text: a character that their encoding lacks becomes `?`.
+
+    Call it first in a program. Consoles and files of Windows often have an encoding without `ε` or `→`.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def escaped(text: object) -> str:
+    r"""Return a text whose control and invisible characters are written as `\x1b`; newlines and tabs stay."""
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else letter.encode("unicode_escape").decode("ascii")
+        for letter in str(text)
+    )
+
+
+def quoted(*arguments: object) -> str:
+    """Return arguments as one line for a shell, in which each of them is quoted if it needs that."""
+    return shlex.join(str(one) for one in arguments)
+
+
+def print_line(text: object = "") -> None:
+    """Print a text to standard output, escaped."""
+    print(escaped(text))
+
+
+def print_error(message: object) -> None:
+    """Print an error to standard error, escaped and without markup."""
+    line = Text.assemble(("error:", "red"), " ", escaped(message))
+    Console(stderr=True).print(line, highlight=False, soft_wrap=True)
+
+
+def given_flags(arguments: Sequence[str] | None = None) -> list[str]:
+    """Return the names of the `--flags` on a command line, with underscores and without values, as often as given."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return [one[2:].partition("=")[0].replace("-", "_") for one in given if one.startswith("--") and len(one) > 2]
