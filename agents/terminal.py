@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
 from io import TextIOWrapper
 
 from rich.console import Console
@@ -46,9 +45,3 @@ def print_error(message: object) -> None:
     """Print an error to standard error, escaped and without markup."""
     line = Text.assemble(("error:", "red"), " ", escaped(message))
     Console(stderr=True).print(line, highlight=False, soft_wrap=True)
-
-
-def given_flags(arguments: Sequence[str] | None = None) -> list[str]:
-    """Return the names of the `--flags` on a command line, with underscores and without values, as often as given."""
-    given = sys.argv[1:] if arguments is None else arguments
-    return [one[2:].partition("=")[0].replace("-", "_") for one in given if one.startswith("--") and len(one) > 2]

@@ -32,6 +32,12 @@ BUILTIN_REWARDS: dict[str, str] = {
 }
 """Name to `module:attribute`, where the attribute is a reward function, or a class whose instances are rewards."""
 
+HARMLESS_TEXT_OPTIONS = frozenset({"device", "dtype", "question", "template"})
+"""Options of built-in rewards whose text is no path, server or environment variable.
+
+Text of every other option may be one, so a resumed run asks the user for it (`agents.config.authority`).
+"""
+
 _COMPOSITE = "rewards.composite:Composite"
 _WEIGHTED = re.compile(r".*,.*|.*:\s*[-+.\d][^:]*(:raw)?|.*:raw", re.DOTALL)
 _YAML_SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "null")}
@@ -108,6 +114,20 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
             raise ValueError(f"reward_options must name each key once; {key} comes again in {pair!r}")
         inner[last] = _scalar(text)
     return options
+
+
+def user_functions(spec: str) -> list[str]:
+    """Return the `module:function` names in a reward's name or weighted sum, whose code runs when it is loaded.
+
+    Raises:
+        ValueError: A weighted sum is not spelled as one.
+    """
+    names = (
+        [term.name for term in resolve_name("rewards.composite:parse_terms")(spec)]
+        if _is_weighted_sum(spec)
+        else [spec]
+    )
+    return [name for name in names if name not in BUILTIN_REWARDS]
 
 
 def _scalar(text: str) -> bool | int | float | str | None:

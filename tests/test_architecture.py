@@ -274,10 +274,10 @@ def test_rooms_form_no_circle_and_a_new_one_must_be_placed(tree):
 def test_crowded_folders_are_told_and_data_is_not_looked_into(tree):
     full = {f"rewards/clip/{number}.py": "" for number in range(12)}
     root = tree(full | {f"rewards/data/{number}.txt": "" for number in range(20)} | {"rewards/__pycache__/a.pyc": ""})
-    tree({"rewards/clip/__pycache__/a.pyc": "", "rewards/clip/.hidden": ""} | {f"agents/{n}.py": "" for n in range(10)})
+    tree({"rewards/clip/__pycache__/a.pyc": "", "rewards/clip/.hidden": ""} | {f"agents/{n}.py": "" for n in range(11)})
     assert crowded(root, ["agents", "rewards"]) == []
     tree({"rewards/clip/data/weights.bin": "", "agents/more/a.py": ""})
-    assert crowded(root, ["agents", "rewards"]) == ["agents has 11 entries", "rewards/clip has 13 entries"]
+    assert crowded(root, ["agents", "rewards"]) == ["agents has 12 entries", "rewards/clip has 13 entries"]
 
 
 def test_folders_without_a_docstring_are_told(tree):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import tyro
 
 from agents.config.presets import PRESETS, preset_config
 from agents.config.train_config import TrainConfig
+from agents.terminal import print_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +23,8 @@ class CommandLine(TrainConfig):
 
     @property
     def config(self) -> TrainConfig:
-        """The settings alone."""
-        return TrainConfig(**{field.name: getattr(self, field.name) for field in fields(TrainConfig)})
+        """The settings alone, with a note of which ones were given."""
+        return TrainConfig(**_settings(self)).with_given(self._given)
 
 
 @dataclass(kw_only=True)
@@ -42,11 +44,38 @@ def parse_command_line(args: Sequence[str] | None = None, description: str | Non
     Raises:
         SystemExit: after `--help`, and after an error, which is printed.
     """
-    name = _preset_in(args)
-    default = CommandLine() if name is None else CommandLine(**vars(preset_config(name)))
-    return tyro.cli(
-        Annotated[CommandLine, tyro.conf.OmitArgPrefixes], args=args, description=description, default=default
-    )
+    arguments = list(sys.argv[1:] if args is None else args)
+    name = _preset_in(arguments)
+    default = CommandLine() if name is None else CommandLine(**_settings(preset_config(name)))
+    try:
+        _refuse_empty(arguments)
+        line = tyro.cli(
+            Annotated[CommandLine, tyro.conf.OmitArgPrefixes], args=arguments, description=description, default=default
+        )
+    except ValueError as error:
+        print_error(error)
+        raise SystemExit(2) from error
+    given = {flag.removeprefix("no_") for flag in _flags(arguments)}
+    return cast(CommandLine, line.with_given(given & line.flat().keys()))
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+
+
+def _flags(arguments: Sequence[str]) -> list[str]:
+    """Return the names of the flags, `--lora-rank=2` as `lora_rank`; no value begins with two hyphens."""
+    return [one[2:].partition("=")[0].replace("-", "_") for one in arguments if one.startswith("--")]
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Refuse an empty value, which as a path would be the working directory."""
+    for index, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        is_empty = not argument.strip() or (flag.startswith("--") and equals and not value.strip())
+        if is_empty:
+            before = next((one for one in reversed(arguments[: index + 1]) if one.startswith("--")), "an argument")
+            raise ValueError(f"{before.partition('=')[0]} must not be empty; got {value or argument!r}")
 
 
 def _preset_in(args: Sequence[str] | None) -> str | None:

@@ -6,14 +6,18 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from agents.config.authority import resumed
+from agents.config.content import with_content
 from agents.config.presets import check_preset
 from agents.config.train_config import TrainConfig
+from ddpo_env.validation.options import shown
 
 
 def resolve(config: TrainConfig, processes: int = 1) -> TrainConfig:
     """Return the complete settings of a run that a number of processes train together.
 
-    A run to be resumed has its own settings; only `resume` and `iterations` are taken from `config`.
+    A run to be resumed has its own settings; see `agents.config.authority` for what may change. A model folder and a
+    prompt file are stored with absolute paths and hashes of their content.
 
     Raises:
         ValueError: naming the setting, its value and what is valid.
@@ -21,8 +25,17 @@ def resolve(config: TrainConfig, processes: int = 1) -> TrainConfig:
     check_preset(config)
     if config.resume is not None:
         own = TrainConfig.read(config.resume)
-        iterations = config.iterations or own.iterations
-        return replace(own, run_dir=config.resume, resume=config.resume, iterations=iterations).resolved(processes)
+        check_preset(replace(own, resume=None))
+        _check_resolved(own, processes)
+        return with_content(resumed(own, config)).resolved(processes)
     reward = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in config.reward)
     run_dir = config.run_dir or Path("runs") / f"{reward}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return replace(config, run_dir=run_dir).resolved(processes)
+    return with_content(config.changed(run_dir=run_dir)).resolved(processes)
+
+
+def _check_resolved(own: TrainConfig, processes: int) -> None:
+    """Refuse a run's settings that leave something open: a default of this version would fill it in silently."""
+    complete = own.resolved(processes).flat()
+    for name, value in own.flat().items():
+        if value != complete[name]:
+            raise ValueError(f"resume: config.yaml must hold the value of {name} that the run has; got {shown(value)}")

@@ -8,9 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import tyro
+
 from agents.algorithms.rollout_algorithm import NonFiniteRewards
 from agents.algorithms.rwr import PERCENTILE
-from ddpo_env.validation.options import AT_LEAST_1, DECAY, NOT_NEGATIVE, POSITIVE, Range, check_fields
+from ddpo_env.validation.options import DECAY, Range, check_fields
+
+MOST = Range(at_least=1, at_most=1_000_000)
+"""Numbers of samples, steps and iterations."""
+MOST_OR_0 = Range(at_least=0, at_most=1_000_000)
+SEED = Range(at_least=0, at_most=4_000_000_000)
+"""NumPy takes seeds below 2**32; this leaves room for the sub-environments and the held-out samples, which follow."""
+_SIZE = Range(above=0, at_most=1e6)
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Algorithm = Literal["ppo", "reinforce", "rwr", "rwr_sparse"]
@@ -29,27 +38,27 @@ class _Checked:
 class TrainingSettings(_Checked):
     """Sizes of an iteration, advantages, and what an algorithm needs."""
 
-    samples_per_prompt: Annotated[int, NOT_NEGATIVE] = 0
+    samples_per_prompt: Annotated[int, MOST_OR_0] = 0
     """Consecutive samples that share a prompt. 0: the largest divisor of the sample batch size, up to 8."""
-    sample_batch_size: Annotated[int, NOT_NEGATIVE] = 0
+    sample_batch_size: Annotated[int, MOST_OR_0] = 0
     """Samples generated at once. 0: the largest divisor of the samples per iteration, up to 72."""
-    train_batch_size: Annotated[int, NOT_NEGATIVE] = 45
+    train_batch_size: Annotated[int, MOST_OR_0] = 45
     """(sample, timestep) pairs in one training call; gradients add up. 0: as many as fit into the memory."""
-    updates_per_iteration: Annotated[int, NOT_NEGATIVE] = 0
+    updates_per_iteration: Annotated[int, MOST_OR_0] = 0
     """Optimizer steps in each epoch of an iteration. 0: the largest divisor of its samples up to 4 with ppo; else 1."""
-    epochs: Annotated[int, NOT_NEGATIVE] = 0
+    epochs: Annotated[int, MOST_OR_0] = 0
     """Passes over an iteration's samples. 0: the paper's 1; 5 for rwr and 50 for rwr_sparse."""
-    clip_range: Annotated[float, POSITIVE] = 3e-3
+    clip_range: Annotated[float, _SIZE] = 3e-3
     """PPO's ε. It is tiny because log-probabilities are averaged over the latent, and depends on the latent's size."""
     advantage: Advantage | None = None
     """How a sample is rated. Default: per_prompt (statistics of its prompt), or gae with a critic."""
-    advantage_clip: Annotated[float, POSITIVE] = 5.0
+    advantage_clip: Annotated[float, _SIZE] = 5.0
     """Standardised advantages (per_prompt, batch, group) are clipped to plus/minus this."""
-    stat_buffer_size: Annotated[int, AT_LEAST_1] = 32
+    stat_buffer_size: Annotated[int, MOST] = 32
     """Rewards kept per prompt, for its mean and standard deviation."""
-    stat_min_count: Annotated[int, Range(at_least=2)] = 8
+    stat_min_count: Annotated[int, Range(at_least=2, at_most=1_000_000)] = 8
     """Rewards that a prompt needs before its own statistics replace the iteration's."""
-    rwr_beta: Annotated[float, POSITIVE] = 1.0
+    rwr_beta: Annotated[float, _SIZE] = 1.0
     """Exponent of the weights in reward-weighted regression, per standard deviation of the reward."""
     rwr_percentile: Annotated[float, PERCENTILE] = 90.0
     """Sparse reward-weighted regression imitates the samples from this percentile of the rewards on."""
@@ -67,11 +76,11 @@ class OptimizerSettings(_Checked):
     """Decay of the average gradient."""
     adam_beta2: Annotated[float, DECAY] = 0.99
     """Decay of the average squared gradient; 0.99 adapts within short runs."""
-    adam_epsilon: Annotated[float, POSITIVE] = 1e-10
+    adam_epsilon: Annotated[float, Range(above=0, at_most=1)] = 1e-10
     """Added to the root of the average squared gradient, which is below 1e-8 for many weights."""
-    weight_decay: Annotated[float, NOT_NEGATIVE] = 1e-4
+    weight_decay: Annotated[float, Range(at_least=0, at_most=1e4)] = 1e-4
     """Decoupled weight decay."""
-    max_grad_norm: Annotated[float, POSITIVE] = 1.0
+    max_grad_norm: Annotated[float, _SIZE] = 1.0
     """Gradients are clipped to this norm."""
 
 
@@ -81,17 +90,21 @@ class RunSettings(_Checked):
 
     dtype: Dtype = "auto"
     """Dtype of the frozen weights. auto: float32 on a CPU, bfloat16 on an accelerator. What learns is float32."""
-    resolution: Annotated[int | None, AT_LEAST_1] = None
+    resolution: Annotated[int | None, Range(at_least=1, at_most=65_536)] = None
     """Side of the images in pixels, for text-to-image models. Default: the model's own."""
     offload_text_encoder: bool | None = None
     """Keep the text encoders on the accelerator only while they encode. Default: yes; no effect on a CPU."""
     vae_tiling: bool = False
     """Decode images one at a time, and images larger than the VAE's own size in overlapping tiles: less memory."""
-    eval_samples: Annotated[int, AT_LEAST_1] = 90
+    eval_samples: Annotated[int, MOST] = 90
     """Samples from held-out seeds that are scored before, during and after training."""
-    eval_interval: Annotated[int, NOT_NEGATIVE] = 5
+    eval_interval: Annotated[int, MOST_OR_0] = 5
     """Iterations between evaluations; 0: only before and after training."""
-    checkpoint_interval: Annotated[int, NOT_NEGATIVE] = 1
+    checkpoint_interval: Annotated[int, MOST_OR_0] = 1
     """Iterations between checkpoints; 0: only at the end. A run that Ctrl-C or an error stops writes one too."""
-    process_timeout: Annotated[float, POSITIVE] = 1800.0
+    process_timeout: Annotated[float, Range(above=0, at_most=30 * 86_400)] = 1800.0
     """Seconds that processes wait for each other before the run ends; a batch's reward must take less."""
+    model_sha256: Annotated[str | None, tyro.conf.Suppress] = None
+    """Of the files that describe the model, if it is a folder: a resumed run takes no other model of the same name."""
+    prompts_sha256: Annotated[str | None, tyro.conf.Suppress] = None
+    """Of the prompt file, if there is one."""

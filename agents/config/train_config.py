@@ -7,21 +7,21 @@ are given flat: `train_config(model="tiny", lora_rank=4)`, on the command line a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
-
-import yaml
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from agents.algorithms.options import UpdateOptions
-from agents.config.settings import Algorithm, OptimizerSettings, RunSettings, TrainingSettings
+from agents.config.config_file import read_plain_yaml
+from agents.config.settings import MOST, SEED, Algorithm, OptimizerSettings, RunSettings, TrainingSettings
 from agents.config.sizes import largest_divisor, must_divide
 from agents.policy.options import PolicyOptions
-from ddpo_env.validation.options import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, check_fields
+from ddpo_env.validation.options import Range, check_fields, shown
 from rewards import parse_options
 
 _ITERATIONS = 20
+_OLD_GROUPS = {"task"}
 _REMOVED: dict[str, Any] = {"overlap_rewards": True, "keep_checkpoints": 2}
 """Settings of older versions, and the one value that still describes what a run does."""
 
@@ -61,24 +61,25 @@ class TrainConfig:
     """Arguments of the reward as key=value, such as device=cpu judge_options.timeout=30; term.key=value in a sum."""
     prompts: str = "simple_animals"
     """Name of a prompt set, or a text file with one prompt per line."""
-    num_inference_steps: Annotated[int, AT_LEAST_1] = 10
+    num_inference_steps: Annotated[int, MOST] = 10
     """Denoising steps, the length of an episode."""
     algorithm: Algorithm = "ppo"
     """ppo (DDPO-IS), reinforce (DDPO-SF), or reward-weighted regression: rwr (exponential weights), rwr_sparse."""
-    iterations: Annotated[int | None, AT_LEAST_1] = None
+    iterations: Annotated[int | None, MOST] = None
     """Rounds of sampling and training in total. Default: 20; for a resumed run, the number that it started with."""
-    samples_per_iteration: Annotated[int, AT_LEAST_1] = 72
+    samples_per_iteration: Annotated[int, MOST] = 72
     """Samples generated in each iteration."""
-    learning_rate: Annotated[float | None, POSITIVE] = None
+    learning_rate: Annotated[float | None, Range(above=0, at_most=1e4)] = None
     """At the start of the run. Default: the algorithm's, tuned on the bundled model (5e-3 for ppo)."""
-    seed: Annotated[int, NOT_NEGATIVE] = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of weights, prompts, noise and batches."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     run_dir: Path | None = None
     """Folder of the run. Default: runs/<reward>-<date>-<time>."""
     resume: Path | None = None
-    """Folder of a run to continue from its last checkpoint, with its own settings; only iterations can change."""
+    """Folder of a run to continue from its last checkpoint, with its own settings; only iterations can change. Code,
+    servers, environment variables and paths outside the folder are used only if they are named again."""
 
     policy: PolicyOptions = field(
         default_factory=lambda: PolicyOptions(guidance_scale=1.0, lora_rank=8, lora_targets="attention+convolutions")
@@ -90,11 +91,36 @@ class TrainConfig:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
+    _given: ClassVar[frozenset[str]] = frozenset()
+    """Names of the settings that the user gave; an attribute of the instance, and no setting itself."""
+
     def __post_init__(self) -> None:
         for name in ("run_dir", "resume"):
             if isinstance(path := getattr(self, name), str):
+                if not path.strip():
+                    raise ValueError(f"{name} must be a path that is not empty; got {path!r}")
                 object.__setattr__(self, name, Path(path))
         check_fields(self)
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the settings that the user gave, also those with the value of the default."""
+        flat, defaults = self.flat(), TrainConfig().flat()
+        return self._given | {name for name, value in flat.items() if value != defaults[name]}
+
+    def flat(self) -> dict[str, Any]:
+        """Return every setting by its name, without the groups."""
+        flat: dict[str, Any] = {}
+        for one in fields(TrainConfig):
+            value = getattr(self, one.name)
+            flat |= vars(value) if is_dataclass(value) else {one.name: value}
+        return flat
+
+    def with_given(self, names: Iterable[str]) -> TrainConfig:
+        """Return the same settings, and note that the user gave these."""
+        config = replace(self)
+        object.__setattr__(config, "_given", frozenset(names))
+        return config
 
     def changed(self, **settings: Any) -> TrainConfig:
         """Return a configuration with other values of some settings, by name.
@@ -102,7 +128,7 @@ class TrainConfig:
         Raises:
             ValueError: for a name that is no setting, or a value that is not valid.
         """
-        groups = {one.name: getattr(self, one.name) for one in fields(self)}
+        groups = {one.name: getattr(self, one.name) for one in fields(TrainConfig)}
         owners = {name: group for group, value in groups.items() if is_dataclass(value) for name in vars(value)}
         own = {name: value for name, value in settings.items() if name in groups}
         for name, value in settings.items():
@@ -113,7 +139,7 @@ class TrainConfig:
                 near = difflib.get_close_matches(name, [*groups, *owners], 1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ValueError(f"there is no setting {name!r}{hint}")
-        return replace(self, **own)
+        return replace(self, **own).with_given(self._given | settings.keys())
 
     def resolved(self, processes: int = 1) -> TrainConfig:
         """Return the settings with every open one filled in, once they fit together.
@@ -176,9 +202,15 @@ class TrainConfig:
         if not path.is_file():
             raise ValueError(f"resume must be the folder of a run, with a config.yaml; got {str(run_dir)!r}")
         try:
-            return cls.from_dict(yaml.safe_load(path.read_text()))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            values = read_plain_yaml(path)
+            config = cls.from_dict(values)
+            # A file of an older version has fewer settings, and a group named task.
+            expected = set() if "task" in values else cls().flat().keys() - {"model_sha256", "prompts_sha256"}
+            if missing := sorted(expected - config._given):
+                raise ValueError(f"it must hold every setting; {', '.join(missing)} is missing")
+        except (OSError, ValueError) as error:
             raise ValueError(f"resume: {str(path)!r} does not hold the settings of a run: {error}") from error
+        return config
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -187,9 +219,16 @@ class TrainConfig:
         Raises:
             ValueError: if it holds something else.
         """
+        groups = {one.name for one in fields(cls) if is_dataclass(getattr(cls(), one.name))} | _OLD_GROUPS
         flat: dict[str, Any] = {}
         for name, value in values.items() if isinstance(values, Mapping) else ():
-            flat |= value if isinstance(value, Mapping) else {name: value}
+            if isinstance(value, Mapping) != (name in groups):
+                what = "a group of settings" if name in groups else "a setting and no group of them"
+                raise ValueError(f"{name} must be {what}; got {shown(value)}")
+            inner = value if isinstance(value, Mapping) else {name: value}
+            if twice := sorted(flat.keys() & inner.keys()):
+                raise ValueError(f"{', '.join(twice)} must occur once")
+            flat |= inner
         for name, only in _REMOVED.items():
             if flat.pop(name, only) != only:
                 raise ValueError(f"{name} is no longer a setting, and runs behave as with {only}; go on with 0.1.0")

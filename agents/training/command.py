@@ -10,10 +10,12 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from agents.terminal import print_error, tolerate_encodings
+
 if TYPE_CHECKING:  # imports that take seconds are in `prepare`, where Ctrl-C is handled
+    from agents.config.train_config import TrainConfig
     from agents.distributed import Processes
     from agents.training.run import Run, RunResult
 
@@ -23,6 +25,7 @@ FAILED, BAD_ARGUMENTS, INTERRUPTED = 1, 2, 130
 
 def main() -> int:
     """Parse the command line, train, and print a summary; return the exit code."""
+    tolerate_encodings()
     try:
         run = prepare()
         return run if isinstance(run, int) else train(run)
@@ -76,7 +79,7 @@ def train(run: Run) -> int:
     stopped = result.reward_after is None
     if processes.is_main and stopped:
         print(f"\nStopped after {result.iterations} iterations; the run is saved. To continue:")
-        print(resume_command(result.folder.path, processes))
+        print(resume_command(result.config, processes))
     elif processes.is_main:
         print(summary(result))
     processes.shutdown()
@@ -90,22 +93,16 @@ def report(error: Exception, run: Run) -> None:
     print(f"The traceback is in {run.folder.error}.")
     if run.saved_iterations is not None:
         print(f"The run is saved after {run.saved_iterations} iterations. To continue:")
-        print(resume_command(run.folder.path, run.processes))
+        print(resume_command(run.config, run.processes))
 
 
-def print_error(message: str) -> None:
-    """Print an error to standard error."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    Console(stderr=True).print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
-
-
-def resume_command(folder: Path, processes: Processes) -> str:
+def resume_command(config: TrainConfig, processes: Processes) -> str:
     """Return the command that continues a run; with several processes, what their launcher must start."""
+    from agents.config.authority import resume_flags
+
     is_script = sys.argv[0].endswith(".py")
     start = ["accelerate", "launch", "..."] if processes.count > 1 else [sys.executable] if is_script else []
-    return f"  {shlex.join([*start, sys.argv[0], '--resume', str(folder)])}"
+    return f"  {shlex.join([*start, sys.argv[0], '--resume', str(config.run_dir), *resume_flags(config)])}"
 
 
 def summary(result: RunResult) -> str:

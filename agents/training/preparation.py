@@ -55,11 +55,10 @@ def start_run_processes(config: TrainConfig) -> Processes:
     Raises:
         ValueError: as `start_processes`.
     """
-    device = config.device
     if config.resume is not None:
         with suppress(ValueError):  # the error is shown when the settings are resolved
-            device = TrainConfig.read(config.resume).device
-    return start_processes(device, config.run.process_timeout)
+            config = TrainConfig.read(config.resume)
+    return start_processes(config.device, config.run.process_timeout)
 
 
 def check_run(config: TrainConfig, processes: Processes) -> CheckedRun:

@@ -36,8 +36,9 @@ class Range:
     at_most: float | None = None
 
     def __contains__(self, value: float) -> bool:
+        """Compare before asking whether the value is finite: `math.isfinite` cannot take an integer above 1e308."""
         return (
-            math.isfinite(value)
+            -math.inf < value < math.inf
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
@@ -46,11 +47,15 @@ class Range:
 
     def __str__(self) -> str:
         bounds = {"at least": self.at_least, "above": self.above, "below": self.below, "at most": self.at_most}
-        given = {word: bound for word, bound in bounds.items() if bound is not None}
+        given = {
+            word: f"{bound:{'' if isinstance(bound, int) else 'g'}}"
+            for word, bound in bounds.items()
+            if bound is not None
+        }
         if len(given) == 2:
             (low, first), (high, last) = given.items()
-            return f"in {'[' if low == 'at least' else '('}{first:g}, {last:g}{']' if high == 'at most' else ')'}"
-        return " ".join(f"{word} {bound:g}" for word, bound in given.items()) or "finite"
+            return f"in {'[' if low == 'at least' else '('}{first}, {last}{']' if high == 'at most' else ')'}"
+        return " ".join(f"{word} {bound}" for word, bound in given.items()) or "finite"
 
 
 AT_LEAST_1 = Range(at_least=1)
@@ -62,21 +67,28 @@ DECAY = Range(at_least=0, below=1)
 def check_fields(options: Any) -> None:
     """Check every field of a dataclass instance against its annotation; fields that are dataclasses check themselves.
 
+    Numbers of other libraries, such as NumPy's, become Python's own, so that every file format can hold them.
+
     Raises:
         ValueError: naming the field, its value and what is valid.
     """
     hints = get_type_hints(type(options), include_extras=True)
     for field in fields(options):
-        check_value(field.name, getattr(options, field.name), hints[field.name])
+        value = getattr(options, field.name)
+        check_value(field.name, value, hints[field.name])
+        if isinstance(value, numbers.Number) and type(value) not in (bool, int, float):
+            plain = int(value) if isinstance(value, numbers.Integral) else float(value)  # type: ignore[arg-type]
+            object.__setattr__(options, field.name, plain)
 
 
 def check_value(name: str, value: Any, hint: Any) -> None:
-    """Check a value against an annotation: a number, string, path, boolean, `Literal`, tuple or an optional one.
+    """Check a value against an annotation.
 
     Args:
         name: of the setting, for the error.
         value: of the setting.
-        hint: annotation; `Range`s in an `Annotated` are checked too.
+        hint: annotation: a number, which must be finite; a string, which must hold something; a path, a boolean, a
+            `Literal`, a tuple, another class, or a union of these. `Range`s in an `Annotated` are checked too.
 
     Raises:
         ValueError: naming the setting, its value and what is valid.
@@ -85,19 +97,29 @@ def check_value(name: str, value: Any, hint: Any) -> None:
     while get_origin(hint) is Annotated:
         hint, *extras = get_args(hint)
         ranges += [extra for extra in extras if isinstance(extra, Range)]
-    optional = ""
-    if get_origin(hint) in (Union, UnionType):
-        if value is None and NoneType in get_args(hint):
-            return
-        (hint,) = (one for one in get_args(hint) if one is not NoneType)
-        optional = "None or "
-    if get_origin(hint) is tuple:
-        _check_tuple(name, value, get_args(hint))
-    elif expected := _expected(value, hint):
-        raise ValueError(f"{name} must be {optional}{expected}; got {value!r}")
+    choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None and NoneType in choices:
+        return
+    kinds = [one for one in choices if one is not NoneType]
+    if len(kinds) == 1 and get_origin(kinds[0]) is tuple:
+        _check_tuple(name, value, get_args(kinds[0]))
+    elif all(expected := [_expected(value, kind) for kind in kinds]):
+        optional = "None or " if NoneType in choices else ""
+        raise ValueError(f"{name} must be {optional}{' or '.join(map(str, expected))}; got {shown(value)}")
+    if float in kinds and not ranges:
+        ranges = [Range()]
     for valid in ranges:
         if value not in valid:
-            raise ValueError(f"{name} must be {valid}; got {value!r}")
+            raise ValueError(f"{name} must be {valid}; got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """Return a value for an error, as `repr` does and at most 200 characters of it."""
+    try:
+        text = repr(value)
+    except Exception:  # such as an integer of more digits than Python prints
+        text = f"a {type(value).__name__} that cannot be printed"
+    return text if len(text) <= 200 else f"{text[:200]}… ({len(text):,} characters)"
 
 
 def split_options(options_class: type[_Options], arguments: dict[str, Any]) -> tuple[_Options, dict[str, Any]]:
@@ -132,7 +154,10 @@ def shows_options(options_class: type[Any]) -> Callable[[_Init], _Init]:
 def _expected(value: Any, hint: Any) -> str | None:
     """Return what a value of this type must be, if it is not that."""
     if get_origin(hint) is Literal:
-        return None if value in get_args(hint) else f"one of {', '.join(map(str, get_args(hint)))}"
+        is_one = any(type(value) is type(one) and value == one for one in get_args(hint))
+        return None if is_one else f"one of {', '.join(map(str, get_args(hint)))}"
+    if hint is str and isinstance(value, str):
+        return _expected_text(value)
     valid: dict[Any, tuple[type | tuple[type, ...], str]] = {
         bool: (bool, "True or False"),
         int: (numbers.Integral, "an integer"),
@@ -141,16 +166,26 @@ def _expected(value: Any, hint: Any) -> str | None:
         Path: (Path, "a path"),
     }
     if hint not in valid:
-        return None
+        return None if hint is Any or not isinstance(hint, type) or isinstance(value, hint) else f"a {hint.__name__}"
     types, name = valid[hint]
     is_flag = isinstance(value, bool) and hint is not bool
+    if hint is Path and isinstance(value, Path):
+        return _expected_text(str(value))
     return None if isinstance(value, types) and not is_flag else name
+
+
+def _expected_text(value: str) -> str | None:
+    """Refuse text that names nothing, and characters that neither a file nor a file's name can hold."""
+    if not value.strip():
+        return "a string that is not empty"
+    is_storable = "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return None if is_storable else "valid Unicode text without NUL"
 
 
 def _check_tuple(name: str, value: Any, element_hints: tuple[Any, ...]) -> None:
     is_open = len(element_hints) == 2 and element_hints[1] is Ellipsis
     if not isinstance(value, tuple) or not (is_open or len(value) == len(element_hints)):
         length = "" if is_open else f" of {len(element_hints)} values"
-        raise ValueError(f"{name} must be a tuple{length}; got {value!r}")
+        raise ValueError(f"{name} must be a tuple{length}; got {shown(value)}")
     for index, element in enumerate(value):
         check_value(f"{name}[{index}]", element, element_hints[0 if is_open else index])

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-import yaml
 
 from agents import DiffusionPolicy, TrainConfig, evaluate
 from ddpo_env import DenoisingVectorEnv
@@ -50,7 +49,7 @@ def main() -> None:
     """Parse the command line, generate images with both policies, read them, and print the figures."""
     arguments = tyro.cli(Arguments, description=__doc__)
     torch.set_num_threads(arguments.threads)
-    config = TrainConfig.from_dict(yaml.safe_load((arguments.run_dir / "config.yaml").read_text()))
+    config = TrainConfig.read(arguments.run_dir)
     by_caption = {subject.caption: subject for subject in all_subjects()}
     prompts = [prompt for prompt, _ in load_prompts(arguments.prompts)]  # type: ignore[attr-defined]
     prompts *= arguments.samples_per_prompt

@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file
 
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
-from agents.config.train_config import train_config
 from agents.distributed import Processes
 from agents.training.preparation import prepare_run, run_training
 from helpers import micro_agents
@@ -65,7 +64,7 @@ class Job:
 
     def config(self):
         if self.resume:
-            return train_config(resume=self.folder)
+            return micro_agents.resume_config(self.folder)
         return micro_agents.micro_config(self.model, self.folder, **self.settings)
 
 

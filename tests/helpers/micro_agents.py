@@ -161,3 +161,10 @@ def micro_config(model: Path | str, run_dir: Path | None, **settings: Any) -> Tr
         "timestep_fraction": 0.7,
     }
     return train_config(**micro | settings)
+
+
+def resume_config(folder: Path, **settings: Any) -> TrainConfig:
+    """Settings that continue a run, with everything named again that a run folder alone must not choose."""
+    own = TrainConfig.read(folder)
+    named = {name: getattr(own, name) for name in ("model", "prompts", "reward", "reward_options")}
+    return train_config(resume=folder, **named | settings)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import yaml
-from helpers.micro_agents import micro_config
+from helpers.micro_agents import micro_config, resume_config
 from helpers.scripts import MINIATURE, run_script
 
 from agents.config.train_config import TrainConfig, train_config
@@ -126,7 +126,7 @@ def test_run_has_them_and_a_resumed_one_too(micro_pipeline_folder, tmp_path):
     assert result.config.reward_options == options
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert written["reward_options"] == list(options)
-    resumed = prepare_run(train_config(resume=tmp_path, iterations=2))
+    resumed = prepare_run(resume_config(tmp_path, iterations=2))
     assert resumed.config.reward_options == options
     reward = resumed.algorithm.env.denoising_env.reward
     assert (reward.factor, reward.judge_options) == (2, {"timeout": 5})

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 import torch
+from helpers.micro_agents import resume_config
 from helpers.scripts import MINIATURE, SCRIPTS, run_script
 
 from agents.config.command_line import parse_command_line
 from agents.config.presets import PRESETS, preset_config
-from agents.config.train_config import TrainConfig, train_config
+from agents.config.train_config import TrainConfig
 from agents.distributed import Processes
 from agents.planning.plan import describe_plan
 from agents.training.preparation import check_run, prepare_run, run_training
@@ -250,7 +251,10 @@ def test_dry_run_of_a_run_to_go_on_with(monkeypatch, capsys, tmp_path, micro_pip
     assert run_script("train_ppo", arguments, monkeypatch) == 0
     files = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     capsys.readouterr()
-    assert run_script("train_ppo", [f"--resume={run}", "--iterations=1000", "--dry-run"], monkeypatch) == 0
+    assert (
+        run_script("train_ppo", [f"--resume={run}", *arguments[-3:-2], "--iterations=1000", "--dry-run"], monkeypatch)
+        == 0
+    )
     assert "total      1,000 iterations, 4,000 reward queries, at most 4,000 updates" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == files
 
@@ -273,7 +277,7 @@ def test_preset_is_in_the_run_folder_and_survives_resuming(micro_pipeline_folder
     arguments = ["--preset=sd14-compressibility", *MINIATURE, f"--model={micro_pipeline_folder}", "--iterations=1"]
     arguments += [f"--run-dir={tmp_path}", "--updates-per-iteration=1", "--stat-buffer-size=2"]
     run_training(parse_command_line(arguments).config)
-    resumed = prepare_run(train_config(resume=tmp_path, iterations=2)).config
+    resumed = prepare_run(resume_config(tmp_path, iterations=2)).config
     assert resumed.preset == "sd14-compressibility"
     assert describe_plan(resumed)[0].startswith("preset     sd14-compressibility, but model=")
     assert describe_plan(resumed.changed(preset="of-another-version"))[0].startswith("model      ")

@@ -4,9 +4,9 @@ import pytest
 import torch
 import yaml
 from helpers.algorithms import denoising_ppo
-from helpers.micro_agents import micro_config, weights
+from helpers.micro_agents import micro_config, resume_config, weights
 
-from agents import prepare_run, run_training, train_config
+from agents import prepare_run, run_training
 from agents.planning.memory import CPU_ROWS, _training_call, fit_micro_batch_size, largest_fitting
 
 
@@ -62,5 +62,5 @@ def test_size_is_found_before_training_and_kept_by_a_resumed_run(micro_pipeline_
     run_training(micro_config(micro_pipeline_folder, tmp_path, train_batch_size=0, iterations=1))
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert written["training"]["train_batch_size"] == 8, "4 samples of 2 steps"
-    resumed = prepare_run(train_config(resume=tmp_path, iterations=2))
+    resumed = prepare_run(resume_config(tmp_path, iterations=2))
     assert resumed.algorithm.micro_batch_size == 8

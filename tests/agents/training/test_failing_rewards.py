@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import yaml
 from helpers import micro_agents
-from helpers.micro_agents import InterruptedReward, brightness, micro_config
+from helpers.micro_agents import InterruptedReward, brightness, micro_config, resume_config
 from helpers.run_comparison import assert_same_run, rows
 from helpers.scripts import MINIATURE, run_script
 
-from agents.config.train_config import train_config
 from agents.training.checkpoint import latest_checkpoint
 from agents.training.preparation import run_training
 
@@ -62,7 +61,7 @@ def test_run_goes_on_from_the_last_finished_iteration(
     assert "ConnectionError: refused" in text
     assert "the judge [at home] has left" in text
     assert latest_checkpoint(folder / "checkpoints").name == f"iteration_{done:06d}"
-    run_training(train_config(resume=folder))
+    run_training(resume_config(folder))
     assert_same_run(folder, finished.folder.path)
 
 
@@ -79,9 +78,10 @@ def test_script_says_what_failed_and_how_to_go_on(micro_pipeline_folder, monkeyp
     )
     assert shown.err.splitlines() == [expected]
     assert "The run is saved after 2 iterations" in shown.out
-    assert f"{sys.executable} train_ppo.py --resume '{run}'" in shown.out
+    again = f"--model={micro_pipeline_folder} --reward=helpers.micro_agents:brightness"
+    assert f"{sys.executable} train_ppo.py --resume '{run}' {again}" in shown.out
     assert "Traceback" not in shown.out
-    assert run_script("train_ppo", [f"--resume={run}"], monkeypatch) == 0
+    assert run_script("train_ppo", [f"--resume={run}", *arguments[-2:]], monkeypatch) == 0
     assert not (run / "error.txt").exists()
 
 
@@ -121,7 +121,7 @@ def test_run_that_drops_samples_is_resumed_like_any_other(micro_pipeline_folder,
     with monkeypatch.context() as patch:
         patch.setattr(micro_agents, "brightness", stopping)
         assert run_training(micro_config(micro_pipeline_folder, tmp_path / "run", **drop)).iterations == 1
-        run_training(train_config(resume=tmp_path / "run"))
+        run_training(resume_config(tmp_path / "run"))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     table = rows(tmp_path / "whole")
     assert [row["rollout/dropped_samples"] for row in table] == ["", "2", "2", "2"]

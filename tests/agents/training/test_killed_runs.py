@@ -15,13 +15,12 @@ TESTS = ROOT / "tests"
 PROGRAM = """
 import sys
 from pathlib import Path
-from helpers.micro_agents import micro_config
-from agents.config.train_config import train_config
+from helpers.micro_agents import micro_config, resume_config
 from agents.training.preparation import run_training
 
 model, folder, resume = sys.argv[1:]
 run_training(
-    train_config(resume=Path(folder))
+    resume_config(Path(folder))
     if resume == "resume"
     else micro_config(model, Path(folder), iterations=5)
 )

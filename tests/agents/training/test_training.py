@@ -12,7 +12,7 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 from helpers import micro_agents
-from helpers.micro_agents import InterruptedReward, files_below, micro_config
+from helpers.micro_agents import InterruptedReward, files_below, micro_config, resume_config
 from helpers.run_comparison import assert_same_run, rows
 from PIL import Image
 from rich.console import Console
@@ -120,7 +120,7 @@ def test_run_stopped_in_sampling_and_resumed_equals_one_that_was_not(
     assert stopped.iterations == done
     assert (stopped.reward_before is None) == (done == 0)
     assert not (tmp_path / "run" / "summary.json").exists()
-    resumed = run_training(train_config(resume=tmp_path / "run"))
+    resumed = run_training(resume_config(tmp_path / "run"))
     assert_same_run(tmp_path / "run", finished.folder.path)
     assert (resumed.reward_before, resumed.reward_after) == (finished.reward_before, finished.reward_after)
     assert resumed.config.reward == finished.config.reward
@@ -147,7 +147,7 @@ def test_run_stopped_in_an_update_and_resumed_equals_one_that_was_not(
     checkpoint = agents.training.checkpoint.latest_checkpoint(tmp_path / "run" / "checkpoints")
     kept = load_file(checkpoint / "tensors.safetensors")
     assert all(torch.equal(value, kept[f"policy.{name}"]) for name, value in saved.items()), "no half iteration is left"
-    run_training(train_config(resume=tmp_path / "run"))
+    run_training(resume_config(tmp_path / "run"))
     assert_same_run(tmp_path / "run", finished.folder.path)
 
 
@@ -170,7 +170,7 @@ def test_run_killed_in_a_save_and_resumed_equals_one_that_was_not(
             run_training(micro_config(micro_pipeline_folder, tmp_path / "run"))
     assert (tmp_path / "run" / "checkpoints" / ".iteration_000002.part").exists()
     assert len(rows(tmp_path / "run")) == 3, "the iteration whose checkpoint failed is in the table"
-    run_training(train_config(resume=tmp_path / "run"))
+    run_training(resume_config(tmp_path / "run"))
     assert_same_run(tmp_path / "run", finished.folder.path)
 
 
@@ -179,11 +179,11 @@ def test_finished_run_goes_on_to_more_iterations(micro_pipeline_folder, tmp_path
     for name, iterations in (("run", 1), ("at once", 2)):
         settings = {**constant, "iterations": iterations, "eval_interval": 1}
         run_training(micro_config(micro_pipeline_folder, tmp_path / name, **settings))
-    longer = run_training(train_config(resume=tmp_path / "run", iterations=2))
+    longer = run_training(resume_config(tmp_path / "run", iterations=2))
     assert longer.config.iterations == longer.iterations == 2
     assert_same_run(tmp_path / "run", tmp_path / "at once")
     with pytest.raises(ValueError, match="iterations must be at least 2, which the run has finished; got 1"):
-        run_training(train_config(resume=tmp_path / "run", iterations=1))
+        run_training(resume_config(tmp_path / "run", iterations=1))
 
 
 @pytest.mark.parametrize("interval", [0, 2])
@@ -195,7 +195,7 @@ def test_run_stopped_between_checkpoints_goes_on_from_its_last_iteration(
         patch.setattr(micro_agents, "brightness", InterruptedReward(6))
         assert run_training(micro_config(micro_pipeline_folder, tmp_path / "run", **settings)).iterations == 1
     assert agents.training.checkpoint.latest_checkpoint(tmp_path / "run" / "checkpoints").name == "iteration_000001"
-    run_training(train_config(resume=tmp_path / "run"))
+    run_training(resume_config(tmp_path / "run"))
     assert_same_run(tmp_path / "run", finished.folder.path)
 
 
@@ -268,7 +268,7 @@ def test_folder_that_holds_a_run_is_refused(finished, tmp_path):
 @pytest.mark.usefixtures("no_model")
 def test_resuming_what_is_no_run_is_a_clear_error(finished, tmp_path):
     def resume():
-        return run_training(train_config(resume=tmp_path))
+        return run_training(resume_config(tmp_path))
 
     with pytest.raises(ValueError, match=r"resume must be the folder of a run, with a config.yaml; got"):
         resume()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers import micro_agents
-from helpers.micro_agents import InterruptedReward, brightness, micro_config
+from helpers.micro_agents import InterruptedReward, brightness, micro_config, resume_config
 from helpers.run_comparison import assert_same_run, rows
 
 from agents import PPO, REINFORCE, RWR
@@ -44,7 +44,7 @@ def test_stopped_and_resumed_run_equals_one_that_was_not(
         patch.setattr(micro_agents, "brightness", InterruptedReward(5))
         stopped = run_training(config_of(micro_pipeline_folder, tmp_path / "stopped", algorithm, **settings))
     assert stopped.iterations == 1
-    run_training(train_config(resume=tmp_path / "stopped"))
+    run_training(resume_config(tmp_path / "stopped"))
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 

@@ -1,0 +1,56 @@
+"""What a model folder and a prompt file hold, so that a resumed run does not take another one of the same name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from agents.config.train_config import TrainConfig
+from ddpo_env.models import BUNDLED_MODELS
+from ddpo_env.prompts import PROMPT_SETS
+
+_MOST_BYTES = 2**20
+_KINDS = (".json", ".txt", ".model", ".safetensors")
+
+
+def place_of(config: TrainConfig, name: str) -> Path | None:
+    """Return the absolute path that `model` or `prompts` names; `None` for a name that is no path.
+
+    A Hub id is a path where a folder of that name lies in the working directory, as `load_model` sees it.
+    """
+    value = getattr(config, name)
+    path = Path(value).expanduser() if name == "model" else Path(value)
+    if name == "prompts":
+        is_path = value not in PROMPT_SETS
+    else:
+        is_path = value not in BUNDLED_MODELS and (path.is_dir() or path.is_absolute() or value.startswith((".", "~")))
+    return Path(os.path.abspath(path)) if is_path else None
+
+
+def fingerprint(place: Path) -> str | None:
+    """Return the SHA-256 of a file, or of a model folder: of its pipeline's configurations and weights.
+
+    Of each file of a folder the name, the size and the first MiB count, which holds the shapes of the weights, so that
+    large weights need not be read twice. `None` for a place that does not exist.
+    """
+    if place.is_file():
+        return hashlib.sha256(place.read_bytes()).hexdigest()
+    files = sorted(path for path in place.glob("*/*") if path.suffix in _KINDS) if place.is_dir() else []
+    digest = hashlib.sha256()
+    for path in [place / "model_index.json", *files]:
+        if not path.is_file():
+            continue
+        with path.open("rb") as file:
+            beginning = file.read(_MOST_BYTES)
+        digest.update(f"{path.relative_to(place).as_posix()}\0{path.stat().st_size}\0".encode() + beginning)
+    return digest.hexdigest() if place.is_dir() else None
+
+
+def with_content(config: TrainConfig) -> TrainConfig:
+    """Return settings in which model folder and prompt file have absolute paths and the hashes of what they hold."""
+    found = {}
+    for name in ("model", "prompts"):
+        if (place := place_of(config, name)) is not None and place.exists():
+            found |= {name: str(place), f"{name}_sha256": fingerprint(place)}
+    return config.changed(**found).with_given(config._given)
