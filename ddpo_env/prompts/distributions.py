@@ -7,14 +7,19 @@ bundled model's held-out words.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import inspect
+import reprlib
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
 from ddpo_env.prompts import vocabulary
+from ddpo_env.prompts.files import read_prompt_file, split_prompt
 
 if TYPE_CHECKING:
     import inflect
@@ -23,7 +28,14 @@ Prompt: TypeAlias = tuple[str, dict[str, Any]]
 """A prompt and its metadata for the reward, such as questions and answers."""
 
 PromptFunctionLike: TypeAlias = Callable[[np.random.Generator], str | tuple[str, Mapping[str, Any]]]
-PromptSource: TypeAlias = "str | Path | Sequence[str | tuple[str, Mapping[str, Any]]] | PromptFunctionLike"
+PromptSource: TypeAlias = (
+    "str | Path | Iterable[str | tuple[str, Mapping[str, Any]] | Mapping[str, Any]] | PromptFunctionLike"
+)
+
+_LONGEST = 10_000
+"""Characters of a prompt. Text encoders read at most a few thousand tokens."""
+_MOST = 1_000_000
+"""Prompts of a set."""
 
 
 @runtime_checkable
@@ -84,26 +96,59 @@ def load_prompts(prompts: PromptSource | PromptDistribution) -> PromptDistributi
     Args:
         prompts: One of
             the name of a set in `PROMPT_SETS`, which wins over a file of the same name;
-            the path of a UTF-8 text file with one prompt per line, in which lines that start with `#` are comments;
-            a sequence of prompts, each a string or `(string, metadata)`;
+            the path of a file: `.txt` (or no suffix) with one prompt per line, in which lines that start with `#` are
+            comments; `.jsonl` or `.json` with strings or objects; `.csv` or `.tsv` with a header. Of objects and rows
+            the entry `prompt` (or `text`, `caption`) is the prompt, and the others are metadata;
+            strings, pairs `(string, metadata)` or objects as above, in a list, an array, a pandas Series, a column of a
+            dataset or any other finite iterable;
             a function `(numpy.random.Generator) -> string` or `-> (string, metadata)`;
             a distribution, which is returned as it is.
 
     Raises:
-        ValueError: No such set or file, no prompts in it, or a prompt that is empty (the file and line are named).
-        TypeError: The argument, or a prompt, has another type.
+        ValueError: No such set or file, no prompts in it, or a prompt that is empty, has control characters or more
+            than 10,000 characters (the file and line are named).
+        TypeError: The argument, or a prompt, has another type; or a function does not take a generator.
     """
     if isinstance(prompts, str) and prompts in PROMPT_SETS:
         return PROMPT_SETS[prompts]()
     if isinstance(prompts, str | Path):
         return _read_file(prompts)
-    if isinstance(prompts, PromptDistribution):
+    if isinstance(prompts, PromptSet):
+        return prompts
+    # Arrays and tables have a method `sample` too; what has a length and items is a sequence.
+    is_sequence = isinstance(prompts, Sized) and hasattr(prompts, "__getitem__")
+    if isinstance(prompts, PromptDistribution) and not is_sequence:
+        _check_signature(prompts.sample, "the method sample of prompts")
         return prompts
     if callable(prompts):
+        _check_signature(prompts, "the function prompts")
         return PromptFunction(prompts)
-    if isinstance(prompts, Sequence):
-        return _collect(_checked(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts))
-    raise TypeError(f"prompts must be the name of a set, a path, a sequence or a function; got {prompts!r}")
+    is_flat = not isinstance(prompts, Mapping | bytes) and getattr(prompts, "ndim", 1) == 1
+    if isinstance(prompts, Iterable) and is_flat:
+        entries = list(islice(prompts, _MOST + 1))
+        if len(entries) > _MOST:
+            raise ValueError(f"prompts must hold at most {_MOST} prompts; got more")
+        return _collect(_checked(prompt, f"prompts[{index}]") for index, prompt in enumerate(entries))
+    raise TypeError(
+        "prompts must be the name of a set, a path, prompts in one dimension, a function or a distribution; got "
+        f"{type(prompts).__name__} {reprlib.repr(prompts)}"
+    )
+
+
+def _check_signature(function: Callable[..., Any], name: str) -> None:
+    """Refuse a function that cannot be called with a random generator alone.
+
+    Raises:
+        TypeError: Its signature does not take one argument.
+    """
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must take one argument, a numpy.random.Generator from which all its randomness comes: {error}"
+        ) from error
+    except ValueError:
+        pass  # a function written in C may have no signature
 
 
 def _collect(prompts: Iterable[Prompt]) -> PromptSet:
@@ -113,35 +158,36 @@ def _collect(prompts: Iterable[Prompt]) -> PromptSet:
 
 
 def _checked(prompt: object, where: str) -> Prompt:
-    """Bring a string or a `(string, metadata)` pair into one form."""
+    """Bring a string, a `(string, metadata)` pair or an object with an entry `prompt` into one form."""
     metadata: object = {}
-    if isinstance(prompt, tuple) and len(prompt) == 2:
+    if isinstance(prompt, Mapping):
+        prompt, metadata = split_prompt(prompt, where)
+    elif isinstance(prompt, tuple) and len(prompt) == 2:
         prompt, metadata = prompt
     if not isinstance(prompt, str) or not isinstance(metadata, Mapping):
-        raise TypeError(f"{where} must be a string or a pair (string, dictionary); got {prompt!r} and {metadata!r}")
+        raise TypeError(
+            f"{where} must be a string or a pair (string, dictionary); got {reprlib.repr(prompt)} and "
+            f"{reprlib.repr(metadata)}"
+        )
     if not prompt.strip():
         raise ValueError(f"{where} must not be empty; got {prompt!r}")
-    return prompt, dict(metadata)
+    if len(prompt) > _LONGEST:
+        raise ValueError(f"{where} must have at most {_LONGEST} characters; got {len(prompt)}: {prompt[:30]!r}...")
+    if any(unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\t\n" for letter in prompt):
+        raise ValueError(f"{where} must be text without control characters; got {reprlib.repr(prompt)}")
+    return str(prompt), dict(metadata)
 
 
 def _read_file(path: str | Path) -> PromptSet:
-    if not Path(path).is_file():
-        raise ValueError(
-            f"prompts must be one of {', '.join(PROMPT_SETS)}, or an existing text file; got {str(path)!r}"
-        )
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8 text with one prompt per line; {error}") from error
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            raise ValueError(f"{path}, line {number}: a prompt must not be empty; remove the line or start it with #")
-        if not line.lstrip().startswith("#"):
-            prompts.append(line.strip())
-    if not prompts:
-        raise ValueError(f"{path} must hold at least one prompt, one per line; it holds none")
-    return PromptSet(tuple(prompts))
+        is_file = Path(path).is_file()
+    except (OSError, ValueError):  # a text that can be no path
+        is_file = False
+    if not is_file:
+        raise ValueError(
+            f"prompts must be one of {', '.join(PROMPT_SETS)}, or an existing text file; got {reprlib.repr(str(path))}"
+        )
+    return _collect(_checked(prompt, where) for where, prompt in read_prompt_file(Path(path)))
 
 
 def _grammar() -> inflect.engine:

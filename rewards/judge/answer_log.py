@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +12,15 @@ from numpy.typing import NDArray
 
 from rewards.judge.protocol import encode_jpeg
 
+_LONGEST = 2000
+"""Characters of a text in the log: a judge may answer with any number of them."""
+
 
 class AnswerLog:
-    """Writes images as `NNNNNN.jpg` and one line of JSON for each to `answers.jsonl`; continues an existing log."""
+    """Writes images as `NNNNNN.jpg` and one line of JSON for each to `answers.jsonl`; continues an existing log.
+
+    Texts of more than 2000 characters are cut. No existing image is overwritten, and no link is followed.
+    """
 
     def __init__(self, folder: str | Path | None = None, per_call: int = 4) -> None:
         """Take the folder, if there is one already, and the number of images to log of each call.
@@ -52,18 +59,29 @@ class AnswerLog:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._next is None:
-            self._next = 1 + max((int(path.stem) for path in self.folder.glob("[0-9]*.jpg")), default=0)
+            numbers = [path.stem for path in self.folder.glob("*.jpg") if path.stem.isascii() and path.stem.isdecimal()]
+            self._next = 1 + max(map(int, numbers), default=0)
         chosen = np.unique(np.linspace(0, len(images) - 1, min(self.per_call, len(images))).round().astype(int))
-        with (self.folder / "answers.jsonl").open("a", encoding="utf-8") as lines:
+        path = self.folder / "answers.jsonl"
+        with open(path, "a", encoding="utf-8", errors="replace", opener=_open_without_links) as lines:
             for index in chosen.tolist():
                 name = f"{self._next:06d}.jpg"
-                (self.folder / name).write_bytes(encode_jpeg(images[index]))
+                with (self.folder / name).open("xb") as file:
+                    file.write(encode_jpeg(images[index]))
                 line = {
                     "image": name,
-                    "prompt": prompts[index],
-                    "questions": list(questions[index]),
-                    "answers": list(answers[index]),
+                    "prompt": _cut(prompts[index]),
+                    "questions": [_cut(question) for question in questions[index]],
+                    "answers": [_cut(answer) for answer in answers[index]],
                     "score": float(scores[index]) if np.isfinite(scores[index]) else None,
                 }
                 lines.write(json.dumps(line, ensure_ascii=False) + "\n")
                 self._next += 1
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} [cut: {_LONGEST} of {len(text)} characters]"
+
+
+def _open_without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)  # Windows has no such flag

@@ -1,22 +1,26 @@
 """A judge behind HTTP: any server that speaks OpenAI's chat completions, such as vLLM, SGLang or `transformers serve`.
 
 Images are sent as base64 data URLs, and answers are text; nothing is unpickled. A request that fails is repeated a
-limited number of times, and then it is an error: a missing answer never becomes a score.
+limited number of times, and then it is an error: a missing answer never becomes a score. The server is not trusted: an
+attempt has one deadline from the connection to the last byte, a response has a largest size, and the key is masked in
+every text that comes back.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import email.utils
 import json
+import math
 import os
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -27,9 +31,24 @@ from rewards.pretrained import require
 
 if TYPE_CHECKING:
     import httpx2
+    from anyio.from_thread import BlockingPortal
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _TRY_AGAIN = (408, 409, 425, 429)
+_EXCERPT = 300
+_SHORTEST_KEY = 4
+_NUMBERS: dict[str, tuple[Any, float, float]] = {
+    "timeout": (int | float, 1e-3, 86_400),
+    "backoff": (int | float, 0, 86_400),
+    "max_backoff": (int | float, 1e-3, 86_400),
+    "attempts": (int, 1, 1000),
+    "concurrency": (int, 1, 1000),
+    "max_tokens": (int, 1, 1_000_000),
+    "max_answer_bytes": (int, 1, 1_000_000_000),
+}
+"""Type and range of each number among the arguments."""
+
+_T = TypeVar("_T")
 
 
 class JudgeServerError(RuntimeError):
@@ -55,7 +74,7 @@ class JudgeServer:
         url: `http://host:port` or `http://host:port/v1`; without a path, `/v1` is added.
         model: Name under which the server serves the model; None: the only model that it lists.
         api_key_variable: Environment variable with the key, which is sent as a bearer token; None: no key.
-        timeout: Seconds for connecting, for a silence before or within an answer, and for the whole answer.
+        timeout: Seconds for one attempt, from connecting to the end of the answer.
         attempts: How often a question is asked before it is an error.
         backoff: Seconds before the second attempt. They double before each further one, plus up to a quarter at random.
         max_backoff: Longest wait in seconds, also if the server's `Retry-After` asks for more.
@@ -79,32 +98,35 @@ class JudgeServer:
     concurrency: int = 8
     max_tokens: int = 64
     max_answer_bytes: int = 1_000_000
-    _client: httpx2.Client | None = field(default=None, init=False, repr=False)
+    _resources: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
+    _portal: BlockingPortal | None = field(default=None, init=False, repr=False)
+    _client: httpx2.AsyncClient | None = field(default=None, init=False, repr=False)
     _opening: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise ValueError(
-                f"server must be a URL such as http://localhost:8000/v1, without credentials; got {self.url!r}"
-            )
-        _ = parts.port  # an invalid port is an error here and not at the first question
-        positive = {"timeout": self.timeout, "max_backoff": self.max_backoff, "max_tokens": self.max_tokens}
-        for name, value in positive.items():
-            if not value > 0:
-                raise ValueError(f"{name} must be positive; got {value}")
-        if self.attempts < 1 or self.concurrency < 1 or self.backoff < 0 or self.max_answer_bytes < 1:
-            raise ValueError(
-                "attempts, concurrency and max_answer_bytes must be at least 1, and backoff at least 0; "
-                f"got {self.attempts}, {self.concurrency}, {self.max_answer_bytes} and {self.backoff}"
-            )
-        if self.api_key_variable is not None and not os.environ.get(self.api_key_variable):
-            raise ValueError(
-                f"the environment variable {self.api_key_variable!r} must hold the server's key; it is not set"
-            )
+        self.url = _checked_url(self.url)
+        for name, (kind, least, most) in _NUMBERS.items():
+            value = getattr(self, name)
+            is_number = isinstance(value, kind) and not isinstance(value, bool)
+            if not is_number or not least <= value <= most:
+                noun = "an integer" if kind is int else "a number"
+                raise ValueError(f"{name} must be {noun} in [{least:g}, {most:g}]; got {value!r}")
+        _ = self._key
         require("httpx2", "a judge server")
-        self.url = self.url.rstrip("/") + ("/v1" if parts.path in ("", "/") else "")
+
+    @property
+    def _key(self) -> str | None:
+        """The key, read from the environment when it is needed and never stored."""
+        if self.api_key_variable is None:
+            return None
+        key = os.environ.get(self.api_key_variable, "").strip()
+        if not key or not key.isascii() or not key.isprintable():
+            raise ValueError(
+                f"the environment variable {self.api_key_variable!r} must hold the server's key; "
+                f"{'it has characters that are no printable ASCII' if key else 'it is not set'}"
+            )
+        return key
 
     def load(self) -> None:
         """Find the model's name if none was given, and check that a question about a grey image is answered.
@@ -115,14 +137,16 @@ class JudgeServer:
         Raises:
             JudgeServerError: The server does not answer, refuses the question, or does not list exactly one model.
         """
-        self._find_model()
-        self._ask_one(np.full((64, 64, 3), 128, np.uint8), "What is in this image?", threading.Event(), _content)
+        grey = np.full((64, 64, 3), 128, np.uint8)
+        self._run(self._ask_all([grey], ["What is in this image?"], _content))
 
     def unload(self) -> None:
         """Close the connections. The next question opens new ones."""
-        if self._client is not None:
-            self._client.close()
-            self._client = None
+        with self._opening:
+            portal, client, self._portal, self._client = self._portal, self._client, None, None
+            if portal is not None and client is not None:
+                portal.call(client.aclose)
+            self._resources.close()
 
     def ask(self, images: Sequence[NDArray[np.uint8]], questions: Sequence[str]) -> list[str]:
         """Ask one question about each image.
@@ -137,52 +161,73 @@ class JudgeServer:
         Raises:
             JudgeServerError: A question has no usable answer after all attempts. The other questions are cancelled.
         """
-        self._find_model()
-        stop = threading.Event()
-        with ThreadPoolExecutor(max_workers=self.concurrency) as pool:
-            futures = [
-                pool.submit(self._ask_one, image, question, stop, _answer_text)
-                for image, question in zip(images, questions, strict=True)
-            ]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        return self._run(self._ask_all(images, questions, _answer_text))
 
-    def _find_model(self) -> None:
+    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Run a coroutine in the thread of this server's event loop, and cancel it if this thread is interrupted."""
+        from anyio.from_thread import start_blocking_portal
+
+        async def awaited() -> _T:
+            return await work
+
+        with self._opening:
+            if self._portal is None:
+                self._portal = self._resources.enter_context(start_blocking_portal())
+            portal = self._portal
+        future = portal.start_task_soon(awaited)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    async def _ask_all(
+        self, images: Sequence[NDArray[np.uint8]], questions: Sequence[str], read: Callable[[Any], str]
+    ) -> list[str]:
         if self.model is None:
-            listing = self._exchange("GET", "/models", None, _model_names, threading.Event())
+            listing = await self._exchange("GET", "/models", None, _model_names)
             if len(listing) != 1:
                 raise JudgeServerError(
-                    f"judge server {self.url} lists {', '.join(listing) or 'no model'}: name one with model="
+                    f"judge server {self.url} lists {self._excerpt(', '.join(listing)) or 'no model'}: name one with "
+                    "model="
                 )
             self.model = listing[0]
+        limit = asyncio.Semaphore(self.concurrency)
+        tasks = [
+            asyncio.ensure_future(self._ask_one(image, question, read, limit))
+            for image, question in zip(images, questions, strict=True)
+        ]
+        try:
+            return [self._masked(answer) for answer in await asyncio.gather(*tasks)]
+        finally:
+            for task in tasks:
+                task.cancel()
 
-    def _ask_one(
-        self, image: NDArray[np.uint8], question: str, stop: threading.Event, read: Callable[[Any], str]
+    async def _ask_one(
+        self, image: NDArray[np.uint8], question: str, read: Callable[[Any], str], limit: asyncio.Semaphore
     ) -> str:
-        data_url = f"data:image/jpeg;base64,{base64.b64encode(encode_jpeg(image)).decode()}"
-        content = [{"type": "image_url", "image_url": {"url": data_url}}, {"type": "text", "text": question}]
-        request = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": self.max_tokens,
-            "temperature": 0,
-        }
-        return self._exchange("POST", "/chat/completions", request, read, stop)
+        async with limit:
+            data_url = f"data:image/jpeg;base64,{base64.b64encode(encode_jpeg(image)).decode()}"
+            content = [{"type": "image_url", "image_url": {"url": data_url}}, {"type": "text", "text": question}]
+            request = {
+                "model": self.model,
+                "messages": [{"role": "user", "content": content}],
+                "max_tokens": self.max_tokens,
+                "temperature": 0,
+            }
+            return await self._exchange("POST", "/chat/completions", request, read)
 
-    def _exchange(self, method: str, path: str, request: Any, read: Any, stop: threading.Event) -> Any:
+    async def _exchange(self, method: str, path: str, request: Any, read: Callable[[Any], _T]) -> _T:
         """Send a request until `read` accepts the response; return what it read."""
         began = time.monotonic()
         for attempt in range(1, self.attempts + 1):
             try:
-                return read(self._response(method, self.url + path, request))
+                return await self._attempt(method, self.url + path, request, read)
             except _FailureError as error:
                 failure = error
-            if failure.final or attempt == self.attempts or stop.wait(self._delay(attempt, failure)):
+            if failure.final or attempt == self.attempts:
                 break
+            await asyncio.sleep(self._delay(attempt, failure))
         raise JudgeServerError(
             f"judge server {self.url} gave no usable answer to {method} {path} in {attempt} of {self.attempts} "
             f"attempts ({time.monotonic() - began:.1f} s); the last failure: {failure.reason}"
@@ -190,77 +235,112 @@ class JudgeServer:
 
     def _delay(self, attempt: int, failure: _FailureError) -> float:
         """Return the seconds to wait after a failed attempt: those that the server asks for, or twice the last wait."""
-        delay = self.backoff * 2 ** (attempt - 1) * random.uniform(1, 1.25)
-        return min(delay if failure.retry_after is None else failure.retry_after, self.max_backoff)
+        if failure.retry_after is not None:
+            return min(failure.retry_after, self.max_backoff)
+        doubled = self.backoff * 2 ** min(attempt - 1, 60)
+        return min(doubled * random.Random().uniform(1, 1.25), self.max_backoff)
 
-    def _response(self, method: str, url: str, request: Any) -> Any:
-        """Send one request and return the decoded JSON of its response, or raise `_FailureError`."""
+    async def _attempt(self, method: str, url: str, request: Any, read: Callable[[Any], _T]) -> _T:
+        """Send one request and return what `read` makes of its JSON, or raise `_FailureError`."""
         import httpx2
 
-        deadline = time.monotonic() + self.timeout
         try:
-            with self._connections().stream(method, url, json=request) as response:
-                body = self._read(response, deadline)
-        except httpx2.TimeoutException as error:
-            raise _FailureError(f"{type(error).__name__} after {self.timeout:g} s") from error
+            async with asyncio.timeout(self.timeout), self._connections().stream(method, url, json=request) as response:
+                body = await self._body(response)
+        except (TimeoutError, httpx2.TimeoutException) as error:
+            raise _FailureError(f"the response was not complete after {self.timeout:g} s") from error
         except httpx2.HTTPError as error:
-            raise _FailureError(f"{type(error).__name__}: {error}") from error
+            raise _FailureError(f"{type(error).__name__}: {self._excerpt(error)}") from None
+        text = body.decode(errors="replace")
         if response.status_code != 200:
             raise _FailureError(
-                f"HTTP {response.status_code} {response.reason_phrase}: {body[:300].decode(errors='replace')!r}",
+                f"HTTP {response.status_code} {self._excerpt(response.reason_phrase)}: {self._excerpt(text)!r}",
                 final=response.status_code < 500 and response.status_code not in _TRY_AGAIN,
                 retry_after=_seconds(response.headers.get("retry-after")),
             )
         try:
-            return json.loads(body)
+            return read(json.loads(text))
+        except _FailureError as failure:
+            raise _FailureError(f"{failure.reason}: {self._excerpt(text)!r}") from None
+        except RecursionError:
+            raise _FailureError(f"the response is nested too deeply: {self._excerpt(text)!r}") from None
         except ValueError as error:
-            raise _FailureError(
-                f"the response is not JSON ({error}): {body[:200].decode(errors='replace')!r}"
-            ) from error
+            reason = self._excerpt(error)
+            raise _FailureError(f"the response is not JSON ({reason}): {self._excerpt(text)!r}") from None
 
-    def _read(self, response: httpx2.Response, deadline: float) -> bytes:
+    async def _body(self, response: httpx2.Response) -> bytes:
         body = bytearray()
-        for chunk in response.iter_raw():  # a fixed chunk size would delay the check of the time
+        async for chunk in response.aiter_raw():
             body += chunk
             if len(body) > self.max_answer_bytes:
                 raise _FailureError(f"the response is larger than {self.max_answer_bytes} bytes")
-            if time.monotonic() > deadline:
-                raise _FailureError(f"the response was not complete after {self.timeout:g} s")
         return bytes(body)
 
-    def _connections(self) -> httpx2.Client:
+    def _connections(self) -> httpx2.AsyncClient:
         """Return the pool of connections. For a server on this machine, a proxy of the environment is not used."""
         import httpx2
 
-        with self._opening:
-            if self._client is None:
-                headers = {"Accept-Encoding": "identity"}
-                if self.api_key_variable is not None:
-                    headers["Authorization"] = f"Bearer {os.environ[self.api_key_variable]}"
-                self._client = httpx2.Client(
-                    headers=headers,
-                    timeout=httpx2.Timeout(self.timeout, pool=None),
-                    limits=httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency),
-                    trust_env=urlsplit(self.url).hostname not in _LOOPBACK,
-                )
-            return self._client
+        if self._client is None:
+            headers = {"Accept-Encoding": "identity"}
+            if (key := self._key) is not None:
+                headers["Authorization"] = f"Bearer {key}"
+            self._client = httpx2.AsyncClient(
+                headers=headers,
+                timeout=None,  # `asyncio.timeout` bounds the whole attempt
+                follow_redirects=False,  # another server must not get the key
+                limits=httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency),
+                trust_env=urlsplit(self.url).hostname not in _LOOPBACK,
+            )
+        return self._client
+
+    def _masked(self, text: str) -> str:
+        """Return a text from the server without the key, which a server could send back."""
+        key = self._key
+        return text if key is None or len(key) < _SHORTEST_KEY else text.replace(key, "***")
+
+    def _excerpt(self, text: object) -> str:
+        return self._masked(str(text))[:_EXCERPT]
+
+
+def _checked_url(url: Any) -> str:
+    """Return the address with `/v1`, without whatever may hold a secret.
+
+    Raises:
+        ValueError: It is no HTTP address of a server, or it has credentials, a query or a fragment. The message shows
+            none of these.
+    """
+    shown = url
+    if isinstance(url, str):
+        try:
+            parts = urlsplit(url)
+            is_plain = "@" not in parts.netloc and not parts.query and not parts.fragment and "?" not in url
+            is_clean = is_plain and "#" not in url and url.isprintable() and " " not in url
+            shown = url if is_clean else f"{parts.scheme}://{parts.netloc.rpartition('@')[2]} and more"
+            if is_clean and parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+                return url.rstrip("/") + ("/v1" if parts.path in ("", "/") else "")
+        except ValueError:  # a port that is none, or half of an IPv6 address
+            shown = url.rpartition("@")[2].partition("?")[0].partition("#")[0]
+    raise ValueError(
+        "server must be a URL such as http://localhost:8000/v1, without credentials, a query or a fragment; "
+        f"got {shown!r}"
+    )
 
 
 def _content(response: Any) -> str:
-    """Return the text of a chat completion, which may be empty."""
+    """Return the text of a chat completion, which may be empty; half of a surrogate pair becomes a question mark."""
     try:
         content = response["choices"][0]["message"].get("content")  # some servers omit an empty text
     except (TypeError, KeyError, IndexError, AttributeError):
-        raise _FailureError(f"the response is not a chat completion: {str(response)[:300]}") from None
+        raise _FailureError("the response is not a chat completion") from None
     if isinstance(content, list):
         content = "".join(str(item.get("text") or "") for item in content if isinstance(item, dict))
-    return content.strip() if isinstance(content, str) else ""
+    return content.encode(errors="replace").decode().strip() if isinstance(content, str) else ""
 
 
 def _answer_text(response: Any) -> str:
     text = _content(response)
     if not text:
-        raise _FailureError(f"the answer is empty: {str(response)[:300]}")
+        raise _FailureError("the answer is empty")
     return text
 
 
@@ -268,17 +348,18 @@ def _model_names(response: Any) -> list[str]:
     try:
         return [str(entry["id"]) for entry in response["data"]]
     except (TypeError, KeyError):
-        raise _FailureError(f"the response is not a list of models: {str(response)[:300]}") from None
+        raise _FailureError("the response is not a list of models") from None
 
 
 def _seconds(retry_after: str | None) -> float | None:
     """Return the seconds of a `Retry-After` header, which holds seconds or a date (RFC 9110, section 10.2.3)."""
     if retry_after is None:
         return None
-    if retry_after.strip().isdigit():
-        return float(retry_after)
+    text = retry_after.strip()
+    if text.isascii() and text.isdecimal():
+        return float(text[:20])
     try:
-        date = email.utils.parsedate_to_datetime(retry_after)
-        return max(date.timestamp() - time.time(), 0.0)
-    except ValueError:
+        seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError):
         return None
+    return max(seconds, 0.0) if math.isfinite(seconds) else None

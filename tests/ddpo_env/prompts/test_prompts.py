@@ -137,12 +137,12 @@ def test_unknown_name_lists_the_valid_ones(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", r"bad\.txt must hold at least one prompt"),
-        (b"\n  \n", r"bad\.txt must hold at least one prompt"),
-        (b"# only a comment\n", r"bad\.txt must hold at least one prompt"),
-        (b"a cat\n\na dog\n", r"bad\.txt, line 2: a prompt must not be empty"),
-        (b"# animals\na cat\n \t\na dog\n", r"bad\.txt, line 3: a prompt must not be empty"),
-        (b"a cat\n\xff\xfe\n", r"bad\.txt must be UTF-8 text"),
+        (b"", r"bad\.txt' must hold at least one prompt"),
+        (b"\n  \n", r"bad\.txt' must hold at least one prompt"),
+        (b"# only a comment\n", r"bad\.txt' must hold at least one prompt"),
+        (b"a cat\n\na dog\n", r"bad\.txt', line 2: a prompt must not be empty"),
+        (b"# animals\na cat\n \t\na dog\n", r"bad\.txt', line 3: a prompt must not be empty"),
+        (b"a cat\n\xff\xfe\n", r"bad\.txt' must be UTF-8 text"),
     ],
 )
 def test_bad_file_is_named_with_its_line(tmp_path, content, message):
@@ -161,7 +161,7 @@ def test_bad_file_is_named_with_its_line(tmp_path, content, message):
         ([("", {"a": 1})], ValueError, r"prompts\[0\] must not be empty"),
         (["a cat", 3], TypeError, r"prompts\[1\] must be a string or a pair"),
         ([("a cat", "a dog")], TypeError, r"prompts\[0\] must be a string or a pair"),
-        (5, TypeError, "prompts must be the name of a set, a path, a sequence or a function; got 5"),
+        (5, TypeError, "prompts must be the name of a set, a path, prompts in one dimension, .*; got int 5"),
         (None, TypeError, "got None"),
         ("", ValueError, "prompts must be one of simple_animals"),
     ],

@@ -1,0 +1,119 @@
+"""Reads prompt files: text with one prompt per line, JSON, JSON Lines, and tables with a header.
+
+A file comes in, and pairs of a prompt and its metadata go out. The suffix says what the format is; a file whose content
+is another format than its suffix says is refused, because its lines would become nonsense prompts.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+_LARGEST = 64 * 2**20
+"""Bytes of a file that is read."""
+_NAMES = ("prompt", "text", "caption")
+"""Names of the entry with the prompt, in any case; the first one that an object or a table has is taken."""
+_SUFFIXES = (".txt", "", ".jsonl", ".json", ".csv", ".tsv")
+
+
+def read_prompt_file(path: Path) -> list[tuple[str, Any]]:
+    """Return `(where, prompt)` for every prompt of a file; `where` names file and line for messages.
+
+    A prompt of an object or of a table's row is a mapping, see `split_prompt`. The caller checks the prompts.
+
+    Raises:
+        ValueError: The file is too large, no UTF-8 text, of another format than its suffix says, or it has no prompts.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise ValueError(f"prompts must be a file that ends in {', '.join(filter(None, _SUFFIXES))}; got {str(path)!r}")
+    if (size := path.stat().st_size) > _LARGEST:
+        raise ValueError(f"prompts {str(path)!r} must be a file of at most {_LARGEST} bytes; it has {size}")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts {str(path)!r} must be UTF-8 text; {error}") from error
+    if suffix == ".json":
+        found = list(_in_json(path, text))
+    elif suffix == ".jsonl":
+        found = [(where, _parsed(where, line)) for where, line in _lines(path, text) if line]
+    elif suffix in (".csv", ".tsv"):
+        found = list(_in_table(path, text, "," if suffix == ".csv" else "\t"))
+    else:
+        found = list(_in_text(path, text))
+    if not found:
+        raise ValueError(f"prompts {str(path)!r} must hold at least one prompt; it holds none")
+    return found
+
+
+def split_prompt(entry: Mapping[Any, Any], where: str) -> tuple[Any, dict[str, Any]]:
+    """Return the prompt of an object, and its other entries as metadata.
+
+    Raises:
+        ValueError: No entry is called prompt, text or caption.
+    """
+    names = {str(name).lower(): name for name in entry}
+    for name in _NAMES:
+        if name in names:
+            return entry[names[name]], {str(key): value for key, value in entry.items() if key != names[name]}
+    raise ValueError(f"{where} must have an entry {' or '.join(_NAMES)}; it has {', '.join(map(str, entry)) or 'none'}")
+
+
+def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(text.rstrip().splitlines(), start=1):
+        yield f"prompts {str(path)!r}, line {number}", line.strip()
+
+
+def _in_text(path: Path, text: str) -> Iterator[tuple[str, str]]:
+    if text.lstrip()[:1] in ("{", "["):
+        try:
+            json.loads(text.strip().splitlines()[0])
+            is_json = True
+        except (ValueError, RecursionError):
+            is_json = text.lstrip()[:1] == "[" and text.rstrip()[-1:] == "]"
+        if is_json:
+            raise ValueError(f"prompts {str(path)!r} must hold one prompt per line; it holds JSON: name it .json(l)")
+    for where, line in _lines(path, text):
+        if not line:
+            raise ValueError(f"{where}: a prompt must not be empty; remove the line or start it with #")
+        if not line.startswith("#"):
+            yield where, line
+
+
+def _in_json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    where = f"prompts {str(path)!r}"
+    entries = _parsed(where, text)
+    if isinstance(entries, Mapping) and isinstance(entries.get("prompts"), list):
+        entries = entries["prompts"]
+    if not isinstance(entries, list):
+        raise ValueError(f"{where} must hold a JSON list of prompts, or an object with a list `prompts`")
+    yield from ((f"{where}, entry {number}", entry) for number, entry in enumerate(entries, start=1))
+
+
+def _in_table(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
+    where = f"prompts {str(path)!r}"
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{where} must be a table whose columns are separated by {delimiter!r}; {error}") from error
+    header = [name.strip() for name in rows[0]] if rows else []
+    if not any(name.lower() in _NAMES for name in header):
+        raise ValueError(f"{where} must begin with the names of its columns, one of them {' or '.join(_NAMES)}")
+    for number, row in enumerate(rows[1:], start=2):
+        if row and len(row) != len(header):
+            raise ValueError(f"{where}, row {number} must have {len(header)} columns; it has {len(row)}")
+        if row:
+            yield f"{where}, row {number}", dict(zip(header, row, strict=True))
+
+
+def _parsed(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{where} must be JSON; it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{where} must be JSON; {error}") from error
