@@ -9,6 +9,7 @@ environment of another model.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,11 +23,11 @@ from ddpo_env.models.protocol import DiffusionModel, abilities_of
 LATENT_BOUND = 100.0
 """Bound of every latent in the observation space. Latents have unit scale; libraries demand finite bounds."""
 
-ACTION_BOUND = 5.0
+ACTION_BOUND = 3.0
 """Bound of every latent in the action space, in standard deviations of the initial noise.
 
 Many libraries let an agent act in [-1, 1] and stretch that to the box, so the box must have the scale of latents. Of
-standard normal numbers, one in two million is outside."""
+standard normal numbers, one in 370 is outside; a latent there is taken as it is."""
 
 CONDITIONING_BOUND = 1.0e4
 """Bound of the conditioning tensors in the observation space (text embeddings stay well below 100)."""
@@ -143,5 +144,6 @@ def action_box(latent_shape: tuple[int, ...]) -> spaces.Box:
 
 
 def _describe(scheduler: Any) -> str:
-    settings = sorted((name, repr(value)) for name, value in scheduler.config.items() if not name.startswith("_"))
+    config = scheduler.config if isinstance(scheduler.config, Mapping) else vars(scheduler.config)
+    settings = sorted((name, repr(value)) for name, value in config.items() if not name.startswith("_"))
     return f"{type(scheduler).__name__} {hashlib.sha256(repr(settings).encode()).hexdigest()}"

@@ -48,7 +48,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
     deterministic, because the action *is* the next latent. The reward scores the decoded image at the end.
 
     ## Action Space
-    `Box(-5, 5, latent_shape, float32)`, batched: the next latent `x_{t-1}`. The bounds are five standard deviations of
+    `Box(-3, 3, latent_shape, float32)`, batched: the next latent `x_{t-1}`. The bounds are three standard deviations of
     the initial noise; a finite latent outside them is taken as it is.
 
     ## Observation Space

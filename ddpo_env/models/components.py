@@ -66,8 +66,14 @@ def component_class(location: str, name: str, place: Any) -> type[Any]:
     return found
 
 
-def check_component(location: str, name: str, place: Any) -> None:
+def check_component(location: str, name: str, place: Any, with_weights: bool = True) -> None:
     """Check a component's class, and in a folder its configuration and the names of its weights; load nothing.
+
+    Args:
+        location: folder or Hub id.
+        name: of the component.
+        place: what the index says: `[library, class]`.
+        with_weights: whether there must be weights in a folder.
 
     Raises:
         ValueError: naming the component, and what is missing or not valid.
@@ -80,7 +86,7 @@ def check_component(location: str, name: str, place: Any) -> None:
         raise ValueError(f"model folder {location!r} must hold the component {name}; it has no folder of that name")
     for file in folder.glob("*config.json"):
         _check_configuration(location, name, file)
-    if issubclass(component, nn.Module):
+    if with_weights and issubclass(component, nn.Module):
         _check_weight_files(location, name, folder)
 
 

@@ -73,7 +73,7 @@ def check_source(
         outlined = outline_model(model, resolution)
         if outlined is not None and num_inference_steps is not None:
             GaussianSampler.from_model(outlined, num_inference_steps, min_std=SMALLEST_STD)
-    elif location not in BUNDLED_MODELS and Path(location).is_dir():
+    if location not in BUNDLED_MODELS and Path(location).is_dir():
         family_in(location)
 
 

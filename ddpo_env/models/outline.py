@@ -44,7 +44,7 @@ def _outline(source: str) -> DiffusionModel | None:
         return build_bundled(source, torch.device("meta"), torch.float32)
     if not Path(source).is_dir():
         return None
-    family, index = family_in(source)
+    family, index = family_in(source, with_weights=False)
     with torch.device("meta"):
         outlined: DiffusionModel = family(index.assemble(partial(_outline_component, source)), source)
     return outlined

@@ -51,10 +51,10 @@ class PipelineIndex:
     components: Mapping[str, Any]
     settings: Mapping[str, Any]
 
-    def check(self) -> None:
+    def check(self, with_weights: bool = True) -> None:
         """Check every component, see `check_component`; nothing is loaded."""
         for name, place in self.components.items():
-            check_component(self.location, name, place)
+            check_component(self.location, name, place, with_weights)
 
     def assemble(self, build: Callable[[str, Any], Any]) -> DiffusionPipeline:
         """Return the pipeline of the components that `build(name, place)` returns."""

@@ -92,8 +92,12 @@ def build_bundled(name: str, device: torch.device, dtype: torch.dtype) -> Diffus
     return model
 
 
-def family_in(location: str) -> tuple[Any, PipelineIndex]:
+def family_in(location: str, with_weights: bool = True) -> tuple[Any, PipelineIndex]:
     """Return the adapter's class for the pipeline in a folder or on the Hub, and the checked index of the pipeline.
+
+    Args:
+        location: folder or Hub id.
+        with_weights: whether there must be weights in a folder.
 
     Raises:
         ValueError: for an unknown family, or a component that is missing or not valid, see `check_component`.
@@ -102,7 +106,7 @@ def family_in(location: str) -> tuple[Any, PipelineIndex]:
     config = pipeline_index(location)
     family = family_of(config["_class_name"])
     index = read_index(location, config, loading_options(family))
-    index.check()
+    index.check(with_weights)
     return family, index
 
 

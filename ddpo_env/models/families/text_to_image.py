@@ -88,8 +88,9 @@ class TextToImageModel(ModelAbilities, ABC):
         whole = isinstance(resolution, int) and not isinstance(resolution, bool)
         if not whole or resolution < unit or resolution % unit or resolution > most * unit:
             raise ValueError(
-                f"resolution must be a multiple of {unit} pixels, at most {most * unit}, with model {self.source!r}, "
-                f"whose VAE scales by {self.pipeline.vae_scale_factor} and whose denoiser takes patches of {patch}; got {resolution!r}"
+                f"resolution must be a multiple of {unit} pixels (at most {most * unit}) with model {self.source!r}, "
+                f"whose VAE scales by {self.pipeline.vae_scale_factor} and whose denoiser takes patches of "
+                f"{patch}; got {resolution!r}"
             )
         return resolution // self.pipeline.vae_scale_factor
 
