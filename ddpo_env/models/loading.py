@@ -122,7 +122,7 @@ def load_model(
         resized = _resized.get(key)
         if resized is None:
             resized = _resized[key] = _made_here(abilities.at_resolution(resolution), abilities.identity)
-            finalize(resized, id, loaded).atexit = False  # holds `loaded` as long as `resized` lives
+            _keep_alive(loaded, resized)
         loaded = resized
     abilities_of(loaded).save_memory(offload_text_encoder, vae_tiling)
     return loaded
@@ -187,9 +187,15 @@ def _adapt(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype
     model = _adapted.get(key)
     if model is None:
         model = _adapted[key] = family(snapshot(pipeline), source)
+        _keep_alive(pipeline, model)  # whoever has the model finds it again by its source
     else:
         abilities_of(model).forget_prompts()  # a component may have changed in place, as by textual inversion
     return _made_here(model, weights_fingerprint(model.denoiser))
+
+
+def _keep_alive(kept: object, holder: object) -> None:
+    """Hold an object as long as another one lives: the arguments of a finalizer are held that long."""
+    finalize(holder, id, kept).atexit = False
 
 
 def _made_here(model: DiffusionModel, identity: str | None) -> DiffusionModel:

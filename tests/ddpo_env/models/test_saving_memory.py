@@ -109,7 +109,7 @@ def test_negative_prompt_that_the_pipeline_encodes_itself_brings_the_encoders_to
     pipeline = micro_family("stable_diffusion_xl", force_zeros_for_empty_prompt=False)
     model: Any = load_model(pipeline, "cpu")
     expected = model.negative_conditioning()
-    pretended = PretendedAccelerator(pipeline, monkeypatch)
+    pretended = PretendedAccelerator(model.pipeline, monkeypatch)
     model.save_memory(offload_text_encoder=True)
     pretended.forget()
     assert torch.equal(model.negative_conditioning()["prompt_embeds"], expected["prompt_embeds"])
@@ -134,8 +134,8 @@ def test_text_encoder_leaves_an_accelerator_unless_told_otherwise(monkeypatch: p
 def test_text_encoder_leaves_when_encoding_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = micro_pipeline()
     pretended = PretendedAccelerator(pipeline, monkeypatch)
-    model = load_model(pipeline, "cpu")
-    monkeypatch.setattr(pipeline, "encode_prompt", None)
+    model: Any = load_model(pipeline, "cpu")
+    monkeypatch.setattr(model.pipeline, "encode_prompt", None)
     with pytest.raises(TypeError):
         model.encode_prompts(["a cat"])
     assert pretended.moves["text_encoder"][-1].type == "cpu"
