@@ -108,7 +108,7 @@ def test_transformers_need_whole_patches_and_places_for_them():
     patch, most = (pipeline.transformer.config[name] for name in ("patch_size", "pos_embed_max_size"))
     unit = patch * pipeline.vae_scale_factor
     for resolution in (unit * 2 + pipeline.vae_scale_factor, unit * (most + 1)):
-        with pytest.raises(ValueError, match=f"multiple of {unit} pixels, at most {unit * most}"):
+        with pytest.raises(ValueError, match=rf"multiple of {unit} pixels \(at most {unit * most}\)"):
             load_model(pipeline, "cpu", resolution=resolution)
 
 
