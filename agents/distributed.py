@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,13 @@ _UNUSED_SETTINGS = {
     "ACCELERATE_DYNAMO_BACKEND": ("no", "use the script's --compile-denoiser to compile"),
 }
 """Launcher settings that would have no effect here: the value that asks for nothing, and what to do instead."""
+_LAUNCHER_NUMBERS = {
+    **dict.fromkeys((*_SIZE_VARIABLES, "LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"), 1),
+    **dict.fromkeys(("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"), 0),
+    **dict.fromkeys(("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"), -1),
+    "MASTER_PORT": 1,
+}
+"""Environment variables of launchers that hold an integer, and the smallest valid one; accelerate calculates with them."""
 _BUCKET_ELEMENTS = 2**25
 """Gradient elements that are summed over the processes at once, so that no second copy of every gradient is needed."""
 
@@ -293,12 +301,17 @@ def start_processes(device: str = "auto", timeout: float = 1800.0) -> Processes:
             slowest batch must take less.
 
     Raises:
-        ValueError: for a device that several processes cannot have, or a launcher setting that would have no effect.
+        ValueError: for a device that several processes cannot have, a launcher setting that would have no effect, or
+            an environment variable of a launcher that is no valid number.
     """
     for name, (none, reason) in _UNUSED_SETTINGS.items():
         value = os.environ.get(name, none)
         if value.lower() != none:
             raise ValueError(f"{name} must be {none!r}, or not asked of the launcher; got {value!r}: {reason}")
+    for name, least in _LAUNCHER_NUMBERS.items():
+        value = os.environ.get(name, str(least))
+        if not re.fullmatch(r"-?[0-9]{1,9}", value) or int(value) < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, as a launcher sets it; got {value!r}")
     if max(int(os.environ.get(name, 1)) for name in _SIZE_VARIABLES) == 1:
         return Processes()
     if device not in ("auto", "cpu", "cuda"):

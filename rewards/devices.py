@@ -10,7 +10,7 @@ DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.flo
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Turn `"auto"` or the name of a device into a device of this machine.
+    """Turn `"auto"` (CUDA, else MPS, else the CPU) or the name of a device into a device of this machine.
 
     Raises:
         ValueError: This is not the name of a device, or the machine has no such device.
@@ -19,7 +19,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if torch.backends.mps.is_available():
         available.append("mps")
     if str(device) == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(available[-1].split(":")[0])
     try:
         resolved = torch.device(device)
     except (RuntimeError, TypeError):
@@ -34,19 +34,34 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Turn `"auto"` (float32 on a CPU, bfloat16 on an accelerator) or a name into the dtype of the frozen weights.
+    """Turn `"auto"` or a name into the dtype of the frozen weights.
+
+    `"auto"` is bfloat16 on an accelerator that has it, and float32 elsewhere: float16 has a small range, in which
+    VAEs overflow, so it is never chosen without being asked for.
 
     Raises:
-        ValueError: It is not one of `DTYPES`.
+        ValueError: It is not one of `DTYPES`, or the device does not have it.
     """
-    if isinstance(dtype, torch.dtype):
-        if dtype in DTYPES.values():
-            return dtype
-    elif str(dtype) == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    elif str(dtype) in DTYPES:
-        return DTYPES[str(dtype)]
-    raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
+    if str(dtype) == "auto":
+        return torch.bfloat16 if device.type != "cpu" and has_bfloat16(device) else torch.float32
+    resolved = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(str(dtype))
+    if resolved not in DTYPES.values():
+        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
+    if resolved == torch.bfloat16 and not has_bfloat16(device):
+        raise ValueError(f"dtype must be auto, float32 or float16 on {device}, which has no bfloat16; got {dtype!r}")
+    return resolved
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether a device computes in bfloat16: GPUs since Ampere, MPS since macOS 14, and every CPU."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "mps" or torch.backends.mps.is_macos_or_newer(14, 0)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the most accurate dtype of a device: float64, or float32 on MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def copied_to(values: Any, device: str | torch.device) -> torch.Tensor:

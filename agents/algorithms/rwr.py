@@ -24,6 +24,7 @@ from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.distributed import Metric, Rows
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
 from ddpo_env.validation.options import POSITIVE, Range, check_value
+from rewards.devices import widest_float
 
 Weighting = Literal["exponential", "percentile"]
 PERCENTILE = Range(at_least=0, below=100)
@@ -77,13 +78,14 @@ class RWR(TensorOnPolicyAlgorithm):
 
     def step_weights(self, rollout: TensorRolloutBuffer) -> Tensor:
         """Return the weight of every imitated step, 0 for the others, `(buffer_size, n_envs)`."""
-        advantages = super().step_weights(rollout).flatten().double()
+        advantages = super().step_weights(rollout).flatten()
+        advantages = advantages.to(widest_float(advantages.device))
         steps = torch.as_tensor(self.abilities.regression_steps(rollout), device=advantages.device)
         chosen = advantages[steps]
         if self.weighting == "exponential":
             weights = torch.exp(self.beta * (chosen - chosen.max()))
         else:
-            weights = (chosen >= torch.quantile(chosen, self.percentile / 100)).double()
+            weights = (chosen >= torch.quantile(chosen, self.percentile / 100)).to(advantages.dtype)
         step_weights = torch.zeros_like(advantages)
         step_weights[steps] = weights / weights.mean()
         return step_weights.float().view(rollout.rewards.shape)

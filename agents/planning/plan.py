@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import torch
+
 from agents.config.presets import PRESETS, preset_config
 from agents.config.train_config import TrainConfig
-from rewards.devices import resolve_device
+from rewards.devices import resolve_device, resolve_dtype
 
 
 class DenoiserRows(NamedTuple):
@@ -154,8 +156,8 @@ def _recomputes(config: TrainConfig) -> bool:
     recompute = config.update.recompute_log_probs
     if recompute is not None or config.algorithm != "ppo":
         return bool(recompute)
-    dtype = config.policy.autocast or config.run.dtype
-    return dtype in ("float16", "bfloat16") or (dtype == "auto" and resolve_device(config.device).type != "cpu")
+    dtype = resolve_dtype(config.policy.autocast or config.run.dtype, resolve_device(config.device))
+    return dtype != torch.float32
 
 
 def _count(number: int, one: str, many: str) -> str:

@@ -378,15 +378,20 @@ def _find_model(
     return ModelHandle(load_model(model), num_inference_steps)
 
 
-def _check_spaces(
-    model: DiffusionModel, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], guidance_scale: float
-) -> None:
-    """Refuse spaces that do not fit the model, and guidance for a model without conditioning."""
+def check_guidance(model: DiffusionModel, guidance_scale: float) -> None:
+    """Refuse guidance for a model without conditioning."""
     if guidance_scale != 1 and not model.conditioning_shapes:
         raise ValueError(
             f"guidance_scale must be 1 with model {model.source!r}, which has no conditioning for guidance; "
             f"got {guidance_scale}"
         )
+
+
+def _check_spaces(
+    model: DiffusionModel, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], guidance_scale: float
+) -> None:
+    """Refuse spaces that do not fit the model, and guidance for a model without conditioning."""
+    check_guidance(model, guidance_scale)
     expected = {"latents": model.latent_shape, "timestep": (1,), **model.conditioning_shapes}
     boxes = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {}
     found = {name: tuple(space.shape or ()) for name, space in boxes.items()}

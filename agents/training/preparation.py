@@ -5,9 +5,11 @@ A dry run stops between the two (`check_run`), so it refuses whatever a real run
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -17,6 +19,7 @@ from stable_baselines3.common.utils import set_random_seed
 from agents.config.resolve import resolve
 from agents.config.train_config import TrainConfig
 from agents.distributed import Processes, start_processes
+from agents.planning.fit import check_fit
 from agents.rollout.vec_env import VectorEnvAdapter
 from agents.training.build import build_algorithm
 from agents.training.checkpoint import check_resumable
@@ -80,6 +83,7 @@ def check_run(config: TrainConfig, processes: Processes) -> CheckedRun:
     with processes.fail_together():
         assert config.run_dir is not None
         folder = RunFolder(config.run_dir, resume=config.resume is not None)
+        _check_writable(folder.path)
         if folder.is_resumed:
             check_resumable(folder.checkpoints, config.total_iterations)
         reward = configured_reward(config.reward, parse_options(config.reward_options))
@@ -88,7 +92,15 @@ def check_run(config: TrainConfig, processes: Processes) -> CheckedRun:
         prompts = load_prompts(config.prompts)
         device, steps = processes.device or config.device, config.num_inference_steps
         check_source(config.model, device, config.run.dtype, config.run.resolution, steps)
+        check_fit(config, reward)
     return CheckedRun(config, folder, reward, prompts)
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a folder that this process cannot make or write to; nothing is written."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"run_dir must be a folder that can be written; {str(nearest)!r} is not; got {str(folder)!r}")
 
 
 def prepare_run(config: TrainConfig, processes: Processes | None = None) -> Run:

@@ -66,7 +66,7 @@ def check_source(
             for more steps than its scheduler has.
     """
     resolve_dtype(dtype, resolve_device(device))
-    if str(model) in _models or str(model) in _pipelines:
+    if is_object(model):
         return
     location = resolve_source(model)
     if resolution is not None or num_inference_steps is not None:
@@ -75,6 +75,11 @@ def check_source(
             GaussianSampler.from_model(outlined, num_inference_steps, min_std=SMALLEST_STD)
     if location not in BUNDLED_MODELS and Path(location).is_dir():
         family_in(location)
+
+
+def is_object(model: str | Path) -> bool:
+    """Return whether a name stands for a model or a pipeline object of this process."""
+    return str(model) in _models or str(model) in _pipelines
 
 
 def load_model(

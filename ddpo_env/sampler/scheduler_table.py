@@ -183,10 +183,12 @@ def _ddim_rows(config: Any, num_inference_steps: int, eta: float) -> SamplerRows
 
     scheduler = rebuild_scheduler(DDIMScheduler, config)
     timesteps = _timesteps(scheduler, num_inference_steps)
-    alphas = scheduler.alphas_cumprod.double()
+    alphas = scheduler.alphas_cumprod.cpu().double()
     previous = timesteps - config.num_train_timesteps // num_inference_steps
     alpha = alphas[timesteps]
-    alpha_previous = torch.where(previous >= 0, alphas[previous.clamp(min=0)], scheduler.final_alpha_cumprod.double())
+    alpha_previous = torch.where(
+        previous >= 0, alphas[previous.clamp(min=0)], scheduler.final_alpha_cumprod.cpu().double()
+    )
     # At a last timestep of 0 both alphas are one, and rounding may give a variance below zero.
     variance = ((1 - alpha_previous) / (1 - alpha) * (1 - alpha / alpha_previous)).clamp(min=0)
     direction = 1 - alpha_previous - eta**2 * variance
@@ -214,7 +216,7 @@ def _ddpm_rows(config: Any, num_inference_steps: int) -> SamplerRows:
 
     scheduler = rebuild_scheduler(DDPMScheduler, config)
     timesteps = _timesteps(scheduler, num_inference_steps)
-    alpha = scheduler.alphas_cumprod.double()[timesteps]
+    alpha = scheduler.alphas_cumprod.cpu().double()[timesteps]
     alpha_previous = torch.cat([alpha[1:], torch.ones(1, dtype=torch.float64)])
     beta = 1 - alpha / alpha_previous
     variance = beta if config.variance_type == "fixed_large" else (1 - alpha_previous) / (1 - alpha) * beta
@@ -244,7 +246,7 @@ def _flow_rows(
     scheduler = rebuild_scheduler(FlowMatchEulerDiscreteScheduler, config)
     options: dict[str, Any] = {} if sigmas is None else {"sigmas": list(sigmas)}
     scheduler.set_timesteps(num_inference_steps, mu=mu, **options)
-    schedule = scheduler.sigmas.double().cpu()
+    schedule = scheduler.sigmas.cpu().double()
     sigma, dt = schedule[:-1], schedule.diff()
     # At sigma = 1 the formula divides by zero, so Flow-GRPO uses the next sigma.
     denominator = 1 - torch.where(sigma >= 1, schedule[1:], sigma)

@@ -161,6 +161,7 @@ def measure(arguments: Arguments, output: Path) -> None:
     import torch
 
     from agents import DiffusionPolicy, prepare_run
+    from agents.planning.memory import fit_micro_batch_size
     from rewards import evaluate_reward
 
     torch.set_num_threads(1)
@@ -176,7 +177,8 @@ def measure(arguments: Arguments, output: Path) -> None:
         conditioning = {name: value.expand(count, *value.shape[1:]) for name, value in embeds.items()}
         return torch.randn(count, *model.latent_shape), torch.full((count,), 500.0), conditioning
 
-    sampling, training = inputs(rows), inputs(arguments.train_batch_size)
+    pairs = arguments.train_batch_size or fit_micro_batch_size(algorithm)
+    sampling, training = inputs(rows), inputs(pairs)
     images = model.decode(torch.randn(rows, *model.latent_shape)).cpu().numpy()
     numbers = itertools.count()
     gradients = torch.zeros(sum(weight.numel() for weight in learning))
@@ -199,7 +201,7 @@ def measure(arguments: Arguments, output: Path) -> None:
             "decode": timed(lambda: model.decode(sampling[0])) / rows,
             "encode": timed(lambda: model.encode_prompts([f"animal {next(numbers)}"])),
         }
-    found["training"] = timed(backward) / arguments.train_batch_size
+    found["training"] = timed(backward) / pairs
     found["reward"] = timed(lambda: evaluate_reward(reward, images, ["a cat"] * rows, [{}] * rows)) / rows
     found["update"] = timed(update)
     processes.gather_objects(None)

@@ -4,9 +4,9 @@ This file imports torch and the standard library only, because trl_trainer.py ru
 """
 
 import json
+import math
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -135,9 +135,16 @@ def summary(times: list[dict[str, float]], samples: int, pairs: int) -> dict[str
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Return the peak memory in 10^6 bytes: of a GPU's allocator, or on a CPU of the whole process."""
+    """Return the peak memory in 10^6 bytes: of a GPU's allocator, or on a CPU of the whole process.
+
+    NaN on a CPU where Python has no `resource`, as on Windows.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+    except ImportError:
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 

@@ -1,0 +1,52 @@
+"""Whether a model, a reward and the settings of a run fit together, found out on the meta device: nothing is loaded."""
+
+from __future__ import annotations
+
+import torch
+
+from agents.config.train_config import TrainConfig
+from agents.policy.diffusion_policy import check_guidance
+from agents.policy.lora import add_lora
+from ddpo_env.models import abilities_of
+from ddpo_env.models.loading import is_object
+from ddpo_env.models.outline import outline_model
+from ddpo_env.sampler.gaussian_sampler import GaussianSampler
+from ddpo_env.validation.arguments import check_reward_and_rendering
+from rewards import Reward
+from rewards.devices import resolve_device, resolve_dtype
+
+
+def check_fit(config: TrainConfig, reward: Reward) -> None:
+    """Refuse what the run would refuse once its model is loaded, in the same words.
+
+    A Hub id whose architecture is not known here, and an object of this process, are checked when they are used.
+
+    Args:
+        config: resolved.
+        reward: of the run, not loaded.
+
+    Raises:
+        ValueError: naming the setting, its value and what is valid.
+    """
+    options, settings = config.policy, config.run
+    if options.autocast is not None:
+        resolve_dtype(options.autocast, resolve_device(config.device))
+    if is_object(config.model):
+        return
+    model = outline_model(config.model, settings.resolution)
+    if model is None:
+        return
+    abilities_of(model).save_memory(settings.offload_text_encoder, settings.vae_tiling)
+    check_reward_and_rendering(model, reward, None)
+    check_guidance(model, options.guidance_scale)
+    GaussianSampler.from_model(
+        model, config.num_inference_steps, options.eta, noise_level=options.noise_level, min_std=options.min_std
+    )
+    if options.gradient_checkpointing and not getattr(model.denoiser, "_supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"gradient_checkpointing must be False with model {config.model!r}, whose "
+            f"{type(model.denoiser).__name__} has none; got True"
+        )
+    if options.lora_rank > 0:
+        with torch.device("meta"):
+            add_lora(model.denoiser, options.lora_rank, options.lora_targets)
