@@ -47,7 +47,7 @@ _LAUNCHER_NUMBERS = {
     **dict.fromkeys(("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"), -1),
     "MASTER_PORT": 1,
 }
-"""Environment variables of launchers that hold an integer, and the smallest valid one; accelerate calculates with them."""
+"""Environment variables of launchers with the smallest valid integer of each; accelerate calculates with them."""
 _BUCKET_ELEMENTS = 2**25
 """Gradient elements that are summed over the processes at once, so that no second copy of every gradient is needed."""
 

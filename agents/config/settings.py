@@ -89,7 +89,7 @@ class RunSettings(_Checked):
     """Precision, memory, evaluation and checkpoints."""
 
     dtype: Dtype = "auto"
-    """Dtype of the frozen weights. auto: bfloat16 on an accelerator that has it, else float32. What learns is float32."""
+    """Of the frozen weights. auto: bfloat16 on an accelerator that has it, else float32; what learns is float32."""
     resolution: Annotated[int | None, Range(at_least=1, at_most=65_536)] = None
     """Side of the images in pixels, for text-to-image models. Default: the model's own."""
     offload_text_encoder: bool | None = None

@@ -6,6 +6,7 @@ noise with and without the LoRA; `--compare` puts both images into one grid.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,15 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-BAD_ARGUMENTS = 2
+from agents.terminal import print_error, print_line, tolerate_encodings
+from ddpo_env.validation.options import Range, check_fields
+
+BAD_ARGUMENTS, INTERRUPTED = 2, 130
 _LORA_FILE = "pytorch_lora_weights.safetensors"
 _SEEDS_APART = 1000
 """Distance between the seeds of two columns, so that no two images of a usual grid have the same noise."""
+_SEED = Range(at_least=0, at_most=10**18)
+"""torch takes seeds below 2**63; this leaves room for the columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +33,7 @@ class SampleArguments:
 
     model: str = "tiny"
     """Bundled name, a folder in diffusers' layout, or a Hub id."""
-    resolution: int | None = None
+    resolution: Annotated[int | None, Range(at_least=1, at_most=65_536)] = None
     """Side of the images in pixels. Default: the model's own; use the one that the LoRA was trained with."""
     lora: Path | None = None
     """Folder of a trained LoRA, such as runs/<name>/lora."""
@@ -35,13 +41,13 @@ class SampleArguments:
     """With --lora: also generate the images without it, in a row above."""
     prompts: tuple[str, ...] = ("a cat", "a fox", "a lion", "a penguin", "a fox riding a bike")
     """Prompts, one per column."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Annotated[int, _SEED], ...] = (0, 1, 2)
     """Seeds of the initial noise, one per row."""
-    num_inference_steps: int = 20
+    num_inference_steps: Annotated[int, Range(at_least=1, at_most=1_000_000)] = 20
     """Denoising steps."""
-    guidance_scale: float = 1.0
+    guidance_scale: Annotated[float, Range(at_least=0, at_most=1000)] = 1.0
     """Scale of classifier-free guidance; 1 is off. Use the one that the LoRA was trained with."""
-    eta: float = 1.0
+    eta: Annotated[float, Range(at_least=0, at_most=1)] = 1.0
     """Noise of the DDIM steps; 0 is the deterministic sampler. Flow matching (SD 3, FLUX) always samples without."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
@@ -54,18 +60,16 @@ class SampleArguments:
         Raises:
             ValueError: naming the argument, its value and what is valid.
         """
-        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
-            raise ValueError(f"prompts must be at least one, none empty; got {self.prompts}")
+        check_fields(self)
+        if not self.prompts:
+            raise ValueError("prompts must be at least one; got none")
         if not self.seeds:
             raise ValueError("seeds must be at least one; got none")
-        if self.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1; got {self.num_inference_steps}")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must be between 0 and 1; got {self.eta}")
         if self.compare and self.lora is None:
             raise ValueError("compare must be used with a LoRA: add --lora")
         if self.lora is not None and not (self.lora / _LORA_FILE).is_file():
             raise ValueError(f"lora must be a folder with {_LORA_FILE}; got {str(self.lora)!r}")
+        _check_output(self.output)
 
 
 def main() -> int:
@@ -74,19 +78,48 @@ def main() -> int:
     Returns:
         The exit code: 0, or 2 after an error in the arguments, which is printed.
     """
+    tolerate_encodings()
     arguments = tyro.cli(Annotated[SampleArguments, tyro.conf.arg(name="")], description=__doc__)
     try:
         arguments.check()
+        check_model(arguments)
         rows, labels = generate(arguments)
-    except (ValueError, OSError) as error:
-        _print_error(str(error))
-        return BAD_ARGUMENTS
-    from agents.evaluation.image_grid import image_grid
+        from agents.evaluation.image_grid import image_grid
 
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(rows, labels, arguments.prompts).save(arguments.output)
-    print(f"wrote {arguments.output}")
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        image_grid(rows, labels, arguments.prompts).save(arguments.output)
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+        print_error(error)
+        return BAD_ARGUMENTS
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    print_line(f"wrote {arguments.output}")
     return 0
+
+
+def check_model(arguments: SampleArguments) -> None:
+    """Check model, device, resolution, steps and LoRA against each other, without loading any weights.
+
+    Raises:
+        ValueError: naming the argument, its value and what is valid.
+    """
+    from agents.evaluation.lora_file import check_lora
+    from ddpo_env.models import check_source
+    from ddpo_env.models.outline import outline_model
+
+    check_source(arguments.model, arguments.device)
+    model = outline_model(arguments.model, arguments.resolution)
+    if model is None:  # a Hub id, whose architecture is not known before it is downloaded
+        return
+    limit = model.scheduler.config.num_train_timesteps
+    if arguments.num_inference_steps > limit:
+        raise ValueError(
+            f"num_inference_steps must be at most {limit}, the scheduler's num_train_timesteps; "
+            f"got {arguments.num_inference_steps}"
+        )
+    if arguments.lora is not None:
+        check_lora(arguments.lora / _LORA_FILE, model.denoiser, arguments.model)
 
 
 def generate(arguments: SampleArguments) -> tuple[list[NDArray[np.uint8]], list[str]]:
@@ -113,7 +146,7 @@ def generate(arguments: SampleArguments) -> tuple[list[NDArray[np.uint8]], list[
     try:
         pipeline.scheduler = scheduler
         if arguments.lora is not None:
-            pipeline.load_lora_weights(arguments.lora)
+            _load_lora(pipeline, arguments.lora)
         return _rows(pipeline, arguments, {"height": height, "width": width, **options})
     finally:  # the model stays loaded in this process, so it is left as it was
         if arguments.lora is not None:
@@ -154,11 +187,30 @@ def _rows(
     return rows, labels
 
 
-def _print_error(message: str) -> None:
-    from rich.console import Console
-    from rich.markup import escape
+def _load_lora(pipeline: Any, lora: Path) -> None:
+    """Load a LoRA; diffusers skips weights that it does not know with no more than a warning."""
+    try:
+        pipeline.load_lora_weights(lora)
+    except Exception as error:  # of many kinds, as the file is anybody's
+        raise ValueError(f"lora {str(lora)!r} does not fit the model: {error}") from error
+    if not pipeline.get_list_adapters():
+        raise ValueError(f"lora {str(lora)!r} holds no weights for a {type(pipeline).__name__}")
 
-    Console(stderr=True).print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
+
+def _check_output(output: Path) -> None:
+    """Refuse a file that cannot be written, or whose ending names no image format; nothing is written."""
+    from PIL import Image
+
+    endings = Image.registered_extensions()
+    if output.suffix.lower() not in endings or endings[output.suffix.lower()] not in Image.SAVE:
+        raise ValueError(f"output must end in .png, or another image format's ending; got {str(output)!r}")
+    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if (nearest == output and not output.is_file()) or (nearest != output and not nearest.is_dir()):
+        raise ValueError(
+            f"output must be a file in a folder; {str(nearest)!r} is not what it needs; got {str(output)!r}"
+        )
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"output must be a file that can be written; {str(nearest)!r} cannot; got {str(output)!r}")
 
 
 if __name__ == "__main__":

@@ -330,3 +330,13 @@ def test_benchmark_compares_processes_with_one(micro_pipeline_folder, monkeypatc
     figures = json.loads((tmp_path / "figures.json").read_text())
     rates = {count: rate["iteration"] for count, rate in figures["samples_per_second"].items()}
     assert figures["ratio"]["iteration"] == pytest.approx(rates["2"] / rates["1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("LOCAL_WORLD_SIZE", "0"), ("WORLD_SIZE", "two"), ("WORLD_SIZE", ""), ("RANK", "-1"), ("MASTER_PORT", "1e4")],
+)
+def test_launcher_variables_must_be_numbers(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least .*; got '{value}'"):
+        start_processes("cpu")

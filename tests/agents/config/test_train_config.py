@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from agents import TrainConfig, train_config
+from agents.config.command_line import parse_command_line
 
 
 def test_settings_find_their_group_by_name():
@@ -82,3 +83,36 @@ def test_resolving_fills_every_gap_once():
     assert (config.training.sample_batch_size, config.training.samples_per_prompt) == (40, 8)
     assert config.training.advantage == "per_prompt"
     assert config.resolved() == config
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eval_samples": 10**12},
+        {"seed": 2**32},
+        {"samples_per_iteration": 10**9},
+        {"iterations": 10**12},
+        {"num_inference_steps": 10**9},
+        {"learning_rate": 1e39},
+        {"process_timeout": float("inf")},
+        {"epochs": 1.0},
+        {"model": ""},
+        {"reward": " "},
+        {"prompts": ""},
+        {"run_dir": ""},
+        {"policy": 5},
+    ],
+)
+def test_absurd_values_are_refused_by_name(settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        train_config(**settings)
+
+
+def test_empty_arguments_are_refused(capsys):
+    for flag in ("--run-dir", "--model", "--reward", "--prompts"):
+        for arguments in ([flag, ""], [f"{flag}="]):
+            with pytest.raises(SystemExit) as caught:
+                parse_command_line(arguments)
+            assert caught.value.code == 2
+            assert f"{flag} must not be empty" in capsys.readouterr().err

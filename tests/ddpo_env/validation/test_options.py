@@ -109,3 +109,28 @@ def test_options_are_split_from_other_arguments_and_shown_in_the_signature():
     assert shown["rate"].default == 1.0
     assert next(iter(shown)) == "name"
     assert "options" in shown, "a subclass may pass on more"
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "message"),
+    [
+        ("", str, "x must be a string that is not empty; got ''"),
+        ("a\0b", str, "x must be valid Unicode text without NUL"),
+        (Path("\udcff"), Path, "x must be valid Unicode text"),
+        (math.nan, float, "x must be finite; got nan"),
+        (10**400, Annotated[float, Range(above=0)], "x must be above 0; got 1000"),
+        (10**5000, Annotated[int, Range(at_most=5)], "x must be at most 5; got a int that cannot be printed"),
+        (5 * 10**9, Annotated[int, Range(0, at_most=4_000_000_000)], r"x must be in \[0, 4000000000\]; got 5000000000"),
+        (5, Options, "x must be a Options; got 5"),
+        (1, Literal["1"], "x must be one of 1; got 1"),
+        ([1], int | str | None, r"x must be None or an integer or a string; got \[1\]"),
+    ],
+)
+def test_absurd_values_are_refused(value, hint, message):
+    with pytest.raises(ValueError, match=message):
+        check_value("x", value, hint)
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    options = Options(count=np.int64(3), rate=np.float32(0.5))
+    assert (type(options.count), type(options.rate)) == (int, float)
