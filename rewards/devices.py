@@ -45,7 +45,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if str(dtype) == "auto":
         return torch.bfloat16 if device.type != "cpu" and has_bfloat16(device) else torch.float32
     resolved = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(str(dtype))
-    if resolved not in DTYPES.values():
+    if resolved is None or resolved not in DTYPES.values():
         raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
     if resolved == torch.bfloat16 and not has_bfloat16(device):
         raise ValueError(f"dtype must be auto, float32 or float16 on {device}, which has no bfloat16; got {dtype!r}")

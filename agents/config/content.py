@@ -49,7 +49,7 @@ def fingerprint(place: Path) -> str | None:
 
 def with_content(config: TrainConfig) -> TrainConfig:
     """Return settings in which model folder and prompt file have absolute paths and the hashes of what they hold."""
-    found = {}
+    found: dict[str, str | None] = {}
     for name in ("model", "prompts"):
         if (place := place_of(config, name)) is not None and place.exists():
             found |= {name: str(place), f"{name}_sha256": fingerprint(place)}

@@ -108,8 +108,9 @@ def check_value(name: str, value: Any, hint: Any) -> None:
         raise ValueError(f"{name} must be {optional}{' or '.join(map(str, expected))}; got {shown(value)}")
     if float in kinds and not ranges:
         ranges = [Range()]
+    number = _as_float(value) if float in kinds else value
     for valid in ranges:
-        if value not in valid:
+        if number not in valid:
             raise ValueError(f"{name} must be {valid}; got {shown(value)}")
 
 
@@ -172,6 +173,14 @@ def _expected(value: Any, hint: Any) -> str | None:
     if hint is Path and isinstance(value, Path):
         return _expected_text(str(value))
     return None if isinstance(value, types) and not is_flag else name
+
+
+def _as_float(value: Any) -> float:
+    """Return a number as a float: infinite if it is an integer above all floats."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _expected_text(value: str) -> str | None:

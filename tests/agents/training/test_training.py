@@ -229,7 +229,7 @@ def no_model(monkeypatch):
             {"updates_per_iteration": 7},
             "updates_per_iteration must divide samples_per_iteration=8; .* is 4 or 8",
         ),
-        ({"train_batch_size": -1}, "train_batch_size must be at least 0; got -1"),
+        ({"train_batch_size": -1}, "train_batch_size must be in \\[0, 1000000\\]; got -1"),
         ({"timestep_fraction": 1.5}, r"timestep_fraction must be in \(0, 1\]; got 1.5"),
         ({"clip_range": float("nan")}, "clip_range must be above 0; got nan"),
         ({"stat_min_count": 40}, "stat_min_count must be between 2 and stat_buffer_size=32; got 40"),
