@@ -123,7 +123,7 @@ def test_details_of_a_reward_are_logged(micro_pipeline_folder, tmp_path, monkeyp
         ({"advantage": "group", "samples_per_prompt": 1}, "samples_per_prompt must be at least 2 with advantage group"),
         ({"algorithm": "reinforce", "epochs": 2}, "epochs and updates_per_iteration must be 1 with reinforce"),
         ({"algorithm": "rwr_sparse", "updates_per_iteration": 2}, "updates_per_iteration must be 1 with rwr_sparse"),
-        ({"rwr_beta": 0.0}, "rwr_beta must be above 0; got 0.0"),
+        ({"rwr_beta": 0.0}, "rwr_beta must be in .*; got 0.0"),
         ({"rwr_percentile": 100.0}, r"rwr_percentile must be in \[0, 100\); got 100.0"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\); got 1.0"),
         ({"kl_coef": -0.5}, "kl_coef must be at least 0; got -0.5"),
