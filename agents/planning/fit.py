@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from agents.config.train_config import TrainConfig
-from agents.policy.diffusion_policy import check_guidance
+from agents.policy.guidance import check_guidance
 from agents.policy.lora import add_lora
 from ddpo_env.models import abilities_of
 from ddpo_env.models.loading import is_object

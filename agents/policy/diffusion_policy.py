@@ -30,7 +30,7 @@ from agents.policy.abilities import PolicyAbilities
 from agents.policy.compilation import compile_denoiser, mark_batch_dynamic
 from agents.policy.critic import DenoisingCritic
 from agents.policy.distribution import DenoisingDistribution
-from agents.policy.guidance import guided_output
+from agents.policy.guidance import check_guidance, guided_output
 from agents.policy.lora import add_lora, copy_for_full_training, merged_adapters
 from agents.policy.options import PolicyOptions
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
@@ -376,15 +376,6 @@ def _find_model(
             f"them: it is a {type(space).__name__}, not a DenoisingObservationSpace"
         )
     return ModelHandle(load_model(model), num_inference_steps)
-
-
-def check_guidance(model: DiffusionModel, guidance_scale: float) -> None:
-    """Refuse guidance for a model without conditioning."""
-    if guidance_scale != 1 and not model.conditioning_shapes:
-        raise ValueError(
-            f"guidance_scale must be 1 with model {model.source!r}, which has no conditioning for guidance; "
-            f"got {guidance_scale}"
-        )
 
 
 def _check_spaces(

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ddpo_env.models import DiffusionModel
+
 Predict = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
 """Latents, timesteps and conditioning → the denoiser's output."""
 
@@ -41,3 +43,12 @@ def guided_output(
             unconditional = predict(latents, timestep, unconditioned)
         conditional = predict(latents, timestep, conditioning)
     return unconditional + scale * (conditional - unconditional)
+
+
+def check_guidance(model: DiffusionModel, guidance_scale: float) -> None:
+    """Refuse guidance for a model without conditioning."""
+    if guidance_scale != 1 and not model.conditioning_shapes:
+        raise ValueError(
+            f"guidance_scale must be 1 with model {model.source!r}, which has no conditioning for guidance; "
+            f"got {guidance_scale}"
+        )

@@ -90,8 +90,7 @@ def check_run(config: TrainConfig, processes: Processes) -> CheckedRun:
         if processes.count > 1:
             check_shareable(reward)
         prompts = load_prompts(config.prompts)
-        device, steps = processes.device or config.device, config.num_inference_steps
-        check_source(config.model, device, config.run.dtype, config.run.resolution, steps)
+        check_source(config.model, processes.device or config.device, config.run.dtype)
         check_fit(config, reward)
     return CheckedRun(config, folder, reward, prompts)
 
