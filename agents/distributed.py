@@ -12,6 +12,7 @@ import math
 import os
 import re
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,6 +51,10 @@ _LAUNCHER_NUMBERS = {
 """Environment variables of launchers with the smallest valid integer of each; accelerate calculates with them."""
 _BUCKET_ELEMENTS = 2**25
 """Gradient elements that are summed over the processes at once, so that no second copy of every gradient is needed."""
+
+
+_STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+"""Signals that ask a run to stop: Ctrl-C, a scheduler, a terminal that closes, Ctrl-Break of Windows."""
 
 
 class OtherProcessError(RuntimeError):
@@ -108,6 +113,9 @@ class Processes:
         index: number of this process; 0 is the main one, which writes files and prints.
         count: number of processes.
         device: device of this process where `--device` leaves it open; `None` with one process.
+
+    Attributes:
+        stopped_by: number of the signal that asked to stop, the same in all processes; `None` if there was none.
     """
 
     def __init__(self, index: int = 0, count: int = 1, device: str | None = None) -> None:
@@ -115,7 +123,10 @@ class Processes:
         self.index = index
         self.count = count
         self.device = device
+        self.stopped_by: int | None = None
         self._interrupted = False
+        self._holds = False
+        self._is_ending = False
         self._agreed: BaseException | None = None
 
     @property
@@ -178,7 +189,7 @@ class Processes:
 
         Raises:
             OtherProcessError: if the block failed in other processes only.
-            KeyboardInterrupt: if any process received Ctrl-C.
+            KeyboardInterrupt: if any process was asked to stop.
         """
         if self.count == 1:
             yield
@@ -186,12 +197,12 @@ class Processes:
         error: BaseException | None = None
         try:
             yield
-        except (Exception, KeyboardInterrupt) as raised:
+        except BaseException as raised:  # SystemExit too: the others would wait for this process
             error = raised
         self._raise_together(error)
 
     def combine(
-        self, parameters: Sequence[torch.nn.Parameter], metrics: Mapping[str, Metric], error: Exception | None
+        self, parameters: Sequence[torch.nn.Parameter], metrics: Mapping[str, Metric], error: BaseException | None
     ) -> dict[str, Tensor]:
         """Add up the gradients of all processes, in place, and combine their metrics; raise if any has failed.
 
@@ -206,7 +217,7 @@ class Processes:
         Raises:
             Exception: `error`.
             OtherProcessError: if another process has one.
-            KeyboardInterrupt: if any process received Ctrl-C.
+            KeyboardInterrupt: if any process was asked to stop.
         """
         if error is not None and self.count == 1:
             raise error
@@ -244,21 +255,60 @@ class Processes:
                 torch.distributed.broadcast(tensor.data, src=0)
 
     @contextmanager
-    def defer_interrupts(self) -> Iterator[None]:
-        """Hold Ctrl-C back until `raise_interrupt`: an exception elsewhere would stop one process only."""
-        if self.count == 1:
+    def stop_signals(self) -> Iterator[None]:
+        """Turn the first Ctrl-C, SIGTERM or SIGHUP into a `KeyboardInterrupt`, and ignore later ones, while it stops.
+
+        One process raises it at once. Several raise it together, at the next `raise_interrupt` or end of a
+        `fail_together` block, because an exception elsewhere would stop one process only. A signal that the program
+        ignores, as `nohup` makes it, stays ignored. Outside the main thread Python allows no handlers, and nothing
+        changes.
+        """
+        self.stopped_by, self._is_ending = None, False
+        if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGINT, lambda *_: setattr(self, "_interrupted", True))
+        before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+        for number, handler in before.items():
+            if handler not in (signal.SIG_IGN, None):  # `None`: a library in C handles it
+                signal.signal(number, self._stop)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                if handler is not None:
+                    signal.signal(number, handler)
+
+    @contextmanager
+    def hold_interrupts(self) -> Iterator[None]:
+        """Finish the block before a signal stops the run; one process raises at its end, several as everywhere."""
+        self._holds = True
+        try:
+            yield
+        finally:
+            self._holds = False
+        if self.count == 1:
+            self.raise_interrupt()
+
+    def ignore_interrupts(self) -> None:
+        """Ignore signals from now on, because the run is ending and saves what it has."""
+        self._is_ending, self._interrupted = True, False
 
     def raise_interrupt(self) -> None:
-        """Raise the Ctrl-C that was held back; call it inside `fail_together`, so that it reaches all processes."""
-        if self._interrupted:
+        """Raise a stop that was held back; call it inside `fail_together`, so that it reaches all processes."""
+        if self._is_due:
+            self._interrupted = False
             raise KeyboardInterrupt
+
+    @property
+    def _is_due(self) -> bool:
+        return self._interrupted and not self._holds
+
+    def _stop(self, number: int, _: object) -> None:
+        if not self._is_ending:
+            self.stopped_by = number
+            self._is_ending = self._interrupted = True
+            if self.count == 1:
+                self.raise_interrupt()
 
     def shutdown(self, error: BaseException | None = None) -> None:
         """Wait for the other processes, which may still be writing, and disconnect.
@@ -279,14 +329,16 @@ class Processes:
 
     def _raise_together(self, error: BaseException | None) -> None:
         """Raise in all processes if one of them failed or was interrupted."""
-        reports = self.gather_objects((_report(error), self._interrupted or _is_interrupt(error)))
+        stop = self.stopped_by or signal.SIGINT if self._is_due or _is_interrupt(error) else None
+        reports = self.gather_objects((_report(error), stop))
         failed = [(index, failure) for index, (failure, _) in enumerate(reports) if failure is not None]
         if failed and (error is None or _is_interrupt(error)):
             index, (message, text) = failed[0]
             error = OtherProcessError(f"{message} (in process {index} of {self.count})")
             error.__cause__ = RuntimeError(f"\n{text}")
-        elif not failed and any(interrupted for _, interrupted in reports):
-            self._interrupted = False
+        elif not failed and (stops := [int(one) for _, one in reports if one is not None]):
+            self.ignore_interrupts()
+            self.stopped_by = stops[0]
             error = KeyboardInterrupt()
         if error is not None:
             raise self.mark_agreed(error)

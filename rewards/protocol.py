@@ -321,7 +321,7 @@ def _naming(reward: object, occasion: str) -> Iterator[None]:
     """Add the reward's name to every exception as a note."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
         error.add_note(f"raised by the reward {reward_name(reward)}, {occasion}")
         raise
 

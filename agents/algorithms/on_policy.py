@@ -261,10 +261,10 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         """Take one optimizer step on the transitions at `indices`; return False if the KL target stopped it."""
         self.policy.optimizer.zero_grad()
         own: dict[str, Metric] = {}
-        failure = None
+        failure: BaseException | None = None
         try:
             own = self._accumulate(indices)
-        except Exception as error:
+        except BaseException as error:  # SystemExit too: the other processes would wait
             failure = error
         for name, value in self.processes.combine(self._learning_parameters(), own, failure).items():
             if name != "ratio_deviation" or not metrics[name]:  # only the first update of an iteration is on-policy

@@ -72,6 +72,8 @@ class OptimizerSettings(_Checked):
 
     learning_rate_schedule: Schedule = "linear"
     """linear and cosine fall to almost 0 at the last iteration."""
+    schedule_iterations: Annotated[int | None, AT_LEAST_1] = None
+    """Iterations over which the learning rate falls; then it stays. Default: the number that the run started with."""
     adam_beta1: Annotated[float, DECAY] = 0.9
     """Decay of the average gradient."""
     adam_beta2: Annotated[float, DECAY] = 0.99
@@ -102,6 +104,8 @@ class RunSettings(_Checked):
     """Iterations between evaluations; 0: only before and after training."""
     checkpoint_interval: Annotated[int, MOST_OR_0] = 1
     """Iterations between checkpoints; 0: only at the end. A run that Ctrl-C or an error stops writes one too."""
+    stop_on_divergence: bool = True
+    """End a run with an error if three iterations in a row are three standard deviations worse than the first."""
     process_timeout: Annotated[float, Range(above=0, at_most=30 * 86_400)] = 1800.0
     """Seconds that processes wait for each other before the run ends; a batch's reward must take less."""
     model_sha256: Annotated[str | None, tyro.conf.Suppress] = None

@@ -156,6 +156,7 @@ class TrainConfig:
         batch = training.sample_batch_size or largest_divisor(total, 72)
         config = self.changed(
             iterations=self.iterations or _ITERATIONS,
+            schedule_iterations=self.optimizer.schedule_iterations or self.iterations or _ITERATIONS,
             learning_rate=self.learning_rate or defaults.learning_rate,
             sample_batch_size=batch,
             samples_per_prompt=training.samples_per_prompt or largest_divisor(batch, 8),
@@ -174,6 +175,12 @@ class TrainConfig:
         """Number of iterations of a resolved configuration."""
         assert self.iterations is not None
         return self.iterations
+
+    @property
+    def schedule_length(self) -> int:
+        """Number of iterations over which the learning rate of a resolved configuration falls."""
+        assert self.optimizer.schedule_iterations is not None
+        return self.optimizer.schedule_iterations
 
     @property
     def trained_steps(self) -> int:

@@ -15,6 +15,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 
 from agents.distributed import Processes
 from agents.policy.diffusion_policy import DiffusionPolicy
+from ddpo_env.models.protocol import abilities_of
 from ddpo_env.prompts import Prompt, PromptSet
 from ddpo_env.vector_env import DenoisingVectorEnv
 from rewards import Freezable, TwoStageReward, combine_measurements
@@ -29,6 +30,8 @@ class Evaluation:
         prompts: one per sample.
         rewards: `(samples,)` float64. Some are NaN or infinite if the environment keeps such scores.
         details: the reward's details by name, one value per sample.
+        pictures: `(samples, height, width, 3)` uint8, which show the samples: images as they are, other
+            samples as the model renders them; `None` if it does not.
         measurements: what a two-stage reward measured, one per sample, while the scores are not known yet.
     """
 
@@ -36,6 +39,7 @@ class Evaluation:
     prompts: list[str]
     rewards: npt.NDArray[np.float64]
     details: dict[str, list[Any]]
+    pictures: npt.NDArray[np.uint8] | None = None
     measurements: list[Any] | None = None
 
     @property
@@ -57,7 +61,8 @@ class Evaluation:
     def first(self, samples: int) -> Evaluation:
         """Return the first samples only."""
         details = {name: values[:samples] for name, values in self.details.items()}
-        return Evaluation(self.images[:samples], self.prompts[:samples], self.rewards[:samples], details)
+        pictures = None if self.pictures is None else self.pictures[:samples]
+        return Evaluation(self.images[:samples], self.prompts[:samples], self.rewards[:samples], details, pictures)
 
 
 def evaluate(
@@ -134,6 +139,7 @@ def _frozen(env: DenoisingVectorEnv) -> AbstractContextManager[None]:
 def _episode(policy: DiffusionPolicy, env: DenoisingVectorEnv, prompts: list[str | Prompt], seed: int) -> Evaluation:
     observation, _ = env.reset(seed=seed, options={"prompts": prompts})
     infos: dict[str, Any] = {}
+    actions = observation["latents"]
     rewards = np.zeros(env.num_envs)
     for _ in range(env.num_inference_steps):
         actions = policy.get_distribution(obs_as_tensor(observation, policy.device)).sample()
@@ -145,7 +151,11 @@ def _episode(policy: DiffusionPolicy, env: DenoisingVectorEnv, prompts: list[str
         measurements = [one.measurement() for one in deferred]
         details = {name: [one.details()[name] for one in deferred] for name in deferred[0].details()}
     texts = [prompt if isinstance(prompt, str) else prompt[0] for prompt in prompts]
-    return Evaluation(infos["image"] if "image" in infos else infos["sample"], texts, rewards, details, measurements)
+    samples = pictures = infos["image"] if "image" in infos else infos["sample"]
+    abilities = abilities_of(env.model)
+    if not abilities.draws_images:  # the last action is the final latent
+        pictures = abilities.render(actions).cpu().numpy() if abilities.can_render else None
+    return Evaluation(samples, texts, rewards, details, pictures, measurements)
 
 
 def _scored(batch: Evaluation, env: DenoisingVectorEnv) -> Evaluation:
@@ -167,5 +177,6 @@ def _joined(batches: Sequence[Evaluation]) -> Evaluation:
         prompts=[prompt for batch in batches for prompt in batch.prompts],
         rewards=np.concatenate([batch.rewards for batch in batches]),
         details={name: [value for batch in batches for value in batch.details.get(name, [])] for name in names},
+        pictures=None if batches[0].pictures is None else np.concatenate([one.pictures for one in batches]),
         measurements=None if batches[0].measurements is None else measured,
     )

@@ -8,6 +8,7 @@ CPU. `--preset` selects an experiment of the DDPO paper, and `--dry-run` only pr
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -20,11 +21,17 @@ if TYPE_CHECKING:  # imports that take seconds are in `prepare`, where Ctrl-C is
     from agents.training.run import Run, RunResult
 
 STARTED = time.perf_counter()
-FAILED, BAD_ARGUMENTS, INTERRUPTED = 1, 2, 130
+FAILED, BAD_ARGUMENTS, INTERRUPTED, SIGNALLED = 1, 2, 130, 128
+_EXPECTED = (ValueError, TypeError, ImportError, OSError, RuntimeError)
 
 
 def main() -> int:
-    """Parse the command line, train, and print a summary; return the exit code."""
+    """Parse the command line, train, and print a summary; return the exit code.
+
+    Returns:
+        0 after a finished run or a dry run, 1 after an error in training, 2 for arguments that are not valid or a run
+        that cannot start, and 128 plus the signal's number after a signal: 130 for Ctrl-C, 143 for SIGTERM.
+    """
     tolerate_encodings()
     try:
         run = prepare()
@@ -53,9 +60,11 @@ def prepare() -> Run | int:
         processes = start_run_processes(line.config)
         run = None if line.dry_run else prepare_run(line.config, processes)
         config = check_run(line.config, processes).config if run is None else run.config
-    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a module of the user's may even call sys.exit
         if processes.is_main:
-            print_error(str(error))
+            print_error(describe(error, _EXPECTED))
         processes.shutdown(error)
         return BAD_ARGUMENTS
     if processes.is_main:
@@ -69,9 +78,12 @@ def prepare() -> Run | int:
 def train(run: Run) -> int:
     """Train, print how it went, and return the exit code."""
     processes = run.processes
+    if run.was_finished and processes.is_main:
+        print(f"\nThe run had finished its {run.iteration} iterations already. To train for more, add --iterations to:")
+        print(resume_command(run.config, processes))
     try:
         result = run.train(STARTED)
-    except Exception as error:
+    except BaseException as error:
         if processes.is_main:
             report(error, run)
         processes.shutdown(error)
@@ -80,20 +92,36 @@ def train(run: Run) -> int:
     if processes.is_main and stopped:
         print(f"\nStopped after {result.iterations} iterations; the run is saved. To continue:")
         print(resume_command(result.config, processes))
-    elif processes.is_main:
+    elif processes.is_main and not run.was_finished:
         print(summary(result))
     processes.shutdown()
-    return INTERRUPTED if stopped else 0
+    return SIGNALLED + (processes.stopped_by or signal.SIGINT) if stopped else 0
 
 
-def report(error: Exception, run: Run) -> None:
+def report(error: BaseException, run: Run) -> None:
     """Print what stopped a run, and how to continue it."""
-    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    print_error(" ".join(f"{type(error).__name__}: {error}{notes}".split()))
-    print(f"The traceback is in {run.folder.error}.")
-    if run.saved_iterations is not None:
-        print(f"The run is saved after {run.saved_iterations} iterations. To continue:")
+    print_error(describe(error))
+    if run.folder.error.exists():
+        print(f"The traceback is in {run.folder.error}.")
+    if run.saved_iterations is None:
+        return
+    print(f"The run is saved after {run.saved_iterations} iterations.")
+    if isinstance(error, FloatingPointError):  # the same numbers would come out again
+        if run.folder.best.exists() and run.best_evaluation is not None:
+            print(
+                f"{run.folder.best} holds the policy of its best evaluation, after iteration {run.best_evaluation[0]}."
+            )
+        print("Resumed, it would end in the same way: start a new run with other settings.")
+    else:
+        print("To continue:")
         print(resume_command(run.config, run.processes))
+
+
+def describe(error: BaseException, expected: tuple[type[BaseException], ...] = ()) -> str:
+    """Return an error and its notes in one line, with its type unless that is expected."""
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    kind = "" if isinstance(error, expected) else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{error}{notes}".split())
 
 
 def resume_command(config: TrainConfig, processes: Processes) -> str:
@@ -119,15 +147,19 @@ def summary(result: RunResult) -> str:
         f"  {result.iterations} iterations in {result.wall_clock_seconds:.0f} s, start included",
         "",
         "Look at",
-        f"  {folder.path}/samples/before_after.png    the same prompts and seeds before, during and after training",
-        f"  {folder.path}/reward.png                  the curve",
-        f"  {folder.path}/summary.json                these figures, and the versions",
-        f"  tensorboard --logdir {folder.path}/tensorboard",
     ]
-    if folder.judge.is_dir():
-        lines.append(f"  {folder.judge}/                      some images of every call and the judge's answers")
+    for file, content in (
+        (folder.samples / "before_after.png", "the same prompts and seeds before, during and after training"),
+        (folder.path / "reward.png", "the curve"),
+        (folder.summary, "these figures, and the versions"),
+        (folder.judge, "some images of every call and the judge's answers"),
+    ):
+        if file.exists():
+            lines.append(f"  {file}    {content}")
+    lines.append(f"  {shlex.join(['tensorboard', '--logdir', str(folder.tensorboard)])}")
     if config.policy.lora_rank:
-        lines.append(f"Use it: pipe.load_lora_weights({str(folder.lora)!r}), or ddpo-sample --lora {folder.lora}")
+        command = shlex.join(["ddpo-sample", "--lora", str(folder.lora)])
+        lines.append(f"Use it: pipe.load_lora_weights({str(folder.lora)!r}), or {command}")
     return "\n".join(lines)
 
 

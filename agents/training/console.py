@@ -1,13 +1,15 @@
-"""A run on the screen: a progress bar in a terminal, one plain line per iteration elsewhere."""
+"""What a run shows while it trains: a progress bar or plain lines on the screen, and curves in TensorBoard."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from stable_baselines3.common.logger import KVWriter
+from stable_baselines3.common.logger import KVWriter, TensorBoardOutputFormat
+from torch.utils.tensorboard import SummaryWriter
 
 _SHOWN = (
     ("rollout/reward_mean", "reward", ".3f"),
@@ -58,10 +60,34 @@ class ConsoleWriter(KVWriter):
         left = (time.perf_counter() - self._began) / (self._done - self._start) * (self._total - self._done)
         minutes, seconds = divmod(round(left), 60)
         line = f"iteration {self._done}/{self._total}  {shown}  left {minutes}:{seconds:02d}"
-        self.console.print(line, highlight=False)
+        self.console.print(line, highlight=False, markup=False)
+
+    def warn(self, message: str) -> None:
+        """Show a warning, above the bar if there is one."""
+        self.console.print(f"warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Remove the bar."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+class TensorBoardCurves(TensorBoardOutputFormat):
+    """TensorBoard with the iteration as the x axis.
+
+    Args:
+        folder: of the event files.
+        iteration: of the checkpoint that the run continues from. What a killed run logged after it is hidden, because
+            the iterations run again.
+    """
+
+    def __init__(self, folder: Path, iteration: int) -> None:
+        """Open a new event file."""
+        # The evaluation before training belongs to no checkpoint, so a run that continues from 0 repeats it.
+        self.writer = SummaryWriter(str(folder), purge_step=iteration + 1 if iteration else 0)
+        self._is_closed = False
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        """Add a point to every curve; `step`, which Stable-Baselines3 counts in environment steps, is not used."""
+        super().write(key_values, key_excluded, int(key_values["time/iterations"]))

@@ -15,6 +15,7 @@ from agents.evaluation.evaluate import evaluate, evaluation_prompts
 from agents.evaluation.image_grid import image_grid, read_strip, write_strip
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.training.run import Run, RunListener
+from ddpo_env.models.protocol import abilities_of
 from ddpo_env.vector_env import DenoisingVectorEnv
 
 _COLUMNS = 9
@@ -24,8 +25,9 @@ class HeldOutImages(RunListener):
     """Generates and scores the same held-out samples before training, every few iterations, and after it.
 
     It writes `samples/iteration_NNNN.png` and its images alone, logs the mean reward as `eval/reward_mean` and the grid
-    to TensorBoard, and at the end writes `samples/before_after.png`. Where the environment keeps rewards that are NaN
-    or infinite, the mean is that of the others, and `eval/dropped_samples` is their number.
+    to TensorBoard, and at the end writes `samples/before_after.png`. There are no files
+    for a model whose samples are no images and which does not render them. Where the environment keeps rewards that are
+    NaN or infinite, the mean is that of the others, and `eval/dropped_samples` is their number.
 
     Args:
         env: for the held-out episodes; autoreset off.
@@ -41,11 +43,12 @@ class HeldOutImages(RunListener):
         self.seed = seed
         self.prompts = evaluation_prompts(env, samples, seed)
         self.columns = min(_COLUMNS, samples)
+        self._draws = abilities_of(env.model).can_render
         self._shown: list[tuple[int, float]] = []
 
     def on_start(self, run: Run) -> None:
-        """Evaluate the pretrained policy."""
-        if not run.evaluations:
+        """Evaluate the pretrained policy; also a run that a resumption ends sooner than it was planned."""
+        if not run.evaluations or (run.is_finished and run.evaluations[-1][0] != run.iteration):
             self._evaluate(run)
 
     def on_iteration(self, run: Run) -> None:
@@ -55,9 +58,8 @@ class HeldOutImages(RunListener):
 
     def on_end(self, run: Run) -> None:
         """Write the grid of the whole run."""
-        if run.evaluations[-1][0] != run.iteration:  # a resumed run that was finished already
-            self._evaluate(run)
-        run.processes.from_main(lambda: self._draw_run(run))
+        if self._draws:
+            run.processes.from_main(lambda: self._draw_run(run))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the mean rewards of the grids, for a checkpoint; the images are in the run's folder."""
@@ -74,15 +76,16 @@ class HeldOutImages(RunListener):
             evaluation = evaluate(algorithm.policy, self.env, self.prompts, self.seed, run.processes)
         with run.processes.fail_together():
             rewards = evaluation.finite_rewards()
-        run.record_evaluation(float(rewards.mean()))
+        run.record_evaluation(float(rewards.mean()), float(rewards.std()))
         algorithm.logger.record("eval/reward_mean", float(rewards.mean()))
         algorithm.logger.record("eval/reward_std", float(rewards.std()))
         if self.env.non_finite_rewards == "keep":
             algorithm.logger.record("eval/dropped_samples", evaluation.dropped_samples)
-        images = evaluation.images[: self.columns]
         shown = _finite_mean(evaluation.rewards[: self.columns])
         self._shown.append((run.iteration, shown))
-        run.processes.from_main(lambda: self._write(run, images, shown))
+        pictures = evaluation.pictures
+        if pictures is not None:
+            run.processes.from_main(lambda: self._write(run, pictures[: self.columns], shown))
 
     def _write(self, run: Run, images: npt.NDArray[Any], shown: float) -> None:
         write_strip(_strip(run, run.iteration), images)

@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
-from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
+from stable_baselines3.common.logger import Logger
 
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.config.train_config import TrainConfig
@@ -21,7 +22,8 @@ from agents.planning.memory import fit_micro_batch_size
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.vec_env import denoising_env_of
 from agents.training.checkpoint import Checkpoints, Stateful, iterations_done, latest_checkpoint
-from agents.training.console import ConsoleWriter
+from agents.training.console import ConsoleWriter, TensorBoardCurves
+from agents.training.divergence import DEVIATIONS, ITERATIONS, DivergenceError, has_diverged, is_worse
 from agents.training.run_folder import MetricsTable, RunFolder
 from rewards import StatefulReward
 
@@ -75,6 +77,8 @@ class Run:
         iteration: number of finished iterations.
         training_rewards: mean training reward of every iteration.
         evaluations: (iteration, mean reward) on the held-out seeds.
+        pretrained_std: standard deviation of the pretrained policy's rewards: the larger one of the held-out samples'
+            and the first iteration's.
     """
 
     def __init__(
@@ -92,16 +96,21 @@ class Run:
         self.iteration = 0
         self.training_rewards: list[float] = []
         self.evaluations: list[tuple[int, float]] = []
+        self.pretrained_std = 0.0
         self.checkpoints = Checkpoints(
             folder.checkpoints, algorithm, self._components(), config.run.checkpoint_interval
         )
         self._is_new = True
+        self._was_finished = False
         self._callback: BaseCallback = CallbackList([])
+        self._console: ConsoleWriter | None = None
 
     def restore(self) -> None:
         """Continue from the newest checkpoint of this run."""
         self.checkpoints.restore()
         self._is_new = False
+        written = self.processes.from_main(self.folder.summary.exists)
+        self._was_finished = self.is_finished and written
 
     def train(self, started: float | None = None) -> RunResult:
         """Run the iterations that are left.
@@ -113,39 +122,48 @@ class Run:
             for each iteration that is left:
                 collect a rollout and update the policy      (agents/algorithms/on_policy.py)
                 tell the listeners, log the iteration, write its checkpoint
-            tell the listeners; save policy and LoRA; write the summary
+            save policy and LoRA; tell the listeners and draw the curve; write the summary
 
         Args:
             started: `time.perf_counter()` at the start of the program, so that the time includes imports and loading.
 
         Returns:
-            Reward before and after, and the run's folder. After Ctrl-C, `reward_after` is `None`.
+            Reward before and after, and the run's folder. After Ctrl-C, SIGTERM or SIGHUP, `reward_after` is `None`,
+            and `self.processes.stopped_by` is the signal. A run that was finished before returns at once.
 
         Raises:
-            Exception: whatever the reward raises, with a note that names it, or training does. The traceback is also in
-                the folder's `error.txt`. With several processes all of them raise.
+            BaseException: whatever the reward raises, with a note that names it, or training does; SystemExit too. The
+                traceback is also in the folder's `error.txt`. With several processes all of them raise.
         """
         started = time.perf_counter() if started is None else started
+        if self.was_finished:
+            return self._result(started, finished=True)
         try:
-            with self.processes.defer_interrupts(), self._logging():
-                self._begin()
-                finished = self._iterate()
-            self.processes.from_main(self._save_weights)
-        except Exception as error:
+            with self.processes.stop_signals(), self._logging():
+                finished = self._run_to_an_end(started)
+        except BaseException as error:
             if self.processes.is_main:
                 self.folder.write_error(error)
             raise
-        before = self.evaluations[0][1] if self.evaluations else None
-        after = self.evaluations[-1][1] if finished else None
-        seconds = time.perf_counter() - started
-        result = RunResult(self.config, self.folder, before, after, self.iteration, seconds)
-        if finished and self.processes.is_main:
-            self.folder.write_summary(_summary(result, self.processes.count))
-        return result
+        return self._result(started, finished)
 
-    def record_evaluation(self, mean: float) -> None:
-        """Add the mean held-out reward of the current iteration to the curve."""
+    @property
+    def was_finished(self) -> bool:
+        """Whether another process has finished this run, to its summary."""
+        return self._was_finished
+
+    def record_evaluation(self, mean: float, std: float) -> None:
+        """Add the held-out reward of the current iteration to the curve; save the policy if it is the best so far."""
+        if self.iteration == 0:
+            self.pretrained_std = max(self.pretrained_std, std)
+        elif mean > max(before for _, before in self.evaluations):
+            self.processes.from_main(lambda: self._save_weights(self.folder.best))
         self.evaluations.append((self.iteration, mean))
+
+    @property
+    def best_evaluation(self) -> tuple[int, float] | None:
+        """Iteration and mean reward of the best evaluation; `None` before the first one."""
+        return max(self.evaluations, key=lambda one: one[1], default=None)
 
     @property
     def is_finished(self) -> bool:
@@ -166,6 +184,7 @@ class Run:
             "iteration": self.iteration,
             "training_rewards": self.training_rewards,
             "evaluations": self.evaluations,
+            "pretrained_std": self.pretrained_std,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -173,6 +192,7 @@ class Run:
         self.iteration = state["iteration"]
         self.training_rewards = list(state["training_rewards"])
         self.evaluations = [(iteration, mean) for iteration, mean in state["evaluations"]]
+        self.pretrained_std = state["pretrained_std"]
 
     def _components(self) -> dict[str, Stateful]:
         """Return what a checkpoint holds beside the algorithm: the run, listeners with a state, the reward's state."""
@@ -195,50 +215,94 @@ class Run:
 
         def write() -> None:
             self.folder.write_config(self.config.as_dict())
-            self.folder.remove_error()
+            self.folder.remove_ending()
 
         self.processes.from_main(write)
 
-    def _iterate(self) -> bool:
-        """Run the iterations that are left; return False after Ctrl-C, at the last finished iteration.
+    def _run_to_an_end(self, started: float) -> bool:
+        """Run the iterations that are left; return False if a signal stopped them, at the last finished iteration.
 
-        After an error, the last finished iteration has a checkpoint too.
+        Whatever ends the iterations, the last finished one has a checkpoint. Signals that come while it is written are
+        ignored.
         """
         try:
+            with self.processes.hold_interrupts():
+                self._begin()
             for listener in self.listeners:
                 listener.on_start(self)
-            if self.iteration == 0:
-                self._log(0)
+            if self.iteration == 0 or self.is_finished:
+                self._log_evaluation()
             while not self.is_finished:
                 self._run_iteration()
-            self.checkpoints.write()
-            for listener in self.listeners:
-                listener.on_end(self)
-            self.processes.from_main(self._draw_curve)
+            self._finish(started)
             return True
         except KeyboardInterrupt:
+            self.processes.ignore_interrupts()
             self._cancel_rewards()
             self.checkpoints.restore()
+            self.processes.from_main(lambda: self._save_weights(self.folder.path))
             return False
-        except Exception:
+        except BaseException:
+            self.processes.ignore_interrupts()
             self._cancel_rewards()
             self.checkpoints.write()
             raise
 
+    def _finish(self, started: float) -> None:
+        """Write what a finished run leaves: weights first, then pictures, and last the summary, which ends the run."""
+        self.checkpoints.write()
+        self.processes.from_main(lambda: self._save_weights(self.folder.path))
+        for listener in self.listeners:
+            listener.on_end(self)
+        summary = _summary(self._result(started, finished=True), self.processes.count)
+        self.processes.from_main(self._draw_curve)
+        self.processes.from_main(lambda: self.folder.write_summary(summary))
+
     def _run_iteration(self) -> None:
         algorithm, number = self.algorithm, self.iteration + 1
-        steps = algorithm.n_steps * algorithm.n_envs * self.processes.count * self.config.total_iterations
+        steps = algorithm.n_steps * algorithm.n_envs * self.processes.count * self.config.schedule_length
         algorithm.iterate(self._callback, number, steps, log_interval=None)
         self.iteration = number
-        self.training_rewards.append(float(algorithm.rollout_buffer.segment_returns().mean()))
+        returns = algorithm.rollout_buffer.segment_returns()
+        self.training_rewards.append(float(returns.mean()))
+        if number == 1:
+            self.pretrained_std = max(self.pretrained_std, float(returns.std()))
         for listener in self.listeners:
             listener.on_iteration(self)
-        self._log(number)
-        self.checkpoints.finished(number)
+        with self.processes.hold_interrupts():
+            with self.processes.fail_together():
+                algorithm.dump_logs(number)
+            self.checkpoints.finished(number)
+        self._watch_reward()
 
-    def _log(self, iteration: int) -> None:
+    def _watch_reward(self) -> None:
+        """Warn of an iteration that is far worse than the first one; stop the run after some in a row."""
+        rewards, std = self.training_rewards, self.pretrained_std
+        if self.config.run.stop_on_divergence and has_diverged(rewards, std):
+            raise self.processes.mark_agreed(
+                DivergenceError(
+                    f"the mean reward fell from {rewards[0]:.4g} in the first iteration to {rewards[-1]:.4g}; in the "
+                    f"last {ITERATIONS} iterations it was more than {DEVIATIONS:g} standard deviations of the "
+                    f"pretrained policy's rewards ({std:.4g}) lower: lower learning_rate, or set "
+                    "stop_on_divergence=False"
+                )
+            )
+        if is_worse(rewards[-1], rewards[0], std) and self._console is not None:
+            self._console.warn(
+                f"the mean reward of iteration {self.iteration}, {rewards[-1]:.4g}, is more than {DEVIATIONS:g} "
+                f"standard deviations below the first iteration's {rewards[0]:.4g}"
+            )
+
+    def _log_evaluation(self) -> None:
+        """Log an evaluation that belongs to no iteration of this process; its row has nothing else."""
         with self.processes.fail_together():
-            self.algorithm.dump_logs(iteration)
+            self.algorithm.logger.record("time/iterations", self.iteration, exclude="tensorboard")
+            self.algorithm.logger.dump(self.iteration)
+
+    def _result(self, started: float, finished: bool) -> RunResult:
+        before = self.evaluations[0][1] if self.evaluations else None
+        after = self.evaluations[-1][1] if finished else None
+        return RunResult(self.config, self.folder, before, after, self.iteration, time.perf_counter() - started)
 
     def _cancel_rewards(self) -> None:
         assert self.algorithm.env is not None
@@ -253,9 +317,9 @@ class Run:
             yield
             return
         table = MetricsTable(self.folder.progress, MetricsTable.read(self.folder.progress, self.iteration))
-        console = ConsoleWriter(self.config.total_iterations, self.iteration)
-        tensorboard = TensorBoardOutputFormat(str(self.folder.tensorboard))
-        self.algorithm.set_logger(Logger(None, [table, tensorboard, console]))
+        self._console = ConsoleWriter(self.config.total_iterations, self.iteration)
+        tensorboard = TensorBoardCurves(self.folder.tensorboard, self.iteration)
+        self.algorithm.set_logger(Logger(None, [table, tensorboard, self._console]))
         try:
             yield
         finally:
@@ -264,13 +328,13 @@ class Run:
     def _draw_curve(self) -> None:
         reward_curve(self.folder.path / "reward.png", self.training_rewards, self.evaluations, self.config.reward)
 
-    def _save_weights(self) -> None:
+    def _save_weights(self, folder: Path) -> None:
         policy = self.algorithm.policy
         assert isinstance(policy, DiffusionPolicy)
         with self.algorithm.averaged_weights():
-            policy.save(self.folder.policy)
+            policy.save(folder / "policy")
             if policy.options.lora_rank > 0:
-                policy.save_lora(self.folder.lora)
+                policy.save_lora(folder / "lora")
 
 
 def _summary(result: RunResult, processes: int) -> dict[str, Any]:

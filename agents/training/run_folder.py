@@ -8,6 +8,7 @@ runs/<name>/
     samples/before_after.png, reward.png     the two files to look at first
     lora/pytorch_lora_weights.safetensors    for `pipe.load_lora_weights("runs/<name>/lora")`
     policy/                                  for `agents.DiffusionPolicy.load`
+    best/                                    the same two of the best evaluation, if training improved on the first
     checkpoints/                             for `--resume`
     judge/                                   images and answers of a judge, for rewards that log them
     error.txt                                why the run stopped, if an error stopped it; removed when it continues
@@ -67,10 +68,12 @@ class RunFolder:
         self.progress = self.path / "progress.csv"
         self.lora = self.path / "lora"
         self.policy = self.path / "policy"
+        self.best = self.path / "best"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.judge = self.path / "judge"
         self.error = self.path / "error.txt"
+        self.summary = self.path / "summary.json"
 
     def make(self) -> None:
         """Make the folder and its subfolders."""
@@ -84,16 +87,17 @@ class RunFolder:
         """Write `error.txt`: the traceback, with its causes."""
         write_atomically(self.error, "".join(traceback.format_exception(error)))
 
-    def remove_error(self) -> None:
-        """Delete `error.txt` if it exists."""
+    def remove_ending(self) -> None:
+        """Delete `error.txt` and `summary.json`, which say how a run ended that goes on now."""
         self.error.unlink(missing_ok=True)
+        self.summary.unlink(missing_ok=True)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`, and add the machine and the library versions."""
         versions = {name: version(name) for name in _LIBRARIES}
         machine = {"python": platform.python_version(), "platform": platform.platform(), "cpu_count": os.cpu_count()}
         text = json.dumps({**summary, "versions": versions, "machine": machine}, indent=2)
-        write_atomically(self.path / "summary.json", text + "\n")
+        write_atomically(self.summary, text + "\n")
 
 
 class MetricsTable(KVWriter):
@@ -117,11 +121,14 @@ class MetricsTable(KVWriter):
         if not iterations or not path.exists():
             return []
         rows = csv.DictReader(io.StringIO(path.read_text()))
-        return [row for row in rows if int(row.get("time/iterations") or 0) <= iterations]
+        return [row for row in rows if _iteration(row) <= iterations]
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
-        """Add a row."""
-        self.rows.append(filter_excluded_keys(key_values, key_excluded, "csv"))
+        """Add a row, or complete the last one if it is of the same iteration."""
+        row = filter_excluded_keys(key_values, key_excluded, "csv")
+        if self.rows and _iteration(self.rows[-1]) == _iteration(row):
+            row = self.rows.pop() | row
+        self.rows.append(row)
         names = sorted({name for row in self.rows for name in row})
         text = io.StringIO()
         writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -131,6 +138,10 @@ class MetricsTable(KVWriter):
 
     def close(self) -> None:
         """Do nothing: no file is open."""
+
+
+def _iteration(row: Mapping[str, Any]) -> int:
+    return int(row.get("time/iterations") or 0)
 
 
 def write_atomically(path: Path, text: str) -> None:

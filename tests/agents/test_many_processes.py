@@ -130,7 +130,7 @@ def test_run_goes_on_with_another_number_of_processes(micro_pipeline_folder, one
     outcome = run_processes(after, again(job))
     assert outcome.codes == [0] * after, outcome.said
     assert largest_difference(folder, one) < 1e-6
-    assert [row["time/iterations"] for row in rows(folder)] == ["", "1", "2", "3"]
+    assert [row["time/iterations"] for row in rows(folder)] == ["0", "1", "2", "3"]
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_run_folder_holds_what_its_docstring_says(finished):
     parts = [part.split("0000")[0] for line in documented for part in line.split(", ") if part != "..."]
     undocumented = [name for name in files if not any(name.startswith(part) for part in parts)]
     assert undocumented == []
-    sometimes = {"judge/", "error.txt"}
+    sometimes = {"judge/", "error.txt", "best/"}
     assert sometimes < set(parts)
     assert all(any(name.startswith(part) for name in files) for part in set(parts) - sometimes if part)
 
@@ -68,7 +68,7 @@ def test_summary_says_how_the_run_went(finished):
 
 def test_metrics_have_a_row_for_every_iteration_and_one_before_the_first(finished):
     table = rows(finished.folder.path)
-    assert [row["time/iterations"] for row in table] == ["", "1", "2", "3"]
+    assert [row["time/iterations"] for row in table] == ["0", "1", "2", "3"]
     assert [bool(row["eval/reward_mean"]) for row in table] == [True, False, True, True]
     assert float(table[0]["eval/reward_mean"]) == finished.reward_before
     assert float(table[3]["eval/reward_mean"]) == finished.reward_after
@@ -175,7 +175,7 @@ def test_run_killed_in_a_save_and_resumed_equals_one_that_was_not(
 
 
 def test_finished_run_goes_on_to_more_iterations(micro_pipeline_folder, tmp_path):
-    constant = {"learning_rate_schedule": "constant"}  # a falling rate depends on how many iterations there are in all
+    constant = {"learning_rate_schedule": "constant", "schedule_iterations": 1}
     for name, iterations in (("run", 1), ("at once", 2)):
         settings = {**constant, "iterations": iterations, "eval_interval": 1}
         run_training(micro_config(micro_pipeline_folder, tmp_path / name, **settings))
