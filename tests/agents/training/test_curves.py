@@ -57,7 +57,8 @@ def test_run_that_was_killed_after_its_log_has_each_point_once(finished, micro_p
 
 def test_run_that_ends_sooner_than_planned_is_evaluated_in_its_own_row(micro_pipeline_folder, tmp_path):
     run_training(micro_config(micro_pipeline_folder, tmp_path, eval_interval=0))
-    shutil.rmtree(tmp_path / "checkpoints" / "iteration_000003")
+    shutil.rmtree(tmp_path / "checkpoints" / "iteration_000003")  # as if it had been killed before this checkpoint
+    (tmp_path / "summary.json").unlink()
     result = run_training(train_config(resume=tmp_path, iterations=2))
     assert result.iterations == 2
     table = rows(tmp_path)
