@@ -163,6 +163,11 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
             if not self._pass(indices, metrics):
                 break
         for name, value in self.drift(self.random_steps(_DRIFT_ROWS)).items():
+            if not math.isfinite(value):
+                error = FloatingPointError(
+                    f"train/{name} is {value} after {self._n_updates} updates: lower learning_rate or clip_range"
+                )
+                raise self.processes.mark_agreed(error)
             metrics[name].append(value)
         self._record_training(metrics)
 

@@ -17,8 +17,8 @@ def resolve(config: TrainConfig, processes: int = 1) -> TrainConfig:
     """Return the complete settings of a run that a number of processes train together.
 
     A run to be resumed has its own settings; see `agents.config.authority` for what may change. A model folder and a
-    prompt file are stored with absolute paths and hashes of their content. The learning rate goes on
-    as planned at first, so more iterations do not raise it again.
+    prompt file are stored with absolute paths and hashes of their content. The learning rate goes on as
+    planned at first, so more iterations do not raise it again.
 
     Raises:
         ValueError: naming the setting, its value and what is valid.

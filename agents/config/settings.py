@@ -72,7 +72,7 @@ class OptimizerSettings(_Checked):
 
     learning_rate_schedule: Schedule = "linear"
     """linear and cosine fall to almost 0 at the last iteration."""
-    schedule_iterations: Annotated[int | None, AT_LEAST_1] = None
+    schedule_iterations: Annotated[int | None, MOST] = None
     """Iterations over which the learning rate falls; then it stays. Default: the number that the run started with."""
     adam_beta1: Annotated[float, DECAY] = 0.9
     """Decay of the average gradient."""

@@ -7,13 +7,12 @@ CPU. `--preset` selects an experiment of the DDPO paper, and `--dry-run` only pr
 
 from __future__ import annotations
 
-import shlex
 import signal
 import sys
 import time
 from typing import TYPE_CHECKING
 
-from agents.terminal import print_error, tolerate_encodings
+from agents.terminal import print_error, print_line, quoted, tolerate_encodings
 
 if TYPE_CHECKING:  # imports that take seconds are in `prepare`, where Ctrl-C is handled
     from agents.config.train_config import TrainConfig
@@ -79,8 +78,10 @@ def train(run: Run) -> int:
     """Train, print how it went, and return the exit code."""
     processes = run.processes
     if run.was_finished and processes.is_main:
-        print(f"\nThe run had finished its {run.iteration} iterations already. To train for more, add --iterations to:")
-        print(resume_command(run.config, processes))
+        print_line(
+            f"\nThe run had finished its {run.iteration} iterations already. To train for more, add --iterations to:"
+        )
+        print_line(resume_command(run.config, processes))
     try:
         result = run.train(STARTED)
     except BaseException as error:
@@ -90,10 +91,10 @@ def train(run: Run) -> int:
         return FAILED
     stopped = result.reward_after is None
     if processes.is_main and stopped:
-        print(f"\nStopped after {result.iterations} iterations; the run is saved. To continue:")
-        print(resume_command(result.config, processes))
+        print_line(f"\nStopped after {result.iterations} iterations; the run is saved. To continue:")
+        print_line(resume_command(result.config, processes))
     elif processes.is_main and not run.was_finished:
-        print(summary(result))
+        print_line(summary(result))
     processes.shutdown()
     return SIGNALLED + (processes.stopped_by or signal.SIGINT) if stopped else 0
 
@@ -102,19 +103,19 @@ def report(error: BaseException, run: Run) -> None:
     """Print what stopped a run, and how to continue it."""
     print_error(describe(error))
     if run.folder.error.exists():
-        print(f"The traceback is in {run.folder.error}.")
+        print_line(f"The traceback is in {run.folder.error}.")
     if run.saved_iterations is None:
         return
-    print(f"The run is saved after {run.saved_iterations} iterations.")
+    print_line(f"The run is saved after {run.saved_iterations} iterations.")
     if isinstance(error, FloatingPointError):  # the same numbers would come out again
         if run.folder.best.exists() and run.best_evaluation is not None:
-            print(
+            print_line(
                 f"{run.folder.best} holds the policy of its best evaluation, after iteration {run.best_evaluation[0]}."
             )
-        print("Resumed, it would end in the same way: start a new run with other settings.")
+        print_line("Resumed, it would end in the same way: start a new run with other settings.")
     else:
-        print("To continue:")
-        print(resume_command(run.config, run.processes))
+        print_line("To continue:")
+        print_line(resume_command(run.config, run.processes))
 
 
 def describe(error: BaseException, expected: tuple[type[BaseException], ...] = ()) -> str:
@@ -130,7 +131,7 @@ def resume_command(config: TrainConfig, processes: Processes) -> str:
 
     is_script = sys.argv[0].endswith(".py")
     start = ["accelerate", "launch", "..."] if processes.count > 1 else [sys.executable] if is_script else []
-    return f"  {shlex.join([*start, sys.argv[0], '--resume', str(config.run_dir), *resume_flags(config)])}"
+    return f"  {quoted(*start, sys.argv[0], '--resume', config.run_dir, *resume_flags(config))}"
 
 
 def summary(result: RunResult) -> str:
@@ -156,9 +157,9 @@ def summary(result: RunResult) -> str:
     ):
         if file.exists():
             lines.append(f"  {file}    {content}")
-    lines.append(f"  {shlex.join(['tensorboard', '--logdir', str(folder.tensorboard)])}")
+    lines.append(f"  {quoted('tensorboard', '--logdir', folder.tensorboard)}")
     if config.policy.lora_rank:
-        command = shlex.join(["ddpo-sample", "--lora", str(folder.lora)])
+        command = quoted("ddpo-sample", "--lora", folder.lora)
         lines.append(f"Use it: pipe.load_lora_weights({str(folder.lora)!r}), or {command}")
     return "\n".join(lines)
 

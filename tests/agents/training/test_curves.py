@@ -4,12 +4,11 @@ import re
 import shutil
 
 import pytest
-from helpers.micro_agents import micro_config
+from helpers.micro_agents import micro_config, resume_config
 from helpers.paths import ROOT
 from helpers.run_comparison import rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents.config.train_config import train_config
 from agents.training.divergence import has_diverged
 from agents.training.preparation import run_training
 
@@ -48,7 +47,7 @@ def test_run_that_was_killed_after_its_log_has_each_point_once(finished, micro_p
         run_training(micro_config(micro_pipeline_folder, tmp_path / "short", iterations=1))
         source = tmp_path / "short" / "checkpoints" / "iteration_000001"
         shutil.copytree(source, tmp_path / "checkpoints" / "iteration_000001")
-    run_training(train_config(resume=tmp_path))
+    run_training(resume_config(tmp_path))
     shown = curves(tmp_path)
     for name, curve in shown.items():
         assert steps(curve) == steps(curves(finished.folder.path)[name]), name
@@ -59,7 +58,7 @@ def test_run_that_ends_sooner_than_planned_is_evaluated_in_its_own_row(micro_pip
     run_training(micro_config(micro_pipeline_folder, tmp_path, eval_interval=0))
     shutil.rmtree(tmp_path / "checkpoints" / "iteration_000003")  # as if it had been killed before this checkpoint
     (tmp_path / "summary.json").unlink()
-    result = run_training(train_config(resume=tmp_path, iterations=2))
+    result = run_training(resume_config(tmp_path, iterations=2))
     assert result.iterations == 2
     table = rows(tmp_path)
     assert [row["time/iterations"] for row in table] == ["0", "1", "2"]

@@ -8,13 +8,12 @@ import threading
 
 import pytest
 from helpers import micro_agents
-from helpers.micro_agents import brightness, files_below, micro_config
+from helpers.micro_agents import brightness, files_below, micro_config, resume_config
 from helpers.run_comparison import assert_same_run, rows
 from helpers.scripts import MINIATURE, run_script
 
 import agents.training.run
 from agents import RunListener, prepare_run
-from agents.config.train_config import train_config
 from agents.training.checkpoint import Snapshot, latest_checkpoint
 from agents.training.preparation import run_training
 
@@ -93,7 +92,7 @@ def test_listener_that_leaves_keeps_the_finished_iteration(finished, micro_pipel
         run.train()
     assert (tmp_path / "error.txt").exists()
     assert newest(tmp_path) == "iteration_000001"
-    run_training(train_config(resume=tmp_path))
+    run_training(resume_config(tmp_path))
     assert_same_run(tmp_path, finished.folder.path)
 
 
@@ -113,7 +112,7 @@ def test_signals_save_the_finished_iterations(micro_pipeline_folder, monkeypatch
     assert (run / "policy" / "policy.safetensors").exists()
     assert not (run / "error.txt").exists()
     assert run_script("train_ppo", script(tmp_path / "alone", micro_pipeline_folder), monkeypatch) == 0
-    run_training(train_config(resume=run))
+    run_training(resume_config(run))
     assert_same_run(run, tmp_path / "alone")
 
 
@@ -132,7 +131,7 @@ def test_signals_during_the_saving_are_ignored(finished, micro_pipeline_folder, 
     assert (stopped.iterations, stopped.reward_after) == (1, None)
     monkeypatch.undo()
     assert newest(tmp_path) == "iteration_000001"
-    run_training(train_config(resume=tmp_path))
+    run_training(resume_config(tmp_path))
     assert_same_run(tmp_path, finished.folder.path)
 
 
@@ -179,7 +178,7 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(micro_pipeline_fold
     capsys.readouterr()
     before = times(run)
     monkeypatch.setattr(micro_agents, "brightness", ActingReward(1, leave))
-    resume = [f"--resume={run}", "--reward=helpers.micro_agents:brightness"]
+    resume = [f"--resume={run}", "--reward=helpers.micro_agents:brightness", f"--model={micro_pipeline_folder}"]
     assert run_script("train_ppo", resume, monkeypatch) == 0
     shown = capsys.readouterr().out
     assert "The run had finished its 3 iterations already" in shown
@@ -195,7 +194,7 @@ def test_run_that_died_before_its_summary_is_completed(finished, micro_pipeline_
     assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").exists(), "weights are saved before pictures"
     assert (tmp_path / "policy" / "policy.safetensors").exists()
     assert not (tmp_path / "summary.json").exists()
-    run_training(train_config(resume=tmp_path))
+    run_training(resume_config(tmp_path))
     assert_same_run(tmp_path, finished.folder.path)
 
 
@@ -203,7 +202,7 @@ def test_run_that_died_before_its_summary_is_completed(finished, micro_pipeline_
 def test_more_iterations_than_planned_never_raise_the_learning_rate(micro_pipeline_folder, tmp_path, schedule):
     settings = {"learning_rate_schedule": schedule, "eval_interval": 0, "eval_samples": 2}
     run_training(micro_config(micro_pipeline_folder, tmp_path, iterations=2, **settings))
-    run_training(train_config(resume=tmp_path, iterations=4))
+    run_training(resume_config(tmp_path, iterations=4))
     rates = [float(row["train/learning_rate"]) for row in rows(tmp_path)[1:]]
     assert len(rates) == 4
     assert sorted(rates, reverse=True) == rates

@@ -1,0 +1,130 @@
+"""Numerical faults have a defined end: an error that names the fault and the last good state, or a finished run."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import micro_agents
+from helpers.micro_agents import brightness, micro_config
+from helpers.micro_pipeline import micro_pipeline
+from helpers.run_comparison import assert_same_run, rows
+from helpers.scripts import MINIATURE, run_script
+from safetensors.torch import load_file
+
+from agents.training.checkpoint import latest_checkpoint
+from agents.training.divergence import DivergenceError
+from agents.training.preparation import run_training
+
+
+def assert_finite(folder):
+    tensors = load_file(latest_checkpoint(folder / "checkpoints") / "tensors.safetensors")
+    assert all(bool(value.isfinite().all()) for value in tensors.values() if value.is_floating_point())
+
+
+def scoring(score):
+    def reward(images, prompts, metadata):
+        return np.asarray(score(brightness(images, prompts, metadata)), dtype=np.float64)
+
+    reward.__name__ = "brightness"
+    return reward
+
+
+@pytest.mark.parametrize("score", [np.zeros_like, lambda x: x * 1e30, lambda x: x * 1e-30], ids=["0", "1e30", "1e-30"])
+def test_rewards_of_any_scale_train_to_the_end(micro_pipeline_folder, monkeypatch, tmp_path, score):
+    monkeypatch.setattr(micro_agents, "brightness", scoring(score))
+    assert run_training(micro_config(micro_pipeline_folder, tmp_path)).iterations == 3
+    assert_finite(tmp_path)
+
+
+SMALLEST = {"samples_per_iteration": 1, "sample_batch_size": 1, "samples_per_prompt": 1, "updates_per_iteration": 1}
+
+
+def test_one_sample_an_iteration_and_one_prompt_train_to_the_end(micro_pipeline_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    settings = {**SMALLEST, "prompts": str(tmp_path / "prompts.txt")}
+    assert run_training(micro_config(micro_pipeline_folder, tmp_path / "run", **settings)).iterations == 3
+    assert_finite(tmp_path / "run")
+
+
+@pytest.mark.parametrize("rate", [1e3, 1e30])
+def test_absurd_learning_rate_leaves_a_finite_checkpoint(micro_pipeline_folder, monkeypatch, capsys, tmp_path, rate):
+    run = tmp_path / "run"
+    arguments = [*MINIATURE, "--iterations=3", f"--learning-rate={rate}", f"--model={micro_pipeline_folder}"]
+    arguments += ["--reward=helpers.micro_agents:brightness", f"--run-dir={run}"]
+    code = run_script("train_ppo", arguments, monkeypatch)
+    assert code in (0, 1, 2), "an end that is documented"
+    if code == 1:
+        assert "error: " in capsys.readouterr().err
+        assert (run / "error.txt").exists()
+    if code != 2:
+        assert_finite(run)
+
+
+def test_reward_that_is_nan_once_names_the_reward(micro_pipeline_folder, monkeypatch, tmp_path):
+    calls = []
+    once = scoring(lambda x: calls.append(1) or (x * np.nan if len(calls) == 6 else x))
+    monkeypatch.setattr(micro_agents, "brightness", once)
+    with pytest.raises(ValueError, match="finite") as caught:
+        run_training(micro_config(micro_pipeline_folder, tmp_path))
+    assert "brightness" in "".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
+    assert latest_checkpoint(tmp_path / "checkpoints").name == "iteration_000001"
+
+
+def test_model_with_weights_that_are_not_numbers_is_refused(monkeypatch, tmp_path, capsys):
+    pipeline = micro_pipeline()
+    with torch.no_grad():
+        next(pipeline.unet.parameters()).fill_(float("nan"))
+    pipeline.save_pretrained(tmp_path / "model")
+    arguments = [*MINIATURE, f"--model={tmp_path / 'model'}", f"--run-dir={tmp_path / 'run'}"]
+    assert run_script("train_ppo", arguments, monkeypatch) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+class Falling:
+    """A reward that collapses after some calls, whatever the policy does."""
+
+    def __init__(self, calls):
+        self.left = calls
+        self.__name__ = "brightness"
+
+    def __call__(self, images, prompts, metadata):
+        self.left -= 1
+        return brightness(images, prompts, metadata) - (1e4 if self.left < 0 else 0)
+
+
+# Calls of the reward: 2 before training, then 2 per iteration.
+@pytest.mark.parametrize("stops", [True, False])
+def test_collapse_of_the_reward_stops_the_run(micro_pipeline_folder, monkeypatch, tmp_path, capsys, stops):
+    monkeypatch.setattr(micro_agents, "brightness", Falling(4))
+    settings = {"iterations": 6, "eval_interval": 0, "stop_on_divergence": stops}
+    config = micro_config(micro_pipeline_folder, tmp_path, **settings)
+    if not stops:
+        assert run_training(config).iterations == 6
+    else:
+        with pytest.raises(DivergenceError, match=r"mean reward fell from .* lower learning_rate"):
+            run_training(config)
+        assert latest_checkpoint(tmp_path / "checkpoints").name == "iteration_000004"
+    assert "warning: the mean reward of iteration 2, " in capsys.readouterr().out
+
+
+def test_best_evaluation_is_kept(micro_pipeline_folder, monkeypatch, tmp_path):
+    calls = []
+
+    def peak(images, prompts, metadata):
+        calls.append(1)  # 2 calls an evaluation or an iteration; the evaluation after iteration 2 is the best
+        return brightness(images, prompts, metadata) + (len(calls) in (11, 12))
+
+    peak.__name__ = "brightness"
+    monkeypatch.setattr(micro_agents, "brightness", peak)
+    run_training(micro_config(micro_pipeline_folder, tmp_path, iterations=4, eval_interval=1))
+    table = [float(row["eval/reward_mean"]) for row in rows(tmp_path)]
+    best = table.index(max(table))
+    assert 0 < best < 4
+    kept = load_file(tmp_path / "best" / "policy" / "policy.safetensors")
+    last = load_file(tmp_path / "policy" / "policy.safetensors")
+    assert any(not torch.equal(kept[name], last[name]) for name in kept)
+    assert (tmp_path / "best" / "lora" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_same_settings_twice_give_the_same_bits(finished, micro_pipeline_folder, tmp_path):
+    run_training(micro_config(micro_pipeline_folder, tmp_path))
+    assert_same_run(tmp_path, finished.folder.path)
