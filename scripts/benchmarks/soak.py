@@ -65,7 +65,7 @@ class Sampler(RunListener):
 
     def on_iteration(self, run: Run) -> None:
         """Measure if it is time."""
-        if run.iteration >= self.warm_up and (run.iteration - self.warm_up) % self.interval == 0 or run.is_finished:
+        if (run.iteration >= self.warm_up and (run.iteration - self.warm_up) % self.interval == 0) or run.is_finished:
             self.rows.append((f"iteration {run.iteration}", measure()))
 
 
