@@ -15,18 +15,29 @@ LIBRARY = ("agents", "ddpo_env", "rewards")
 LAYERS = ("scripts", *LIBRARY)
 """Each package imports only itself and those after it."""
 ROOMS = {
-    "training": {"planning", "config", "algorithms", "evaluation", "policy", "rollout", "distributed", "terminal"},
+    "training": {
+        "planning",
+        "config",
+        "algorithms",
+        "evaluation",
+        "policy",
+        "rollout",
+        "distributed",
+        "files",
+        "terminal",
+    },
     "planning": {"config", "algorithms", "policy", "rollout", "distributed", "terminal"},
     "config": {"algorithms", "policy", "rollout", "distributed", "terminal"},
     "algorithms": {"policy", "rollout", "distributed"},
-    "evaluation": {"policy", "rollout", "distributed", "terminal"},
-    "policy": {"rollout", "distributed"},
+    "evaluation": {"policy", "rollout", "distributed", "files", "terminal"},
+    "policy": {"rollout", "distributed", "files"},
     "rollout": {"distributed"},
     "distributed": set(),
+    "files": set(),
     "terminal": set(),
 }
 """The rooms of `agents`, and what each may import."""
-MOST_ENTRIES, MOST_ROOMS, MOST_LINES = 12, 11, 400
+MOST_ENTRIES, MOST_ROOMS, MOST_LINES = 12, 12, 400
 
 
 def source_files(root: Path, packages: Iterable[str]) -> list[Path]:
@@ -274,10 +285,10 @@ def test_rooms_form_no_circle_and_a_new_one_must_be_placed(tree):
 def test_crowded_folders_are_told_and_data_is_not_looked_into(tree):
     full = {f"rewards/clip/{number}.py": "" for number in range(12)}
     root = tree(full | {f"rewards/data/{number}.txt": "" for number in range(20)} | {"rewards/__pycache__/a.pyc": ""})
-    tree({"rewards/clip/__pycache__/a.pyc": "", "rewards/clip/.hidden": ""} | {f"agents/{n}.py": "" for n in range(11)})
+    tree({"rewards/clip/__pycache__/a.pyc": "", "rewards/clip/.hidden": ""} | {f"agents/{n}.py": "" for n in range(12)})
     assert crowded(root, ["agents", "rewards"]) == []
     tree({"rewards/clip/data/weights.bin": "", "agents/more/a.py": ""})
-    assert crowded(root, ["agents", "rewards"]) == ["agents has 12 entries", "rewards/clip has 13 entries"]
+    assert crowded(root, ["agents", "rewards"]) == ["agents has 13 entries", "rewards/clip has 13 entries"]
 
 
 def test_folders_without_a_docstring_are_told(tree):

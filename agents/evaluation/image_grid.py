@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+
+from agents.files import write_file
 
 _MARGIN = 6
 _FONT_SIZE = 12
@@ -51,7 +56,14 @@ def image_grid(
 
 def write_strip(path: Path, images: npt.NDArray[np.uint8]) -> None:
     """Write images `(count, height, width, 3)` uint8 side by side, unchanged, to a PNG file."""
-    Image.fromarray(np.concatenate(images, axis=1)).save(path)
+    write_image(path, Image.fromarray(np.concatenate(images, axis=1)))
+
+
+def write_image(path: Path, image: Image.Image) -> None:
+    """Write an image to a PNG file, completely or not at all."""
+    content = io.BytesIO()
+    image.save(content, "png")
+    write_file(path, content.getvalue())
 
 
 def read_strip(path: Path, count: int) -> npt.NDArray[np.uint8]:
@@ -63,7 +75,11 @@ def reward_curve(
     path: Path, rewards: Sequence[float], evaluations: Sequence[tuple[int, float]], reward_name: str
 ) -> None:
     """Plot the mean training reward of every iteration, and the evaluations, to a PNG file."""
-    from matplotlib.figure import Figure
+    with mock.patch.dict(os.environ):
+        os.environ.pop(
+            "MPLBACKEND", None
+        )  # a file needs no backend, and matplotlib cannot be imported with a wrong one
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -73,4 +89,6 @@ def reward_curve(
     axes.set_ylabel(f"{reward_name}, mean")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    write_file(path, content.getvalue())

@@ -26,6 +26,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from agents.distributed import Rows
+from agents.files import write_file, write_folder
 from agents.policy.abilities import PolicyAbilities
 from agents.policy.compilation import compile_denoiser, mark_batch_dynamic
 from agents.policy.critic import DenoisingCritic
@@ -285,9 +286,10 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
 
     def save(self, path: str | Path) -> None:
         """Write the policy to a folder: what learns as safetensors, how to build the policy as JSON."""
-        folder = Path(path)
+        folder = Path(path).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / _WEIGHTS_FILE)
+        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        write_file(folder / _WEIGHTS_FILE, lambda file: save_file(weights, file))
         settings = {
             "model": self.model.source,
             "model_identity": abilities_of(self.model).identity,
@@ -295,7 +297,7 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
             "num_inference_steps": self.num_inference_steps,
             **asdict(self.options),
         }
-        (folder / _CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        write_file(folder / _CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
 
     @classmethod
     def load(
@@ -322,7 +324,7 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
                 raise ValueError(
                     f"path must be a folder that DiffusionPolicy.save wrote; {str(folder)!r} has no {name}"
                 )
-        settings = json.loads((folder / _CONFIG_FILE).read_text())
+        settings = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
         source, resolution = settings.pop("model"), settings.pop("resolution", None)
         identity = settings.pop("model_identity", None)
         remedy = f"pass the model that it was trained with: DiffusionPolicy.load({str(folder)!r}, model=...)"
@@ -343,7 +345,7 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
             raise ValueError(f"folder of a LoRA must be a folder or a new name; {str(folder)!r} is a file")
         if self.options.lora_rank == 0:
             raise ValueError("save_lora needs lora_rank above 0; this policy trains every weight (lora_rank=0)")
-        self.model.save_lora(self.denoiser, Path(folder))
+        write_folder(Path(folder).resolve(), lambda empty: self.model.save_lora(self.denoiser, empty))
 
     def unscale_action(self, scaled_action: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return latents as they are; the box of the action space is for libraries that need one."""

@@ -1,46 +1,34 @@
 """Checkpoints of a run: everything that the next iteration depends on, written completely or not at all.
 
-Tensors are stored as safetensors and the rest as JSON, so nothing that is read back can execute code. A checkpoint is
-written to a hidden folder and renamed when it is complete. Only then are older ones deleted, under a hidden name too.
-A kill at any moment leaves a complete checkpoint, and no half of one under a checkpoint's name.
+Tensors are stored as safetensors and the rest as JSON, so nothing that is read back can execute code. A manifest holds
+the checksums of both files, and the settings that tell one run from another. A checkpoint is written to a hidden folder
+and renamed when it is complete. Only then are older ones deleted, under a hidden name too. A kill at any moment leaves
+a complete checkpoint, and no half of one under a checkpoint's name. A damaged one is stepped over.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import random
 import re
 import shutil
-from collections import deque
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import numpy as np
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
-from agents.rollout.vec_env import denoising_env_of
-from ddpo_env.vector_env import DenoisingVectorEnv
+from agents.files import fresh_name, remove_leftovers, sync, write_file
+from agents.training.algorithm_state import Stateful, algorithm_state, load_algorithm_state
+from agents.training.stored_values import read_json, restore, store
 
-_NAME = re.compile(r"iteration_(\d+)")
-_COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining")
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """Anything whose state is plain values (numbers, strings, lists, dictionaries)."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        ...
+_NAME = re.compile(r"iteration_(\d{6,12})")
+_TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -51,31 +39,51 @@ class Snapshot:
         iteration: number of finished iterations.
         tensors: copies on the host.
         state: the rest, as JSON.
+        settings: that tell this run from others.
     """
 
     iteration: int
     tensors: dict[str, Tensor]
     state: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, iteration: int, algorithm: TensorOnPolicyAlgorithm, components: dict[str, Stateful]) -> Snapshot:
-        """Copy the state of an algorithm between two iterations, and the states of other components, by name."""
-        tensors, state = _algorithm_state(algorithm)
-        states = {name: component.state_dict() for name, component in components.items()}
-        return cls(iteration, tensors, json.dumps(state | {"iteration": iteration, "components": states}))
+    def of(
+        cls,
+        iteration: int,
+        algorithm: TensorOnPolicyAlgorithm,
+        components: dict[str, Stateful],
+        settings: Mapping[str, Any] | None = None,
+    ) -> Snapshot:
+        """Copy the state of an algorithm between two iterations, and the states of other components, by name.
+
+        Raises:
+            FloatingPointError: if what has been learned is NaN or infinite.
+            TypeError: if the state of a component cannot be stored.
+        """
+        tensors, state = algorithm_state(algorithm)
+        stored: dict[str, Tensor] = {}
+        states = {name: store(one.state_dict(), f"component.{name}", stored) for name, one in components.items()}
+        tensors |= {name: value.detach().cpu().contiguous().clone() for name, value in stored.items()}
+        text = json.dumps(state | {"iteration": iteration, "components": states})
+        return cls(iteration, tensors, text, settings or {})
 
     def write(self, folder: Path, keep: int) -> Path:
         """Write `folder/iteration_NNNNNN`, delete all but the last `keep` checkpoints, and return the new one."""
         target = folder / f"iteration_{self.iteration:06d}"
-        unfinished = folder / f".{target.name}.part"
-        for leftover in folder.glob(".iteration_*"):
-            shutil.rmtree(leftover)
-        unfinished.mkdir(parents=True)
-        save_file(self.tensors, unfinished / "tensors.safetensors")
-        (unfinished / "state.json").write_text(self.state)
-        for file in unfinished.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        unfinished = fresh_name(target)
+        unfinished.mkdir()
+        save_file(self.tensors, unfinished / _TENSORS)
+        sync(unfinished / _TENSORS)
+        write_file(unfinished / _STATE, self.state)
+        manifest = {
+            "iteration": self.iteration,
+            "settings": dict(self.settings),
+            "files": {name: _checksum(unfinished / name) for name in (_TENSORS, _STATE)},
+        }
+        write_file(unfinished / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
         if target.exists():
             _delete(target)
         unfinished.rename(target)
@@ -95,6 +103,7 @@ class Checkpoints:
         components: what else has a state, by name; the advantage estimator's is saved with the algorithm.
         interval: iterations between checkpoints; 0 for none.
         keep: checkpoints to keep, at least 1.
+        settings: that tell this run from others, by name; a checkpoint with other ones is not used.
     """
 
     def __init__(
@@ -104,22 +113,28 @@ class Checkpoints:
         components: dict[str, Stateful],
         interval: int,
         keep: int = 2,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = folder
         self.algorithm = algorithm
         self.components = components
         self.interval = interval
         self.keep = keep
+        self.settings = settings or {}
         self._unwritten: Snapshot | None = None
 
     def save(self, iteration: int) -> None:
         """Write a checkpoint now."""
-        self._unwritten = Snapshot.of(iteration, self.algorithm, self.components)
+        self._unwritten = Snapshot.of(iteration, self.algorithm, self.components, self.settings)
         self.algorithm.processes.from_main(self.write)
 
     def finished(self, iteration: int) -> None:
-        """Note that an iteration is finished, and write its checkpoint if it is due."""
-        self._unwritten = Snapshot.of(iteration, self.algorithm, self.components)
+        """Note that an iteration is finished, and write its checkpoint if it is due.
+
+        Raises:
+            FloatingPointError: if what has been learned is NaN or infinite. The iteration before it is kept.
+        """
+        self._unwritten = Snapshot.of(iteration, self.algorithm, self.components, self.settings)
         if self.interval and iteration % self.interval == 0:
             self.algorithm.processes.from_main(self.write)
 
@@ -132,20 +147,32 @@ class Checkpoints:
     def restore(self) -> None:
         """Restore the state of the last finished iteration, and make sure that it has a checkpoint."""
         self.algorithm.processes.from_main(self.write)
-        checkpoint = self.algorithm.processes.from_main(lambda: latest_checkpoint(self.folder))
+        checkpoint = self.algorithm.processes.from_main(lambda: latest_checkpoint(self.folder, self.settings))
         load_checkpoint(checkpoint, self.algorithm, self.components)
 
 
-def latest_checkpoint(folder: Path) -> Path:
-    """Return the newest complete checkpoint.
+def latest_checkpoint(folder: Path, settings: Mapping[str, Any] | None = None) -> Path:
+    """Return the newest whole checkpoint, and warn of newer ones that are damaged.
+
+    Args:
+        folder: of the checkpoints.
+        settings: of the run, by name; a checkpoint with other ones belongs to another run.
 
     Raises:
         ValueError: if there is none.
     """
-    found = _checkpoints(folder)
-    if not found:
-        raise ValueError(f"resume: there is no checkpoint in {str(folder)!r}")
-    return found[-1]
+    damaged = []
+    for checkpoint in reversed(_checkpoints(folder)):
+        try:
+            _check_whole(checkpoint, settings)
+        except (ValueError, OSError) as error:
+            damaged.append(f"{checkpoint.name}: {error}")
+            continue
+        if damaged:
+            warnings.warn(f"{checkpoint.name} is used, without {'; '.join(damaged)}", stacklevel=2)
+        return checkpoint
+    why = f" that is whole ({'; '.join(damaged)}): restore one from a backup, or start a new run" if damaged else ""
+    raise ValueError(f"resume: there is no checkpoint in {str(folder)!r}{why}")
 
 
 def iterations_done(checkpoint: Path) -> int:
@@ -153,13 +180,13 @@ def iterations_done(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("iteration_"))
 
 
-def check_resumable(folder: Path, iterations: int) -> None:
-    """Refuse to resume a run without a checkpoint, or with more finished iterations than it is to have.
+def check_resumable(folder: Path, iterations: int, settings: Mapping[str, Any] | None = None) -> None:
+    """Refuse to resume a run without a whole checkpoint, or with more finished iterations than it is to have.
 
     Raises:
         ValueError: naming the folder, or the setting.
     """
-    done = iterations_done(latest_checkpoint(folder))
+    done = iterations_done(latest_checkpoint(folder, settings))
     if iterations < done:
         raise ValueError(f"iterations must be at least {done}, which the run has finished; got {iterations}")
 
@@ -170,120 +197,67 @@ def load_checkpoint(checkpoint: Path, algorithm: TensorOnPolicyAlgorithm, compon
     With several processes the main one reads and tells the others. Their number may differ from when it was written.
 
     Raises:
-        ValueError: if the checkpoint lacks something, as one of an older version does.
+        ValueError: if the checkpoint is damaged, does not fit, or lacks something, as one of an older version does.
     """
     tensors, state = algorithm.processes.from_main(lambda: _read(checkpoint))
     try:
         states = state["components"]
-        _load_algorithm_state(algorithm, tensors, state)
+        load_algorithm_state(algorithm, tensors, state)
         for name, component in components.items():
-            component.load_state_dict(states[name])
+            component.load_state_dict(restore(states[name], tensors))
     except KeyError as error:
         raise ValueError(
             f"checkpoint {str(checkpoint)!r} has no {error}: an older version wrote it, and the run can only be "
             "resumed with that version"
         ) from error
+    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"checkpoint {str(checkpoint)!r} does not fit this run: {error}") from error
 
 
 def _read(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    return load_file(checkpoint / "tensors.safetensors"), json.loads((checkpoint / "state.json").read_text())
+    try:
+        return load_file(checkpoint / _TENSORS), read_json((checkpoint / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {str(checkpoint)!r} is damaged: {error}") from error
+
+
+def _check_whole(checkpoint: Path, settings: Mapping[str, Any] | None) -> None:
+    """Raise an error that says what is wrong with a checkpoint."""
+    names = {path.name for path in checkpoint.iterdir()}
+    if lacking := {_MANIFEST, _TENSORS, _STATE} - names:
+        raise ValueError(f"{', '.join(sorted(lacking))} is missing")
+    if junk := names - {_MANIFEST, _TENSORS, _STATE}:
+        raise ValueError(f"{', '.join(sorted(junk))} does not belong there")
+    manifest = read_json((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
+    for name, value in _as_json(settings or {}).items():
+        own = manifest.get("settings")
+        saved = own.get(name) if isinstance(own, dict) else None
+        if saved != value:
+            raise ValueError(f"it belongs to another run, with {name}={saved!r} instead of {value!r}")
+    if manifest.get("iteration") != iterations_done(checkpoint):
+        raise ValueError(f"it is of iteration {manifest.get('iteration')!r}")
+    for name in (_TENSORS, _STATE):
+        files = manifest.get("files")
+        if not isinstance(files, dict) or files.get(name) != _checksum(checkpoint / name):
+            raise ValueError(f"{name} has changed since it was written (checksum)")
+
+
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings as they are after JSON."""
+    return json.loads(json.dumps(dict(settings)))
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _delete(checkpoint: Path) -> None:
-    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+    hidden = fresh_name(checkpoint)
     checkpoint.rename(hidden)
     shutil.rmtree(hidden)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("iteration_*") if _NAME.fullmatch(path.name))
-
-
-def _algorithm_state(algorithm: TensorOnPolicyAlgorithm) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {f"policy.{name}": value for name, value in algorithm.policy.state_dict().items()}
-    optimizer = algorithm.policy.optimizer.state_dict()
-    for index, values in optimizer["state"].items():
-        for name, value in values.items():
-            tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
-    averages = algorithm.ema.state_dict() if algorithm.ema is not None else {}
-    for index, value in enumerate(averages.pop("shadow_params", [])):
-        tensors[f"average.{index}"] = value
-    tensors["random.torch"] = torch.get_rng_state()
-    if algorithm.device.type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state(algorithm.device)
-    advantage = algorithm.advantage
-    env_tensors, env_state = _env_state(algorithm)
-    state = {
-        "counters": {name: getattr(algorithm, name) for name in _COUNTERS},
-        "episodes": list(algorithm.ep_info_buffer or []),
-        "successes": list(algorithm.ep_success_buffer or []),
-        "optimizer": optimizer["param_groups"],
-        "average": averages,
-        "scaler": algorithm.scaler.state_dict(),
-        "advantage": advantage.state_dict() if isinstance(advantage, Stateful) else {},
-        "random": {"python": random.getstate(), "numpy": _numpy_state()},
-        "env": env_state,
-    }
-    # Cloned, because safetensors refuses tensors that share memory.
-    return {name: value.detach().cpu().contiguous().clone() for name, value in (tensors | env_tensors).items()}, state
-
-
-def _load_algorithm_state(
-    algorithm: TensorOnPolicyAlgorithm, tensors: dict[str, Tensor], state: dict[str, Any]
-) -> None:
-    def below(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-    algorithm.policy.load_state_dict(below("policy."))
-    optimizer_state: dict[int, dict[str, Tensor]] = {}
-    for name, value in below("optimizer.").items():
-        index, key = name.split(".", 1)
-        optimizer_state.setdefault(int(index), {})[key] = value
-    algorithm.policy.optimizer.load_state_dict({"state": optimizer_state, "param_groups": state["optimizer"]})
-    if algorithm.ema is not None:
-        shadow = below("average.")
-        parameters = [shadow[str(index)].to(algorithm.device) for index in range(len(shadow))]
-        algorithm.ema.load_state_dict({**state["average"], "shadow_params": parameters})
-    algorithm.scaler.load_state_dict(state["scaler"])
-    for name in _COUNTERS:
-        setattr(algorithm, name, state["counters"][name])
-    algorithm.ep_info_buffer = deque(state["episodes"], maxlen=algorithm._stats_window_size)
-    algorithm.ep_success_buffer = deque(state["successes"], maxlen=algorithm._stats_window_size)
-    if isinstance(algorithm.advantage, Stateful):
-        algorithm.advantage.load_state_dict(state["advantage"])
-    _load_env_state(algorithm, below("env."), state["env"])
-    version, internal, gauss = state["random"]["python"]
-    random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(state["random"]["numpy"])
-    torch.set_rng_state(tensors["random.torch"])
-    if "random.cuda" in tensors and algorithm.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["random.cuda"], algorithm.device)
-
-
-def _numpy_state() -> list[Any]:
-    return [value.tolist() if isinstance(value, np.ndarray) else value for value in np.random.get_state()]
-
-
-def _denoising_env(algorithm: TensorOnPolicyAlgorithm) -> DenoisingVectorEnv:
-    assert algorithm.env is not None
-    env = denoising_env_of(algorithm.env)
-    if env is None:
-        raise TypeError(f"checkpoints need a DenoisingVectorEnv; got a {type(algorithm.env).__name__}")
-    return env
-
-
-def _env_state(algorithm: TensorOnPolicyAlgorithm) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the state of the whole batch; every process has some of its sub-environments."""
-    tensors, state = _denoising_env(algorithm).state_dict()
-    gathered = algorithm.processes.gather_objects(({name: value.cpu() for name, value in tensors.items()}, state))
-    whole = {f"env.{name}": torch.cat([one[name] for one, _ in gathered]) for name in tensors}
-    return whole, {name: [value for _, one in gathered for value in one[name]] for name in state}
-
-
-def _load_env_state(algorithm: TensorOnPolicyAlgorithm, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    env = _denoising_env(algorithm)
-    env.load_state_dict(tensors, state)
-    algorithm._last_obs = env.observe()
-    algorithm._last_episode_starts = np.ones(env.num_envs, dtype=bool)
-    own = state["prompts"][env.first_index : env.first_index + env.num_envs]
-    algorithm.env.reset_infos = [{"prompt": prompt} for prompt in own]  # type: ignore[union-attr]
+    found = [path for path in folder.glob("iteration_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=iterations_done)

@@ -103,15 +103,14 @@ def report(error: BaseException, run: Run) -> None:
     """Print what stopped a run, and how to continue it."""
     print_error(describe(error))
     if run.folder.error.exists():
-        print_line(f"The traceback is in {run.folder.error}.")
+        print_line(f"The traceback is in {run.folder.shown(run.folder.error)}.")
     if run.saved_iterations is None:
         return
     print_line(f"The run is saved after {run.saved_iterations} iterations.")
     if isinstance(error, FloatingPointError):  # the same numbers would come out again
         if run.folder.best.exists() and run.best_evaluation is not None:
-            print_line(
-                f"{run.folder.best} holds the policy of its best evaluation, after iteration {run.best_evaluation[0]}."
-            )
+            best = run.folder.shown(run.folder.best)
+            print_line(f"{best} holds the policy of its best evaluation, after iteration {run.best_evaluation[0]}.")
         print_line("Resumed, it would end in the same way: start a new run with other settings.")
     else:
         print_line("To continue:")
@@ -156,11 +155,11 @@ def summary(result: RunResult) -> str:
         (folder.judge, "some images of every call and the judge's answers"),
     ):
         if file.exists():
-            lines.append(f"  {file}    {content}")
-    lines.append(f"  {quoted('tensorboard', '--logdir', folder.tensorboard)}")
+            lines.append(f"  {folder.shown(file)}    {content}")
+    lines.append(f"  {quoted('tensorboard', '--logdir', folder.shown(folder.tensorboard))}")
     if config.policy.lora_rank:
-        command = quoted("ddpo-sample", "--lora", folder.lora)
-        lines.append(f"Use it: pipe.load_lora_weights({str(folder.lora)!r}), or {command}")
+        lora = folder.shown(folder.lora)
+        lines.append(f"Use it: pipe.load_lora_weights({lora!r}), or {quoted('ddpo-sample', '--lora', lora)}")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ import torch
 from stable_baselines3.common.logger import Image as LoggedImage
 
 from agents.evaluation.evaluate import evaluate, evaluation_prompts
-from agents.evaluation.image_grid import image_grid, read_strip, write_strip
+from agents.evaluation.image_grid import image_grid, read_strip, write_image, write_strip
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.training.run import Run, RunListener
 from ddpo_env.models.protocol import abilities_of
@@ -90,7 +90,7 @@ class HeldOutImages(RunListener):
     def _write(self, run: Run, images: npt.NDArray[Any], shown: float) -> None:
         write_strip(_strip(run, run.iteration), images)
         grid = image_grid([images], [f"iteration {run.iteration}\n{shown:.2f}"], self._captions)
-        grid.save(run.folder.samples / f"iteration_{run.iteration:04d}.png")
+        write_image(run.folder.samples / f"iteration_{run.iteration:04d}.png", grid)
         pixels = torch.as_tensor(np.array(grid)).permute(2, 0, 1)
         run.algorithm.logger.record("samples", LoggedImage(pixels, "CHW"), exclude=("stdout", "csv"))
 
@@ -102,7 +102,7 @@ class HeldOutImages(RunListener):
         labels = [f"{name}\niteration {iteration}\n{reward:.2f}" for name, (iteration, reward) in chosen.items()]
         # Read back, because a resumed run did not generate its first images itself.
         rows = [read_strip(_strip(run, iteration), self.columns) for iteration, _ in chosen.values()]
-        image_grid(rows, labels, self._captions).save(run.folder.samples / "before_after.png")
+        write_image(run.folder.samples / "before_after.png", image_grid(rows, labels, self._captions))
 
     @property
     def _captions(self) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from agents.rollout.vec_env import VectorEnvAdapter
 from agents.training.build import build_algorithm
 from agents.training.checkpoint import check_resumable
 from agents.training.held_out_images import HeldOutImages
-from agents.training.run import Run, RunResult
+from agents.training.run import Run, RunResult, run_identity
 from agents.training.run_folder import RunFolder
 from ddpo_env.models import check_source, load_model
 from ddpo_env.prompts import PromptDistribution, load_prompts
@@ -79,13 +79,14 @@ def check_run(config: TrainConfig, processes: Processes) -> CheckedRun:
         TypeError: if the reward does not take its options.
         ImportError: if a package is missing that the reward needs.
     """
+    is_named = config.run_dir is not None or config.resume is not None
     config = processes.from_main(lambda: resolve(config, processes.count))
     with processes.fail_together():
         assert config.run_dir is not None
-        folder = RunFolder(config.run_dir, resume=config.resume is not None)
+        folder = RunFolder(config.run_dir, resume=config.resume is not None, unique=not is_named)
         _check_writable(folder.path)
         if folder.is_resumed:
-            check_resumable(folder.checkpoints, config.total_iterations)
+            check_resumable(folder.checkpoints, config.total_iterations, run_identity(config))
         reward = configured_reward(config.reward, parse_options(config.reward_options))
         if processes.count > 1:
             check_shareable(reward)
@@ -116,11 +117,15 @@ def prepare_run(config: TrainConfig, processes: Processes | None = None) -> Run:
     """
     processes = processes or start_run_processes(config)
     checked = check_run(config, processes)
-    with processes.fail_together():
-        run = _load(checked, processes)
-    run.algorithm.broadcast_weights()
-    if checked.folder.is_resumed:
-        run.restore()
+    try:
+        with processes.fail_together():
+            run = _load(checked, processes)
+        run.algorithm.broadcast_weights()
+        if checked.folder.is_resumed:
+            run.restore()
+    except BaseException:
+        checked.folder.release()
+        raise
     return run
 
 
@@ -168,9 +173,10 @@ def _load(checked: CheckedRun, processes: Processes) -> Run:
     if isinstance(checked.reward, Loadable):
         checked.reward.load()  # shows what the reward lacks now, not after the first images
     if processes.is_main:
+        checked.folder.make()
+        config = replace(config, run_dir=Path(str(checked.folder)))
         if isinstance(checked.reward, LogsAnswers):
             checked.reward.log_to(checked.folder.judge)
-        checked.folder.make()
     algorithm = build_algorithm(config, VectorEnvAdapter(env), processes)
     images = HeldOutImages(eval_env, settings.eval_samples, settings.eval_interval, config.seed + _EVAL_SEED_OFFSET)
     return Run(config, algorithm, checked.folder, [images])

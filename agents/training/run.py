@@ -18,10 +18,12 @@ from stable_baselines3.common.logger import Logger
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.config.train_config import TrainConfig
 from agents.evaluation.image_grid import reward_curve
+from agents.files import refuse_links
 from agents.planning.memory import fit_micro_batch_size
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.vec_env import denoising_env_of
-from agents.training.checkpoint import Checkpoints, Stateful, iterations_done, latest_checkpoint
+from agents.training.algorithm_state import Stateful, check_learned
+from agents.training.checkpoint import Checkpoints, iterations_done, latest_checkpoint
 from agents.training.console import ConsoleWriter, TensorBoardCurves
 from agents.training.divergence import DEVIATIONS, ITERATIONS, DivergenceError, has_diverged, is_worse
 from agents.training.run_folder import MetricsTable, RunFolder
@@ -98,7 +100,11 @@ class Run:
         self.evaluations: list[tuple[int, float]] = []
         self.pretrained_std = 0.0
         self.checkpoints = Checkpoints(
-            folder.checkpoints, algorithm, self._components(), config.run.checkpoint_interval
+            folder.checkpoints,
+            algorithm,
+            self._components(),
+            config.run.checkpoint_interval,
+            settings=run_identity(config),
         )
         self._is_new = True
         self._was_finished = False
@@ -137,14 +143,17 @@ class Run:
         """
         started = time.perf_counter() if started is None else started
         if self.was_finished:
+            self.folder.release()
             return self._result(started, finished=True)
         try:
             with self.processes.stop_signals(), self._logging():
                 finished = self._run_to_an_end(started)
         except BaseException as error:
             if self.processes.is_main:
-                self.folder.write_error(error)
+                self._write_error(error)
             raise
+        finally:
+            self.folder.release()
         return self._result(started, finished)
 
     @property
@@ -262,6 +271,7 @@ class Run:
         algorithm, number = self.algorithm, self.iteration + 1
         steps = algorithm.n_steps * algorithm.n_envs * self.processes.count * self.config.schedule_length
         algorithm.iterate(self._callback, number, steps, log_interval=None)
+        check_learned(algorithm)
         self.iteration = number
         returns = algorithm.rollout_buffer.segment_returns()
         self.training_rewards.append(float(returns.mean()))
@@ -304,6 +314,12 @@ class Run:
         after = self.evaluations[-1][1] if finished else None
         return RunResult(self.config, self.folder, before, after, self.iteration, time.perf_counter() - started)
 
+    def _write_error(self, error: BaseException) -> None:
+        try:
+            self.folder.write_error(error)
+        except OSError as failure:  # a full disk must not hide why the run stopped
+            error.add_note(f"{self.folder}/error.txt could not be written: {failure}")
+
     def _cancel_rewards(self) -> None:
         assert self.algorithm.env is not None
         if (env := denoising_env_of(self.algorithm.env)) is not None:
@@ -331,10 +347,23 @@ class Run:
     def _save_weights(self, folder: Path) -> None:
         policy = self.algorithm.policy
         assert isinstance(policy, DiffusionPolicy)
+        refuse_links(self.folder.path)
         with self.algorithm.averaged_weights():
             policy.save(folder / "policy")
             if policy.options.lora_rank > 0:
                 policy.save_lora(folder / "lora")
+
+
+def run_identity(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that tell one run from another, and that stay when a run is moved or goes on for longer."""
+    return {
+        "algorithm": config.algorithm,
+        "reward": config.reward,
+        "seed": config.seed,
+        "num_inference_steps": config.num_inference_steps,
+        "samples_per_iteration": config.samples_per_iteration,
+        "lora_rank": config.policy.lora_rank,
+    }
 
 
 def _summary(result: RunResult, processes: int) -> dict[str, Any]:

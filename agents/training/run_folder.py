@@ -13,6 +13,7 @@ runs/<name>/
     judge/                                   images and answers of a judge, for rewards that log them
     error.txt                                why the run stopped, if an error stopped it; removed when it continues
     summary.json                             reward before and after, time, versions
+    .lock                                    held by the process that writes to the folder
 """
 
 from __future__ import annotations
@@ -29,8 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from stable_baselines3.common.logger import KVWriter, filter_excluded_keys
 
+from agents.files import refuse_links, remove_leftovers, write_file
+
+_FOLDERS = ("samples", "tensorboard", "lora", "policy", "best", "checkpoints", "judge")
+_FILES = ("config.yaml", "progress.csv", "reward.png", "error.txt", "summary.json")
 _LIBRARIES = (
     "torch",
     "gymnasium",
@@ -45,47 +51,121 @@ _LIBRARIES = (
 
 
 class RunFolder:
-    """Paths of a run, and writing its small files.
+    """Paths of a run, and writing its small files. A run folder has one writer, which holds the lock `.lock`.
 
     Args:
-        path: the folder; it must not hold another run unless `resume`.
+        path: the folder; it must not hold files of another run unless `resume`. It may be a link, but nothing in it.
         resume: whether the folder holds the run that continues.
+        unique: whether `make` may choose `path-2` and so on if the folder exists.
+
+    Attributes:
+        path: absolute and without links, so that nothing depends on the working directory; `str(folder)` is the path
+            as it was given.
 
     Raises:
-        ValueError: if the folder holds a run already, or is a file.
+        ValueError: if the folder holds files of a run already, has a link in it, or is a file.
     """
 
-    def __init__(self, path: str | Path, resume: bool = False) -> None:
+    def __init__(self, path: str | Path, resume: bool = False, unique: bool = False) -> None:
         """Check the folder; nothing is written before `make`."""
-        self.path = Path(path)
+        if not str(path) or "\0" in str(path):
+            raise ValueError(f"run_dir must be the path of a folder; got {str(path)!r}")
         self.is_resumed = resume
-        if (self.path / "config.yaml").exists() and not resume:
-            raise ValueError(f"run_dir {str(path)!r} holds a run already: choose another folder, or resume the run")
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"run_dir must be a folder; {str(path)!r} is a file")
-        self.samples = self.path / "samples"
-        self.images = self.samples / "images"
-        self.progress = self.path / "progress.csv"
-        self.lora = self.path / "lora"
-        self.policy = self.path / "policy"
-        self.best = self.path / "best"
-        self.tensorboard = self.path / "tensorboard"
-        self.checkpoints = self.path / "checkpoints"
-        self.judge = self.path / "judge"
-        self.error = self.path / "error.txt"
-        self.summary = self.path / "summary.json"
+        self.is_unique = unique
+        self._given = Path(path)
+        self._lock: FileLock | None = None
+        self._locate(Path(path).resolve())
+        self._check()
+
+    def __str__(self) -> str:
+        """Return the path as it was given."""
+        return str(self._given)
+
+    def shown(self, path: Path) -> str:
+        """Return the path of something in the folder as a person who gave the folder's path expects it."""
+        return str(self._given / path.relative_to(self.path))
 
     def make(self) -> None:
-        """Make the folder and its subfolders."""
-        self.images.mkdir(parents=True, exist_ok=True)
+        """Take the lock, and make the folder and its subfolders.
+
+        Raises:
+            ValueError: if another process writes to this folder.
+            OSError: if the folder cannot be written.
+        """
+        first, number = self._given, 1
+        while self.is_unique:
+            try:
+                self.path.mkdir(parents=True)
+                break
+            except FileExistsError:
+                number += 1
+                self._given = first.with_name(f"{first.name}-{number}")
+                self._locate(self._given.resolve())
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.path / ".lock", blocking=False, thread_local=False)
+            self._lock.acquire()
+        except Timeout as error:
+            self._lock = None
+            raise ValueError(
+                f"run_dir {str(self)!r} is in use by another process: wait until it ends, or choose another folder"
+            ) from error
+        except OSError as error:
+            raise OSError(f"run_dir {str(self)!r} cannot be written: {error}") from error
+        try:
+            self._check()  # again, because only now nobody else writes
+            remove_leftovers(self.path)
+            for folder in (self.images, self.checkpoints, self.tensorboard):
+                folder.mkdir(parents=True, exist_ok=True)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Give the lock back; a process that ends in any way does so too."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _locate(self, path: Path) -> None:
+        self.path = path
+        self.samples = path / "samples"
+        self.images = self.samples / "images"
+        self.progress = path / "progress.csv"
+        self.lora = path / "lora"
+        self.policy = path / "policy"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.judge = path / "judge"
+        self.error = path / "error.txt"
+        self.best = path / "best"
+        self.summary = path / "summary.json"
+
+    def _check(self) -> None:
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise ValueError(f"run_dir must be a folder; {str(self)!r} is a file")
+        if not self.is_resumed and (found := [name for name in (*_FOLDERS, *_FILES) if _holds_files(self.path / name)]):
+            raise ValueError(
+                f"run_dir {str(self)!r} holds a run already ({', '.join(found)}): choose another folder, or resume the "
+                "run; one that has no checkpoint yet cannot be resumed and may be deleted"
+            )
+        refuse_links(self.path)
+        for name in (*_FOLDERS, *_FILES):
+            path, is_folder = self.path / name, name in _FOLDERS
+            if path.exists() and path.is_dir() != is_folder:
+                raise ValueError(
+                    f"{str(path)!r} must be a {'folder' if is_folder else 'file'}, because the run writes it"
+                )
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write `config.yaml`."""
-        write_atomically(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        write_file(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
 
     def write_error(self, error: BaseException) -> None:
         """Write `error.txt`: the traceback, with its causes."""
-        write_atomically(self.error, "".join(traceback.format_exception(error)))
+        write_file(self.error, "".join(traceback.format_exception(error)))
 
     def remove_ending(self) -> None:
         """Delete `error.txt` and `summary.json`, which say how a run ended that goes on now."""
@@ -97,7 +177,7 @@ class RunFolder:
         versions = {name: version(name) for name in _LIBRARIES}
         machine = {"python": platform.python_version(), "platform": platform.platform(), "cpu_count": os.cpu_count()}
         text = json.dumps({**summary, "versions": versions, "machine": machine}, indent=2)
-        write_atomically(self.summary, text + "\n")
+        write_file(self.summary, text + "\n")
 
 
 class MetricsTable(KVWriter):
@@ -120,7 +200,7 @@ class MetricsTable(KVWriter):
         """Return the rows of the first iterations from a file; none for a run without a finished iteration."""
         if not iterations or not path.exists():
             return []
-        rows = csv.DictReader(io.StringIO(path.read_text()))
+        rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
         return [row for row in rows if _iteration(row) <= iterations]
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
@@ -134,7 +214,7 @@ class MetricsTable(KVWriter):
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        write_atomically(self.path, text.getvalue())
+        write_file(self.path, text.getvalue())
 
     def close(self) -> None:
         """Do nothing: no file is open."""
@@ -144,8 +224,8 @@ def _iteration(row: Mapping[str, Any]) -> int:
     return int(row.get("time/iterations") or 0)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that no reader and no killed run ever leaves or sees an incomplete one."""
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+def _holds_files(path: Path) -> bool:
+    """Return whether there is a file, or a folder with anything that is not left over from a killed start."""
+    if path.is_dir() and not path.is_symlink():
+        return any(_holds_files(one) for one in path.iterdir() if not one.name.startswith("."))
+    return path.exists() or path.is_symlink()

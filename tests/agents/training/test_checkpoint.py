@@ -125,7 +125,7 @@ def test_nothing_in_a_checkpoint_can_execute_code(micro_pipeline_folder, tmp_pat
     model = new_algorithm(micro_pipeline_folder)
     iterate(model, 1)
     checkpoint = save_checkpoint(tmp_path, 1, model, {"curve": Curve()}, keep=1)
-    assert files_below(checkpoint) == {"tensors.safetensors", "state.json"}
+    assert files_below(checkpoint) == {"tensors.safetensors", "state.json", "manifest.json"}
     json.loads((checkpoint / "state.json").read_text())
     load_file(checkpoint / "tensors.safetensors")
 
@@ -170,10 +170,10 @@ def torn(function, name, text):
 
 MOMENTS = {
     "while tensors are written": (agents.training.checkpoint, "save_file", "tensors.safetensors", b"\x10\x00half"),
-    "while JSON is written": (Path, "write_text", "state.json", b'{"half'),
-    "before the new one has its name": (Path, "rename", ".iteration_000002.part", b""),
+    "while JSON is written": (agents.training.checkpoint, "write_file", "state.json", b'{"half'),
+    "before the new one has its name": (Path, "rename", ".iteration_000002.", b""),
     "before the old one is deleted": (Path, "rename", "checkpoints/iteration_000001", b""),
-    "while the old one is deleted": (shutil, "rmtree", ".iteration_000001.old", b""),
+    "while the old one is deleted": (shutil, "rmtree", ".iteration_000001.", b""),
 }
 
 
@@ -192,7 +192,7 @@ def test_kill_while_saving_leaves_a_whole_checkpoint(micro_pipeline_folder, tmp_
         with pytest.raises(Killed):
             save_checkpoint(folder, 2, model, {}, keep=1)
     if moment == "while the old one is deleted":
-        (folder / ".iteration_000001.old" / "tensors.safetensors").unlink()
+        next(folder.glob(".iteration_000001.*/tensors.safetensors")).unlink()
     latest = latest_checkpoint(folder)
     resumed = new_algorithm(micro_pipeline_folder, seed=9)
     load_checkpoint(latest, resumed, {})

@@ -43,7 +43,12 @@ def test_run_folder_holds_what_its_docstring_says(finished):
         "policy/policy.json",
         "policy/policy.safetensors",
         *(f"samples/{part}iteration_{i}.png" for i in iterations for part in ("", "images/")),
-        *(f"checkpoints/iteration_00000{i}/{name}" for i in (2, 3) for name in ("tensors.safetensors", "state.json")),
+        *(
+            f"checkpoints/iteration_00000{i}/{name}"
+            for i in (2, 3)
+            for name in ("tensors.safetensors", "state.json", "manifest.json")
+        ),
+        ".lock",
     }
     documented = re.findall(r"^    ([\w/., ]*?)(?:  |$)", agents.training.run_folder.__doc__, re.MULTILINE)
     parts = [part.split("0000")[0] for line in documented for part in line.split(", ") if part != "..."]
@@ -168,7 +173,7 @@ def test_run_killed_in_a_save_and_resumed_equals_one_that_was_not(
         patch.setattr(agents.training.checkpoint, "save_file", full_disk)
         with pytest.raises(OSError, match="no space left"):
             run_training(micro_config(micro_pipeline_folder, tmp_path / "run"))
-    assert (tmp_path / "run" / "checkpoints" / ".iteration_000002.part").exists()
+    assert list((tmp_path / "run" / "checkpoints").glob(".iteration_000002.*.part"))
     assert len(rows(tmp_path / "run")) == 3, "the iteration whose checkpoint failed is in the table"
     run_training(resume_config(tmp_path / "run"))
     assert_same_run(tmp_path / "run", finished.folder.path)
@@ -257,7 +262,7 @@ def test_what_cannot_run_is_refused_before_a_model_is_loaded(tmp_path, settings,
 @pytest.mark.usefixtures("no_model")
 def test_folder_that_holds_a_run_is_refused(finished, tmp_path):
     before = (finished.folder.path / "config.yaml").read_bytes()
-    with pytest.raises(ValueError, match="holds a run already: choose another folder, or resume the run"):
+    with pytest.raises(ValueError, match=r"holds a run already \(samples, .*choose another folder, or resume the run"):
         run_training(micro_config("tiny", finished.folder.path, seed=5))
     assert (finished.folder.path / "config.yaml").read_bytes() == before
     (tmp_path / "file").touch()
@@ -286,7 +291,8 @@ def test_default_folder_is_named_after_the_reward(micro_pipeline_folder, tmp_pat
     config = micro_config(micro_pipeline_folder, None, iterations=1, eval_interval=0, eval_samples=2)
     result = run_training(config)
     assert config.run_dir is None, "a configuration is not changed"
-    assert result.folder.path.parent == Path("runs")
+    assert Path(str(result.folder)).parent == Path("runs")
+    assert result.folder.path.parent == tmp_path / "runs"
     assert result.folder.path.name.startswith("helpers-micro_agents-brightness-20")
 
 

@@ -1,0 +1,107 @@
+"""Writing files: completely or not at all, and never through a link to somewhere else.
+
+A file is written under a fresh hidden name beside its place, flushed to the disk, and renamed. A kill or a full disk at
+any moment leaves the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_LEFTOVERS = ".*.part"
+
+
+def write_file(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+    """Write a file; a link in its place is replaced, not followed.
+
+    Args:
+        path: of the file. Its folder exists.
+        content: text, which is encoded as UTF-8, or bytes, or a function that writes to the path that it is given.
+
+    Raises:
+        OSError: if the file cannot be written, or if a link has taken the place of its folder.
+    """
+    with _fresh_name(path) as unfinished:
+        # Exclusive: what another process has put there is neither followed nor overwritten.
+        handle = os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o666)
+        with os.fdopen(handle, "wb") as file:
+            if callable(content):
+                content(unfinished)
+            else:
+                file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # of a writable handle, because Windows refuses others
+        unfinished.replace(path)
+
+
+def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill an empty folder, and put each of its files at its place in `folder`, which is made if needed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _fresh_name(folder / "files") as unfinished:
+        unfinished.mkdir()
+        write(unfinished)
+        for file in unfinished.iterdir():
+            sync(file)
+            file.replace(folder / file.name)
+
+
+def sync(file: Path) -> None:
+    """Flush a file to the disk, through a writable handle, because Windows refuses others."""
+    with file.open("r+b") as handle:
+        os.fsync(handle.fileno())
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a folder in which there is a link; the folder itself may be one.
+
+    Raises:
+        ValueError: naming the link.
+    """
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(parent, name)
+            if path.is_symlink() or getattr(path, "is_junction", bool)():  # Windows has both, Python 3.12 sees them
+                raise ValueError(f"run_dir must not contain links, which may lead out of it; {str(path)!r} is one")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed writers have left in a folder that nobody else writes to."""
+    for leftover in sorted(folder.rglob(_LEFTOVERS)):
+        remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder; of a link, only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def fresh_name(path: Path) -> Path:
+    """Return a hidden name beside a path that nobody can have taken.
+
+    Raises:
+        OSError: if a link has taken the place of the path's folder, or of one that is above it.
+    """
+    folder = path.parent.absolute()
+    if folder.resolve() != folder:
+        raise OSError(f"{str(folder)!r} is or became a link, and {path.name!r} is not written through it")
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+
+
+@contextmanager
+def _fresh_name(path: Path) -> Iterator[Path]:
+    unfinished = fresh_name(path)
+    try:
+        yield unfinished
+    except BaseException:
+        remove(unfinished)
+        raise
+    if unfinished.is_dir():
+        unfinished.rmdir()
