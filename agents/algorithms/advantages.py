@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,10 @@ import torch
 from torch import Tensor
 
 from agents.rollout.buffer import TensorRolloutBuffer
+from ddpo_env.validation.options import Range, check_value
+
+_ROUNDING = float(np.finfo(np.float32).eps)
+"""Rewards are float32, so differences below this fraction of a reward are rounding."""
 
 
 class AdvantageEstimator(Protocol):
@@ -39,7 +43,6 @@ class PerPromptAdvantage:
         buffer_size: returns kept per prompt; DDPO uses 16 or 32.
         min_count: returns that a prompt's own statistics need, at least 2.
         clip: advantages are clipped to plus/minus this; 5 in DDPO's PyTorch code, 10 in the original.
-        eps: added to the standard deviation.
 
     Raises:
         ValueError: for an argument out of range; when called on a rollout that cuts episodes, or whose episodes have no
@@ -49,14 +52,14 @@ class PerPromptAdvantage:
     buffer_size: int = 32
     min_count: int = 8
     clip: float = 5.0
-    eps: float = 1e-6
     history: dict[Hashable, deque[float]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        check_value("buffer_size", self.buffer_size, Annotated[int, Range(at_least=2, at_most=10**6)])
+        check_value("min_count", self.min_count, int)
         if not 2 <= self.min_count <= self.buffer_size:
             raise ValueError(f"min_count must be between 2 and buffer_size={self.buffer_size}; got {self.min_count}")
-        if not self.clip > 0:
-            raise ValueError(f"clip must be above 0; got {self.clip}")
+        _check_clip(self.clip)
 
     def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
         """Return the advantages, and add this rollout to the prompts' statistics."""
@@ -72,7 +75,7 @@ class PerPromptAdvantage:
         for row, prompt in enumerate(rollout.contexts):
             known = self.history[prompt]
             sample = np.asarray(known) if len(known) >= self.min_count else returns
-            advantages[row] = (returns[row] - sample.mean()) / (sample.std() + self.eps)
+            advantages[row] = standardized(returns[row], sample)
         return rollout.per_step(advantages.clip(-self.clip, self.clip))
 
     def state_dict(self) -> dict[str, list[float]]:
@@ -90,17 +93,17 @@ class BatchAdvantage:
 
     Args:
         clip: advantages are clipped to plus/minus this.
-        eps: added to the standard deviation.
     """
 
     clip: float = 5.0
-    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _check_clip(self.clip)
 
     def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
         """Return the advantages."""
         returns = _episode_returns(rollout)
-        advantages = (returns - returns.mean()) / (returns.std() + self.eps)
-        return rollout.per_step(advantages.clip(-self.clip, self.clip))
+        return rollout.per_step(standardized(returns, returns).clip(-self.clip, self.clip))
 
 
 @dataclass
@@ -113,7 +116,6 @@ class GroupRelativeAdvantage:
         standardize: whether to divide by the group's standard deviation. Without it, groups whose returns differ more
             have more weight (Dr. GRPO, Liu et al. 2025).
         clip: advantages are clipped to plus/minus this.
-        eps: added to the standard deviation.
 
     Raises:
         ValueError: when called on a rollout that cuts episodes, whose episodes have no prompt, or with a single episode
@@ -122,7 +124,10 @@ class GroupRelativeAdvantage:
 
     standardize: bool = True
     clip: float = 5.0
-    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_value("standardize", self.standardize, bool)
+        _check_clip(self.clip)
 
     def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
         """Return the advantages."""
@@ -130,8 +135,7 @@ class GroupRelativeAdvantage:
         advantages = np.empty_like(returns)
         for members in _groups(rollout, "GroupRelativeAdvantage"):
             group = returns[members]
-            scale = group.std() + self.eps if self.standardize else 1.0
-            advantages[members] = (group - group.mean()) / scale
+            advantages[members] = standardized(group, group) if self.standardize else group - group.mean()
         return rollout.per_step(advantages.clip(-self.clip, self.clip))
 
 
@@ -150,6 +154,9 @@ class LeaveOneOutAdvantage:
     """
 
     clip: float = np.inf
+
+    def __post_init__(self) -> None:
+        _check_clip(self.clip)
 
     def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
         """Return the advantages."""
@@ -182,6 +189,9 @@ class GeneralizedAdvantage:
 
     normalize: bool = True
 
+    def __post_init__(self) -> None:
+        check_value("normalize", self.normalize, bool)
+
     def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
         """Return the advantages."""
         ends = np.append(rollout.episode_starts[1:], rollout.last_dones[None], axis=0)
@@ -195,10 +205,30 @@ class GeneralizedAdvantage:
             running = deltas[step] + rollout.gamma * rollout.gae_lambda * alive[step] * running
             advantages[step] = running
         rollout.returns = advantages + rollout.values
-        kept = advantages.flatten()[torch.as_tensor(rollout.kept_steps(), device=rollout.device)]
-        if self.normalize and kept.numel() > 1:
-            advantages = (advantages - kept.mean()) / (kept.std() + 1e-8)
-        return advantages
+        if not self.normalize or len(rollout.kept_steps()) == 1:
+            return advantages
+        values = advantages.cpu().numpy().astype(np.float64)
+        kept = values.ravel()[rollout.kept_steps()]
+        scaled = standardized(values, kept, ddof=1)  # as Stable-Baselines3 does
+        return torch.as_tensor(scaled, dtype=torch.float32, device=rollout.device)
+
+
+def _check_clip(clip: float) -> None:
+    check_value("clip", clip, float)
+    if not clip > 0:
+        raise ValueError(f"clip must be above 0; got {clip!r}")
+
+
+def standardized(values: npt.ArrayLike, sample: npt.NDArray[np.float64], ddof: int = 0) -> npt.NDArray[np.float64]:
+    """Return values minus the mean of a sample, in its standard deviations, whatever the scale of the rewards.
+
+    Nothing is added to the standard deviation, so a reward multiplied by any constant gives the same advantages. Where
+    the sample's spread is below the rounding of its largest value in float32, its values count as equal, and the result
+    is 0. `ddof` is NumPy's.
+    """
+    spread, largest = sample.std(ddof=ddof), np.abs(sample).max()
+    difference = np.asarray(values, np.float64) - sample.mean()
+    return difference / spread if spread > _ROUNDING * largest else np.zeros_like(difference)
 
 
 def _groups(rollout: TensorRolloutBuffer, name: str) -> list[list[int]]:

@@ -37,9 +37,9 @@ from torch.nn import functional
 from agents.algorithms.options import UpdateOptions
 from agents.algorithms.rollout_algorithm import RolloutAlgorithm
 from agents.algorithms.timesteps import choose_steps
-from agents.distributed import Maximum, Metric
+from agents.distributed import Maximum, Metric, Rows
 from agents.rollout.buffer import Transitions
-from ddpo_env.validation.options import AT_LEAST_1, check_value, shows_options, split_options
+from ddpo_env.validation.options import Range, check_value, shows_options, split_options
 from rewards.devices import copied_to
 
 Metrics = defaultdict[str, list[float]]
@@ -105,9 +105,9 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         micro_batch_size: int | None = None,
         **arguments: Any,
     ) -> None:
-        sizes = {"n_steps": n_steps, "n_epochs": n_epochs, "batch_size": batch_size}
-        for name, value in (sizes | {"micro_batch_size": micro_batch_size}).items():
-            check_value(name, value, Annotated[int | None, AT_LEAST_1])
+        check_value("n_epochs", n_epochs, Annotated[int, Range(at_least=1, at_most=100_000)])
+        for name, size in {"batch_size": batch_size, "micro_batch_size": micro_batch_size}.items():
+            check_value(name, size, Annotated[int | None, Range(at_least=1, at_most=10**9)])
         self.options, arguments = split_options(UpdateOptions, arguments)
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
@@ -144,12 +144,15 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
     def select_steps(self) -> npt.NDArray[np.int64]:
         """Return the flat indices of the rollout's steps that an epoch trains on."""
         options = self.options
-        return choose_steps(self.rollout_buffer.segments, options.timestep_fraction, options.timestep_window)
+        segments, rng = self.rollout_buffer.segments, self.generators.numpy
+        return choose_steps(segments, options.timestep_fraction, options.timestep_window, rng)
 
     def random_steps(self, count: int) -> npt.NDArray[np.int64]:
         """Return flat indices of up to `count` random steps inside `timestep_window`."""
-        steps = choose_steps(self.rollout_buffer.segments, 1.0, self.options.timestep_window)
-        return np.random.permutation(steps)[:count]
+        rng = self.generators.numpy
+        return rng.permutation(choose_steps(self.rollout_buffer.segments, 1.0, self.options.timestep_window, rng))[
+            :count
+        ]
 
     def train(self) -> None:
         """Update the policy on the rollout: `n_epochs` passes in batches of `batch_size` transitions."""
@@ -157,7 +160,7 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         self._update_learning_rate(self.policy.optimizer)
         metrics: Metrics = defaultdict(list)
         for epoch in range(self.n_epochs):
-            indices = np.random.permutation(self.select_steps())
+            indices = self.generators.numpy.permutation(self.select_steps())
             if epoch == 0 and self.recomputes_log_probs:
                 self._recompute_log_probs(indices)
             if not self._pass(indices, metrics):
@@ -183,7 +186,7 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
             evaluated = self.abilities.evaluate_with_reference(batch.observations, batch.actions)
             values, log_prob, entropy, reference_kl = evaluated
         else:
-            values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, batch.actions)
+            values, log_prob, entropy = self.abilities.evaluate_actions(batch.observations, batch.actions)
         entropy = -log_prob if entropy is None else entropy  # a distribution without a closed form
         return PolicyEvaluation(values.flatten(), log_prob, log_prob - batch.log_probs, entropy, reference_kl)
 
@@ -288,10 +291,11 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         calls = self.processes.assign_calls([len(micro_batch) for micro_batch in micro_batches])
         for micro_batch, rows in zip(micro_batches, calls, strict=True):
             if rows is None:
-                self.advance_rng(len(micro_batch))
+                with self.abilities.computing(Rows.of_process(len(micro_batch), 0, 1), self.generators.noise):
+                    self.advance_rng(len(micro_batch))
                 continue
             weight = rows.count / len(indices)
-            with self.abilities.computing(rows):
+            with self.abilities.computing(rows, self.generators.noise):
                 loss, metrics = self.loss(self.rollout_buffer[rows.of(micro_batch)])
             self.scaler.scale(loss * weight).backward()
             for name, metric in metrics.items():

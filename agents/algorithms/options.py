@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from ddpo_env.validation.options import DECAY, NOT_NEGATIVE, POSITIVE, Range, check_fields
+import torch
 
+from ddpo_env.validation.options import DECAY, POSITIVE, Range, check_fields, check_value
+
+NonFiniteRewards = Literal["raise", "drop"]
 _FRACTION = Range(at_least=0, at_most=1)
+_COUNT = Range(at_least=1, at_most=10**7)
+_WEIGHT = Range(at_least=0, at_most=1e6)
+RATE = Range(at_least=0, at_most=1e6)
+_VALID_ARGUMENTS: dict[str, Any] = {
+    "n_steps": Annotated[int, _COUNT],
+    "gamma": Annotated[float, _FRACTION],
+    "gae_lambda": Annotated[float, _FRACTION],
+    "ent_coef": Annotated[float, _WEIGHT],
+    "vf_coef": Annotated[float, _WEIGHT],
+    "max_grad_norm": Annotated[float, POSITIVE],
+    "non_finite_rewards": NonFiniteRewards,
+    "context_key": str,
+    "stats_window_size": Annotated[int, _COUNT],
+    "verbose": Annotated[int, Range(at_least=0, at_most=2)],
+    "seed": Annotated[int | None, Range(at_least=0, below=2**32)],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +48,7 @@ class UpdateOptions:
     """Fraction of each trajectory's steps that is trained on, chosen at random inside the window."""
     target_kl: Annotated[float | None, POSITIVE] = None
     """An iteration's updates end when the estimated KL from the sampling policy exceeds 1.5 times this."""
-    kl_coef: Annotated[float, NOT_NEGATIVE] = 0.0
+    kl_coef: Annotated[float, Range(at_least=0, at_most=1e6)] = 0.0
     """Weight of the KL divergence from the pretrained policy in the loss, reduced like the log-probability."""
     recompute_log_probs: bool | None = None
     """Compute log-probabilities again before the first update. Default: in half precision, for a loss with a ratio."""
@@ -42,3 +62,28 @@ class UpdateOptions:
             raise ValueError(
                 f"timestep_window must be two fractions, 0 <= start < end <= 1; got {self.timestep_window}"
             )
+
+
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """Check the arguments that every algorithm has, by name.
+
+    Raises:
+        ValueError: naming the argument, its value and what is valid.
+    """
+    for name, valid in _VALID_ARGUMENTS.items():
+        check_value(name, given[name], valid)
+    if not callable(given["learning_rate"]):
+        check_value("learning_rate", given["learning_rate"], Annotated[float, RATE])
+    _check_device(given["device"])
+
+
+def _check_device(device: torch.device | str) -> None:
+    """Refuse a device that torch does not know or does not have; Stable-Baselines3 would take the CPU instead."""
+    try:
+        chosen = None if device == "auto" else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device must be 'auto' or a device of torch, such as 'cpu' or 'cuda:0'; got {device!r}"
+        ) from error
+    if chosen is not None and chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be 'auto' or 'cpu' where torch finds no CUDA device; got {device!r}")

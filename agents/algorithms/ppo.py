@@ -7,18 +7,24 @@ with the ratio clipped to [1 − ε, 1 + ε] at every denoising step (Schulman e
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from typing import Annotated, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
-from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
+from agents.algorithms.advantages import GeneralizedAdvantage
+from agents.algorithms.on_policy import Metrics, TensorOnPolicyAlgorithm
 from agents.distributed import Metric
 from agents.rollout.buffer import Transitions
 from ddpo_env.validation.options import POSITIVE, check_value
+from rewards.devices import copied_to
 
 
 class PPO(TensorOnPolicyAlgorithm):
@@ -35,6 +41,10 @@ class PPO(TensorOnPolicyAlgorithm):
         n_epochs: passes over the rollout.
         clip_range: ε, or a function of the remaining progress. DDPO averages log-probabilities over the latent's
             dimensions, so it is tiny there: 1e-4 at 16,384 dimensions.
+        clip_range_vf: new values of the critic stay this close to the old ones in its loss, or a function of the
+            remaining progress; default: no clipping. It depends on the reward's scale.
+        normalize_advantage: whether each update standardises its own advantages. Default: only without `advantage`,
+            which is then generalized advantages as in Stable-Baselines3; other estimators standardise as they say.
         **arguments: of `TensorOnPolicyAlgorithm`: `micro_batch_size`, `target_kl`, `kl_coef`, `timestep_fraction`, ...;
             and of `RolloutAlgorithm`: `gamma`, `gae_lambda`, `advantage`, `policy_kwargs`, `seed`, `device`, ...
 
@@ -51,11 +61,20 @@ class PPO(TensorOnPolicyAlgorithm):
         batch_size: int = 64,
         n_epochs: int = 10,
         clip_range: float | Schedule = 0.2,
+        clip_range_vf: float | Schedule | None = None,
+        normalize_advantage: bool | None = None,
         **arguments: Any,
     ) -> None:
-        if not callable(clip_range):
-            check_value("clip_range", clip_range, Annotated[float, POSITIVE])
-        self.clip_range = clip_range
+        for name, value in {"clip_range": clip_range, "clip_range_vf": clip_range_vf}.items():
+            if not callable(value) and (value is not None or name == "clip_range"):
+                check_value(name, value, Annotated[float, POSITIVE])
+        check_value("normalize_advantage", normalize_advantage, bool | None)
+        self.clip_range, self.clip_range_vf = clip_range, clip_range_vf
+        is_stock = arguments.get("advantage") is None
+        if is_stock:
+            arguments["advantage"] = GeneralizedAdvantage(normalize=False)
+        self.normalize_advantage = is_stock if normalize_advantage is None else normalize_advantage
+        self._batch_moments = torch.zeros(()), torch.ones(())
         super().__init__(
             policy,
             env,
@@ -68,16 +87,40 @@ class PPO(TensorOnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
+        steps = self.n_steps * self.n_envs * self.processes.count
+        whole = self.options.timestep_window == (0.0, 1.0) and self.options.timestep_fraction == 1
+        if whole and self.batch_size is not None and steps % self.batch_size:
+            warnings.warn(
+                f"batch_size={self.batch_size} does not divide the {steps} steps of a rollout: the last update of each "
+                "epoch trains on fewer transitions",
+                stacklevel=2,
+            )
         self.clip_range = FloatSchedule(self.clip_range)
+        if self.clip_range_vf is not None:
+            self.clip_range_vf = FloatSchedule(self.clip_range_vf)
 
     def loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Metric]]:
         """Return the clipped surrogate objective, negative, with critic, entropy and KL terms; and metrics."""
-        clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
+        clip_range = self.scheduled("clip_range", self.clip_range)
         policy = self.evaluate(batch)
+        if self.clip_range_vf is not None:
+            limit = self.scheduled("clip_range_vf", self.clip_range_vf)
+            policy = replace(policy, values=batch.values + (policy.values - batch.values).clamp(-limit, limit))
+        advantages = batch.advantages
+        if self.normalize_advantage:
+            mean, std = self._batch_moments
+            advantages = (advantages - mean) / (std + 1e-8)
         ratio = torch.exp(policy.log_ratio)
-        unclipped = batch.advantages * ratio
-        clipped = batch.advantages * torch.clamp(ratio, 1 - clip_range, 1 + clip_range)
+        unclipped = advantages * ratio
+        clipped = advantages * torch.clamp(ratio, 1 - clip_range, 1 + clip_range)
         loss, logged = self.regularized(-torch.min(unclipped, clipped).mean(), policy, batch)
         logged["clip_fraction"] = ((ratio.detach() - 1).abs() > clip_range).float().mean()
         logged["clip_range"] = torch.tensor(clip_range)
         return loss, logged
+
+    def _update(self, indices: npt.NDArray[np.int64], metrics: Metrics) -> bool:
+        if self.normalize_advantage and len(indices) > 1:  # one transition has no spread, as in Stable-Baselines3
+            rollout = self.rollout_buffer
+            chosen = rollout.advantages.flatten()[copied_to(indices, rollout.device)]
+            self._batch_moments = chosen.mean(), chosen.std()
+        return super()._update(indices, metrics)

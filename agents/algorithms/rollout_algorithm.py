@@ -7,14 +7,14 @@ being computed. `learn` logs an iteration after its update, together with the up
 from __future__ import annotations
 
 import numbers
-from typing import Any, ClassVar, Literal, TypeVar
+from contextlib import nullcontext
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
     ActorCriticPolicy,
@@ -27,20 +27,21 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from agents.algorithms.advantages import AdvantageEstimator, GeneralizedAdvantage
-from agents.distributed import Processes
+from agents.algorithms.generators import Generators
+from agents.algorithms.options import RATE, NonFiniteRewards, check_arguments
+from agents.algorithms.saving import SavableAlgorithm
+from agents.distributed import Processes, Rows
 from agents.policy.abilities import PolicyAbilities, abilities_of
 from agents.rollout.buffer import TensorRolloutBuffer
+from agents.rollout.latents_check import LatentsCheck
 from agents.rollout.scores import PendingScores, details_by_name, score_measured
 from agents.rollout.vec_env import denoising_env_of
 from ddpo_env.spaces import DenoisingObservationSpace
-from ddpo_env.validation.options import check_value
-
-NonFiniteRewards = Literal["raise", "drop"]
 
 _Algorithm = TypeVar("_Algorithm", bound="RolloutAlgorithm")
 
 
-class RolloutAlgorithm(OnPolicyAlgorithm):
+class RolloutAlgorithm(SavableAlgorithm):
     """Collects a rollout, computes the weight of each of its steps, and calls `train`.
 
     Args:
@@ -65,7 +66,8 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         stats_window_size: number of episodes that `rollout/ep_rew_mean` averages.
         tensorboard_log: folder of TensorBoard logs.
         verbose: 0 silent, 1 informative.
-        seed: of Python, NumPy, torch and the environment.
+        seed: of the algorithm's own generators (`generators`), the environment, and the global generators of Python,
+            NumPy and torch, from which training draws nothing.
         device: where the policy is; default `"auto"`.
         _init_setup_model: as in Stable-Baselines3.
 
@@ -104,7 +106,7 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        check_value("non_finite_rewards", non_finite_rewards, NonFiniteRewards)
+        check_arguments(locals())
         self.non_finite_rewards: NonFiniteRewards = non_finite_rewards
         self.advantage: AdvantageEstimator = advantage if advantage is not None else GeneralizedAdvantage()
         self.context_key = context_key
@@ -133,7 +135,11 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         )
 
     def _setup_model(self) -> None:
-        super()._setup_model()
+        self.generators = Generators(self.seed, self.device)
+        with self.generators.as_global():
+            super()._setup_model()
+        if self.seed is not None:  # for `predict` and user code, which draw other numbers than training does
+            torch.manual_seed(self.seed + 1)
         if self.processes.count > 1 and not self.abilities.shares_batches:
             raise ValueError(
                 f"processes must be 1 with a {type(self.policy).__name__}, which cannot compute the rows of a shared "
@@ -149,41 +155,80 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         """Give the weights of all processes the main one's values, before the first iteration."""
         self.processes.broadcast_weights([p for p in self.policy.parameters() if p.requires_grad])
 
+    def scheduled(self, name: str, schedule: Any) -> float:
+        """Return a schedule's value now, a finite number of at least 0; raise a `ValueError` with `name` otherwise."""
+        progress = self._current_progress_remaining
+        value = float(schedule(progress))
+        if value not in RATE:
+            raise ValueError(f"{name} must be {RATE} at any progress; got {value} at progress {progress:g}")
+        return value
+
+    def _update_learning_rate(self, optimizers: list[torch.optim.Optimizer] | torch.optim.Optimizer) -> None:
+        self.scheduled("learning_rate", self.lr_schedule)
+        super()._update_learning_rate(optimizers)
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Seed this algorithm's generators, the spaces, the environment, and the global generators for user code."""
+        super().set_random_seed(seed)
+        if seed is not None:
+            self.generators.seed(seed)
+
+    def generator_state(self) -> dict[str, Any]:
+        """Return the states of this algorithm's random generators as plain values, for a checkpoint."""
+        return self.generators.state()
+
+    def load_generator_state(self, state: dict[str, Any]) -> None:
+        """Restore what `generator_state` returned."""
+        self.generators.load_state(state)
+
     def learn(
         self: _Algorithm,
         total_timesteps: int,
         callback: MaybeCallback = None,
         log_interval: int = 1,
-        tb_log_name: str = "run",
+        tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> _Algorithm:
-        """Train for at least `total_timesteps` environment steps; arguments as in Stable-Baselines3."""
+        """Train for at least `total_timesteps` environment steps; arguments as in Stable-Baselines3.
+
+        Schedules see the progress of this call, whatever came before it: 1 in its first iteration, and 1 / n in the
+        last one of n. `tb_log_name` is the name of the class by default.
+        """
         total_timesteps, callbacks = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+            total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
         )
         callbacks.on_training_start(locals(), globals())
-        iteration = 0
+        iteration, first = 0, self.num_timesteps
         while self.num_timesteps < total_timesteps:
             iteration += 1
-            if not self.iterate(callbacks, iteration, total_timesteps, log_interval):
+            if not self.iterate(callbacks, iteration, total_timesteps, log_interval, first):
                 break
         callbacks.on_training_end()
         return self
 
     def iterate(
-        self, callback: BaseCallback, iteration: int, total_timesteps: int, log_interval: int | None = 1
+        self,
+        callback: BaseCallback,
+        iteration: int,
+        total_timesteps: int,
+        log_interval: int | None = 1,
+        first_timestep: int = 0,
     ) -> bool:
         """Run one iteration: a rollout, its update and its log.
+
+        Schedules see the progress with which the iteration begins, from `first_timestep` (1) to `total_timesteps` (0).
 
         Returns:
             False if a callback asked to stop.
         """
         assert self.env is not None
+        done, total = self.num_timesteps - first_timestep, total_timesteps - first_timestep
         if not self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps):
             return False
-        self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-        self.train()
+        self._update_current_progress_remaining(done, total)
+        with self.generators.as_global():
+            self.train()
         if log_interval is not None and iteration % log_interval == 0:
             with self.processes.fail_together():
                 self.dump_logs(iteration)
@@ -206,9 +251,16 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         rollout_buffer.reset()
         callback.on_rollout_start()
         pending = PendingScores(rollout_buffer)
-        with self.processes.fail_together(), self.abilities.sampling_weights():
-            if not self._sample(env, callback, rollout_buffer, n_rollout_steps, pending):
-                return False
+        complete = False
+        try:
+            with self.processes.fail_together(), self.abilities.sampling_weights():
+                complete = self._sample(env, callback, rollout_buffer, n_rollout_steps, pending)
+        finally:
+            if not complete:  # the next rollout begins new episodes, so that no part of one is trained on
+                self._last_obs = None
+                rollout_buffer.reset()
+        if not complete:
+            return False
         rollout_buffer.gather(self.processes)
         episodes = pending.join(self.processes)
         denoising_env = denoising_env_of(env)
@@ -237,31 +289,45 @@ class RolloutAlgorithm(OnPolicyAlgorithm):
         """Fill the buffer with this process's sub-environments; return False if a callback asked to stop."""
         dones = np.zeros(env.num_envs, np.bool_)
         rows = self.processes.rows(env.num_envs * self.processes.count)
-        for step in range(n_rollout_steps):
+        latents = LatentsCheck() if isinstance(self.observation_space, DenoisingObservationSpace) else None
+        for n_steps in range(n_rollout_steps):  # callbacks know the local variables by Stable-Baselines3's names
             self.processes.raise_interrupt()
-            observation = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
-            contexts = [info.get(self.context_key) for info in env.unwrapped.reset_infos]  # wrappers do not pass it on
-            with torch.no_grad(), self.abilities.computing(rows):
-                actions, values, log_probs = self.policy(observation)
-            new_observation, rewards, dones, infos = env.step(self._env_actions(actions))
+            obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
+            starts = np.asarray(self._last_episode_starts, dtype=np.bool_)
+            reset_infos = getattr(env.unwrapped, "reset_infos", None) or [{}] * env.num_envs  # wrappers do not have it
+            contexts = [info.get(self.context_key) for info in reset_infos]
+            actions, values, log_probs = self._act(obs_tensor, rows)
+            clipped_actions = self._env_actions(actions)
+            new_obs, rewards, dones, infos = env.step(clipped_actions)
+            # All of this changes before callbacks run, so that a callback that stops leaves a consistent state.
+            self._last_obs = new_obs  # type: ignore[assignment]
+            self._last_episode_starts = dones
+            self.num_timesteps += rows.total
             if self.non_finite_rewards == "raise":
                 self._require_finite(rewards)
-            self.num_timesteps += rows.total
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
             self._bootstrap_time_limits(rewards, dones, infos)
-            starts = np.asarray(self._last_episode_starts, dtype=np.bool_)
-            rollout_buffer.add(observation, actions, rewards, starts, values, log_probs, contexts)
-            pending.add(step, dones, infos)
+            rollout_buffer.add(obs_tensor, actions, rewards, starts, values, log_probs, contexts)
+            if latents is not None:
+                latents.compare(actions, new_obs, dones, infos)  # type: ignore[arg-type]
+            pending.add(n_steps, dones, infos)
             pending.collect()
-            self._last_obs = new_observation  # type: ignore[assignment]
-            self._last_episode_starts = dones
+        if latents is not None:
+            latents.raise_if_changed()
         with torch.no_grad():
             last_values = self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
         rollout_buffer.finish(last_values, dones)
         pending.collect(wait=True)
         return True
+
+    def _act(self, observation: Any, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Return actions, values and log-probabilities, with noise from this algorithm's generators only."""
+        abilities = self.abilities
+        scope = nullcontext() if abilities.draws_from_generator else self.generators.as_global()
+        with torch.no_grad(), scope, abilities.computing(rows, self.generators.noise):
+            return self.policy(observation)
 
     def _note_episodes(self, infos: list[dict[str, Any]]) -> None:
         """Add the last infos of finished episodes to the statistics that Stable-Baselines3 logs."""

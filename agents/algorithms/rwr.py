@@ -23,7 +23,7 @@ from torch.nn import functional
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.distributed import Metric, Rows
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
-from ddpo_env.validation.options import POSITIVE, Range, check_value
+from ddpo_env.validation.options import Range, check_value
 from rewards.devices import widest_float
 
 Weighting = Literal["exponential", "percentile"]
@@ -67,7 +67,7 @@ class RWR(TensorOnPolicyAlgorithm):
         **arguments: Any,
     ) -> None:
         check_value("weighting", weighting, Weighting)
-        check_value("beta", beta, Annotated[float, POSITIVE])
+        check_value("beta", beta, Annotated[float, Range(above=0, at_most=1e6)])
         check_value("percentile", percentile, Annotated[float, PERCENTILE])
         self.weighting: Weighting = weighting
         self.beta = beta
@@ -88,7 +88,7 @@ class RWR(TensorOnPolicyAlgorithm):
             weights = (chosen >= torch.quantile(chosen, self.percentile / 100)).to(advantages.dtype)
         step_weights = torch.zeros_like(advantages)
         step_weights[steps] = weights / weights.mean()
-        return step_weights.float().view(rollout.rewards.shape)
+        return step_weights.float().view(rollout.rewards.shape).to(rollout.device)
 
     def select_steps(self) -> npt.NDArray[np.int64]:
         """Return the imitated steps that have a weight."""

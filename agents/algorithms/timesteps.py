@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 
 def choose_steps(
-    segments: npt.NDArray[np.int64], fraction: float, window: tuple[float, float]
+    segments: npt.NDArray[np.int64], fraction: float, window: tuple[float, float], rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
     """Draw `fraction` of each episode's steps, at least one, from those inside `window`.
 
@@ -18,6 +18,7 @@ def choose_steps(
             `(steps, n_envs)`. Negative for steps that must not be drawn.
         fraction: of the episode's length.
         window: start and end as fractions of the episode's length.
+        rng: draws the steps.
 
     Returns:
         Flat indices into `segments`, ascending.
@@ -29,7 +30,7 @@ def choose_steps(
     position = _rank_within(flat, np.arange(len(flat)))
     candidates = np.flatnonzero((start <= position) & (position < end))
     quota = np.maximum(1, np.round(fraction * lengths))[flat[candidates]]
-    draw = np.random.random(len(candidates))
+    draw = rng.random(len(candidates))
     return kept[candidates[_rank_within(flat[candidates], draw) < quota]]
 
 

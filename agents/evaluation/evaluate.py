@@ -96,7 +96,6 @@ def evaluate(
         raise ValueError("env must have deferred_rewards=False, because rewards are read from its steps; got True")
     if not prompts:
         raise ValueError("prompts must hold at least one prompt; got none")
-    devices = [policy.device] if policy.device.type == "cuda" else []
     processes = processes or Processes()
     rows = processes.rows(env.num_envs * processes.count)
     own = []
@@ -104,12 +103,10 @@ def evaluate(
     with (
         processes.fail_together(),
         _frozen(env),
-        torch.random.fork_rng(devices=devices),
         torch.no_grad(),
-        policy.computing(rows),
+        policy.computing(rows, torch.Generator(policy.device).manual_seed(seed)),
         policy.sampling_weights(),
     ):
-        torch.manual_seed(seed)
         policy.set_training_mode(False)
         for start in range(0, len(prompts), rows.total):
             processes.raise_interrupt()

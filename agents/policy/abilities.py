@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor
 
@@ -22,12 +23,17 @@ class PolicyAbilities:
     Attributes:
         knows_reference: whether there is a pretrained policy (`evaluate_with_reference`), which a KL penalty needs.
         shares_batches: whether several processes can compute the rows of one batch (`computing`).
+        draws_from_generator: whether all noise comes from `generator`. Otherwise the algorithm puts its own states in
+            the place of torch's global generators while it calls the policy.
         rows: the rows that are computed now, inside `computing`.
+        generator: what noise is drawn from, inside `computing`; `None`: torch's global generator.
     """
 
     knows_reference: bool = False
     shares_batches: bool = False
+    draws_from_generator: bool = False
     rows: Rows | None = None
+    generator: torch.Generator | None = None
     evaluate_actions: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 
     @property
@@ -39,9 +45,14 @@ class PolicyAbilities:
         """Return a context for many calls without gradients, in which the weights do not change."""
         return nullcontext()
 
-    def computing(self, rows: Rows) -> AbstractContextManager[None]:
-        """Return a context in which the policy computes some rows of a batch and draws noise for all of them."""
-        return nullcontext()
+    @contextmanager
+    def computing(self, rows: Rows, generator: torch.Generator | None = None) -> Iterator[None]:
+        """Compute some rows of a batch inside this context, and draw noise for all of them from `generator`."""
+        self.rows, self.generator = rows, generator
+        try:
+            yield
+        finally:
+            self.rows = self.generator = None
 
     def evaluate_with_reference(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return what `evaluate_actions` returns, and the KL divergence from the pretrained policy.
@@ -66,7 +77,12 @@ class _StockAbilities(PolicyAbilities):
     """The defaults, for a policy that does not derive from `PolicyAbilities`."""
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
-        self.evaluate_actions = policy.evaluate_actions
+        self._policy = policy
+
+    def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Call the policy with flat actions, as Stable-Baselines3's buffers hold them."""
+        is_discrete = isinstance(self._policy.action_space, spaces.Discrete)
+        return self._policy.evaluate_actions(obs, actions if is_discrete else actions.reshape(len(actions), -1))
 
 
 def abilities_of(policy: ActorCriticPolicy) -> PolicyAbilities:

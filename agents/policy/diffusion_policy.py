@@ -8,8 +8,8 @@ model and its number of steps on the observation space, so `PPO(DiffusionPolicy,
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -79,6 +79,7 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
 
     knows_reference = True
     shares_batches = True
+    draws_from_generator = True
 
     @shows_options(PolicyOptions)
     def __init__(
@@ -153,15 +154,6 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
         wanted = self.compute_dtype == torch.float32 if merge is None else merge
         return merged_adapters(self.denoiser) if wanted and self.options.lora_rank > 0 else nullcontext()
 
-    @contextmanager
-    def computing(self, rows: Rows) -> Iterator[None]:
-        """Compute some rows of a batch inside this context, and draw noise for the whole batch."""
-        self.rows = rows
-        try:
-            yield
-        finally:
-            self.rows = None
-
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the weights that learn: adapters or the whole denoiser, and the critic if there is one."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -215,8 +207,8 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
 
     def _draw_regression(self, rows: int) -> tuple[Tensor, Tensor]:
         """Return random timesteps `(rows,)` and noise `(rows, *latent_shape)`."""
-        timestep = draw_timesteps(self.model.scheduler, rows, self.device)
-        return timestep, torch.randn(rows, *self.model.latent_shape, device=self.device)
+        timestep = draw_timesteps(self.model.scheduler, rows, self.device, self.generator)
+        return timestep, torch.randn(rows, *self.model.latent_shape, device=self.device, generator=self.generator)
 
     def get_distribution(self, obs: PyTorchObs, denoiser: nn.Module | None = None) -> DenoisingDistribution:
         """Run the denoiser, with guidance, and return the Gaussian over the next latent.
@@ -231,7 +223,8 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
         step_index = self.sampler.step_index_of(timestep)
         output = self.predict_output(latents, timestep, conditioning, denoiser)
         mean = self.sampler.mean(latents, output, step_index)
-        return DenoisingDistribution(self.sampler, mean, step_index, self.options.log_prob_reduction, self.rows)
+        reduction = self.options.log_prob_reduction
+        return DenoisingDistribution(self.sampler, mean, step_index, reduction, self.rows, self.generator)
 
     def predict_output(
         self,

@@ -29,13 +29,16 @@ class DenoisingDistribution(Distribution):
         step_index: Tensor,
         reduction: Reduction = "mean",
         rows: Rows | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         """Take the sampler's table, the means `(batch, *latent_shape)` and the rows `(batch,)` of the table.
 
-        With `rows` the means are those rows of a batch, and noise is drawn for the whole batch.
+        With `rows` the means are those rows of a batch, and noise is drawn for the whole batch. `generator` draws it;
+        without one torch's global generator does.
         """
         super().__init__()
         self.rows = rows
+        self.generator = generator
         self.sampler = sampler
         self.mean = mean
         self.step_index = step_index
@@ -57,7 +60,7 @@ class DenoisingDistribution(Distribution):
 
     def sample(self) -> Tensor:
         """Return next latents `(batch, *latent_shape)`."""
-        return self.mean + self.std * _noise_like(self.mean, self.rows)
+        return self.mean + self.std * _noise_like(self.mean, self.rows, self.generator)
 
     def mode(self) -> Tensor:
         """Return the mean of the next latents."""
@@ -69,7 +72,7 @@ class DenoisingDistribution(Distribution):
 
     def proba_distribution(self, mean: Tensor, step_index: Tensor) -> DenoisingDistribution:
         """Return the distribution with other parameters."""
-        return DenoisingDistribution(self.sampler, mean, step_index, self.reduction, self.rows)
+        return DenoisingDistribution(self.sampler, mean, step_index, self.reduction, self.rows, self.generator)
 
     def actions_from_params(self, mean: Tensor, step_index: Tensor, deterministic: bool = False) -> Tensor:
         """Return next latents for other parameters."""
@@ -82,8 +85,10 @@ class DenoisingDistribution(Distribution):
         return actions, other.log_prob(actions)
 
 
-def _noise_like(mean: Tensor, rows: Rows | None) -> Tensor:
+def _noise_like(mean: Tensor, rows: Rows | None, generator: torch.Generator | None) -> Tensor:
     """Return standard normal noise for a whole batch, or for some rows of one."""
     if rows is None or rows.total == len(mean):
-        return torch.randn_like(mean)
-    return rows.draw(lambda total: torch.randn(total, *mean.shape[1:], dtype=mean.dtype, device=mean.device))
+        rows = Rows.of_process(len(mean), 0, 1)
+    return rows.draw(
+        lambda total: torch.randn(total, *mean.shape[1:], dtype=mean.dtype, device=mean.device, generator=generator)
+    )

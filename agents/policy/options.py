@@ -10,7 +10,7 @@ import tyro
 from agents.policy.lora import LoraTargets
 from ddpo_env.sampler.gaussian_sampler import Reduction
 from ddpo_env.sampler.scheduler_table import SMALLEST_STD
-from ddpo_env.validation.options import NOT_NEGATIVE, POSITIVE, Range, check_fields
+from ddpo_env.validation.options import Range, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,18 +23,18 @@ class PolicyOptions:
         ValueError: for a value that is not valid, naming the option.
     """
 
-    guidance_scale: Annotated[float, NOT_NEGATIVE] = 5.0
+    guidance_scale: Annotated[float, Range(at_least=0, at_most=100)] = 5.0
     """Scale of classifier-free guidance in sampling and training. 1 is off and halves the cost; DDPO: 5 on SD 1.4."""
     unconditional_gradient: Annotated[bool, tyro.conf.Suppress] = True
     """Differentiate both halves of guidance. Without it an update costs about a fifth less, and its gradient is that of
     the conditional half, times the guidance scale."""
-    eta: Annotated[float, POSITIVE] = 1.0
+    eta: Annotated[float, Range(above=0, at_most=10)] = 1.0
     """Noise of the DDIM steps; 1 is as noisy as DDPM."""
-    noise_level: Annotated[float | None, POSITIVE] = None
+    noise_level: Annotated[float | None, Range(above=0, at_most=10)] = None
     """Noise of the flow-matching steps (SD 3, FLUX), not valid for other samplers. Default: 0.7, as in Flow-GRPO."""
-    min_std: Annotated[float | None, Range(at_least=SMALLEST_STD)] = None
+    min_std: Annotated[float | None, Range(at_least=SMALLEST_STD, at_most=10)] = None
     """Lower bound of a step's standard deviation, for samplers whose last step is deterministic."""
-    lora_rank: Annotated[int, NOT_NEGATIVE] = 4
+    lora_rank: Annotated[int, Range(at_least=0, at_most=4096)] = 4
     """Rank of the LoRA adapters; 0 trains every weight."""
     lora_targets: LoraTargets = "attention"
     """Layers that get an adapter."""

@@ -125,6 +125,10 @@ class TensorRolloutBuffer:
         self._segment_observations: dict[str, list[Tensor]] = {name: [] for name in self._segment_keys()}
         self._joined: dict[str, Tensor] = {}
 
+    def size(self) -> int:
+        """Return the number of steps that are stored, as in Stable-Baselines3."""
+        return self.buffer_size if self.full else self.pos
+
     def add(
         self,
         observation: TensorObservation,

@@ -56,6 +56,8 @@ def algorithm_state(algorithm: TensorOnPolicyAlgorithm) -> tuple[dict[str, Tenso
         "average": averages,
         "scaler": algorithm.scaler.state_dict(),
         "advantage": store(advantage.state_dict(), "advantage", tensors) if isinstance(advantage, Stateful) else {},
+        "generators": algorithm.generator_state(),
+        # The algorithm draws from none of these; a user's reward or callback may.
         "random": {"python": random.getstate(), "numpy": _numpy_state()},
         "env": env_state,
     }
@@ -121,6 +123,7 @@ def load_algorithm_state(algorithm: TensorOnPolicyAlgorithm, tensors: dict[str, 
     if isinstance(algorithm.advantage, Stateful):
         algorithm.advantage.load_state_dict(restore(state["advantage"], tensors))
     _load_env_state(algorithm, below("env."), state["env"])
+    algorithm.load_generator_state(state["generators"])
     version, internal, gauss = state["random"]["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(state["random"]["numpy"])

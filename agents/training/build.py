@@ -82,16 +82,16 @@ def _advantage(config: TrainConfig) -> AdvantageEstimator:
 def _learning_rate(config: TrainConfig) -> float | Callable[[float], float]:
     """Return the rate, or for a falling one a function of the remaining progress of the schedule.
 
-    Iteration `i` of the `n` that were planned, counted from 1, has progress `1 - i / n` left, so the first one gets the
-    whole rate. Later iterations, which a resumed run may add, get that of the last planned one.
+    Iteration `i` of the `n` that were planned, counted from 1, has progress `1 - (i - 1) / n` left, so the first one
+    gets the whole rate. Later iterations, which a resumed run may add, get that of the last planned one.
     """
-    rate, last = config.learning_rate, config.schedule_length
+    rate, least = config.learning_rate, 1 / config.schedule_length
     assert rate is not None
     if config.optimizer.learning_rate_schedule == "constant":
         return rate
     if config.optimizer.learning_rate_schedule == "cosine":
-        return lambda remaining: rate * (1 - math.cos(math.pi * (max(remaining, 0.0) + 1 / last))) / 2
-    return lambda remaining: rate * (max(remaining, 0.0) + 1 / last)
+        return lambda remaining: rate * (1 - math.cos(math.pi * max(remaining, least))) / 2
+    return lambda remaining: rate * max(remaining, least)
 
 
 def _policy_arguments(config: TrainConfig) -> dict[str, Any]:

@@ -15,9 +15,11 @@ from ddpo_env.sampler.scheduler_table import rebuild_scheduler
 from rewards.devices import copied_to
 
 
-def draw_timesteps(scheduler: Any, batch: int, device: torch.device | str) -> Tensor:
-    """Return timesteps uniform over the scheduler's training range, `(batch,)` int64, from torch's generator."""
-    return torch.randint(0, scheduler.config.num_train_timesteps, (batch,), device=device)
+def draw_timesteps(
+    scheduler: Any, batch: int, device: torch.device | str, generator: torch.Generator | None = None
+) -> Tensor:
+    """Return timesteps uniform over the scheduler's training range, `(batch,)` int64, from torch's generator or one."""
+    return torch.randint(0, scheduler.config.num_train_timesteps, (batch,), device=device, generator=generator)
 
 
 def add_noise(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:

@@ -116,8 +116,7 @@ def test_update_is_that_of_a_rollout_of_the_other_episodes(micro_pipeline_folder
     assert credit[:, KEPT].std() > 0
     before = weights(larger.policy)
     for model in (larger, smaller):
-        np.random.seed(5)
-        torch.manual_seed(5)
+        model.generators.seed(5)
         model.train()
     assert larger._n_updates == smaller._n_updates >= 1
     mine, expected = weights(larger.policy), weights(smaller.policy)

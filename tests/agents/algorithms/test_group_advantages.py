@@ -1,12 +1,21 @@
 """Advantages within the samples of a prompt, and the critic's targets: by hand and against Stable-Baselines3."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from helpers.rollouts import BOX, rollout
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from agents import GroupRelativeAdvantage, LeaveOneOutAdvantage, RawReturn
+from agents import (
+    BatchAdvantage,
+    GeneralizedAdvantage,
+    GroupRelativeAdvantage,
+    LeaveOneOutAdvantage,
+    PerPromptAdvantage,
+    RawReturn,
+)
 from agents.rollout.buffer import TensorRolloutBuffer
 
 RETURNS = [[1.0, 2.0, 6.0, 10.0, 30.0], [3.0, 20.0, 7.0, 0.0, -5.0]]
@@ -102,3 +111,30 @@ def test_critics_targets_are_stable_baselines3s_returns_at_lambda_1():
 def test_final_steps_are_those_that_end_an_episode():
     assert (rollout(RETURNS, PROMPTS).final_steps() // 5).tolist() == [2] * 5 + [5] * 5
     assert (rollout(RETURNS, PROMPTS, last_dones=False).final_steps() // 5).tolist() == [2] * 5
+
+
+@pytest.mark.parametrize("estimator", [GroupRelativeAdvantage(), BatchAdvantage(), PerPromptAdvantage(4, 2)])
+def test_advantages_do_not_depend_on_the_scale_of_the_rewards(estimator):
+    returns, prompts = np.array([[1.0, 2.0, 4.0, 5.0]]), ["a cat"] * 4
+    expected = (returns - returns.mean()) / returns.std()
+    for scale in (1e-30, 1e-6, 1.0, 1e30):
+        advantages = copy.deepcopy(estimator)(rollout(returns * scale, prompts))
+        np.testing.assert_allclose(advantages[-1:], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", [GroupRelativeAdvantage(), BatchAdvantage(), PerPromptAdvantage(4, 2)])
+def test_close_rewards_are_standardised_exactly_and_equal_ones_give_0(estimator):
+    prompts = ["a cat"] * 4
+    close = copy.deepcopy(estimator)(rollout([[0.5, 0.50001, 0.5, 0.50001]], prompts))
+    np.testing.assert_allclose(close[-1].abs(), 1.0, rtol=1e-3)
+    for value in (0.0, 0.1, 1e30, 1e-30, -3.3):
+        assert not copy.deepcopy(estimator)(rollout([[value] * 4], prompts)).any()
+    rounding = np.nextafter(np.float32(0.1), np.float32(1))
+    assert not copy.deepcopy(estimator)(rollout([[0.1, rounding, 0.1, 0.1]], prompts)).any()
+
+
+def test_generalized_advantages_of_huge_and_tiny_rewards_are_finite():
+    returns, prompts = np.array([[1.0, 2.0, 4.0, 5.0]]), ["a cat"] * 4
+    expected = GeneralizedAdvantage()(rollout(returns, prompts))
+    for scale in (1e-30, 1e30):
+        torch.testing.assert_close(GeneralizedAdvantage()(rollout(returns * scale, prompts)), expected)

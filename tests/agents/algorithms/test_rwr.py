@@ -107,9 +107,9 @@ def test_kl_target_ends_the_epochs(micro_pipeline_folder):
     ("arguments", "message"),
     [
         ({"weighting": "softmax"}, "weighting must be one of exponential, percentile; got 'softmax'"),
-        ({"beta": 0.0}, "beta must be above 0; got 0.0"),
+        ({"beta": 0.0}, r"beta must be in \(0, 1e\+06\]; got 0.0"),
         ({"percentile": 100.0}, r"percentile must be in \[0, 100\); got 100.0"),
-        ({"n_epochs": 0}, "n_epochs must be at least 1; got 0"),
+        ({"n_epochs": 0}, r"n_epochs must be in \[1, 100000\]; got 0"),
     ],
 )
 def test_bad_argument_is_refused(arguments, message):
@@ -177,7 +177,7 @@ def test_brightness_of_sampled_images_rises(micro_pipeline_folder, weighting):
         learning_rate=2e-2,
         advantage=BatchAdvantage() if weighting == "percentile" else PerPromptAdvantage(32, 8),
         policy={"lora_rank": 4, "guidance_scale": 1.0},
-        seed=1,
+        seed=2,
     )
     held_out = micro_env(micro_pipeline_folder, 32, autoreset_mode="Disabled")
     prompts = [prompt for prompt, _ in held_out.prompts][:32]

@@ -4,6 +4,7 @@ import zipfile
 
 import gymnasium as gym
 import pytest
+import safetensors.torch
 import torch
 from gymnasium.vector import AutoresetMode
 from helpers.micro_agents import STEPS, brightness, micro_env, weights
@@ -93,7 +94,11 @@ def test_saved_algorithm_keeps_the_trained_weights_in_a_small_file(micro_pipelin
     model.learn(3 * STEPS)
     model.save(tmp_path / "model.zip")
     with zipfile.ZipFile(tmp_path / "model.zip") as archive:
-        state = torch.load(archive.open("policy.pth"), weights_only=True)
+        if algorithm is PPO:
+            state = torch.load(archive.open("policy.pth"), weights_only=True)
+        else:
+            stored = safetensors.torch.load(archive.read("tensors.safetensors"))
+            state = {name.removeprefix("policy."): one for name, one in stored.items() if name.startswith("policy.")}
     assert set(state) == set(weights(model.policy))
     # Adapters, Adam's two averages of them, and what Stable-Baselines3 writes beside them; no frozen weight.
     learned = sum(value.nbytes for value in state.values())

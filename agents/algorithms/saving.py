@@ -1,0 +1,360 @@
+"""An algorithm in one file that nothing is executed from: JSON and safetensors in a zip that is not compressed.
+
+The JSON holds the constructor's arguments, and classes by name. A name is looked up in fixed tables, so a file cannot
+import anything. What has no plain form (a function as schedule, a class of one's own) is not in the file; loading asks
+for it. Stable-Baselines3's own zips hold pickles, which execute code when they are read, and are refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from stable_baselines3.common import torch_layers
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.type_aliases import GymEnv
+from torch import Tensor, nn
+
+from agents.algorithms import advantages
+from agents.policy.diffusion_policy import DiffusionPolicy
+from ddpo_env.models import load_model
+from ddpo_env.spaces import DenoisingObservationSpace
+
+if TYPE_CHECKING:
+    from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
+
+SavePath = str | Path | io.BufferedIOBase
+
+_DATA, _TENSORS = "algorithm.json", "tensors.safetensors"
+_COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining")
+_LEFT_OUT = {"self", "policy", "env", "device", "processes", "tensorboard_log", "_init_setup_model"}
+"""Arguments that a file does not decide: what is there when it is loaded, and where logs are written."""
+_SPACES: dict[str, Callable[..., spaces.Space[Any]]] = {
+    "Box": lambda low, high, shape, dtype: spaces.Box(np.reshape(low, shape), np.reshape(high, shape), dtype=dtype),
+    "Discrete": lambda n, start: spaces.Discrete(n, start=start),
+    "MultiDiscrete": spaces.MultiDiscrete,
+    "MultiBinary": spaces.MultiBinary,
+}
+
+
+def _classes(module: Any, base: type) -> dict[str, type]:
+    return {name: one for name, one in vars(module).items() if isinstance(one, type) and issubclass(one, base)}
+
+
+_CLASSES = {
+    **_classes(nn.modules.activation, nn.Module),
+    **_classes(torch.optim, torch.optim.Optimizer),
+    **_classes(torch_layers, torch_layers.BaseFeaturesExtractor),
+}
+_ESTIMATORS = {name: one for name, one in vars(advantages).items() if isinstance(one, type) and is_dataclass(one)}
+
+
+class SavableAlgorithm(OnPolicyAlgorithm):
+    """`save`, `load` and `set_parameters` of Stable-Baselines3, with a file that cannot execute code."""
+
+    _constructed_with: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *arguments: Any, **named: Any) -> Self:
+        """Keep the constructor's arguments, which `save` writes."""
+        algorithm = super().__new__(cls)
+        algorithm._constructed_with = arguments, named
+        return algorithm
+
+    def save(self, path: SavePath) -> None:  # type: ignore[override]
+        """Write weights, optimizer, counters, random generators and the constructor's arguments to a file.
+
+        The environment, its state, the rollout and the logger are not in it.
+
+        Args:
+            path: file, or an open one; a path without a suffix gets `.zip`.
+        """
+        save_algorithm(self, path)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls,
+        path: SavePath,
+        env: GymEnv | None = None,
+        device: torch.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        **arguments: Any,
+    ) -> Self:
+        """Read an algorithm that `save` wrote; nothing in the file is executed.
+
+        Args:
+            path: file, or an open one.
+            env: to go on training with. Without one the algorithm can only predict.
+            device: where the policy is.
+            custom_objects: what replaces values of the file, or stands for those that a file without code cannot hold:
+                `policy_class`, `observation_space`, `action_space`, or a constructor's argument by name.
+            **arguments: the same, for constructor's arguments.
+
+        Raises:
+            ValueError: for a file of Stable-Baselines3, whose pickles could execute code; for one that is damaged or
+                of another class; for an environment with other spaces; if an argument is neither given nor in the file.
+        """
+        given = {**(custom_objects or {}), **arguments}
+        if "policy_class" in given:
+            given["policy"] = given.pop("policy_class")
+        return load_algorithm(cls, path, env, device, given)  # type: ignore[arg-type,return-value]
+
+    def set_parameters(
+        self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto"
+    ) -> None:
+        """Load weights and the optimizer's state out of a file that `save` wrote, or out of a dictionary."""
+        is_file = not isinstance(load_path_or_dict, dict)
+        super().set_parameters(
+            read_parameters(load_path_or_dict) if is_file else load_path_or_dict, exact_match, device
+        )
+
+
+def save_algorithm(algorithm: TensorOnPolicyAlgorithm, path: SavePath) -> None:
+    """Write an algorithm; a path without a suffix gets `.zip`."""
+    optimizer = algorithm.policy.optimizer.state_dict()
+    tensors = {f"policy.{name}": value for name, value in algorithm.policy.state_dict().items()}
+    for index, values in optimizer["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
+    averages = algorithm.ema.state_dict() if algorithm.ema is not None else {}
+    tensors |= {f"average.{index}": value for index, value in enumerate(averages.pop("shadow_params", []))}
+    estimator = algorithm.advantage
+    data = {
+        "class": type(algorithm).__name__,
+        "policy": _policy_name(algorithm),
+        "arguments": {name: _encoded(value) for name, value in _constructor_arguments(algorithm).items()},
+        "observation_space": _encoded_space(algorithm.observation_space),
+        "action_space": _encoded_space(algorithm.action_space),
+        "n_envs": algorithm.n_envs,
+        "counters": {name: getattr(algorithm, name) for name in _COUNTERS},
+        "generators": algorithm.generator_state(),
+        "optimizer": optimizer["param_groups"],
+        "average": averages,
+        "scaler": algorithm.scaler.state_dict(),
+        "advantage": estimator.state_dict() if isinstance(estimator, advantages.PerPromptAdvantage) else None,
+    }
+    # Cloned, because safetensors refuses tensors that share memory.
+    stored = save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()})
+    file = open_path(path, "w", suffix="zip")
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(_DATA, json.dumps(data))
+        archive.writestr(_TENSORS, stored)
+    if isinstance(path, str | Path):
+        file.close()
+
+
+def load_algorithm(
+    kind: type[TensorOnPolicyAlgorithm], path: SavePath, env: Any, device: Any, given: dict[str, Any]
+) -> TensorOnPolicyAlgorithm:
+    """Build an algorithm from a file that `save_algorithm` wrote; see `RolloutAlgorithm.load`."""
+    data, tensors = _read(path)
+    if data.get("class") != kind.__name__:
+        raise ValueError(f"path must hold a {kind.__name__}; {str(path)!r} holds a {data.get('class')!r}")
+    try:
+        given = dict(given)
+        policy = given.pop("policy", None) or _policy_class(kind, data["policy"])
+        decided = {"observation_space": None, "action_space": None} | given
+        saved_spaces = {name: decided.pop(name) or data[name] for name in ("observation_space", "action_space")}
+        arguments = {name: value for name, value in data["arguments"].items() if name not in decided}
+        arguments = {name: _decoded(name, value) for name, value in arguments.items()} | decided
+        if env is not None:
+            env = kind._wrap_env(env, arguments.get("verbose", 0))
+            _check_spaces(saved_spaces, env)
+        algorithm = kind(policy, env, device=device, _init_setup_model=False, **arguments)
+        if env is None:
+            algorithm.observation_space = _decoded_space(saved_spaces["observation_space"], device)
+            algorithm.action_space = _decoded_space(saved_spaces["action_space"], device)
+            algorithm.n_envs = data["n_envs"]
+        algorithm._setup_model()
+        _load_state(algorithm, data, tensors)
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise ValueError(f"path must hold what save wrote; {str(path)!r} does not fit: {error!r}") from error
+    return algorithm
+
+
+def read_parameters(path: SavePath) -> dict[str, Any]:
+    """Return the weights and the optimizer's state out of a file, as `set_parameters` takes them."""
+    data, tensors = _read(path)
+    return {"policy": _below("policy.", tensors), "policy.optimizer": _optimizer_state(data, tensors)}
+
+
+def _read(path: SavePath) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    file = open_path(path, "r", suffix="zip")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+            if "data" in names and _DATA not in names:
+                raise ValueError(
+                    f"path must hold what agents' save wrote; {str(path)!r} is a zip of Stable-Baselines3, whose "
+                    "pickles could execute code. If you trust it, load it with stable_baselines3 and give "
+                    "its policy.state_dict() to policy.load_state_dict here"
+                )
+            compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+            if sorted(names) != [_DATA, _TENSORS] or compressed:
+                raise ValueError(f"path must hold what agents' save wrote; {str(path)!r} holds {names[:5]}")
+            data, tensors = json.loads(archive.read(_DATA)), load(archive.read(_TENSORS))
+    except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError, RecursionError, SafetensorError) as error:
+        raise ValueError(f"path must hold what agents' save wrote; {str(path)!r} is damaged: {error!r}") from error
+    finally:
+        if isinstance(path, str | Path):
+            file.close()
+    if not isinstance(data, dict):
+        raise ValueError(f"path must hold what agents' save wrote; {str(path)!r} has no settings")
+    return data, tensors
+
+
+def _load_state(algorithm: TensorOnPolicyAlgorithm, data: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    algorithm.policy.load_state_dict(_below("policy.", tensors))
+    algorithm.policy.optimizer.load_state_dict(_optimizer_state(data, tensors))
+    if algorithm.ema is not None:
+        shadow = _below("average.", tensors)
+        parameters = [shadow[str(index)].to(algorithm.device) for index in range(len(shadow))]
+        algorithm.ema.load_state_dict({**data["average"], "shadow_params": parameters})
+    if data["scaler"]:
+        algorithm.scaler.load_state_dict(data["scaler"])
+    for name in _COUNTERS:
+        value = data["counters"][name]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number; got {value!r}")
+        setattr(algorithm, name, value)
+    algorithm.load_generator_state(data["generators"])
+    if data["advantage"] is not None and isinstance(algorithm.advantage, advantages.PerPromptAdvantage):
+        algorithm.advantage.load_state_dict(data["advantage"])
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _optimizer_state(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in _below("optimizer.", tensors).items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    return {"state": state, "param_groups": data["optimizer"]}
+
+
+def _constructor_arguments(algorithm: TensorOnPolicyAlgorithm) -> dict[str, Any]:
+    """Return the arguments that the algorithm was constructed with, by name."""
+    signature = inspect.signature(type(algorithm).__init__)
+    positional, named = algorithm._constructed_with
+    bound = signature.bind(algorithm, *positional, **named).arguments
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            bound |= bound.pop(parameter.name, {})
+    return {name: value for name, value in bound.items() if name not in _LEFT_OUT}
+
+
+def _policy_name(algorithm: TensorOnPolicyAlgorithm) -> str | None:
+    known = {**type(algorithm).policy_aliases, "DiffusionPolicy": DiffusionPolicy}
+    return next((name for name, one in known.items() if one is algorithm.policy_class), None)
+
+
+def _policy_class(kind: type[TensorOnPolicyAlgorithm], name: Any) -> Any:
+    known = {**kind.policy_aliases, "DiffusionPolicy": DiffusionPolicy}
+    if name not in known:
+        raise ValueError('policy must be given as custom_objects={"policy_class": ...}: the file names no known class')
+    return known[name]
+
+
+def _encoded(value: Any) -> Any:
+    """Return the plain form of an argument: lists, dictionaries and tuples of numbers and names."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, list):
+        return [_encoded(one) for one in value]
+    if isinstance(value, tuple):
+        return {"tuple": [_encoded(one) for one in value]}
+    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+        return {"dict": {name: _encoded(one) for name, one in value.items()}}
+    if isinstance(value, type) and _CLASSES.get(value.__name__) is value:
+        return {"class": value.__name__}
+    if _ESTIMATORS.get(type(value).__name__) is type(value):
+        settings = {field.name: _encoded(getattr(value, field.name)) for field in fields(value) if field.repr}
+        return {"estimator": type(value).__name__, "settings": settings}
+    return {"not_saved": f"{type(value).__module__}.{type(value).__qualname__}"}
+
+
+def _decoded(name: str, value: Any) -> Any:
+    """Return the argument `name` that `_encoded` gave a plain form."""
+    if isinstance(value, list):
+        return [_decoded(name, one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if "tuple" in value:
+        return tuple(_decoded(name, one) for one in value["tuple"])
+    if "dict" in value:
+        return {key: _decoded(f"{name}[{key!r}]", one) for key, one in value["dict"].items()}
+    if "class" in value:
+        return _CLASSES[value["class"]]
+    if "estimator" in value:
+        settings = {key: _decoded(key, one) for key, one in value["settings"].items()}
+        return _ESTIMATORS[value["estimator"]](**settings)
+    raise ValueError(
+        f"{name.partition('[')[0]} must be given to load: {name} was of type {value.get('not_saved')!r}, "
+        "which a file without code cannot hold"
+    )
+
+
+def _encoded_space(space: spaces.Space[Any]) -> Any:
+    if isinstance(space, DenoisingObservationSpace):
+        handle = space.handle
+        return {
+            "kind": "denoising",
+            "model": handle.source,
+            "resolution": handle.resolution,
+            "num_inference_steps": handle.num_inference_steps,
+        }
+    if isinstance(space, spaces.Dict):
+        return {"kind": "Dict", "spaces": {name: _encoded_space(one) for name, one in space.spaces.items()}}
+    settings: dict[str, Any]
+    if isinstance(space, spaces.Box):
+        settings = {"low": space.low.ravel().tolist(), "high": space.high.ravel().tolist()}
+        settings |= {"shape": list(space.shape), "dtype": str(space.dtype)}
+    elif isinstance(space, spaces.Discrete):
+        settings = {"n": int(space.n), "start": int(space.start)}
+    elif isinstance(space, spaces.MultiDiscrete):
+        settings = {"nvec": space.nvec.tolist()}
+    elif isinstance(space, spaces.MultiBinary):
+        settings = {"n": space.n if isinstance(space.n, int) else [int(one) for one in space.n]}
+    else:
+        return None
+    return {"kind": type(space).__name__, **settings}
+
+
+def _decoded_space(space: Any, device: Any) -> spaces.Space[Any]:
+    if isinstance(space, spaces.Space):
+        return space
+    if space is None:
+        raise ValueError("env must be given to load: the file does not hold the environment's spaces")
+    settings = dict(space)
+    kind = settings.pop("kind")
+    if kind == "denoising":
+        model = load_model(settings["model"], device, resolution=settings["resolution"])
+        return DenoisingObservationSpace(model, settings["num_inference_steps"])
+    if kind == "Dict":
+        return spaces.Dict({name: _decoded_space(one, device) for name, one in settings["spaces"].items()})
+    return _SPACES[kind](**settings)
+
+
+def _check_spaces(saved: dict[str, Any], env: Any) -> None:
+    for name, space in saved.items():
+        wanted = _encoded_space(space) if isinstance(space, spaces.Space) else space
+        found = _encoded_space(getattr(env, name))
+        if wanted is not None and found != wanted:
+            raise ValueError(
+                f"env must have the {name} that the algorithm was saved with, {wanted}; got {found}. If that is meant, "
+                f'as for a model that was moved, give custom_objects={{"{name}": env.{name}}}'
+            )

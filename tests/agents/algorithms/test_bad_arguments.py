@@ -1,0 +1,125 @@
+"""Absurd constructor arguments are refused at once, by an error with the name, the value and what is valid."""
+
+import math
+
+import pytest
+
+from agents.algorithms.advantages import (
+    BatchAdvantage,
+    GeneralizedAdvantage,
+    GroupRelativeAdvantage,
+    LeaveOneOutAdvantage,
+    PerPromptAdvantage,
+)
+from agents.algorithms.ppo import PPO
+from agents.algorithms.reinforce import REINFORCE
+from agents.algorithms.rwr import RWR
+from agents.policy.options import PolicyOptions
+
+NUMBER = [math.nan, math.inf, -1.0, "1", None, True]
+EVERY_ALGORITHM = {
+    "n_steps": [0, -1, 1.5, 10**12, "8", None, True],
+    "learning_rate": [math.nan, math.inf, -1e-3, 1e39, "fast", None, True],
+    "gamma": [*NUMBER, 2],
+    "gae_lambda": [*NUMBER, 2],
+    "vf_coef": [*NUMBER, 1e12],
+    "max_grad_norm": [*NUMBER, 0],
+    "seed": [-1, 2**32, 1.5, "0", True],
+    "device": ["gpu", "", "cuda:x", 1.5],
+    "stats_window_size": [0, -1, 1.5, None],
+    "verbose": [3, -1, "yes"],
+    "target_kl": [math.nan, math.inf, 0, -1.0],
+    "kl_coef": [math.nan, math.inf, -1.0, 1e12],
+    "timestep_fraction": [math.nan, 0, 1.5],
+    "timestep_window": [(0.5, 0.5), (0.9, 0.1), (0, math.nan), (0,), 3],
+    "ema_decay": [math.nan, 1.0, -0.1],
+    "micro_batch_size": [0, -1, 1.5, 10**12],
+    "non_finite_rewards": ["ignore", None, 1],
+}
+OWN = {
+    PPO: {
+        "clip_range": [math.nan, math.inf, 0, -0.1, "0.2", None],
+        "clip_range_vf": [math.nan, math.inf, 0, -0.1, "0.2"],
+        "normalize_advantage": [1, "yes"],
+        "batch_size": [0, -1, 2.5, 10**12],
+        "n_epochs": [0, 1e12, 10**12, 1.5, None],
+        "ent_coef": [*NUMBER, 1e12],
+    },
+    REINFORCE: {"ent_coef": [*NUMBER, 1e12]},
+    RWR: {
+        "beta": [*NUMBER, 0, 1e12],
+        "percentile": [math.nan, 100, -1],
+        "weighting": ["linear"],
+        "n_epochs": [0, 10**12],
+    },
+}
+CASES = [
+    (kind, name, value)
+    for kind, own in OWN.items()
+    for name, values in {**EVERY_ALGORITHM, **own}.items()
+    for value in values
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), CASES)
+def test_argument_of_an_algorithm(kind, name, value):
+    with pytest.raises(ValueError, match=rf"^{name}(\[\d\])? must be .*; got "):
+        kind("MlpPolicy", "CartPole-v1", **{"n_steps": 8, "device": "cpu", name: value})
+
+
+def test_schedule_that_leaves_the_valid_range_is_told():
+    for bad in (math.nan, -1.0, 1e39):
+        model = PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, device="cpu")
+        model.lr_schedule = lambda remaining, bad=bad: bad
+        with pytest.raises(ValueError, match="learning_rate must be .* at any progress; got"):
+            model.learn(8)
+    model = PPO(
+        "MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, device="cpu", clip_range=lambda remaining: math.nan
+    )
+    with pytest.raises(ValueError, match="clip_range must be .* at any progress; got nan"):
+        model.learn(8)
+
+
+def test_batch_size_that_does_not_divide_the_rollout_is_told():
+    with pytest.warns(UserWarning, match="batch_size=6 does not divide the 8 steps"):
+        PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=6, device="cpu")
+
+
+@pytest.mark.parametrize("kind", [PerPromptAdvantage, BatchAdvantage, GroupRelativeAdvantage, LeaveOneOutAdvantage])
+@pytest.mark.parametrize("clip", [0, -1.0, math.nan, "5", None])
+def test_clip_of_an_estimator(kind, clip):
+    with pytest.raises(ValueError, match="clip must be .*; got "):
+        kind(clip=clip)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (PerPromptAdvantage, {"buffer_size": 10**12}),
+        (PerPromptAdvantage, {"buffer_size": 2.5}),
+        (PerPromptAdvantage, {"min_count": 1}),
+        (GroupRelativeAdvantage, {"standardize": 1}),
+        (GeneralizedAdvantage, {"normalize": "no"}),
+    ],
+)
+def test_other_arguments_of_an_estimator(kind, arguments):
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be .*; got "):
+        kind(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("guidance_scale", [math.nan, math.inf, -1.0, 1e9]),
+        ("eta", [math.nan, math.inf, 0, 1e9]),
+        ("noise_level", [math.nan, math.inf, 0, 1e9]),
+        ("min_std", [math.nan, math.inf, 0, 1e9]),
+        ("lora_rank", [-1, 1.5, 10**12]),
+        ("log_prob_reduction", ["max"]),
+        ("critic", [1, "no"]),
+    ],
+)
+def test_option_of_the_policy(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"{name} must be .*; got "):
+            PolicyOptions(**{name: value})
