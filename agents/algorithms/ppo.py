@@ -99,6 +99,11 @@ class PPO(TensorOnPolicyAlgorithm):
         if self.clip_range_vf is not None:
             self.clip_range_vf = FloatSchedule(self.clip_range_vf)
 
+    @property
+    def target_kl(self) -> float | None:
+        """`UpdateOptions.target_kl`, under its name in Stable-Baselines3."""
+        return self.options.target_kl
+
     def loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Metric]]:
         """Return the clipped surrogate objective, negative, with critic, entropy and KL terms; and metrics."""
         clip_range = self.scheduled("clip_range", self.clip_range)

@@ -135,6 +135,8 @@ class RolloutAlgorithm(SavableAlgorithm):
         )
 
     def _setup_model(self) -> None:
+        if self.processes.count > 1 and self.seed is None:
+            raise ValueError(f"seed must be given with {self.processes.count} processes, which draw the same numbers")
         self.generators = Generators(self.seed, self.device)
         with self.generators.as_global():
             super()._setup_model()

@@ -83,7 +83,7 @@ def test_one_process_writes_what_a_single_one_writes(one, two):
     state = json.loads((latest_checkpoint(folder / "checkpoints") / "state.json").read_text())
     expected = json.loads((latest_checkpoint(one / "checkpoints") / "state.json").read_text())
     assert len(state["env"]["generators"]) == 4, "those of the whole batch"
-    for part in ("env", "random", "counters"):
+    for part in ("env", "generators", "counters"):
         assert state[part] == expected[part], part
 
 
