@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from agents.rollout.buffer import TensorRolloutBuffer
-from ddpo_env.validation.options import Range, check_value
+from ddpo_env.validation.options import POSITIVE, Range, check_value
 
 _ROUNDING = float(np.finfo(np.float32).eps)
 """Rewards are float32, so differences below this fraction of a reward are rounding."""
@@ -214,9 +214,8 @@ class GeneralizedAdvantage:
 
 
 def _check_clip(clip: float) -> None:
-    check_value("clip", clip, float)
-    if not clip > 0:
-        raise ValueError(f"clip must be above 0; got {clip!r}")
+    if clip != np.inf:  # no clipping
+        check_value("clip", clip, Annotated[float, POSITIVE])
 
 
 def standardized(values: npt.ArrayLike, sample: npt.NDArray[np.float64], ddof: int = 0) -> npt.NDArray[np.float64]:

@@ -169,9 +169,9 @@ def test_gradient_that_is_not_finite_is_an_error_and_leaves_the_weights_alone(mi
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n_steps": 0}, r"n_steps must be in \[1, 1e\+07\]; got 0"),
-        ({"batch_size": 0}, r"batch_size must be in \[1, 1e\+09\]; got 0"),
-        ({"micro_batch_size": 0}, r"micro_batch_size must be in \[1, 1e\+09\]; got 0"),
+        ({"n_steps": 0}, r"n_steps must be in \[1, 10000000\]; got 0"),
+        ({"batch_size": 0}, r"batch_size must be in \[1, 1000000000\]; got 0"),
+        ({"micro_batch_size": 0}, r"micro_batch_size must be in \[1, 1000000000\]; got 0"),
         ({"n_epochs": -1}, r"n_epochs must be in \[1, 100000\]; got -1"),
         ({"timestep_fraction": 0.0}, r"timestep_fraction must be in \(0, 1\]; got 0.0"),
         ({"timestep_fraction": 1.1}, r"timestep_fraction must be in \(0, 1\]; got 1.1"),
