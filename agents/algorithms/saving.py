@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -31,9 +31,6 @@ from agents.algorithms import advantages
 from agents.policy.diffusion_policy import DiffusionPolicy
 from ddpo_env.models import load_model
 from ddpo_env.spaces import DenoisingObservationSpace
-
-if TYPE_CHECKING:
-    from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 
 SavePath = str | Path | io.BufferedIOBase
 
@@ -80,7 +77,7 @@ class SavableAlgorithm(OnPolicyAlgorithm):
         Args:
             path: file, or an open one; a path without a suffix gets `.zip`.
         """
-        save_algorithm(self, path)  # type: ignore[arg-type]
+        save_algorithm(self, path)
 
     @classmethod
     def load(  # type: ignore[override]
@@ -108,7 +105,7 @@ class SavableAlgorithm(OnPolicyAlgorithm):
         given = {**(custom_objects or {}), **arguments}
         if "policy_class" in given:
             given["policy"] = given.pop("policy_class")
-        return load_algorithm(cls, path, env, device, given)  # type: ignore[arg-type,return-value]
+        return load_algorithm(cls, path, env, device, given)
 
     def set_parameters(
         self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto"
@@ -120,7 +117,7 @@ class SavableAlgorithm(OnPolicyAlgorithm):
         )
 
 
-def save_algorithm(algorithm: TensorOnPolicyAlgorithm, path: SavePath) -> None:
+def save_algorithm(algorithm: Any, path: SavePath) -> None:
     """Write an algorithm; a path without a suffix gets `.zip`."""
     optimizer = algorithm.policy.optimizer.state_dict()
     tensors = {f"policy.{name}": value for name, value in algorithm.policy.state_dict().items()}
@@ -153,9 +150,7 @@ def save_algorithm(algorithm: TensorOnPolicyAlgorithm, path: SavePath) -> None:
         file.close()
 
 
-def load_algorithm(
-    kind: type[TensorOnPolicyAlgorithm], path: SavePath, env: Any, device: Any, given: dict[str, Any]
-) -> TensorOnPolicyAlgorithm:
+def load_algorithm(kind: Any, path: SavePath, env: Any, device: Any, given: dict[str, Any]) -> Any:
     """Build an algorithm from a file that `save_algorithm` wrote; see `RolloutAlgorithm.load`."""
     data, tensors = _read(path)
     if data.get("class") != kind.__name__:
@@ -213,7 +208,7 @@ def _read(path: SavePath) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return data, tensors
 
 
-def _load_state(algorithm: TensorOnPolicyAlgorithm, data: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _load_state(algorithm: Any, data: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     algorithm.policy.load_state_dict(_below("policy.", tensors))
     algorithm.policy.optimizer.load_state_dict(_optimizer_state(data, tensors))
     if algorithm.ema is not None:
@@ -244,7 +239,7 @@ def _optimizer_state(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> dic
     return {"state": state, "param_groups": data["optimizer"]}
 
 
-def _constructor_arguments(algorithm: TensorOnPolicyAlgorithm) -> dict[str, Any]:
+def _constructor_arguments(algorithm: Any) -> dict[str, Any]:
     """Return the arguments that the algorithm was constructed with, by name."""
     signature = inspect.signature(type(algorithm).__init__)
     positional, named = algorithm._constructed_with
@@ -255,12 +250,12 @@ def _constructor_arguments(algorithm: TensorOnPolicyAlgorithm) -> dict[str, Any]
     return {name: value for name, value in bound.items() if name not in _LEFT_OUT}
 
 
-def _policy_name(algorithm: TensorOnPolicyAlgorithm) -> str | None:
+def _policy_name(algorithm: Any) -> str | None:
     known = {**type(algorithm).policy_aliases, "DiffusionPolicy": DiffusionPolicy}
     return next((name for name, one in known.items() if one is algorithm.policy_class), None)
 
 
-def _policy_class(kind: type[TensorOnPolicyAlgorithm], name: Any) -> Any:
+def _policy_class(kind: Any, name: Any) -> Any:
     known = {**kind.policy_aliases, "DiffusionPolicy": DiffusionPolicy}
     if name not in known:
         raise ValueError('policy must be given as custom_objects={"policy_class": ...}: the file names no known class')
