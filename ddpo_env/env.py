@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from ddpo_env.models.loading import with_plain_values
-from ddpo_env.validation.arguments import as_float
+from ddpo_env.validation.arguments import as_float, seeds_of
 from ddpo_env.vector_env import DenoisingVectorEnv, Latents, Observation
 
 
@@ -81,6 +81,7 @@ class DenoisingEnv(gym.Env[Observation, Latents]):
         Returns:
             The first observation, and an info with the `prompt`.
         """
+        seeds_of(seed, 1)
         super().reset(seed=seed)
         self.batch.np_random = (self.np_random,)
         observation, infos = self.batch.reset(options=options)
@@ -88,10 +89,10 @@ class DenoisingEnv(gym.Env[Observation, Latents]):
 
     def step(self, action: Latents) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Take the next latent `latent_shape`; see `DenoisingVectorEnv.step` for the errors."""
-        shape = self.action_space.shape
-        if tuple(np.shape(action)) != shape:
-            raise ValueError(f"action must have shape {shape}; got {tuple(np.shape(action))}")
-        actions = as_float(action, "action")[None]
+        shape, given = self.action_space.shape, as_float(action, "action")
+        if tuple(given.shape) != shape:
+            raise ValueError(f"action must have shape {shape}; got {tuple(given.shape)}")
+        actions = given[None]
         observation, rewards, terminations, _, infos = self.batch.step(actions)
         return _first(observation), float(rewards[0]), bool(terminations[0]), False, _first_info(infos)
 

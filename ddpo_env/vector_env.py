@@ -209,8 +209,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         Returns:
             Batched observation, and the info with the `prompt` of each sub-environment.
         """
-        options = dict(options or {})
-        validation.check_names(options)
+        options = validation.reset_options(options)
         mask = validation.reset_mask(
             options.get("reset_mask"), self.num_envs, self.samples_per_prompt, self.first_index
         )
@@ -381,9 +380,10 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
 
     def _check_actions(self, actions: Latents) -> Tensor:
         shape = (self.num_envs, *self.model.latent_shape)
-        if tuple(np.shape(actions)) != shape:
-            raise ValueError(f"actions must have shape {shape}; got {tuple(np.shape(actions))}")
-        latents = validation.as_float(actions, "actions").to(self.device, copy=True)
+        given = validation.as_float(actions, "actions")
+        if tuple(given.shape) != shape:
+            raise ValueError(f"actions must have shape {shape}; got {tuple(given.shape)}")
+        latents = given.to(self.device, copy=True)
         if (self.backend == "numpy" or latents.device.type == "cpu") and not bool(torch.isfinite(latents).all()):
             indices = np.flatnonzero(~torch.isfinite(latents).flatten(1).all(1).cpu().numpy()).tolist()
             raise ValueError(f"actions must be finite; got NaN or infinite values in sub-environments {indices}")

@@ -3,7 +3,7 @@
 In come decoded images (or other arrays), their prompts and metadata; out come one score per sample and details.
 """
 
-from rewards.composite import check_shareable
+from rewards.composite import check_shareable, is_stateful
 from rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 from rewards.protocol import (
     Details,
@@ -50,6 +50,7 @@ __all__ = [
     "evaluate_reward",
     "images_only",
     "is_images_only",
+    "is_stateful",
     "jpeg_compressibility",
     "jpeg_incompressibility",
     "load_reward",

@@ -7,11 +7,12 @@ cosine, a file size) cannot be added directly. The term `jpeg_compressibility:0.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,6 +120,19 @@ def _parse_term(text: str, spec: str) -> Term:
     return Term(name.strip(), weight, raw=text.endswith(_RAW))
 
 
+def is_stateful(reward: object) -> bool:
+    """Whether a reward has a state that a checkpoint must contain.
+
+    A `torch.nn.Module` has a `state_dict` of its weights, which do not change; it is stateful only if its class
+    overrides `state_dict`.
+    """
+    torch = sys.modules.get("torch")
+    is_module = torch is not None and isinstance(reward, torch.nn.Module)
+    return isinstance(reward, StatefulReward) and not (
+        is_module and type(reward).state_dict is torch.nn.Module.state_dict  # type: ignore[union-attr]
+    )
+
+
 def check_shareable(reward: Reward) -> None:
     """Check that several processes can share a reward.
 
@@ -136,7 +150,7 @@ def check_shareable(reward: Reward) -> None:
 def _unshareable(reward: Reward, name: str) -> list[str]:
     if isinstance(reward, Composite):
         return [found for key, term in reward.rewards.items() for found in _unshareable(term, key)]
-    return [name] if isinstance(reward, StatefulReward) and not isinstance(reward, TwoStageReward) else []
+    return [name] if is_stateful(reward) and not isinstance(reward, TwoStageReward) else []
 
 
 class Composite:
@@ -281,7 +295,9 @@ class Composite:
         return {
             "statistics": {name: asdict(one) for name, one in self.statistics.items()},
             "rewards": {
-                name: reward.state_dict() for name, reward in self.rewards.items() if isinstance(reward, StatefulReward)
+                name: cast(StatefulReward, reward).state_dict()
+                for name, reward in self.rewards.items()
+                if is_stateful(reward)
             },
         }
 
@@ -298,8 +314,8 @@ class Composite:
         self.statistics = {name: RunningStatistics(**state["statistics"][name]) for name in self.statistics}
         for name, own in state["rewards"].items():
             reward = self.rewards[name]
-            if isinstance(reward, StatefulReward):
-                reward.load_state_dict(own)
+            if is_stateful(reward):
+                cast(StatefulReward, reward).load_state_dict(own)
 
 
 def _details_of(name: str, details: Details) -> dict[str, Sequence[Any]]:

@@ -7,8 +7,10 @@ several processes share a reward, `measure_reward` and `combine_measurements` do
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager
@@ -33,6 +35,9 @@ Details: TypeAlias = Mapping[str, Sequence[Any]]
 NonFinite: TypeAlias = Literal["raise", "keep"]
 """What happens to a score that is NaN or infinite: it is an error, or it is returned with a flag."""
 
+LARGEST_SCORE = float(np.finfo(np.float32).max)
+"""Training computes with float32, in which a larger score is infinite."""
+
 _Marked = TypeVar("_Marked", bound=Callable[..., Any])
 
 
@@ -55,7 +60,7 @@ class StatefulReward(Protocol):
     """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values for JSON."""
+        """Return the state: numbers, text, NumPy arrays and tensors, in lists and dictionaries."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -215,8 +220,8 @@ def evaluate_reward(
     if non_finite not in ("raise", "keep"):
         raise ValueError(f"non_finite must be raise or keep; got {non_finite!r}")
     _check_batch(reward, samples, prompts, metadata)
-    with _naming(reward, f"asked about {len(samples)} samples"):
-        answer = reward(samples, prompts, metadata)
+    with _calling(reward, f"asked about {len(samples)} samples"):
+        answer = reward(*_own_copy(samples, prompts, metadata))
     scores, details = _check_answer(answer, reward_name(reward), len(samples))
     return scores, raise_or_flag_non_finite(scores, details, reward_name(reward), prompts, non_finite)
 
@@ -235,8 +240,8 @@ def measure_reward(
     """
     _check_batch(reward, samples, prompts, metadata)
     name, batch = reward_name(reward), len(samples)
-    with _naming(reward, f"measuring {batch} samples"):
-        measurements, details = _split_answer(reward.measure(samples, prompts, metadata))
+    with _calling(reward, f"measuring {batch} samples"):
+        measurements, details = _split_answer(reward.measure(*_own_copy(samples, prompts, metadata)))
     if (count := _length(measurements)) != batch:
         raise ValueError(f"reward {name}: measure must return {batch} measurements, one per sample; got {count}")
     return list(measurements), _check_details(details, name, batch)
@@ -265,7 +270,7 @@ def combine_measurements(
         Exception: As `evaluate_reward`, for the answer of `combine`.
     """
     name = reward_name(reward)
-    with _naming(reward, f"combining {len(measurements)} measurements"):
+    with _calling(reward, f"combining {len(measurements)} measurements"):
         answer = reward.combine(measurements)
     scores, added = _check_answer(answer, name, len(measurements))
     known = {key: list(values) for key, values in details.items()}
@@ -285,15 +290,16 @@ def raise_or_flag_non_finite(
         ValueError: With `raise`, a score is NaN or infinite. The message names the reward, the prompt and each detail
             of this sample that is not finite either.
     """
-    invalid = ~np.isfinite(scores)
+    invalid = ~(np.abs(scores) <= LARGEST_SCORE)
     if non_finite == "keep":
         return {**details, "non_finite": invalid.tolist()}
     if invalid.any():
         first = int(np.flatnonzero(invalid)[0])
         values = {key: column[first] for key, column in details.items() if isinstance(column[first], float)}
         causes = [f"; {key} is {value}" for key, value in values.items() if not math.isfinite(value)]
+        limit = f" in float32, at most {LARGEST_SCORE:.3g}" if math.isfinite(scores[first]) else ""
         raise ValueError(
-            f"reward {name} must be finite; got {scores[first]} for prompt {prompts[first]!r}"
+            f"reward {name} must be finite{limit}; got {scores[first]} for prompt {prompts[first]!r}"
             f" (sample {first} of {len(scores)}, {invalid.sum()} not finite){''.join(causes)};"
             " the option non_finite_rewards can leave such samples out"
         )
@@ -317,13 +323,23 @@ def _check_batch(reward: object, samples: Samples, prompts: Sequence[str], metad
 
 
 @contextmanager
-def _naming(reward: object, occasion: str) -> Iterator[None]:
-    """Add the reward's name to every exception as a note."""
+def _calling(reward: object, occasion: str) -> Iterator[None]:
+    """Add the reward's name to every exception as a note, and undo a change of the working directory."""
+    folder = os.getcwd()
     try:
         yield
     except BaseException as error:
         error.add_note(f"raised by the reward {reward_name(reward)}, {occasion}")
         raise
+    finally:
+        os.chdir(folder)
+
+
+def _own_copy(
+    samples: Samples, prompts: Sequence[str], metadata: Metadata
+) -> tuple[Samples, list[str], list[dict[str, Any]]]:
+    """Return a batch that a reward may write into: others still need the samples and the metadata."""
+    return samples.copy(), list(prompts), [copy.deepcopy(dict(one)) for one in metadata]
 
 
 def _split_answer(answer: Any) -> tuple[Any, Mapping[str, Any]]:

@@ -9,7 +9,8 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pkgutil import resolve_name
 from typing import Any, cast
@@ -58,7 +59,7 @@ def load_reward(spec: str | Callable[..., Any], **options: Any) -> Reward:
         TypeError: The result is not callable as a reward, or the class does not take the options.
     """
     if not isinstance(spec, str):
-        return _instantiated(spec, repr(spec), options)
+        return _instantiated(spec, repr(getattr(spec, "__name__", spec)), options)
     if _is_weighted_sum(spec):
         return cast(Reward, resolve_name(_COMPOSITE)(spec, **options))
     if spec in BUILTIN_REWARDS:
@@ -77,6 +78,8 @@ def configured_reward(spec: str | Callable[..., Any], options: Mapping[str, Any]
         ValueError: As `load_reward`; or an option of a weighted sum does not belong to one of its terms.
         TypeError: As `load_reward`.
     """
+    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        raise ValueError(f"reward_options must be a dictionary with names of options as keys; got {options!r}")
     if not (isinstance(spec, str) and _is_weighted_sum(spec)):
         return load_reward(spec, **options)
     if without_term := [name for name, value in options.items() if not isinstance(value, Mapping)]:
@@ -157,10 +160,9 @@ def _imported_by_user(spec: str) -> Any:
             f"reward must be one of {', '.join(BUILTIN_REWARDS)}; or module:function; or a weighted sum such as "
             f"aesthetic:1,clip_score:0.5; got {spec!r}"
         )
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     try:
-        module = import_module(module_name)
+        with _current_folder_on_path():
+            module = import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise
@@ -176,17 +178,40 @@ def _imported_by_user(spec: str) -> Any:
     return getattr(module, attribute)
 
 
+@contextmanager
+def _current_folder_on_path() -> Iterator[None]:
+    """Let a module of the user's, and what it imports at its top, be found in the current folder.
+
+    The folder does not stay on the path: whatever lies there could be imported later in the place of a package that is
+    not installed.
+    """
+    folder = os.getcwd()
+    is_new = folder not in sys.path
+    if is_new:
+        sys.path.append(folder)
+    try:
+        yield
+    finally:
+        if is_new and folder in sys.path:
+            sys.path.remove(folder)
+
+
 def _instantiated(reward: Any, label: str, options: dict[str, Any]) -> Reward:
     """Instantiate a class with its options, and check that the result can be called as a reward."""
     if inspect.isclass(reward):
         try:
             reward = reward(**options)
         except TypeError as error:
-            raise TypeError(f"reward {label}: {error}; got the options {options}") from error
+            raise TypeError(f"reward {label} must be a class that takes its options: {error}; got {options}") from error
     elif options:
-        raise ValueError(f"reward {label} takes no options; got {', '.join(options)}")
+        raise ValueError(
+            f"reward_options must be none for reward {label}, which takes no options; got {', '.join(options)}"
+        )
     if not callable(reward):
         raise TypeError(f"reward {label} must be callable as (images, prompts, metadata); got {reward!r}")
+    for function in (reward, type(reward).__call__):
+        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+            raise TypeError(f"reward {label} must be a plain function that returns scores; it is async or a generator")
     try:
         inspect.signature(reward).bind(None, None, None)
     except TypeError as error:

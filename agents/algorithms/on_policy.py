@@ -395,7 +395,6 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
 def approximate_kl(log_ratio: Tensor) -> Tensor:
     """Return the mean of `expm1(r) − r` over log-ratios `r`, a scalar.
 
-    This is Schulman's estimate of the KL divergence (http://joschu.net/blog/kl-approx.html); `expm1` keeps its digits
-    near ratio 1.
+    Schulman's estimate of the KL divergence (http://joschu.net/blog/kl-approx.html); `expm1` keeps digits near ratio 1.
     """
     return (torch.expm1(log_ratio) - log_ratio).mean()

@@ -74,6 +74,10 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         check_value(name, given[name], valid)
     if not callable(given["learning_rate"]):
         check_value("learning_rate", given["learning_rate"], Annotated[float, RATE])
+    if given["advantage"] is not None and not callable(given["advantage"]):
+        raise ValueError(
+            f"advantage must be an estimator such as agents.PerPromptAdvantage(), or None; got {given['advantage']!r}"
+        )
     _check_device(given["device"])
 
 

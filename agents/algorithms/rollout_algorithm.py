@@ -7,7 +7,7 @@ being computed. `learn` logs an iteration after its update, together with the up
 from __future__ import annotations
 
 import numbers
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -35,7 +35,7 @@ from agents.policy.abilities import PolicyAbilities, abilities_of
 from agents.rollout.buffer import TensorRolloutBuffer
 from agents.rollout.latents_check import LatentsCheck
 from agents.rollout.scores import PendingScores, details_by_name, score_measured
-from agents.rollout.vec_env import denoising_env_of
+from agents.rollout.vec_env import VectorEnvAdapter, denoising_env_of
 from ddpo_env.spaces import DenoisingObservationSpace
 
 _Algorithm = TypeVar("_Algorithm", bound="RolloutAlgorithm")
@@ -255,7 +255,7 @@ class RolloutAlgorithm(SavableAlgorithm):
         pending = PendingScores(rollout_buffer)
         complete = False
         try:
-            with self.processes.fail_together(), self.abilities.sampling_weights():
+            with self.processes.fail_together(), self.abilities.sampling_weights(), _pending_scores(env):
                 complete = self._sample(env, callback, rollout_buffer, n_rollout_steps, pending)
         finally:
             if not complete:  # the next rollout begins new episodes, so that no part of one is trained on
@@ -389,3 +389,8 @@ class RolloutAlgorithm(SavableAlgorithm):
         for name, values in details.items():
             if name != "non_finite" and all(isinstance(value, numbers.Real) for value in values):
                 self.logger.record(f"reward/{name}", float(np.mean(values)))
+
+
+def _pending_scores(env: VecEnv) -> AbstractContextManager[None]:
+    """Leave scores pending, unless a wrapper around the adapter must see them."""
+    return env.pending_scores() if isinstance(env, VectorEnvAdapter) else nullcontext()

@@ -7,7 +7,8 @@ Stable-Baselines3 use it without splitting it into single environments.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium as gym
@@ -37,7 +38,14 @@ class VectorEnvAdapter(VecEnv):
                 "autoreset_mode must be gymnasium.vector.AutoresetMode.SAME_STEP, as Stable-Baselines3 expects; "
                 f"got {mode}"
             )
+        below = env.unwrapped
+        if isinstance(below, DenoisingVectorEnv) and below.deferred_rewards and env is not below:
+            raise ValueError(
+                f"deferred_rewards must be False with a wrapper such as {type(env).__name__} around the environment, "
+                "which would see rewards of 0"
+            )
         self.vector_env = env
+        self._leaves_pending = False
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         self._actions: Any = None
         self._returns = np.zeros(env.num_envs)
@@ -87,6 +95,8 @@ class VectorEnvAdapter(VecEnv):
         if not dones.any():
             return observation, rewards.astype(np.float32), dones, _split(infos, self.num_envs)
         final_infos = _split(infos["final_info"], self.num_envs)
+        if not self._leaves_pending:
+            rewards = self._with_pending(rewards, final_infos)
         fresh = _split({name: infos[name] for name in infos if name not in _FINAL_INFOS}, self.num_envs)
         split = [final if done else info for final, info, done in zip(final_infos, fresh, dones, strict=True)]
         for index in np.flatnonzero(dones):
@@ -101,6 +111,34 @@ class VectorEnvAdapter(VecEnv):
         self._returns[dones] = 0
         self._lengths[dones] = 0
         return observation, rewards.astype(np.float32), dones, split
+
+    @contextmanager
+    def pending_scores(self) -> Iterator[None]:
+        """Leave deferred rewards pending inside the block: the caller takes them out of the infos (`PendingScores`).
+
+        Everywhere else a step waits for them, so that stock algorithms and wrappers around this adapter see them.
+        """
+        self._leaves_pending = True
+        try:
+            yield
+        finally:
+            self._leaves_pending = False
+
+    def _with_pending(self, rewards: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
+        """Return the rewards with the deferred ones of ended episodes, and put their details into the infos."""
+        rewards = rewards.copy()
+        for index, info in enumerate(infos):
+            if (deferred := info.pop("deferred_reward", None)) is None:
+                continue
+            if deferred.is_measured:
+                raise ValueError(
+                    "the reward is shared by several processes, and only the algorithms of `agents` on the adapter "
+                    "itself, without wrappers such as VecNormalize, form its scores"
+                )
+            rewards[index] += deferred.result()
+            self._returns[index] += deferred.result()
+            info |= {"reward_details": details} if (details := deferred.details()) else {}
+        return rewards
 
     def close(self) -> None:
         """Close the environment."""

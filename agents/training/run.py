@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger
@@ -27,7 +27,7 @@ from agents.training.checkpoint import Checkpoints, iterations_done, latest_chec
 from agents.training.console import ConsoleWriter, TensorBoardCurves
 from agents.training.divergence import DEVIATIONS, ITERATIONS, DivergenceError, has_diverged, is_worse
 from agents.training.run_folder import MetricsTable, RunFolder
-from rewards import StatefulReward
+from rewards import StatefulReward, is_stateful
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,8 @@ class Run:
         components: dict[str, Stateful] = {"run": self}
         components |= {type(one).__name__: one for one in self.listeners if isinstance(one, Stateful)}
         env = denoising_env_of(self.algorithm.env) if self.algorithm.env is not None else None
-        if env is not None and isinstance(env.reward, StatefulReward):
-            components["reward"] = env.reward
+        if env is not None and is_stateful(env.reward):
+            components["reward"] = cast(StatefulReward, env.reward)
         return components
 
     def _begin(self) -> None:

@@ -166,7 +166,8 @@ def _load(
     if not isinstance(model, str | Path):
         missing = [name for name in MEMBERS if not hasattr(model, name)]
         without = f" without {', '.join(missing)}" if len(missing) < len(MEMBERS) else ""
-        raise ValueError(f"model must be {VALID_MODELS}; got a {type(model).__name__}{without}")
+        value = f", {model!r}" if isinstance(model, bool | int | float | bytes) else ""
+        raise ValueError(f"model must be {VALID_MODELS}; got a {type(model).__name__}{without}{value}")
     location = resolve_source(model)
     key = (location, str(place), str(weight_dtype))
     if key not in _loaded:

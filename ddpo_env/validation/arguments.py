@@ -94,23 +94,30 @@ def check_reward_and_rendering(model: DiffusionModel, reward: Reward, render_mod
         )
 
 
-def check_names(options: Mapping[str, Any]) -> None:
-    """Refuse options that `reset` does not know."""
+def reset_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the options of `reset`, all of them known."""
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"reset options must be a dictionary or None; got {options!r}")
+    options = dict(options or {})
     if unknown := set(options) - set(RESET_OPTIONS):
         raise ValueError(
             f"reset options must be among {', '.join(RESET_OPTIONS)}; got {', '.join(sorted(map(repr, unknown)))}"
         )
+    return options
 
 
 def seeds_of(seed: int | Sequence[int | None] | None, num_envs: int, first_index: int = 0) -> list[int | None]:
     """Return one seed per sub-environment: an integer seed `s` gives `s + first_index + i` to sub-environment `i`."""
     if seed is None:
         return [None] * num_envs
-    if isinstance(seed, numbers.Integral):
-        return [int(seed) + first_index + index for index in range(num_envs)]
-    if not isinstance(seed, Sequence | np.ndarray) or len(seed) != num_envs:
-        raise ValueError(f"seed must be None, an integer, or one per sub-environment ({num_envs}); got {seed!r}")
-    return [int(one) if isinstance(one, numbers.Integral) else one for one in seed]
+    if _is_integer(seed) and seed >= 0:  # type: ignore[operator]
+        return [int(seed) + first_index + index for index in range(num_envs)]  # type: ignore[arg-type]
+    is_list = isinstance(seed, Sequence | np.ndarray) and len(seed) == num_envs
+    if not is_list or not all(one is None or (_is_integer(one) and one >= 0) for one in seed):  # type: ignore[union-attr]
+        raise ValueError(
+            f"seed must be None, an integer of at least 0, or one of these per sub-environment ({num_envs}); got {seed!r}"
+        )
+    return [None if one is None else int(one) for one in seed]  # type: ignore[union-attr]
 
 
 def _is_integer(value: object) -> bool:

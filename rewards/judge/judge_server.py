@@ -12,6 +12,7 @@ import asyncio
 import base64
 import email.utils
 import json
+import logging
 import math
 import os
 import random
@@ -284,6 +285,8 @@ class JudgeServer:
             headers = {"Accept-Encoding": "identity"}
             if (key := self._key) is not None:
                 headers["Authorization"] = f"Bearer {key}"
+                for name in ("httpx2", "httpcore2"):  # their logs hold lines of responses, which may echo the key
+                    logging.getLogger(name).setLevel(logging.WARNING)
             self._client = httpx2.AsyncClient(
                 headers=headers,
                 timeout=None,  # `asyncio.timeout` bounds the whole attempt

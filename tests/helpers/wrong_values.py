@@ -1,6 +1,7 @@
 """Wrong values for a setting, made from its annotation, and what a clear error is."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -72,7 +73,9 @@ def _beyond(ranges: list[Range]) -> Iterator[float]:
 
 def shown(value: Any) -> str:
     """Name a value in a test's id."""
-    return "object" if type(value) is object else repr(value)[:24]
+    is_plain = isinstance(value, str | bytes | int | float | tuple | list | dict | None)
+    text = repr(value) if is_plain else getattr(value, "__name__", type(value).__name__)
+    return re.sub(r" object at 0x\w+|0x\w+", "", text)[:24]  # the same in every process
 
 
 def unclear(message: str, name: str, value: Any) -> str | None:
@@ -81,7 +84,8 @@ def unclear(message: str, name: str, value: Any) -> str | None:
         return f"does not name {name}"
     # Of a container or an object the message may show the element that is wrong, or the type.
     is_scalar = isinstance(value, bool | int | float | str | bytes)
-    if is_scalar and str(value)[:20] not in message and repr(value)[:20] not in message:
+    spellings = {str(value)[:20], repr(value)[:20], _as_number(value)}
+    if is_scalar and not any(text in message for text in spellings):
         return f"does not show the value {value!r}"
     words = (
         "must",
@@ -121,3 +125,11 @@ def wrong_texts(hint: Any) -> Iterator[str]:
 
 def _text(number: float) -> str:
     return str(number) if number != int(number) else str(int(number))
+
+
+def _as_number(value: Any) -> str:
+    """Return a number that a command line gives as text in Python's spelling."""
+    try:
+        return str(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return str(value)[:20]

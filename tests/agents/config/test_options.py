@@ -149,7 +149,7 @@ def test_command_line_takes_them(micro_pipeline_folder, monkeypatch, capsys, tmp
     assert run_script("train_ppo", [*arguments, *options], monkeypatch) == 0
     shown = capsys.readouterr().out
     assert f"{HERE}:Logging.factor=2.5, {HERE}:Logging.device=cpu" in shown
-    assert f"{run}/judge/" in shown
+    assert f"{run}/judge " in shown
     calls = (run / "judge" / f"{HERE}-Logging" / "calls.txt").read_text().split()
     assert calls == ["3", "4", "3"], "before, one iteration, after"
 

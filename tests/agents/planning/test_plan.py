@@ -78,8 +78,8 @@ def test_held_out_images_are_generated_in_whole_batches():
     ],
 )
 def test_learning_rate_over_four_iterations(schedule, expected):
-    rate = _learning_rate(train_config(learning_rate=0.4, learning_rate_schedule=schedule, iterations=4))
-    rates = [rate(1 - iteration / 4) if callable(rate) else rate for iteration in (1, 2, 3, 4)]
+    rate = _learning_rate(train_config(learning_rate=0.4, learning_rate_schedule=schedule, iterations=4).resolved())
+    rates = [rate(1 - done / 4) if callable(rate) else rate for done in range(4)]
     assert rates == pytest.approx(expected, abs=1e-4)
 
 

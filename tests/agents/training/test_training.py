@@ -39,9 +39,8 @@ def test_run_folder_holds_what_its_docstring_says(finished):
         "summary.json",
         "reward.png",
         "samples/before_after.png",
-        "lora/pytorch_lora_weights.safetensors",
-        "policy/policy.json",
-        "policy/policy.safetensors",
+        *(f"{folder}lora/pytorch_lora_weights.safetensors" for folder in ("", "best/")),
+        *(f"{folder}policy/policy.{suffix}" for folder in ("", "best/") for suffix in ("json", "safetensors")),
         *(f"samples/{part}iteration_{i}.png" for i in iterations for part in ("", "images/")),
         *(
             f"checkpoints/iteration_00000{i}/{name}"

@@ -204,7 +204,8 @@ def test_model_that_cannot_be_downloaded_is_named():
         pretrained.load_weights("nobody/nothing/head.pth")
 
 
-def test_dtypes():
+def test_dtypes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 1)
     assert devices.resolve_dtype("auto", cpu) == torch.float32
     assert devices.resolve_dtype("auto", cuda) == torch.bfloat16
