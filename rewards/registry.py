@@ -204,9 +204,7 @@ def _instantiated(reward: Any, label: str, options: dict[str, Any]) -> Reward:
         except TypeError as error:
             raise TypeError(f"reward {label} must be a class that takes its options: {error}; got {options}") from error
     elif options:
-        raise ValueError(
-            f"reward_options must be none for reward {label}, which takes no options; got {', '.join(options)}"
-        )
+        raise ValueError(f"reward {label} takes no options (reward_options); got {', '.join(options)}")
     if not callable(reward):
         raise TypeError(f"reward {label} must be callable as (images, prompts, metadata); got {reward!r}")
     for function in (reward, type(reward).__call__):

@@ -115,7 +115,7 @@ def seeds_of(seed: int | Sequence[int | None] | None, num_envs: int, first_index
     is_list = isinstance(seed, Sequence | np.ndarray) and len(seed) == num_envs
     if not is_list or not all(one is None or (_is_integer(one) and one >= 0) for one in seed):  # type: ignore[union-attr]
         raise ValueError(
-            f"seed must be None, an integer of at least 0, or one of these per sub-environment ({num_envs}); got {seed!r}"
+            f"seed must be None, an integer of at least 0, or one per sub-environment ({num_envs}); got {seed!r}"
         )
     return [None if one is None else int(one) for one in seed]  # type: ignore[union-attr]
 

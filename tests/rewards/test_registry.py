@@ -51,7 +51,9 @@ def test_reward_class_is_instantiated_with_its_options(user_module):
     for options, expected in (({}, 2.0), ({"factor": 3.0}, 3.0)):
         reward = load_reward("my_rewards:Scaled", **options)
         assert evaluate_reward(reward, random_images(4), PROMPTS, [{}] * 4)[0].tolist() == [expected] * 4
-    with pytest.raises(TypeError, match=r"reward my_rewards:Scaled: .*unexpected.*'colour'"):
+    with pytest.raises(
+        TypeError, match=r"reward my_rewards:Scaled must be a class that takes its options: .*unexpected.*'colour'"
+    ):
         load_reward("my_rewards:Scaled", colour="red")
 
 
@@ -76,9 +78,9 @@ def test_callable_passes_through_unchanged():
         return [0] * len(images)
 
     assert load_reward(reward) is reward
-    with pytest.raises(ValueError, match="takes no options; got device"):
+    with pytest.raises(ValueError, match="takes no options .*; got device"):
         load_reward(reward, device="cpu")
-    with pytest.raises(ValueError, match="jpeg_compressibility takes no options; got device"):
+    with pytest.raises(ValueError, match="jpeg_compressibility takes no options .*; got device"):
         load_reward("jpeg_compressibility", device="cpu")
     with pytest.raises(TypeError, match=r"must be callable as .*; got 3"):
         load_reward(3)

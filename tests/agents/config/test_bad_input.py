@@ -226,7 +226,9 @@ def test_a_mask_that_splits_a_group_is_refused(make_vec: MakeVec) -> None:
 
 @pytest.mark.parametrize("seed", [[1], [1, 2, 3], 1.5])
 def test_bad_seed_is_refused(make_vec: MakeVec, seed: Any) -> None:
-    with pytest.raises(ValueError, match=r"seed must be None, an integer, or one per sub-environment \(2\); got"):
+    with pytest.raises(
+        ValueError, match=r"seed must be None, an integer of at least 0, or one per sub-environment \(2\); got"
+    ):
         make_vec().reset(seed=seed)
 
 
