@@ -105,7 +105,7 @@ def test_options_reach_the_class_and_the_terms_of_a_weighted_sum():
     assert both.rewards[f"{HERE}:Scaled"].judge_options == {"timeout": 5}
     with pytest.raises(ValueError, match="must begin with a term's name, such as clip_score.device; got device"):
         configured_reward("jpeg_compressibility:1", {"device": "cpu"})
-    with pytest.raises(ValueError, match="takes no options; got device"):
+    with pytest.raises(ValueError, match="takes no options .*; got device"):
         configured_reward("jpeg_compressibility", {"device": "cpu"})
     with pytest.raises(TypeError, match="unexpected keyword argument 'factr'"):
         configured_reward(f"{HERE}:Scaled", {"factr": 3})
@@ -115,7 +115,7 @@ def test_environment_takes_them(micro_pipeline_folder):
     arguments = {"model": micro_pipeline_folder, "device": "cpu", "reward_options": {"factor": 2.0}}
     assert DenoisingVectorEnv(2, reward=f"{HERE}:Scaled", **arguments).reward.factor == 2.0
     assert DenoisingEnv(reward=Scaled, **arguments).batch.reward.factor == 2.0
-    with pytest.raises(ValueError, match="takes no options; got factor"):
+    with pytest.raises(ValueError, match="takes no options .*; got factor"):
         DenoisingVectorEnv(2, reward=Scaled(), **arguments)
 
 

@@ -248,7 +248,8 @@ def test_bundled_name_goes_before_a_folder_and_a_home_is_expanded(
     assert resolve_source("CompVis/stable-diffusion-v1-4") == "CompVis/stable-diffusion-v1-4"
 
 
-def test_auto_device_and_dtype() -> None:
+def test_auto_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
     assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16

@@ -159,8 +159,8 @@ def test_an_echoed_key_is_in_no_error(
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", KEY + "\n")
     caplog.set_level(logging.DEBUG)
-    for name in ("httpx2", "httpcore2"):
-        logging.getLogger(name).setLevel(logging.NOTSET)
+    for library in ("httpx2", "httpcore2"):
+        logging.getLogger(library).setLevel(logging.NOTSET)
     with serving(sends(ECHOES[name])) as url, pytest.raises(JudgeServerError) as caught:
         ask(url, api_key_variable="JUDGE_KEY")
     shown = [caplog.text, str(caught.value), repr(caught.value), *(getattr(caught.value, "__notes__", []))]

@@ -28,7 +28,7 @@ def test_comparison_trains_every_algorithm(scripts_on_path, micro_pipeline_folde
 
     arguments = script.Arguments(model=str(micro_pipeline_folder), eval_samples=2, eval_interval=0)
     for algorithm in script.LABELS:
-        rows = script.train(arguments, script.Run(algorithm, "jpeg_compressibility", 3, 1e-3, 1, 1))
+        rows = script.train(arguments, script.Run(algorithm, "jpeg_compressibility", 3, 1e-2, 1, 1))
         assert [row["iteration"] for row in rows] == ["0", "1"]
         assert [row["reward_queries"] for row in rows] == ["0", "72"]
         assert all(float(row["eval_reward"]) < 0 for row in rows)

@@ -69,7 +69,7 @@ def test_noise_level_is_the_policys_and_scales_the_noise(pipeline: StableDiffusi
     default, half = (micro_policy(env, noise_level=level).sampler for level in (None, DEFAULT_NOISE_LEVEL / 2))
     torch.testing.assert_close(half.std * 2, default.std)
     assert torch.equal(half.timesteps, default.timesteps)
-    with pytest.raises(ValueError, match="noise_level must be above 0"):
+    with pytest.raises(ValueError, match=r"noise_level must be in \(0, 10\]"):
         micro_policy(env, noise_level=0.0)
 
 
@@ -105,5 +105,5 @@ def test_run_trains_it_with_a_noise_level(tmp_path: Path) -> None:
     fresh = micro_family("stable_diffusion_3")
     fresh.load_lora_weights(tmp_path / "run" / "lora")
     assert fresh.get_active_adapters()
-    with pytest.raises(ValueError, match=r"noise_level must be above 0; got -0.4"):
+    with pytest.raises(ValueError, match=r"noise_level must be in \(0, 10\]; got -0.4"):
         micro_config(folder, tmp_path / "no", noise_level=-0.4)
