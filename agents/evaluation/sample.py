@@ -190,7 +190,7 @@ def _rows(
 def _load_lora(pipeline: Any, lora: Path) -> None:
     """Load a LoRA; diffusers skips weights that it does not know with no more than a warning."""
     try:
-        pipeline.load_lora_weights(lora)
+        pipeline.load_lora_weights(lora, weight_name=_LORA_FILE)
     except Exception as error:  # of many kinds, as the file is anybody's
         raise ValueError(f"lora {str(lora)!r} does not fit the model: {error}") from error
     if not pipeline.get_list_adapters():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from helpers.micro_agents import STEPS, micro_env, micro_policy, stir
+from helpers.paths import LORA_FILE
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
@@ -25,7 +26,7 @@ def stock_pipeline(folder, lora=None):
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
-        pipeline.load_lora_weights(str(lora))
+        pipeline.load_lora_weights(str(lora), weight_name=LORA_FILE)
     return pipeline
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from helpers.micro_agents import micro_env
+from helpers.paths import LORA_FILE
 from safetensors.torch import load_file
 from torch.nn.parallel import DataParallel
 
@@ -47,7 +48,7 @@ def test_stock_diffusers_reads_the_lora_of_a_wrapped_denoiser(
     keys = list(load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors"))
     assert keys
     assert not any("_orig_mod" in key or "module." in key for key in keys)
-    stock.load_lora_weights(tmp_path / "lora")
+    stock.load_lora_weights(tmp_path / "lora", weight_name=LORA_FILE)
     adapters = {name for name, _ in stock.unet.named_parameters() if "lora_" in name}
     assert len(adapters) == len(keys) == len(policy.trainable_parameters())
 

@@ -11,6 +11,7 @@ from helpers.algorithms import collected, denoising_ppo, logged
 from helpers.micro_agents import micro_env, micro_policy, stir, weights
 from helpers.micro_families import FAMILIES, lora_tensors, micro_family
 from helpers.micro_pipeline import TOKENS
+from helpers.paths import LORA_FILE
 from peft import PeftModel
 
 from agents import DiffusionPolicy
@@ -50,7 +51,7 @@ def stock_pipeline(family: str, folder: Path, lora: Path | None = None) -> Diffu
     if lora is not None and family == "ddpm":
         pipeline.unet = PeftModel.from_pretrained(pipeline.unet, lora)
     elif lora is not None:
-        pipeline.load_lora_weights(lora)
+        pipeline.load_lora_weights(lora, weight_name=LORA_FILE)
     return pipeline
 
 

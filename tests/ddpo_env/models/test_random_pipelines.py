@@ -18,6 +18,7 @@ from helpers.algorithms import collected, denoising_ppo, logged
 from helpers.micro_agents import micro_env, stir, weights
 from helpers.micro_families import lora_tensors
 from helpers.micro_pipeline import character_tokenizer
+from helpers.paths import LORA_FILE
 
 from ddpo_env.models import unload_models
 from ddpo_env.models.random_pipelines import ARCHITECTURES, build_component
@@ -99,7 +100,9 @@ def test_published_architecture_loads_and_trains(folder: Path, tmp_path: Path) -
 
     policy = stir(model.policy, 0.02)
     policy.save_lora(tmp_path / "lora")
-    pipeline.load_lora_weights(tmp_path / "lora")  # into the very pipeline, to have the weights in memory once
+    pipeline.load_lora_weights(
+        tmp_path / "lora", weight_name=LORA_FILE
+    )  # the weights are in memory once
     trained, loaded = lora_tensors(policy.denoiser), lora_tensors(pipeline.unet)
     assert trained.keys() == loaded.keys()
     assert all(torch.equal(value, loaded[name]) for name, value in trained.items())

@@ -10,6 +10,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 from helpers.micro_agents import STEPS, micro_config, micro_env, micro_policy
 from helpers.micro_families import micro_family
 from helpers.micro_pipeline import TOKENS
+from helpers.paths import LORA_FILE
 
 from agents.training.preparation import run_training
 from ddpo_env import GaussianSampler
@@ -103,7 +104,7 @@ def test_run_trains_it_with_a_noise_level(tmp_path: Path) -> None:
     assert result.iterations == 1
     assert "noise_level: 0.4" in (tmp_path / "run" / "config.yaml").read_text()
     fresh = micro_family("stable_diffusion_3")
-    fresh.load_lora_weights(tmp_path / "run" / "lora")
+    fresh.load_lora_weights(tmp_path / "run" / "lora", weight_name=LORA_FILE)
     assert fresh.get_active_adapters()
     with pytest.raises(ValueError, match=r"noise_level must be in \(0, 10\]; got -0.4"):
         micro_config(folder, tmp_path / "no", noise_level=-0.4)
