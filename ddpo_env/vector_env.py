@@ -87,7 +87,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
     | `model` | `"tiny"` | bundled name, folder, Hub id, diffusers pipeline or `DiffusionModel` |
     | `reward` | `"jpeg_compressibility"` | built-in name, `"module:function"` or callable |
     | `reward_options` | `None` | arguments of the class that `reward` names; for a weighted sum, by its terms' names |
-    | `prompts` | `"simple_animals"` | named set, text file, list or callable |
+    | `prompts` | `"simple_animals"` | named set, file, strings or callable |
     | `num_inference_steps` | 20 | number of actions in an episode |
     | `max_episode_steps` | `None` | must be `None`: an episode always has `num_inference_steps` |
     | `device` | `"auto"` | device of text encoder and decoder |

@@ -60,7 +60,7 @@ class TrainConfig:
     reward_options: tuple[str, ...] = ()
     """Arguments of the reward as key=value, such as device=cpu judge_options.timeout=30; term.key=value in a sum."""
     prompts: str = "simple_animals"
-    """Name of a prompt set, or a text file with one prompt per line."""
+    """Name of a prompt set, or a file: .txt with one prompt per line, .jsonl, .json, .csv or .tsv."""
     num_inference_steps: Annotated[int, MOST] = 10
     """Denoising steps, the length of an episode."""
     algorithm: Algorithm = "ppo"
