@@ -6,6 +6,7 @@ on the same device share it until both have released it.
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import re
@@ -15,7 +16,6 @@ from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 from weakref import WeakValueDictionary
@@ -120,10 +120,14 @@ def load_weights(weights: str | Path) -> dict[str, Tensor]:
     if path.endswith(".safetensors"):
         from safetensors.torch import load_file
 
-        return load_file(path)
+        read: Callable[[str], Any] = load_file
+    else:
+        read = functools.partial(torch.load, map_location="cpu", weights_only=True)
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
+        tensors = read(path)
+    except OSError:
+        raise
+    except Exception as error:  # the formats raise errors of every kind for files that are damaged
         raise ValueError(f"weights {str(weights)!r} must be tensors and nothing else; {error}") from error
     tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else tensors
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from diffusers import DiffusionPipeline
 from gymnasium import spaces
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
@@ -33,7 +34,7 @@ from agents.policy.critic import DenoisingCritic
 from agents.policy.distribution import DenoisingDistribution
 from agents.policy.guidance import check_guidance, guided_output
 from agents.policy.lora import add_lora, copy_for_full_training, merged_adapters
-from agents.policy.options import PolicyOptions
+from agents.policy.options import PolicyOptions, read_settings
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
 from ddpo_env.models import DiffusionModel, abilities_of, load_model
 from ddpo_env.sampler.denoising_loss import add_noise, draw_timesteps
@@ -317,7 +318,7 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
                 raise ValueError(
                     f"path must be a folder that DiffusionPolicy.save wrote; {str(folder)!r} has no {name}"
                 )
-        settings = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
+        settings = read_settings(folder / _CONFIG_FILE)
         source, resolution = settings.pop("model"), settings.pop("resolution", None)
         identity = settings.pop("model_identity", None)
         remedy = f"pass the model that it was trained with: DiffusionPolicy.load({str(folder)!r}, model=...)"
@@ -329,7 +330,12 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
             raise ValueError(f"model {source!r} has changed since policy {str(folder)!r} was saved; {remedy}")
         space = DenoisingObservationSpace(loaded, settings.pop("num_inference_steps"))
         policy = cls(space, action_box(loaded.latent_shape), lambda _: 0.0, **settings)
-        policy.load_state_dict(load_file(folder / _WEIGHTS_FILE, device=str(policy.device)))
+        try:
+            policy.load_state_dict(load_file(folder / _WEIGHTS_FILE, device=str(policy.device)))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(
+                f"policy {str(folder)!r} must have whole weights that fit its settings; {error}"
+            ) from error
         return policy
 
     def save_lora(self, folder: str | Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -54,3 +56,25 @@ class PolicyOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Return the settings in the file of a saved policy: its options, and what it was trained with.
+
+    Raises:
+        ValueError: if the file holds anything else.
+    """
+    known = {
+        "model",
+        "resolution",
+        "model_identity",
+        "num_inference_steps",
+        *(one.name for one in fields(PolicyOptions)),
+    }
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(file)!r} must be the JSON that DiffusionPolicy.save wrote; {error}") from error
+    if not isinstance(settings, dict) or not {"model", "num_inference_steps"} <= settings.keys() <= known:
+        raise ValueError(f"{str(file)!r} must hold the settings of a policy; got {str(settings)[:100]}")
+    return settings

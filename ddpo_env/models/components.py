@@ -8,7 +8,8 @@ leave it random and say so in a log.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +101,13 @@ def load_component(location: str, name: str, place: Any, dtype: torch.dtype) -> 
     component: Any = component_class(location, name, place)
     folder = Path(location) / name
     if not issubclass(component, nn.Module):
-        return component.from_pretrained(folder)
+        with reading(location, name):
+            return component.from_pretrained(folder)
     dtype_name = "dtype" if issubclass(component, PreTrainedModel) else "torch_dtype"
-    try:
+    with reading(location, name):
         loaded, report = component.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, **{dtype_name: dtype}
         )
-    except (RuntimeError, ValueError) as error:  # shapes that do not fit
-        raise ValueError(f"component {name} of model {location!r} must fit its config.json: {error}") from error
     for problem in ("missing_keys", "mismatched_keys"):
         if keys := sorted(str(key) for key in report.get(problem) or ()):
             raise ValueError(
@@ -115,6 +115,22 @@ def load_component(location: str, name: str, place: Any, dtype: torch.dtype) -> 
                 f"{len(keys)} {problem.replace('_', ' ')}: {_shortened(keys)}. Do the weights belong to another part?"
             )
     return loaded
+
+
+@contextmanager
+def reading(location: str, name: str) -> Iterator[None]:
+    """Turn whatever a library raises over the files of a component into one kind of error.
+
+    Raises:
+        ValueError: naming the component.
+    """
+    try:
+        yield
+    except Exception as error:  # the libraries raise errors of every kind for files that are damaged
+        raise ValueError(
+            f"component {name} of model {location!r} must fit its config.json, in files that are whole; "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def check_finite(location: str, name: str, component: nn.Module) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpo_env.models.components import component_class
+from ddpo_env.models.components import component_class, reading
 from ddpo_env.models.protocol import DiffusionModel, abilities_of
 from ddpo_env.models.sources import BUNDLED_MODELS, build_bundled, family_in, resolve_source
 
@@ -54,9 +54,10 @@ def _outline_component(source: str, name: str, place: Any) -> Any:
     """Build a network from its configuration; load what has no weights, such as a tokenizer."""
     folder = Path(source) / name
     component: Any = component_class(source, name, place)
-    if not issubclass(component, nn.Module):
-        with torch.device("cpu"):
-            return component.from_pretrained(folder)
-    if place[0] == "diffusers":
-        return component.from_config(component.load_config(folder))
-    return component(component.config_class.from_pretrained(folder))
+    with reading(source, name):
+        if not issubclass(component, nn.Module):
+            with torch.device("cpu"):
+                return component.from_pretrained(folder)
+        if place[0] == "diffusers":
+            return component.from_config(component.load_config(folder))
+        return component(component.config_class.from_pretrained(folder))

@@ -100,9 +100,7 @@ def test_published_architecture_loads_and_trains(folder: Path, tmp_path: Path) -
 
     policy = stir(model.policy, 0.02)
     policy.save_lora(tmp_path / "lora")
-    pipeline.load_lora_weights(
-        tmp_path / "lora", weight_name=LORA_FILE
-    )  # the weights are in memory once
+    pipeline.load_lora_weights(tmp_path / "lora", weight_name=LORA_FILE)  # the weights are in memory once
     trained, loaded = lora_tensors(policy.denoiser), lora_tensors(pipeline.unet)
     assert trained.keys() == loaded.keys()
     assert all(torch.equal(value, loaded[name]) for name, value in trained.items())
