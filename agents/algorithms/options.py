@@ -46,7 +46,7 @@ class UpdateOptions:
     """Start and end of the steps that are trained on, as fractions of each trajectory."""
     timestep_fraction: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Fraction of each trajectory's steps that is trained on, chosen at random inside the window."""
-    target_kl: Annotated[float | None, Range(above=0, at_most=1e6)] = None
+    target_kl: Annotated[float | None, Range(above=0, at_most=1e12)] = None
     """An iteration's updates end when the estimated KL from the sampling policy exceeds 1.5 times this."""
     kl_coef: Annotated[float, Range(at_least=0, at_most=1e6)] = 0.0
     """Weight of the KL divergence from the pretrained policy in the loss, reduced like the log-probability."""

@@ -102,7 +102,7 @@ def test_policy_without_a_past_has_no_penalty():
     [
         ({"kl_coef": -1.0}, r"kl_coef must be in \[0, 1e\+06\]; got -1.0"),
         ({"kl_coef": math.inf}, r"kl_coef must be in \[0, 1e\+06\]; got inf"),
-        ({"target_kl": 0.0}, "target_kl must be above 0; got 0.0"),
+        ({"target_kl": 0.0}, "target_kl must be in .*; got 0.0"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\); got 1.0"),
     ],
 )

@@ -102,11 +102,16 @@ STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if ha
 @pytest.mark.parametrize("number", STOPS)
 def test_signals_save_the_finished_iterations(micro_pipeline_folder, monkeypatch, capsys, tmp_path, number):
     run = tmp_path / "run"
-    before = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        patch.setattr(micro_agents, "brightness", ActingReward(4, sending(number)))
-        assert run_script("train_ppo", script(run, micro_pipeline_folder), patch) == 128 + number
-    assert signal.getsignal(number) is before
+    outside = signal.getsignal(number)
+    before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL  # nohup ignores SIGHUP
+    signal.signal(number, before)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(micro_agents, "brightness", ActingReward(4, sending(number)))
+            assert run_script("train_ppo", script(run, micro_pipeline_folder), patch) == 128 + number
+        assert signal.getsignal(number) is before
+    finally:
+        signal.signal(number, outside)
     assert "Stopped after 2 iterations; the run is saved. To continue:" in capsys.readouterr().out
     assert newest(run) == "iteration_000002"
     assert (run / "policy" / "policy.safetensors").exists()

@@ -238,7 +238,7 @@ def no_model(monkeypatch):
         ({"timestep_fraction": 1.5}, r"timestep_fraction must be in \(0, 1\]; got 1.5"),
         ({"clip_range": float("nan")}, "clip_range must be in .*; got nan"),
         ({"stat_min_count": 40}, "stat_min_count must be between 2 and stat_buffer_size=32; got 40"),
-        ({"target_kl": -1.0}, "target_kl must be above 0; got -1.0"),
+        ({"target_kl": -1.0}, "target_kl must be in .*; got -1.0"),
         ({"eta": 0.0}, r"eta must be in \(0, 10\]; got 0.0"),
         ({"guidance_scale": -2.0}, r"guidance_scale must be in \[0, 100\]; got -2.0"),
         ({"lora_rank": -1}, r"lora_rank must be in \[0, 4096\]; got -1"),
