@@ -33,6 +33,19 @@ class ActingReward:
         return brightness(images, prompts, metadata)
 
 
+@pytest.fixture(autouse=True)
+def signals_are_not_ignored():
+    """Whoever starts the tests in the background or with nohup lets them ignore signals, and a run would too."""
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {name: signal.getsignal(getattr(signal, name)) for name in names}
+    for name in names:
+        handler = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+        signal.signal(getattr(signal, name), handler)
+    yield
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
+
+
 def sending(number):
     return lambda: os.kill(os.getpid(), number)
 
@@ -102,16 +115,11 @@ STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if ha
 @pytest.mark.parametrize("number", STOPS)
 def test_signals_save_the_finished_iterations(micro_pipeline_folder, monkeypatch, capsys, tmp_path, number):
     run = tmp_path / "run"
-    outside = signal.getsignal(number)
-    before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL  # nohup ignores SIGHUP
-    signal.signal(number, before)
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(micro_agents, "brightness", ActingReward(4, sending(number)))
-            assert run_script("train_ppo", script(run, micro_pipeline_folder), patch) == 128 + number
-        assert signal.getsignal(number) is before
-    finally:
-        signal.signal(number, outside)
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(micro_agents, "brightness", ActingReward(4, sending(number)))
+        assert run_script("train_ppo", script(run, micro_pipeline_folder), patch) == 128 + number
+    assert signal.getsignal(number) is before
     assert "Stopped after 2 iterations; the run is saved. To continue:" in capsys.readouterr().out
     assert newest(run) == "iteration_000002"
     assert (run / "policy" / "policy.safetensors").exists()
