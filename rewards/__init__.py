@@ -24,10 +24,9 @@ from rewards.protocol import (
     images_only,
     is_images_only,
     measure_reward,
-    per_sample,
     reward_name,
 )
-from rewards.registry import BUILTIN_REWARDS, configured_reward, load_reward, parse_options
+from rewards.registry import BUILTIN_REWARDS, configured_reward, load_reward, parse_options, per_sample
 
 __all__ = [
     "BUILTIN_REWARDS",

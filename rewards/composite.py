@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -31,12 +32,15 @@ from rewards.protocol import (
     combine_measurements,
     evaluate_reward,
     is_images_only,
+    is_torch_module,
     measure_reward,
     reward_name,
 )
-from rewards.registry import load_reward
+from rewards.registry import check_number, check_text, load_reward
 
 _RAW = ":raw"
+LARGEST_WEIGHT = 1e6
+"""Of a term, in size. A sum of larger terms says nothing about the others, and can be infinite."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,18 @@ class Term:
         name: What `load_reward` takes.
         weight: Its factor, which may be negative.
         raw: Whether its scores are added as they are, without standardisation.
+
+    Raises:
+        ValueError: The name is no text, or the weight no number of at most a million.
     """
 
     name: str
     weight: float
     raw: bool = False
+
+    def __post_init__(self) -> None:
+        check_text("name", self.name)
+        check_number("weight", self.weight, -LARGEST_WEIGHT, LARGEST_WEIGHT)
 
 
 @dataclass(frozen=True)
@@ -62,11 +73,19 @@ class RunningStatistics:
         count: Number of values.
         mean: Their mean.
         squares: Sum of their squared deviations from the mean.
+
+    Raises:
+        ValueError: These are not the statistics of any values.
     """
 
     count: int = 0
     mean: float = 0.0
     squares: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("count", self.count, 0, 2**63)
+        check_number("mean", self.mean, -sys.float_info.max, sys.float_info.max)
+        check_number("squares", self.squares, 0.0, sys.float_info.max)
 
     @property
     def std(self) -> float:
@@ -98,10 +117,12 @@ def parse_terms(spec: str) -> tuple[Term, ...]:
     Raises:
         ValueError: A term has no name or no finite weight, or a name occurs twice; the message quotes the term.
     """
-    terms = tuple(_parse_term(text.strip(), spec) for text in spec.split(","))
-    names = [term.name for term in terms]
-    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if twice:
+    return _named_once(tuple(_parse_term(text.strip(), spec) for text in spec.split(",")), spec)
+
+
+def _named_once(terms: tuple[Term, ...], spec: object) -> tuple[Term, ...]:
+    counts = Counter(term.name for term in terms)
+    if twice := [name for name, count in counts.items() if count > 1]:
         raise ValueError(f"reward {spec!r} must name each term once; {', '.join(twice)} occurs more often")
     return terms
 
@@ -112,10 +133,10 @@ def _parse_term(text: str, spec: str) -> Term:
         weight = float(number)
     except ValueError:
         weight = math.nan
-    if not name.strip() or not math.isfinite(weight):
+    if not name.strip() or not abs(weight) <= LARGEST_WEIGHT:
         raise ValueError(
-            f"each term of reward {spec!r} must be name:weight or name:weight:raw with a finite number, such as "
-            f"aesthetic:1,clip_score:0.5; got {text!r}"
+            f"each term of reward {spec!r} must be name:weight or name:weight:raw with a finite number of at most "
+            f"{LARGEST_WEIGHT:g}, such as aesthetic:1,clip_score:0.5; got {text!r}"
         )
     return Term(name.strip(), weight, raw=text.endswith(_RAW))
 
@@ -126,11 +147,8 @@ def is_stateful(reward: object) -> bool:
     A `torch.nn.Module` has a `state_dict` of its weights, which do not change; it is stateful only if its class
     overrides `state_dict`.
     """
-    torch = sys.modules.get("torch")
-    is_module = torch is not None and isinstance(reward, torch.nn.Module)
-    return isinstance(reward, StatefulReward) and not (
-        is_module and type(reward).state_dict is torch.nn.Module.state_dict  # type: ignore[union-attr]
-    )
+    inherited = is_torch_module(reward) and type(reward).state_dict.__module__.startswith("torch.")  # type: ignore[attr-defined]
+    return isinstance(reward, StatefulReward) and not inherited
 
 
 def check_shareable(reward: Reward) -> None:
@@ -175,7 +193,12 @@ class Composite:
             ValueError: The spelling is wrong, there is no such reward, or an option does not belong to a term.
         """
         options = options or {}
-        self.terms = parse_terms(terms) if isinstance(terms, str) else tuple(terms)
+        if isinstance(terms, str):
+            self.terms = parse_terms(terms)
+        elif isinstance(terms, Sequence) and terms and all(isinstance(term, Term) for term in terms):
+            self.terms = _named_once(tuple(cast(Sequence[Term], terms)), terms)
+        else:
+            raise ValueError(f"terms must be a text such as aesthetic:1,clip_score:0.5, or Terms; got {terms!r}")
         names = [term.name for term in self.terms]
         if unknown := set(options) - set(names):
             raise ValueError(f"options must be of {', '.join(names)}; got {', '.join(unknown)}")
@@ -305,17 +328,16 @@ class Composite:
         """Restore the state that `state_dict` of a composite with the same terms returned.
 
         Raises:
-            ValueError: The state belongs to other terms.
+            ValueError: The state belongs to other terms, or its numbers are no statistics.
         """
-        if set(state["statistics"]) != set(self.statistics):
-            raise ValueError(
-                f"state must have statistics of {', '.join(self.statistics)}; got {', '.join(state['statistics'])}"
-            )
+        stateful = {name: reward for name, reward in self.rewards.items() if is_stateful(reward)}
+        for key, expected in (("statistics", self.statistics), ("rewards", stateful)):
+            if set(state[key]) != set(expected):
+                names = (", ".join(each) or "no term" for each in (expected, state[key]))
+                raise ValueError("state must have {} of {}; got {}".format(key, *names))
         self.statistics = {name: RunningStatistics(**state["statistics"][name]) for name in self.statistics}
-        for name, own in state["rewards"].items():
-            reward = self.rewards[name]
-            if is_stateful(reward):
-                cast(StatefulReward, reward).load_state_dict(own)
+        for name, reward in stateful.items():
+            cast(StatefulReward, reward).load_state_dict(state["rewards"][name])
 
 
 def _details_of(name: str, details: Details) -> dict[str, Sequence[Any]]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rewards.devices import resolve_device, resolve_dtype
+from rewards.registry import check_number
 
 TINY = "tiny"
 """The name of the models inside this package, which know the vocabulary of the bundled Stable Diffusion."""
@@ -181,8 +182,7 @@ class ModelHolder(Generic[_T]):
         Raises:
             ValueError: The device, the dtype or the batch size is not valid.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        check_number("batch_size", batch_size, 1, 1_000_000)
         self.source = source
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)

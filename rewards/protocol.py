@@ -8,12 +8,12 @@ several processes share a reward, `measure_reward` and `combine_measurements` do
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import os
+import reprlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
@@ -164,32 +164,6 @@ def reward_name(reward: object) -> str:
     return str(getattr(reward, "__name__", type(reward).__name__))
 
 
-def per_sample(score: Callable[[NDArray[np.uint8], str, Mapping[str, Any]], Any]) -> Reward:
-    """Turn a function that scores a single image into a reward.
-
-        @per_sample
-        def brightness(image, prompt, metadata):
-            return image.mean() / 255
-
-    Args:
-        score: Called with `(image, prompt, metadata)`, where `image` is (height, width, 3) uint8. It returns a number,
-            or a number and a dictionary of details. Every image must have the same details.
-    """
-
-    @functools.wraps(score)
-    def batched(images: Images, prompts: Sequence[str], metadata: Metadata) -> ArrayLike | tuple[ArrayLike, Details]:
-        answers = [_split_answer(score(*sample)) for sample in zip(images, prompts, metadata, strict=True)]
-        scores = [one for one, _ in answers]
-        details = [one for _, one in answers]
-        if len({frozenset(one) for one in details}) > 1:
-            raise ValueError(f"reward {reward_name(score)} must return the same details for every image; got {details}")
-        return scores, {name: [one[name] for one in details] for name in (details[0] if details else ())}
-
-    # A check of the signature would follow this link to `score`, whose signature is the one for a single image.
-    del batched.__wrapped__
-    return batched
-
-
 def evaluate_reward(
     reward: Reward,
     samples: Samples,
@@ -220,8 +194,9 @@ def evaluate_reward(
     if non_finite not in ("raise", "keep"):
         raise ValueError(f"non_finite must be raise or keep; got {non_finite!r}")
     _check_batch(reward, samples, prompts, metadata)
+    batch = _own_copy(samples, prompts, metadata)
     with _calling(reward, f"asked about {len(samples)} samples"):
-        answer = reward(*_own_copy(samples, prompts, metadata))
+        answer = reward(*batch)
     scores, details = _check_answer(answer, reward_name(reward), len(samples))
     return scores, raise_or_flag_non_finite(scores, details, reward_name(reward), prompts, non_finite)
 
@@ -239,12 +214,12 @@ def measure_reward(
         ValueError: The samples are not what the reward takes, or there is not one measurement per sample.
     """
     _check_batch(reward, samples, prompts, metadata)
-    name, batch = reward_name(reward), len(samples)
+    name, batch, own = reward_name(reward), len(samples), _own_copy(samples, prompts, metadata)
     with _calling(reward, f"measuring {batch} samples"):
-        measurements, details = _split_answer(reward.measure(*_own_copy(samples, prompts, metadata)))
+        measurements, details = split_answer(reward.measure(*own))
     if (count := _length(measurements)) != batch:
         raise ValueError(f"reward {name}: measure must return {batch} measurements, one per sample; got {count}")
-    return list(measurements), _check_details(details, name, batch)
+    return list(_as_numpy(measurements)), _check_details(details, name, batch)
 
 
 def combine_measurements(
@@ -271,7 +246,7 @@ def combine_measurements(
     """
     name = reward_name(reward)
     with _calling(reward, f"combining {len(measurements)} measurements"):
-        answer = reward.combine(measurements)
+        answer = reward.combine(list(measurements))
     scores, added = _check_answer(answer, name, len(measurements))
     known = {key: list(values) for key, values in details.items()}
     return scores, raise_or_flag_non_finite(scores, known | added, name, prompts, non_finite)
@@ -323,26 +298,47 @@ def _check_batch(reward: object, samples: Samples, prompts: Sequence[str], metad
 
 
 @contextmanager
-def _calling(reward: object, occasion: str) -> Iterator[None]:
-    """Add the reward's name to every exception as a note, and undo a change of the working directory."""
-    folder = os.getcwd()
+def calling_user_code(note: str) -> Iterator[None]:
+    """Add a note to every exception, make `sys.exit` an error, and undo a change of the working directory.
+
+    Raises:
+        RuntimeError: The code inside called `sys.exit`.
+    """
+    try:
+        folder = os.getcwd()
+    except OSError:
+        folder = None  # somebody has deleted it
     try:
         yield
+    except SystemExit as error:
+        raise RuntimeError(f"sys.exit({error.code!r}) was {note}") from error
     except BaseException as error:
-        error.add_note(f"raised by the reward {reward_name(reward)}, {occasion}")
+        error.add_note(note)
         raise
     finally:
-        os.chdir(folder)
+        if folder is not None:
+            with suppress(OSError):
+                os.chdir(folder)
+
+
+def _calling(reward: object, occasion: str) -> AbstractContextManager[None]:
+    return calling_user_code(f"raised by the reward {reward_name(reward)}, {occasion}")
 
 
 def _own_copy(
     samples: Samples, prompts: Sequence[str], metadata: Metadata
 ) -> tuple[Samples, list[str], list[dict[str, Any]]]:
     """Return a batch that a reward may write into: others still need the samples and the metadata."""
-    return samples.copy(), list(prompts), [copy.deepcopy(dict(one)) for one in metadata]
+    try:
+        return samples.copy(), list(prompts), [copy.deepcopy(dict(one)) for one in metadata]
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            "metadata must be dictionaries that copy.deepcopy can copy, as every reward gets its own; "
+            f"got {reprlib.repr(list(metadata))} ({error})"
+        ) from error
 
 
-def _split_answer(answer: Any) -> tuple[Any, Mapping[str, Any]]:
+def split_answer(answer: Any) -> tuple[Any, Mapping[str, Any]]:
     """Separate the scores from the details, if there are any: a tuple of two numbers is two scores."""
     if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping):
         return answer
@@ -351,7 +347,7 @@ def _split_answer(answer: Any) -> tuple[Any, Mapping[str, Any]]:
 
 def _check_answer(answer: Any, name: str, batch: int) -> tuple[NDArray[np.float64], dict[str, list[Any]]]:
     """Return the scores, (batch,) float64, finite or not, and the details of what a reward returned."""
-    raw_scores, details = _split_answer(answer)
+    raw_scores, details = split_answer(answer)
     scores = _as_numbers(raw_scores, name)
     if scores.shape != (batch,):
         raise ValueError(f"reward {name} must return shape ({batch},), one score per sample; got {scores.shape}")
@@ -381,8 +377,8 @@ def _as_numbers(scores: Any, name: str) -> NDArray[np.float64]:
     if isinstance(scores, list | tuple):
         scores = [_as_numpy(score) for score in scores]
     try:
-        array = np.asarray(_as_numpy(scores))
-    except ValueError as error:
+        array = np.ma.filled(np.asanyarray(_as_numpy(scores)), np.nan)
+    except (ValueError, TypeError, RuntimeError) as error:
         raise TypeError(f"reward {name} must return one number per sample; got {scores!r}") from error
     if array.dtype.kind not in "fiub":
         raise TypeError(f"reward {name} must return one number per sample; got {scores!r}")
@@ -390,9 +386,15 @@ def _as_numbers(scores: Any, name: str) -> NDArray[np.float64]:
 
 
 def _as_numpy(value: Any) -> Any:
-    """Convert a torch tensor to NumPy and return everything else as it is, without importing torch."""
-    torch = sys.modules.get("torch")
+    """Copy a torch tensor or an array to NumPy, as its owner may write into it; return everything else as it is."""
+    torch = sys.modules.get("torch")  # not imported, as this takes longer than everything else here
     if torch is not None and isinstance(value, torch.Tensor):
         value = value.detach().cpu()
-        return (value.double() if value.is_floating_point() else value).numpy()
-    return value
+        value = (value.double() if value.is_floating_point() else value).numpy()
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
+def is_torch_module(value: object) -> bool:
+    """Whether a value is a `torch.nn.Module`, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.nn.Module)

@@ -5,19 +5,34 @@ A built-in reward is one line of `BUILTIN_REWARDS`. Its module is imported only 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import re
+import reprlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pkgutil import resolve_name
+from types import ModuleType
 from typing import Any, cast
 
+import numpy as np
 import yaml
+from numpy.typing import ArrayLike, NDArray
 
-from rewards.protocol import Reward
+from rewards.protocol import (
+    Details,
+    Images,
+    Metadata,
+    Reward,
+    calling_user_code,
+    is_torch_module,
+    reward_name,
+    split_answer,
+)
 
 BUILTIN_REWARDS: dict[str, str] = {
     "jpeg_compressibility": "rewards.jpeg:jpeg_compressibility",
@@ -119,6 +134,32 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
     return options
 
 
+def per_sample(score: Callable[[NDArray[np.uint8], str, Mapping[str, Any]], Any]) -> Reward:
+    """Turn a function that scores a single image into a reward.
+
+        @per_sample
+        def brightness(image, prompt, metadata):
+            return image.mean() / 255
+
+    Args:
+        score: Called with `(image, prompt, metadata)`, where `image` is (height, width, 3) uint8. It returns a number,
+            or a number and a dictionary of details. Every image must have the same details.
+    """
+
+    @functools.wraps(score)
+    def batched(images: Images, prompts: Sequence[str], metadata: Metadata) -> ArrayLike | tuple[ArrayLike, Details]:
+        answers = [split_answer(score(*sample)) for sample in zip(images, prompts, metadata, strict=True)]
+        scores = [one for one, _ in answers]
+        details = [one for _, one in answers]
+        if len({frozenset(one) for one in details}) > 1:
+            raise ValueError(f"reward {reward_name(score)} must return the same details for every image; got {details}")
+        return scores, {name: [one[name] for one in details] for name in (details[0] if details else ())}
+
+    # A check of the signature would follow this link to `score`, whose signature is the one for a single image.
+    del batched.__wrapped__
+    return batched
+
+
 def user_functions(spec: str) -> list[str]:
     """Return the `module:function` names in a reward's name or weighted sum, whose code runs when it is loaded.
 
@@ -160,8 +201,9 @@ def _imported_by_user(spec: str) -> Any:
             f"reward must be one of {', '.join(BUILTIN_REWARDS)}; or module:function; or a weighted sum such as "
             f"aesthetic:1,clip_score:0.5; got {spec!r}"
         )
+    _user_modules.allow(module_name.partition(".")[0], os.getcwd())
     try:
-        with _current_folder_on_path():
+        with calling_user_code(f"raised by the import of the reward {spec!r}"):
             module = import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
@@ -172,48 +214,121 @@ def _imported_by_user(spec: str) -> Any:
     if not hasattr(module, attribute):
         public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise ValueError(
-            f"reward {spec!r}: module {module_name!r} has no {attribute!r}; it has "
-            f"{', '.join(public) or 'no functions'}"
+            f"reward {spec!r}: module {module_name!r} of {getattr(module, '__file__', None) or 'Python'} has no "
+            f"{attribute!r}; it has {', '.join(public) or 'no functions'}"
         )
     return getattr(module, attribute)
 
 
-@contextmanager
-def _current_folder_on_path() -> Iterator[None]:
-    """Let a module of the user's, and what it imports at its top, be found in the current folder.
+class _UserModules(MetaPathFinder):
+    """Finds modules in a folder that is not on `sys.path`, only for a reward's module and for what it imports.
 
-    The folder does not stay on the path: whatever lies there could be imported later in the place of a package that is
-    not installed.
+    On `sys.path`, whatever lies in the folder could be imported by a library in the place of a package that is not
+    installed. Installed modules are found before this finder is asked.
     """
-    folder = os.getcwd()
-    is_new = folder not in sys.path
-    if is_new:
-        sys.path.append(folder)
-    try:
-        yield
-    finally:
-        if is_new and folder in sys.path:
-            sys.path.remove(folder)
+
+    def __init__(self) -> None:
+        self._folders: dict[str, str] = {}
+
+    def allow(self, name: str, folder: str) -> None:
+        """Let a top-level module be found in a folder."""
+        self._folders[name] = folder
+        if self not in sys.meta_path:
+            sys.meta_path.append(self)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Find a top-level module that the user named, or that is imported by such a module, now or later."""
+        folder = self._folders.get(fullname) or self._folders.get(_importing_module())
+        if path is not None or folder is None:
+            return None  # a package's own modules are found where the package is
+        spec = PathFinder.find_spec(fullname, [folder], target)
+        if spec is not None:
+            self._folders[fullname] = folder
+        return spec
+
+
+_user_modules = _UserModules()
+
+
+def _importing_module() -> str:
+    """Return the name of the top-level module whose code runs the present import."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "importlib":
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def check_number(name: str, value: Any, least: float, most: float) -> None:
+    """Check a number among the arguments. An integer is required if both limits are integers.
+
+    Raises:
+        ValueError: It is no number, or outside the limits.
+    """
+    integer = isinstance(least, int) and isinstance(most, int)
+    is_number = isinstance(value, int if integer else int | float) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most:
+        noun = "an integer" if integer else "a number"
+        raise ValueError(f"{name} must be {noun} in [{least}, {most}]; got {value!r}")
+
+
+def check_text(name: str, value: Any) -> None:
+    """Check a text among the arguments.
+
+    Raises:
+        ValueError: It is no text, or an empty one.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} must be a text that is not empty; got {value!r}")
+
+
+def check_options(takes: Callable[..., Any], given: Mapping[str, Any], name: str, without: Sequence[str] = ()) -> None:
+    """Check that a function or class takes options with these names.
+
+    Raises:
+        ValueError: It does not; the message says which it takes.
+    """
+    valid: list[str] = []
+    for owner in inspect.getmro(takes) if inspect.isclass(takes) else (takes,):
+        try:
+            parameters = inspect.signature(owner).parameters
+        except ValueError:  # `object`: everything above it passes on what it does not know
+            return
+        valid += [key for key in parameters if key not in valid and key not in without]
+        catches_all = [key for key, one in parameters.items() if one.kind is inspect.Parameter.VAR_KEYWORD]
+        valid = [key for key in valid if key not in catches_all]
+        if not catches_all:
+            break
+    if unknown := [str(key) for key in given if key not in valid]:
+        raise ValueError(f"{name} must be among {', '.join(valid) or 'none'}; got {', '.join(unknown)}")
 
 
 def _instantiated(reward: Any, label: str, options: dict[str, Any]) -> Reward:
     """Instantiate a class with its options, and check that the result can be called as a reward."""
     if inspect.isclass(reward):
+        check_options(reward, options, f"reward_options of {label}")
         try:
             reward = reward(**options)
         except TypeError as error:
-            raise TypeError(f"reward {label} must be a class that takes its options: {error}; got {options}") from error
+            raise TypeError(
+                f"reward {label} must be a class that takes its options: {error}; got {reprlib.repr(options)}"
+            ) from error
     elif options:
         raise ValueError(f"reward {label} takes no options (reward_options); got {', '.join(options)}")
     if not callable(reward):
         raise TypeError(f"reward {label} must be callable as (images, prompts, metadata); got {reward!r}")
-    for function in (reward, type(reward).__call__):
-        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+    forward = getattr(reward, "forward", None) if is_torch_module(reward) else None  # its __call__ takes anything
+    for function in (reward, type(reward).__call__, forward):
+        if any(is_kind(function) for is_kind in _DEFERRED_KINDS):
             raise TypeError(f"reward {label} must be a plain function that returns scores; it is async or a generator")
     try:
-        inspect.signature(reward).bind(None, None, None)
+        inspect.signature(forward or reward).bind(None, None, None)
     except TypeError as error:
         raise TypeError(f"reward {label} must be callable as (images, prompts, metadata): {error}") from error
     except ValueError:
         pass  # a function written in C may have no signature
     return cast(Reward, reward)
+
+
+_DEFERRED_KINDS = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)

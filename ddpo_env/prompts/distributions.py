@@ -7,6 +7,7 @@ bundled model's held-out words.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import reprlib
 import unicodedata
@@ -136,11 +137,13 @@ def load_prompts(prompts: PromptSource | PromptDistribution) -> PromptDistributi
 
 
 def _check_signature(function: Callable[..., Any], name: str) -> None:
-    """Refuse a function that cannot be called with a random generator alone.
+    """Refuse a function that cannot be called with a random generator alone, or that returns no prompt at once.
 
     Raises:
-        TypeError: Its signature does not take one argument.
+        TypeError: Its signature does not take one argument, or it is async or a generator.
     """
+    if any(is_kind(one) for is_kind in _DEFERRED_KINDS for one in (function, type(function).__call__)):
+        raise TypeError(f"{name} must be a plain function that returns a prompt; it is async or a generator")
     try:
         inspect.signature(function).bind(None)
     except TypeError as error:
@@ -149,6 +152,9 @@ def _check_signature(function: Callable[..., Any], name: str) -> None:
         ) from error
     except ValueError:
         pass  # a function written in C may have no signature
+
+
+_DEFERRED_KINDS = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 
 
 def _collect(prompts: Iterable[Prompt]) -> PromptSet:
@@ -175,7 +181,10 @@ def _checked(prompt: object, where: str) -> Prompt:
         raise ValueError(f"{where} must have at most {_LONGEST} characters; got {len(prompt)}: {prompt[:30]!r}...")
     if any(unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\t\n" for letter in prompt):
         raise ValueError(f"{where} must be text without control characters; got {reprlib.repr(prompt)}")
-    return str(prompt), dict(metadata)
+    try:
+        return str(prompt), copy.deepcopy(dict(metadata))  # every reward gets a copy
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"{where} must have metadata that copy.deepcopy can copy; {error}") from error
 
 
 def _read_file(path: str | Path) -> PromptSet:

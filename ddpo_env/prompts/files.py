@@ -56,7 +56,7 @@ def split_prompt(entry: Mapping[Any, Any], where: str) -> tuple[Any, dict[str, A
     Raises:
         ValueError: No entry is called prompt, text or caption.
     """
-    names = {str(name).lower(): name for name in entry}
+    names = {str(name).lower(): name for name in reversed(list(entry))}
     for name in _NAMES:
         if name in names:
             return entry[names[name]], {str(key): value for key, value in entry.items() if key != names[name]}
@@ -64,24 +64,34 @@ def split_prompt(entry: Mapping[Any, Any], where: str) -> tuple[Any, dict[str, A
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(text.rstrip().splitlines(), start=1):
+    text = text.rstrip().replace("\r\n", "\n").replace("\r", "\n")  # `splitlines` splits at form feeds and others too
+    for number, line in enumerate(text.split("\n") if text else (), start=1):
         yield f"prompts {str(path)!r}, line {number}", line.strip()
 
 
 def _in_text(path: Path, text: str) -> Iterator[tuple[str, str]]:
-    if text.lstrip()[:1] in ("{", "["):
-        try:
-            json.loads(text.strip().splitlines()[0])
-            is_json = True
-        except (ValueError, RecursionError):
-            is_json = text.lstrip()[:1] == "[" and text.rstrip()[-1:] == "]"
-        if is_json:
-            raise ValueError(f"prompts {str(path)!r} must hold one prompt per line; it holds JSON: name it .json(l)")
+    if _is_json(text):
+        raise ValueError(f"prompts {str(path)!r} must hold one prompt per line; it holds JSON: name it .json")
     for where, line in _lines(path, text):
+        if _is_json(line):
+            raise ValueError(f"{where}: a prompt must be plain text; it holds JSON: name the file .jsonl")
         if not line:
             raise ValueError(f"{where}: a prompt must not be empty; remove the line or start it with #")
         if not line.startswith("#"):
             yield where, line
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text is a JSON list or object."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return False
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    except RecursionError:
+        pass
+    return True
 
 
 def _in_json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -103,6 +113,8 @@ def _in_table(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, Any]
     header = [name.strip() for name in rows[0]] if rows else []
     if not any(name.lower() in _NAMES for name in header):
         raise ValueError(f"{where} must begin with the names of its columns, one of them {' or '.join(_NAMES)}")
+    if len(set(header)) < len(header):
+        raise ValueError(f"{where} must name each column once; it has {', '.join(header)}")
     for number, row in enumerate(rows[1:], start=2):
         if row and len(row) != len(header):
             raise ValueError(f"{where}, row {number} must have {len(header)} columns; it has {len(row)}")
@@ -112,8 +124,15 @@ def _in_table(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, Any]
 
 def _parsed(where: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_with_unique_keys)
     except RecursionError:
         raise ValueError(f"{where} must be JSON; it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{where} must be JSON; {error}") from error
+
+
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError(f"an object has a key twice: {', '.join(key for key, _ in pairs)}")
+    return entries

@@ -19,6 +19,7 @@ from rewards.judge.judge_reward import JudgeReward
 from rewards.judge.protocol import Judge
 from rewards.pretrained import TINY
 from rewards.protocol import Details, Images, Metadata
+from rewards.registry import check_text
 
 QUESTION = "Answer concisely: what is going on in this image?"
 TEMPLATE = "The image contains {prompt}"
@@ -58,6 +59,8 @@ class VlmAlignment(JudgeReward):
             ValueError: An argument is not valid.
             ImportError: An optional dependency is missing.
         """
+        check_text("question", question)
+        check_text("template", template)
         if "{prompt}" not in template:
             raise ValueError(f"template must contain {{prompt}}; got {template!r}")
         super().__init__(model, server, device=device, **options)

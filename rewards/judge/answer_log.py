@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rewards.judge.protocol import encode_jpeg
+from rewards.registry import check_number
 
 _LONGEST = 2000
 """Characters of a text in the log: a judge may answer with any number of them."""
@@ -26,10 +27,11 @@ class AnswerLog:
         """Take the folder, if there is one already, and the number of images to log of each call.
 
         Raises:
-            ValueError: `per_call` is less than 1.
+            ValueError: `per_call` is no integer from 1 to 1,000,000, or `folder` is no path.
         """
-        if per_call < 1:
-            raise ValueError(f"log_per_call must be at least 1; got {per_call}")
+        check_number("log_per_call", per_call, 1, 1_000_000)
+        if folder is not None and not (isinstance(folder, str | Path) and str(folder)):
+            raise ValueError(f"log_folder must be a folder or None; got {folder!r}")
         self.folder = None if folder is None else Path(folder)
         self.per_call = per_call
         self._next: int | None = None

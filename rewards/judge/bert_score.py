@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rewards.pretrained import ModelHolder, require, resolve_source
+from rewards.registry import check_number
 
 DEFAULT_ENCODER = "microsoft/deberta-xlarge-mnli"
 """The encoder of the DDPO paper. The download is about 3 GB."""
@@ -81,6 +82,8 @@ class BertScoreRecall(ModelHolder[TextEncoder]):
             ValueError: An argument is not valid.
             ImportError: torchmetrics is not installed.
         """
+        if layer is not None:
+            check_number("layer", layer, -1000, 1000)
         require("torchmetrics", "BERTScore")
         source = resolve_source(model, "text_encoder")
         super().__init__(TextEncoder, source, device=device, dtype=dtype, batch_size=batch_size)

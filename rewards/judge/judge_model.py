@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rewards.pretrained import TINY, ModelHolder, resolve_source
+from rewards.registry import check_number
 
 FAMILY_PACKAGES = ("torchvision", "num2words", "timm", "sentencepiece")
 """Packages that transformers needs for some families but does not install."""
@@ -101,8 +102,7 @@ class JudgeModel(ModelHolder[VisionLanguageModel]):
         """
         if batch_size is None:
             batch_size = 64 if str(model) == TINY else 8
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+        check_number("max_new_tokens", max_new_tokens, 1, 1_000_000)
         source = resolve_source(model, "judge")
         super().__init__(VisionLanguageModel, source, device=device, dtype=dtype, batch_size=batch_size)
         self.max_new_tokens = max_new_tokens

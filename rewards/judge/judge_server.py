@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import email.utils
+import html
 import json
 import logging
 import math
@@ -22,13 +23,14 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rewards.judge.protocol import encode_jpeg
 from rewards.pretrained import require
+from rewards.registry import check_number
 
 if TYPE_CHECKING:
     import httpx2
@@ -37,17 +39,20 @@ if TYPE_CHECKING:
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _TRY_AGAIN = (408, 409, 425, 429)
 _EXCERPT = 300
+_LONGEST_NAME = 1000
 _SHORTEST_KEY = 4
-_NUMBERS: dict[str, tuple[Any, float, float]] = {
-    "timeout": (int | float, 1e-3, 86_400),
-    "backoff": (int | float, 0, 86_400),
-    "max_backoff": (int | float, 1e-3, 86_400),
-    "attempts": (int, 1, 1000),
-    "concurrency": (int, 1, 1000),
-    "max_tokens": (int, 1, 1_000_000),
-    "max_answer_bytes": (int, 1, 1_000_000_000),
+_SECONDS: dict[str, tuple[float, float]] = {
+    "timeout": (1e-3, 86_400.0),
+    "backoff": (0.0, 86_400.0),
+    "max_backoff": (1e-3, 86_400.0),
 }
-"""Type and range of each number among the arguments."""
+_COUNTS: dict[str, tuple[int, int]] = {
+    "attempts": (1, 1000),
+    "concurrency": (1, 1000),
+    "max_tokens": (1, 1_000_000),
+    "max_answer_bytes": (1, 1_000_000_000),
+}
+"""Range of each number among the arguments."""
 
 _T = TypeVar("_T")
 
@@ -103,22 +108,23 @@ class JudgeServer:
     _portal: BlockingPortal | None = field(default=None, init=False, repr=False)
     _client: httpx2.AsyncClient | None = field(default=None, init=False, repr=False)
     _opening: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+    _secrets: tuple[str, ...] = field(default=(), init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         self.url = _checked_url(self.url)
-        for name, (kind, least, most) in _NUMBERS.items():
+        for name, limits in {**_SECONDS, **_COUNTS}.items():
+            check_number(name, getattr(self, name), *limits)
+        for name in ("model", "api_key_variable"):
             value = getattr(self, name)
-            is_number = isinstance(value, kind) and not isinstance(value, bool)
-            if not is_number or not least <= value <= most:
-                noun = "an integer" if kind is int else "a number"
-                raise ValueError(f"{name} must be {noun} in [{least:g}, {most:g}]; got {value!r}")
+            if value is not None and (not isinstance(value, str) or not value.isprintable() or not value):
+                raise ValueError(f"{name} must be a name or None; got {value!r}")
         _ = self._key
         require("httpx2", "a judge server")
 
     @property
     def _key(self) -> str | None:
-        """The key, read from the environment when it is needed and never stored."""
+        """The key, read from the environment when connections are opened."""
         if self.api_key_variable is None:
             return None
         key = os.environ.get(self.api_key_variable, "").strip()
@@ -285,6 +291,7 @@ class JudgeServer:
             headers = {"Accept-Encoding": "identity"}
             if (key := self._key) is not None:
                 headers["Authorization"] = f"Bearer {key}"
+                self._secrets = _spellings(key)
                 for name in ("httpx2", "httpcore2"):  # their logs hold lines of responses, which may echo the key
                     logging.getLogger(name).setLevel(logging.WARNING)
             self._client = httpx2.AsyncClient(
@@ -298,11 +305,20 @@ class JudgeServer:
 
     def _masked(self, text: str) -> str:
         """Return a text from the server without the key, which a server could send back."""
-        key = self._key
-        return text if key is None or len(key) < _SHORTEST_KEY else text.replace(key, "***")
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
 
     def _excerpt(self, text: object) -> str:
         return self._masked(str(text))[:_EXCERPT]
+
+
+def _spellings(key: str) -> tuple[str, ...]:
+    """Return the forms in which servers quote a key: as it is, and escaped for JSON, Python, HTML or an address."""
+    if len(key) < _SHORTEST_KEY:
+        return ()
+    escaped = (json.dumps(key)[1:-1], json.dumps(key)[1:-1].replace("/", r"\/"), repr(key)[1:-1], html.escape(key))
+    return tuple(dict.fromkeys((key, *escaped, quote(key), quote(key, safe=""))))
 
 
 def _checked_url(url: Any) -> str:
@@ -337,7 +353,7 @@ def _content(response: Any) -> str:
         raise _FailureError("the response is not a chat completion") from None
     if isinstance(content, list):
         content = "".join(str(item.get("text") or "") for item in content if isinstance(item, dict))
-    return content.encode(errors="replace").decode().strip() if isinstance(content, str) else ""
+    return _writable(content).strip() if isinstance(content, str) else ""
 
 
 def _answer_text(response: Any) -> str:
@@ -349,9 +365,17 @@ def _answer_text(response: Any) -> str:
 
 def _model_names(response: Any) -> list[str]:
     try:
-        return [str(entry["id"]) for entry in response["data"]]
+        names = [entry["id"] for entry in response["data"]]
     except (TypeError, KeyError):
-        raise _FailureError("the response is not a list of models") from None
+        names = [None]
+    if not all(isinstance(name, str) and len(name) <= _LONGEST_NAME for name in names):
+        raise _FailureError("the response is not a list of models")
+    return [_writable(name) for name in names]
+
+
+def _writable(text: str) -> str:
+    """Return a text that UTF-8 can hold: half of a surrogate pair becomes a question mark."""
+    return text.encode(errors="replace").decode()
 
 
 def _seconds(retry_after: str | None) -> float | None:

@@ -9,6 +9,7 @@ from typing import Any
 from rewards.judge.judge_model import JudgeModel
 from rewards.judge.judge_server import JudgeServer
 from rewards.judge.protocol import Judge
+from rewards.registry import check_options
 
 DEFAULT_JUDGE = "llava-hf/llava-1.5-7b-hf"
 """The model in this process if none is named, from the family that the DDPO paper used. The download is about 14 GB."""
@@ -31,12 +32,16 @@ def load_judge(
         ValueError: An argument is not valid.
         ImportError: The package for HTTP is missing.
     """
+    if not isinstance(options, Mapping | None):
+        raise ValueError(f"judge_options must be a dictionary; got {options!r}")
     given = dict(options or {})
     if server is not None:
         if model is not None and not isinstance(model, str | Path):
             raise TypeError(f"model must be the served model's name where a server is given; got {model!r}")
+        check_options(JudgeServer, given, "judge_options", without=("url", "model"))
         return JudgeServer(server, None if model is None else str(model), **given)
     if model is None or isinstance(model, str | Path):
+        check_options(JudgeModel, given, "judge_options", without=("model",))
         return JudgeModel(DEFAULT_JUDGE if model is None else model, **{**in_process, **given})
     if not isinstance(model, Judge):
         raise TypeError(f"model must be a folder, a Hub id or a judge with ask, load and unload; got {model!r}")
