@@ -211,3 +211,24 @@ def test_optional_methods_reach_the_terms_that_have_them(tmp_path):
     reward.unload()
     expected = ("load", tmp_path / f"{HERE}-WithAbilities", "frozen", "unload")
     assert reward.rewards[f"{HERE}:WithAbilities"].calls == expected
+
+
+@pytest.mark.parametrize("weight", [math.nan, 1e308, "1", True])
+def test_weights_have_a_limit(weight):
+    with pytest.raises(ValueError, match=r"weight must be a number in \[-1000000.0, 1000000.0\]; got"):
+        Term("jpeg_compressibility", weight)
+
+
+@pytest.mark.parametrize("terms", [[], 5, ["jpeg_compressibility"], [Term("jpeg_compressibility", 1)] * 2])
+def test_terms_that_are_none_are_refused(terms):
+    with pytest.raises(ValueError, match=r"terms must be a text such as|must name each term once"):
+        Composite(terms)
+
+
+@pytest.mark.parametrize("change", [{"count": -1}, {"mean": math.nan}, {"squares": -1.0}, {"mean": "0"}])
+def test_state_that_is_no_statistics_is_refused(change):
+    reward = Composite("jpeg_compressibility:1")
+    state = reward.state_dict()
+    state["statistics"]["jpeg_compressibility"] |= change
+    with pytest.raises(ValueError, match=f"{next(iter(change))} must be"):
+        reward.load_state_dict(state)

@@ -5,7 +5,7 @@ import sys
 import pytest
 from helpers.images import PROMPTS, random_images
 
-from rewards import BUILTIN_REWARDS, evaluate_reward, load_reward
+from rewards import BUILTIN_REWARDS, evaluate_reward, load_reward, parse_options
 
 
 def test_every_built_in_reward_loads():
@@ -51,9 +51,7 @@ def test_reward_class_is_instantiated_with_its_options(user_module):
     for options, expected in (({}, 2.0), ({"factor": 3.0}, 3.0)):
         reward = load_reward("my_rewards:Scaled", **options)
         assert evaluate_reward(reward, random_images(4), PROMPTS, [{}] * 4)[0].tolist() == [expected] * 4
-    with pytest.raises(
-        TypeError, match=r"reward my_rewards:Scaled must be a class that takes its options: .*unexpected.*'colour'"
-    ):
+    with pytest.raises(ValueError, match="reward_options of my_rewards:Scaled must be among factor; got colour"):
         load_reward("my_rewards:Scaled", colour="red")
 
 
@@ -62,7 +60,7 @@ def test_reward_class_is_instantiated_with_its_options(user_module):
     [
         ("no_such_module:score", ValueError, "there is no module 'no_such_module'; it must be .* on PYTHONPATH"),
         ("my_rewards.inner:score", ValueError, "there is no module 'my_rewards.inner'"),
-        ("my_rewards:scor", ValueError, "module 'my_rewards' has no 'scor'; it has .*score"),
+        ("my_rewards:scor", ValueError, "module 'my_rewards' of .*my_rewards.py has no 'scor'; it has .*score"),
         ("my_rewards:LIMIT", TypeError, r"my_rewards:LIMIT must be callable as \(images, prompts, metadata\); got 3"),
         ("my_rewards:one_argument", TypeError, r"must be callable as \(images, prompts, metadata\): too many"),
         ("needs_more:score", ModuleNotFoundError, "a_library_that_is_not_there"),
@@ -84,3 +82,26 @@ def test_callable_passes_through_unchanged():
         load_reward("jpeg_compressibility", device="cpu")
     with pytest.raises(TypeError, match=r"must be callable as .*; got 3"):
         load_reward(3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ("vlm_vqa", {"nope": 1}, "reward_options of vlm_vqa must be among model, .*log_per_call; got nope"),
+        ("vlm_alignment", {"nope": 1}, "vlm_alignment must be among .*template, .*log_folder.*; got nope"),
+        ("vlm_vqa", {"judge_options": 5}, "judge_options must be a dictionary; got 5"),
+        ("vlm_vqa", {"judge_options": {"nope": 1}}, "judge_options must be among .*max_new_tokens; got nope"),
+        ("vlm_vqa", {"judge_options": {"batch_size": "x"}}, "batch_size must be an integer in .*; got 'x'"),
+        ("vlm_vqa", {"judge_options": {"max_new_tokens": 10**9}}, "max_new_tokens must be an integer in .*; got 10+"),
+        ("vlm_vqa", {"log_per_call": "4"}, "log_per_call must be an integer in .*; got '4'"),
+        ("vlm_vqa", {"log_folder": 5}, "log_folder must be a folder or None; got 5"),
+        ("vlm_alignment", {"question": 5}, "question must be a text that is not empty; got 5"),
+        ("vlm_alignment", {"template": 5}, "template must be a text that is not empty; got 5"),
+        ("vlm_alignment", {"text_layer": "3"}, "layer must be an integer in .*; got '3'"),
+        ("clip_score", {"batch_size": 1.5}, "batch_size must be an integer in .*; got 1.5"),
+        ("clip_score", parse_options([".".join(["deep"] * 5000) + "=1"]), "clip_score must be among .*; got deep"),
+    ],
+)
+def test_options_are_checked_before_anything_is_loaded(spec, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_reward(spec, **({"model": "tiny"} | options))

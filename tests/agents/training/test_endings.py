@@ -75,7 +75,7 @@ def test_reward_that_leaves_is_an_error(micro_pipeline_folder, monkeypatch, caps
     monkeypatch.setattr(micro_agents, "brightness", ActingReward(4, leave))
     assert run_script("train_ppo", script(tmp_path / "run", micro_pipeline_folder), monkeypatch) == 1
     shown = capsys.readouterr()
-    assert shown.err.startswith("error: SystemExit: no API key (raised by the reward brightness, ")
+    assert shown.err.startswith("error: sys.exit('no API key') was raised by the reward brightness, ")
     assert "The run is saved after 2 iterations" in shown.out
     assert "--resume" in shown.out
     assert "no API key" in (tmp_path / "run" / "error.txt").read_text()
@@ -87,7 +87,7 @@ def test_module_that_leaves_is_an_error_before_the_run(monkeypatch, capsys, tmp_
     monkeypatch.syspath_prepend(str(tmp_path))
     arguments = [*MINIATURE, "--reward=leaving_reward:score", f"--run-dir={tmp_path / 'run'}"]
     assert run_script("train_ppo", arguments, monkeypatch) == 2
-    assert capsys.readouterr().err.startswith("error: SystemExit")
+    assert capsys.readouterr().err.startswith("error: sys.exit(None) was raised by the import of the reward")
 
 
 class Leaving(RunListener):

@@ -22,10 +22,16 @@ FILES: list[tuple[str, str, list[Any]]] = [
     ("quoted.csv", 'prompt,category\n"a cat, sitting",animals\n', [("a cat, sitting", {"category": "animals"})]),
     ("parti.tsv", "Prompt\tCategory\na cat\tAnimals\n", [("a cat", {"Category": "Animals"})]),
     ("windows.txt", "\ufeffa cat\r\n# a comment\r\na dog\r\n", [("a cat", {}), ("a dog", {})]),
-    ("brackets.txt", "[red] fox\n(a cat:1.3)\n", [("[red] fox", {}), ("(a cat:1.3)", {})]),
+    ("brackets.txt", "[red] fox [8k]\n(a cat:1.3)\n", [("[red] fox [8k]", {}), ("(a cat:1.3)", {})]),
+    ("separator.jsonl", '{"prompt": "a cat\u2028"}\n', [("a cat\u2028", {})]),
 ]
 REFUSED: list[tuple[str, bytes, str]] = [
-    ("lines.txt", b'{"prompt": "a cat"}\n{"prompt": "a dog"}\n', "holds JSON: name it .json"),
+    ("lines.txt", b'{"prompt": "a cat"}\n{"prompt": "a dog"}\n', "holds JSON: name the file .jsonl"),
+    ("later.txt", b'# colours\na cat\n{"prompt": "a dog"}\n', "line 3: a prompt must be plain text; it holds JSON"),
+    ("form_feed.txt", b"a cat\x0ca dog\n", "line 1 must be text without control characters"),
+    ("twice.csv", b"prompt,prompt\na cat,a dog\n", "must name each column once; it has prompt, prompt"),
+    ("twice.jsonl", b'{"prompt": "a cat", "prompt": "a dog"}\n', "line 1 must be JSON; an object has a key twice"),
+    ("deep.jsonl", b'{"prompt": "a", "x": ' + b"[" * 900 + b"]" * 900 + b"}", "metadata that copy.deepcopy can copy"),
     ("list.txt", b'[\n  "a cat",\n  "a dog"\n]\n', "holds JSON: name it .json"),
     ("none.jsonl", b'{"tag": "colors"}\n', "line 1 must have an entry prompt or text or caption; it has tag"),
     ("broken.jsonl", b'"a cat"\n{"prompt": \n', "line 2 must be JSON"),
@@ -94,3 +100,25 @@ def test_other_containers_are_refused(prompts: Any) -> None:
 def test_function_that_takes_no_generator_is_refused_at_once(function: Callable[..., Any]) -> None:
     with pytest.raises(TypeError, match="the function prompts must take one argument, a numpy.random.Generator"):
         load_prompts(function)
+
+
+async def later(rng: np.random.Generator) -> str:
+    return "a cat"
+
+
+def one_by_one(rng: np.random.Generator) -> Any:
+    yield "a cat"
+
+
+@pytest.mark.parametrize("function", [later, one_by_one])
+def test_function_that_returns_no_prompt_at_once_is_refused(function: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match="the function prompts must be a plain function that returns a prompt"):
+        load_prompts(function)
+
+
+def test_prompts_keep_no_reference_to_what_they_were_given() -> None:
+    metadata = {"answers": ["two"]}
+    prompts = load_prompts([("two cats", metadata)])
+    metadata["answers"].clear()
+    assert isinstance(prompts, PromptSet)
+    assert list(prompts) == [("two cats", {"answers": ["two"]})]

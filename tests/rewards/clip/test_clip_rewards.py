@@ -184,7 +184,7 @@ def test_tokenizer_and_image_processor_may_be_another_models(clip_folder, tmp_pa
         ({"device": "gpu"}, "device must be auto or one of cpu.*; got 'gpu'"),
         ({"device": "cuda:99"}, "device must be auto or one of cpu.*; got 'cuda:99'"),
         ({"dtype": "float64"}, "dtype must be auto or one of float32, float16, bfloat16; got 'float64'"),
-        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"batch_size": 0}, "batch_size must be an integer in \\[1, 1000000\\]; got 0"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_loaded(options, message):

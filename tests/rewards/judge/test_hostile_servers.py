@@ -1,10 +1,12 @@
 """A judge server that means harm: an attempt ends at its deadline, and no secret leaves in any text."""
 
+import html
 import json
 import logging
 import socket
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,7 +93,7 @@ ENDLESS = {
 
 
 def ask(url: str, **arguments: object) -> list[str]:
-    judge = JudgeServer(url, "tiny", **{"timeout": 0.3, "attempts": 1, "backoff": 0} | arguments)  # type: ignore[arg-type]
+    judge = JudgeServer(url, **{"model": "tiny", "timeout": 0.3, "attempts": 1, "backoff": 0} | arguments)  # type: ignore[arg-type]
     try:
         return judge.ask(list(random_images(1)), ["?"])
     finally:
@@ -165,6 +167,51 @@ def test_an_echoed_key_is_in_no_error(
         ask(url, api_key_variable="JUDGE_KEY")
     shown = [caplog.text, str(caught.value), repr(caught.value), *(getattr(caught.value, "__notes__", []))]
     assert not any(KEY[:12] in text for text in shown)
+
+
+QUOTED_KEY = 'sk-"quoted"\\path/+=&'
+
+
+@pytest.mark.parametrize(
+    "quote",
+    [lambda key: json.dumps({"error": key}), repr, html.escape, lambda key: urllib.parse.quote(key, safe="")],
+    ids=["json", "python", "html", "address"],
+)
+def test_a_key_that_is_echoed_with_escapes_is_masked(
+    quote: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", QUOTED_KEY)
+    body = quote(QUOTED_KEY).encode()
+    answer = sends(b"HTTP/1.1 400 Bad\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    with serving(answer) as url, pytest.raises(JudgeServerError, match=r"\*\*\*") as caught:
+        ask(url, api_key_variable="JUDGE_KEY")
+    assert "quoted" not in str(caught.value)
+
+
+def test_a_key_is_masked_after_it_left_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+
+    def answer(connection: socket.socket) -> None:
+        monkeypatch.delenv("JUDGE_KEY")
+        connection.sendall(body_of(KEY))
+
+    with serving(answer) as url:
+        assert ask(url, api_key_variable="JUDGE_KEY") == ["***"]
+
+
+@pytest.mark.parametrize("name", [{"x": 1}, None, "a" * 10_000], ids=["object", "null", "long"])
+def test_names_of_models_are_checked(name: object) -> None:
+    body = json.dumps({"data": [{"id": name}]}).encode()
+    answer = sends(OK + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    with serving(answer) as url, pytest.raises(JudgeServerError, match="the response is not a list of models"):
+        ask(url, model=None)
+
+
+def test_half_a_surrogate_pair_in_a_models_name_is_a_failure_of_the_server() -> None:
+    body = b'{"data": [{"id": "\\ud800"}]}'
+    answer = sends(OK + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    with serving(answer) as url, pytest.raises(JudgeServerError, match="gave no usable answer"):
+        ask(url, model=None)
 
 
 def test_an_echoed_key_is_in_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -376,6 +376,9 @@ def test_proxy_of_the_environment_is_not_used_for_a_local_server(server, judge, 
         ({"max_tokens": 0}, "max_tokens must be an integer in .*; got 0"),
         ({"attempts": 0}, "attempts must be an integer in .*; got 0"),
         ({"concurrency": 0}, "concurrency must be an integer in .*; got 0"),
+        ({"model": 5}, "model must be a name or None; got 5"),
+        ({"model": ""}, "model must be a name or None; got ''"),
+        ({"api_key_variable": 5}, "api_key_variable must be a name or None; got 5"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_sent(arguments, message):
