@@ -119,8 +119,12 @@ def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 @pytest.mark.parametrize(
     ("spec", "expected"),
-    [("my_own_reward:score", 3.0), ("my_own_reward:lazy", 4.0), ("my_own_reward:library", 5.0)]
-    + [("needs_a_library:score", 5.0)],
+    [
+        ("my_own_reward:score", 3.0),
+        ("my_own_reward:lazy", 4.0),
+        ("my_own_reward:library", 5.0),
+        ("needs_a_library:score", 5.0),
+    ],
 )
 def test_only_the_users_modules_import_from_the_current_folder(user_folder: Path, spec: str, expected: float) -> None:
     reward = load_reward(spec)

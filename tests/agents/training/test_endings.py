@@ -75,7 +75,7 @@ def test_reward_that_leaves_is_an_error(micro_pipeline_folder, monkeypatch, caps
     monkeypatch.setattr(micro_agents, "brightness", ActingReward(4, leave))
     assert run_script("train_ppo", script(tmp_path / "run", micro_pipeline_folder), monkeypatch) == 1
     shown = capsys.readouterr()
-    assert shown.err.startswith("error: sys.exit('no API key') was raised by the reward brightness, ")
+    assert shown.err.startswith("error: RuntimeError: sys.exit('no API key') was raised by the reward brightness")
     assert "The run is saved after 2 iterations" in shown.out
     assert "--resume" in shown.out
     assert "no API key" in (tmp_path / "run" / "error.txt").read_text()
