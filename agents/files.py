@@ -57,16 +57,18 @@ def sync(file: Path) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse a folder in which there is a link; the folder itself may be one.
+    """Refuse a folder in which there is anything but files and folders, such as a link; the folder itself may be one.
 
     Raises:
-        ValueError: naming the link.
+        ValueError: naming the link, or the pipe, socket or device.
     """
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(parent, name)
             if path.is_symlink() or getattr(path, "is_junction", bool)():  # Windows has both, Python 3.12 sees them
                 raise ValueError(f"run_dir must not contain links, which may lead out of it; {str(path)!r} is one")
+            if not (path.is_file() or path.is_dir()):
+                raise ValueError(f"run_dir must contain only files and folders; {str(path)!r} is neither")
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -1,7 +1,8 @@
-"""Where the files of a pretrained model are, and a cache that loads each model only once per process.
+"""Where the files of a pretrained model are, how they are read, and a cache that loads each model once per process.
 
-Every reward with a model loads it through this module. Only tensors are unpickled. Two rewards that use the same model
-on the same device share it until both have released it.
+Every reward with a model loads it through this module. Files are data that somebody else may have written: no code of a
+model's repository runs, only tensors are unpickled, and no weight may be missing. Two rewards that use the same model on
+the same device share it until both have released it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import gc
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
@@ -21,7 +22,7 @@ from typing import Any, Generic, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rewards.devices import resolve_device, resolve_dtype
 from rewards.registry import check_number
@@ -35,6 +36,17 @@ BUNDLED_MODELS: dict[str, str] = {
     "text_encoder": "data/tiny_text_encoder",
 }
 """Purpose to folder inside `rewards`."""
+
+_NOT_FOLLOWED = (
+    "quantization_config",
+    "transformers_weights",
+    "kernel_config",
+    "use_kernels",
+    "base_model_name_or_path",
+)
+"""Settings of a `config.json` that make a library import further packages, fetch code, or read other files."""
+_ATTENTIONS = (None, "eager", "sdpa")
+"""Other attention implementations may be code on the Hub."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)/([\w./+-]+)")
@@ -134,6 +146,104 @@ def load_weights(weights: str | Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"weights {str(weights)!r} must be a dictionary of tensors")
     return dict(tensors)
+
+
+def check_settings(settings: object, label: str) -> None:
+    """Refuse settings of a network, at any depth, that lead to code or to other files.
+
+    Args:
+        settings: What its `config.json` holds.
+        label: The network's name, for the message.
+
+    Raises:
+        ValueError: Naming the setting and its value.
+    """
+    if isinstance(settings, Mapping):
+        for name, value in settings.items():
+            is_attention = "attn_implementation" in str(name)
+            if (is_attention and value not in _ATTENTIONS) or (name in _NOT_FOLLOWED and value):
+                raise ValueError(
+                    f"{label} must not have {name} in its config.json, which is not followed; got {value!r}"
+                )
+            check_settings(value, label)
+    elif isinstance(settings, list):
+        for value in settings:
+            check_settings(value, label)
+
+
+def check_network(network: nn.Module, report: Mapping[str, Any], label: str) -> None:
+    """Refuse a network that was loaded from files which lack weights: a library leaves those random.
+
+    Args:
+        network: As `from_pretrained` returned it.
+        report: What `from_pretrained(output_loading_info=True)` said.
+        label: The network's name, for the message.
+
+    Raises:
+        ValueError: Weights are missing, of another shape, NaN or infinite; the message names some of them.
+    """
+    for problem in ("missing_keys", "mismatched_keys"):
+        if keys := sorted(str(key) for key in report.get(problem) or ()):
+            raise ValueError(
+                f"{label} must hold every weight of a {type(network).__name__}; {len(keys)} "
+                f"{problem.replace('_', ' ')}: {shortened(keys)}. Do the weights belong to another part?"
+            )
+    check_finite(network, label)
+
+
+def check_finite(network: nn.Module, label: str) -> None:
+    """Refuse a network with weights that are NaN or infinite, which a cast to half precision can make too.
+
+    Raises:
+        ValueError: Naming the network and the weights.
+    """
+    weights = [(key, value) for key, value in network.state_dict().items() if value.is_floating_point()]
+    bounds = [torch.stack(torch.aminmax(value)).float().sum() for _, value in weights if value.numel()]
+    if not bounds or bool(torch.stack(bounds).isfinite().all()):
+        return
+    keys = [key for key, value in weights if not bool(value.isfinite().all())]
+    if keys:
+        raise ValueError(
+            f"{label} must have finite weights; in {weights[0][1].dtype} there are NaN or infinite values in "
+            f"{len(keys)} of {len(weights)}: {shortened(keys)}"
+        )
+
+
+def load_network(loader: Any, source: str, dtype: torch.dtype, **options: Any) -> Any:
+    """Load a network of transformers from a folder or the Hub, without any code of its repository.
+
+    Args:
+        loader: A class of transformers with `from_pretrained`.
+        source: What `resolve_source` returned.
+        dtype: Of the weights.
+        **options: Further arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: Its settings lead elsewhere, or weights are missing or not finite.
+        OSError: It cannot be read or downloaded.
+    """
+    from transformers import PretrainedConfig
+
+    label = f"model {source!r}"
+    if (Path(source) / "adapter_config.json").is_file():
+        raise ValueError(f"{label} must be a plain network; adapter_config.json names an adapter: merge it first")
+    check_settings(PretrainedConfig.get_config_dict(source)[0], label)
+    network, report = loader.from_pretrained(
+        source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
+    )
+    check_network(network, report, label)
+    return network
+
+
+def load_processor(loader: Any, source: str, **options: Any) -> Any:
+    """Load a tokenizer or a processor of transformers, without any code of its repository."""
+    return loader.from_pretrained(source, trust_remote_code=False, **options)
+
+
+def shortened(names: Iterable[str]) -> str:
+    """Return the first three names, for a message."""
+    first = list(names)
+    return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
 
 
 def load_cached(load: Callable[..., _T], source: str, *arguments: object) -> _T:

@@ -81,6 +81,17 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     _check_device(given["device"])
 
 
+def check_timesteps(total_timesteps: float) -> None:
+    """Refuse what is no number of timesteps; `1e5` is one, as in Stable-Baselines3.
+
+    Raises:
+        ValueError: naming the argument and its value.
+    """
+    check_value("total_timesteps", total_timesteps, Annotated[float, Range(at_least=0, at_most=1e15)])
+    if total_timesteps != int(total_timesteps):
+        raise ValueError(f"total_timesteps must be a whole number; got {total_timesteps!r}")
+
+
 def _check_device(device: torch.device | str) -> None:
     """Refuse a device that torch does not know or does not have; Stable-Baselines3 would take the CPU instead."""
     try:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from agents.algorithms.advantages import AdvantageEstimator, GeneralizedAdvantage
 from agents.algorithms.generators import Generators
-from agents.algorithms.options import RATE, NonFiniteRewards, check_arguments
+from agents.algorithms.options import RATE, NonFiniteRewards, check_arguments, check_timesteps
 from agents.algorithms.saving import SavableAlgorithm
 from agents.distributed import Processes, Rows
 from agents.policy.abilities import PolicyAbilities, abilities_of
@@ -197,6 +197,7 @@ class RolloutAlgorithm(SavableAlgorithm):
         Schedules see the progress of this call, whatever came before it: 1 in its first iteration, and 1 / n in the
         last one of n. `tb_log_name` is the name of the class by default.
         """
+        check_timesteps(total_timesteps)
         total_timesteps, callbacks = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
         )

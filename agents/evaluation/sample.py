@@ -189,8 +189,11 @@ def _rows(
 
 def _load_lora(pipeline: Any, lora: Path) -> None:
     """Load a LoRA; diffusers skips weights that it does not know with no more than a warning."""
+    from agents.evaluation.lora_file import lora_tensors
+
+    tensors = lora_tensors(lora / _LORA_FILE)
     try:
-        pipeline.load_lora_weights(lora, weight_name=_LORA_FILE)
+        pipeline.load_lora_weights(tensors)
     except Exception as error:  # of many kinds, as the file is anybody's
         raise ValueError(f"lora {str(lora)!r} does not fit the model: {error}") from error
     if not pipeline.get_list_adapters():

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger
@@ -27,6 +27,7 @@ from agents.training.checkpoint import Checkpoints, iterations_done, latest_chec
 from agents.training.console import ConsoleWriter, TensorBoardCurves
 from agents.training.divergence import DEVIATIONS, ITERATIONS, DivergenceError, has_diverged, is_worse
 from agents.training.run_folder import MetricsTable, RunFolder
+from ddpo_env.validation.options import NOT_NEGATIVE, Range, check_value
 from rewards import StatefulReward, is_stateful
 
 
@@ -146,7 +147,7 @@ class Run:
             self.folder.release()
             return self._result(started, finished=True)
         try:
-            with self.processes.stop_signals(), self._logging():
+            with self.processes.stop_signals():
                 finished = self._run_to_an_end(started)
         except BaseException as error:
             if self.processes.is_main:
@@ -197,10 +198,22 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.iteration = state["iteration"]
-        self.training_rewards = list(state["training_rewards"])
-        self.evaluations = [(iteration, mean) for iteration, mean in state["evaluations"]]
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: naming a value that no run has.
+        """
+        done, rewards, evaluations = state["iteration"], state["training_rewards"], state["evaluations"]
+        check_value("iteration", done, Annotated[int, NOT_NEGATIVE])
+        check_value("training_rewards", tuple(rewards), tuple[Annotated[float, Range()], ...])
+        check_value("pretrained_std", state["pretrained_std"], Annotated[float, NOT_NEGATIVE])
+        pair = tuple[Annotated[int, Range(at_least=0, at_most=done)], Annotated[float, Range()]]
+        check_value("evaluations", tuple(map(tuple, evaluations)), tuple[pair, ...])
+        if len(rewards) != done:
+            raise ValueError(f"training_rewards must be of iteration={done} iterations; got {len(rewards)}")
+        self.iteration = done
+        self.training_rewards = list(rewards)
+        self.evaluations = [(iteration, mean) for iteration, mean in evaluations]
         self.pretrained_std = state["pretrained_std"]
 
     def _components(self) -> dict[str, Stateful]:
@@ -219,14 +232,14 @@ class Run:
         if self.config.training.train_batch_size == 0:
             size = fit_micro_batch_size(self.algorithm)
             self.config, self.algorithm.micro_batch_size = self.config.changed(train_batch_size=size), size
-        if self._is_new:
-            self.checkpoints.save(0)
 
         def write() -> None:
             self.folder.write_config(self.config.as_dict())
             self.folder.remove_ending()
 
         self.processes.from_main(write)
+        if self._is_new:
+            self.checkpoints.save(0)
 
     def _run_to_an_end(self, started: float) -> bool:
         """Run the iterations that are left; return False if a signal stopped them, at the last finished iteration.
@@ -235,15 +248,17 @@ class Run:
         ignored.
         """
         try:
-            with self.processes.hold_interrupts():
-                self._begin()
-            for listener in self.listeners:
-                listener.on_start(self)
-            if self.iteration == 0 or self.is_finished:
-                self._log_evaluation()
-            while not self.is_finished:
-                self._run_iteration()
-            self._finish(started)
+            with ExitStack() as stack:
+                with self.processes.hold_interrupts():
+                    stack.enter_context(self._logging())
+                    self._begin()
+                for listener in self.listeners:
+                    listener.on_start(self)
+                if self.iteration == 0 or self.is_finished:
+                    self._log_evaluation()
+                while not self.is_finished:
+                    self._run_iteration()
+                self._finish(started)
             return True
         except KeyboardInterrupt:
             self.processes.ignore_interrupts()

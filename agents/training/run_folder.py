@@ -23,6 +23,7 @@ import io
 import json
 import os
 import platform
+import sys
 import traceback
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
@@ -158,6 +159,8 @@ class RunFolder:
                 raise ValueError(
                     f"{str(path)!r} must be a {'folder' if is_folder else 'file'}, because the run writes it"
                 )
+        if self.is_resumed:
+            MetricsTable.read(self.progress, sys.maxsize)  # shows damage before anything is loaded
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write `config.yaml`."""
@@ -197,11 +200,23 @@ class MetricsTable(KVWriter):
 
     @staticmethod
     def read(path: Path, iterations: int) -> list[dict[str, str]]:
-        """Return the rows of the first iterations from a file; none for a run without a finished iteration."""
+        """Return the rows of the first iterations from a file; none for a run without a finished iteration.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
         if not iterations or not path.exists():
             return []
-        rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
-        return [row for row in rows if _iteration(row) <= iterations]
+        try:
+            rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")), strict=True))
+            if any(None in row or None in row.values() for row in rows):
+                raise ValueError("its rows have different lengths")
+            return [row for row in rows if _iteration(row) <= iterations]
+        except (ValueError, OverflowError, csv.Error) as error:
+            raise ValueError(
+                f"{str(path)!r} must be the table of metrics that the run wrote; {error}. Without the file the run can "
+                "be resumed, and its earlier metrics are lost"
+            ) from error
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
         """Add a row, or complete the last one if it is of the same iteration."""

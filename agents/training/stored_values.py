@@ -82,6 +82,7 @@ def read_json(text: str) -> dict[str, Any]:
 
 def check_like(value: Any, like: Any, name: str) -> None:
     """Check that a value read from JSON has the keys and types of another one; what is in a list is free.
+    A tuple, which JSON holds as a list, has a fixed length and types.
 
     Raises:
         ValueError: naming what differs.
@@ -92,6 +93,12 @@ def check_like(value: Any, like: Any, name: str) -> None:
             raise ValueError(f"{name} must have the keys {', '.join(like)}; got {got}")
         for key in like:
             check_like(value[key], like[key], f"{name}.{key}")
+        return
+    if isinstance(like, tuple) and isinstance(value, list):
+        if len(value) != len(like):
+            raise ValueError(f"{name} must have {len(like)} values; got {len(value)}")
+        for index, one in enumerate(like):
+            check_like(value[index], one, f"{name}.{index}")
         return
     number = isinstance(like, int | float) and not isinstance(like, bool)
     matches = (

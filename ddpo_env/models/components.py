@@ -8,7 +8,7 @@ leave it random and say so in a log.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from torch import nn
 from transformers import ImageProcessingMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
+from rewards.pretrained import check_network, check_settings, shortened
+
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _KINDS: dict[str, tuple[type[Any], ...]] = {
     "scheduler": (SchedulerMixin,),
@@ -30,9 +32,7 @@ _KINDS: dict[str, tuple[type[Any], ...]] = {
 }
 """Base classes of a component by the beginning of its name; every other component is a network."""
 _NETWORKS = (ModelMixin, PreTrainedModel)
-_NOT_FOLLOWED = ("quantization_config", "transformers_weights", "attn_implementation", "_attn_implementation")
-"""Settings of a `config.json` that make the libraries import further packages, fetch code, or read other files."""
-_ATTENTIONS = (None, "eager", "sdpa")
+_MOST_STEPS = 1_000_000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 CONVERSION = "If you trust the file, load the pipeline with diffusers and write it again: pipe.save_pretrained(folder)"
 
@@ -108,12 +108,7 @@ def load_component(location: str, name: str, place: Any, dtype: torch.dtype) -> 
         loaded, report = component.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, **{dtype_name: dtype}
         )
-    for problem in ("missing_keys", "mismatched_keys"):
-        if keys := sorted(str(key) for key in report.get(problem) or ()):
-            raise ValueError(
-                f"component {name} of model {location!r} must hold every weight of a {component.__name__}; "
-                f"{len(keys)} {problem.replace('_', ' ')}: {_shortened(keys)}. Do the weights belong to another part?"
-            )
+    check_network(loaded, report, f"component {name} of model {location!r}")
     return loaded
 
 
@@ -133,24 +128,6 @@ def reading(location: str, name: str) -> Iterator[None]:
         ) from error
 
 
-def check_finite(location: str, name: str, component: nn.Module) -> None:
-    """Refuse a network with weights that are NaN or infinite, which a cast to half precision can make too.
-
-    Raises:
-        ValueError: naming the component and the weights.
-    """
-    weights = [(key, value) for key, value in component.state_dict().items() if value.is_floating_point()]
-    bounds = [torch.stack(torch.aminmax(value)).float().sum() for _, value in weights if value.numel()]
-    if not bounds or bool(torch.stack(bounds).isfinite().all()):
-        return
-    keys = [key for key, value in weights if not bool(value.isfinite().all())]
-    if keys:
-        raise ValueError(
-            f"component {name} of model {location!r} must have finite weights; in {weights[0][1].dtype} there are NaN "
-            f"or infinite values in {len(keys)} of {len(weights)}: {_shortened(keys)}"
-        )
-
-
 def _check_configuration(location: str, name: str, file: Path) -> None:
     """Refuse settings that lead to code or to other files; the libraries ignore `auto_map` without an Auto class."""
     if file.name == "adapter_config.json":
@@ -164,13 +141,13 @@ def _check_configuration(location: str, name: str, file: Path) -> None:
         raise ValueError(f"component {name} of model folder {location!r} has a {file.name} that is no JSON") from error
     if not isinstance(config, dict):
         raise ValueError(f"component {name} of model folder {location!r} must have an object in {file.name}")
-    for key in _NOT_FOLLOWED:
-        value = config.get(key)
-        if value is not None and not ("attn" in key and value in _ATTENTIONS):
-            raise ValueError(
-                f"component {name} of model folder {location!r} must not have {key} in its {file.name}, which is not "
-                f"followed; got {value!r}"
-            )
+    check_settings(config, f"component {name} of model folder {location!r}")
+    steps = config.get("num_train_timesteps", 1)
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= _MOST_STEPS:
+        raise ValueError(
+            f"num_train_timesteps of component {name} of model folder {location!r} must be an integer from 1 to "
+            f"{_MOST_STEPS}; got {steps!r}"
+        )
     if "_class_name" in config:  # diffusers looks it up
         component_class(location, name, ["diffusers", config["_class_name"]])
 
@@ -197,10 +174,5 @@ def _check_weight_files(location: str, name: str, folder: Path) -> None:
         if other := sorted(str(shard) for shard in shards if shard not in names):
             raise ValueError(
                 f"component {name} of model folder {location!r} must hold the safetensors that {index.name} names; "
-                f"missing {_shortened(other)}"
+                f"missing {shortened(other)}"
             )
-
-
-def _shortened(names: Iterable[str]) -> str:
-    first = list(names)
-    return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,8 @@ from ddpo_env.models.protocol import DiffusionModel
 from rewards import NonFinite
 
 _PIXELS_PER_CALL = 8 * 512 * 512
+_LARGEST_SCALE = 1e6
+"""Of latents, in size. Published VAEs have scales between 0.01 and 20."""
 
 
 class NonFiniteSampleError(ValueError):
@@ -61,7 +62,7 @@ def check_scaling(config: Any, source: str) -> None:
     """Refuse a VAE whose configuration cannot scale latents.
 
     Raises:
-        ValueError: naming the entry: `scaling_factor` and `latents_std` must be above 0, the shifts finite.
+        ValueError: naming the entry: `scaling_factor` and `latents_std` must be above 0, and no number is huge.
     """
     for name in ("scaling_factor", "latents_std", "latents_mean", "shift_factor"):
         given = config.get(name)
@@ -69,11 +70,11 @@ def check_scaling(config: Any, source: str) -> None:
         if given is None and name != "scaling_factor":
             continue
         for value in given if isinstance(given, list | tuple) else (given,):
-            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_SCALE
             if not is_number or (is_factor and value <= 0):
                 raise ValueError(
                     f"{name} in the configuration of component vae of model {source!r} must be "
-                    f"{'above 0' if is_factor else 'finite'}; got {given!r}"
+                    f"{'above 0 and ' if is_factor else ''}at most {_LARGEST_SCALE:g}; got {given!r}"
                 )
 
 

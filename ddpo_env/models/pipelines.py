@@ -20,7 +20,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers.utils import logging as transformers_logging
 
-from ddpo_env.models.components import CONVERSION, check_component, check_finite, load_component
+from ddpo_env.models.components import CONVERSION, check_component, load_component
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 """Names of the components that may be on another device than the rest: they move when there is something to encode."""
@@ -182,9 +182,6 @@ def load_pipeline(index: PipelineIndex, device: torch.device, dtype: torch.dtype
     with _without_progress_bars():
         pipeline = index.assemble(lambda name, place: load_component(index.location, name, place, dtype))
     pipeline.to(device)
-    for name, component in pipeline.components.items():
-        if isinstance(component, nn.Module):
-            check_finite(index.location, name, component)
     return pipeline
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -124,11 +125,17 @@ def _in_table(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, Any]
 
 def _parsed(where: str, text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_with_unique_keys)
+        return json.loads(text, object_pairs_hook=_with_unique_keys, parse_float=_finite, parse_constant=_finite)
     except RecursionError:
         raise ValueError(f"{where} must be JSON; it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{where} must be JSON; {error}") from error
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"a number must be finite; got {text}")
+    return number
 
 
 def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,7 +19,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from rewards.clip.open_clip import clip_from_open_clip
-from rewards.pretrained import ModelHolder, load_weights, resolve_source, resolve_weights
+from rewards.pretrained import (
+    ModelHolder,
+    check_finite,
+    check_settings,
+    load_network,
+    load_processor,
+    load_weights,
+    resolve_source,
+    resolve_weights,
+)
 from rewards.protocol import Images, Metadata, images_only
 
 
@@ -50,12 +59,15 @@ class ClipEmbedder:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
 
         if weights is None:
-            model = CLIPModel.from_pretrained(source, dtype=dtype, use_safetensors=True)
+            model = load_network(CLIPModel, source, dtype, use_safetensors=True)
         else:
-            model = clip_from_open_clip(load_weights(weights), CLIPConfig.from_pretrained(source), dtype)
+            settings, _ = CLIPConfig.get_config_dict(source)
+            check_settings(settings, f"model {source!r}")
+            model = clip_from_open_clip(load_weights(weights), CLIPConfig.from_dict(settings), dtype)
+            check_finite(model, f"weights {weights!r}")
         self.model = model.to(device).eval().requires_grad_(False)
-        self.image_processor = AutoImageProcessor.from_pretrained(processor, backend="pil")
-        self.tokenizer = AutoTokenizer.from_pretrained(processor)
+        self.image_processor = load_processor(AutoImageProcessor, processor, backend="pil")
+        self.tokenizer = load_processor(AutoTokenizer, processor)
         self.logit_scale = float(self.model.logit_scale.float().exp())
         self.image_size = int(self.model.config.vision_config.image_size)
         self._max_length = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)

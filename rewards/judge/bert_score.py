@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rewards.pretrained import ModelHolder, require, resolve_source
+from rewards.pretrained import ModelHolder, load_network, load_processor, require, resolve_source
 from rewards.registry import check_number
 
 DEFAULT_ENCODER = "microsoft/deberta-xlarge-mnli"
@@ -38,8 +38,8 @@ class TextEncoder:
         """Load both: safetensors, or PyTorch's format, which transformers reads with `weights_only=True`."""
         from transformers import AutoModel, AutoTokenizer
 
-        self.model = AutoModel.from_pretrained(source, dtype=dtype).to(device).eval().requires_grad_(False)
-        self.tokenizer = AutoTokenizer.from_pretrained(source)
+        self.model = load_network(AutoModel, source, dtype).to(device).eval().requires_grad_(False)
+        self.tokenizer = load_processor(AutoTokenizer, source)
         positions = getattr(self.model.config, "max_position_embeddings", 512)
         # The length of DeBERTa's tokenizer is 1e30, which overflows in its own truncation.
         self.tokenizer.model_max_length = min(self.tokenizer.model_max_length, positions, 512)

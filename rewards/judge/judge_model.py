@@ -6,7 +6,7 @@ care of this.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from rewards.pretrained import TINY, ModelHolder, resolve_source
+from rewards.pretrained import TINY, ModelHolder, load_network, load_processor, resolve_source
 from rewards.registry import check_number
 
 FAMILY_PACKAGES = ("torchvision", "num2words", "timm", "sentencepiece")
@@ -35,10 +35,10 @@ class VisionLanguageModel:
         """
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        self.processor = _from_pretrained(AutoProcessor, source)
+        self.processor = _naming_packages(source, load_processor, AutoProcessor, source)
         if not getattr(self.processor, "chat_template", None):
             raise ValueError(f"model {source!r} has no chat template, so it is not known how to ask it a question")
-        model = _from_pretrained(AutoModelForImageTextToText, source, dtype=dtype, use_safetensors=True)
+        model = _naming_packages(source, load_network, AutoModelForImageTextToText, source, dtype, use_safetensors=True)
         self.model = model.to(device).eval().requires_grad_(False)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"  # the answer must follow the question directly
@@ -124,9 +124,10 @@ def user_turn(question: str) -> list[dict[str, object]]:
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
 
 
-def _from_pretrained(loader: Any, source: str, **options: Any) -> Any:
+def _naming_packages(source: str, load: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Load something, and name the package that a family of judges needs and that is not installed."""
     try:
-        return loader.from_pretrained(source, **options)
+        return load(*arguments, **options)
     except (ImportError, ValueError) as error:  # transformers raises one of these for a missing package
         text = str(error).replace(source, "").lower()
         package = next((name for name in FAMILY_PACKAGES if name in text and find_spec(name) is None), None)
