@@ -1,8 +1,8 @@
 """Where the files of a pretrained model are, how they are read, and a cache that loads each model once per process.
 
 Every reward with a model loads it through this module. Files are data that somebody else may have written: no code of a
-model's repository runs, only tensors are unpickled, and no weight may be missing. Two rewards that use the same model on
-the same device share it until both have released it.
+model's repository runs, only tensors are unpickled, and no weight may be missing. Two rewards that use the same model
+on the same device share it until both have released it.
 """
 
 from __future__ import annotations

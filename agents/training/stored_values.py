@@ -82,6 +82,7 @@ def read_json(text: str) -> dict[str, Any]:
 
 def check_like(value: Any, like: Any, name: str) -> None:
     """Check that a value read from JSON has the keys and types of another one; what is in a list is free.
+
     A tuple, which JSON holds as a list, has a fixed length and types.
 
     Raises:

@@ -142,7 +142,7 @@ def _check_configuration(location: str, name: str, file: Path) -> None:
     if not isinstance(config, dict):
         raise ValueError(f"component {name} of model folder {location!r} must have an object in {file.name}")
     check_settings(config, f"component {name} of model folder {location!r}")
-    steps = config.get("num_train_timesteps", 1)
+    steps = config.get("num_train_timesteps", 1) if name == "scheduler" else 1  # an unconditional UNet has a null there
     if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= _MOST_STEPS:
         raise ValueError(
             f"num_train_timesteps of component {name} of model folder {location!r} must be an integer from 1 to "

@@ -74,7 +74,7 @@ def check_scaling(config: Any, source: str) -> None:
             if not is_number or (is_factor and value <= 0):
                 raise ValueError(
                     f"{name} in the configuration of component vae of model {source!r} must be "
-                    f"{'above 0 and ' if is_factor else ''}at most {_LARGEST_SCALE:g}; got {given!r}"
+                    f"{'above 0' if is_factor else 'finite'} and at most {_LARGEST_SCALE:g}; got {given!r}"
                 )
 
 

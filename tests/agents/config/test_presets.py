@@ -193,7 +193,7 @@ def test_help_shows_the_options_and_the_defaults_of_the_preset(capsys):
         (["--preset=sd14-aesthetic", "--algorithm=reinforce"], "updates_per_iteration must be 1 with reinforce"),
         (["--preset=sd14-aesthetic", "--prompts=animalz"], "prompts must be one of simple_animals, .*'animalz'"),
         (["--preset=sd14-aesthetic", "--reward=jpg"], "reward must be one of jpeg_compressibility, .*'jpg'"),
-        (["--preset=sd14-aesthetic", "--reward-options=factor=2"], "reward aesthetic must be .*'factor'"),
+        (["--preset=sd14-aesthetic", "--reward-options=factor=2"], "reward_options of aesthetic must be .* got factor"),
         (["--preset=sd14-alignment", "--reward-options", "server=ftp://x"], "server must be a URL .*'ftp://x'"),
         (["--preset=sd14-aesthetic", "--model=tinny"], "model must be a bundled name .*'tinny'"),
         (["--preset=sd14-aesthetic", "--device=cuda:99"], "device must be auto or one of cpu.*'cuda:99'"),

@@ -176,13 +176,13 @@ def test_weights_that_overflow_in_the_dtype_are_an_error(folder: Path) -> None:
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "1", None])
 def test_scaling_factor_must_be_a_scale(folder: Path, change: Change, value: Any) -> None:
     change("vae/config.json", {"scaling_factor": value})
-    with pytest.raises(ValueError, match=r"scaling_factor in the configuration of component vae .* above 0; got "):
+    with pytest.raises(ValueError, match="scaling_factor in the configuration of component vae .* above 0 and at most"):
         load_model(folder)
 
 
 def test_a_shift_must_be_finite(folder: Path, change: Change) -> None:
     change("vae/config.json", {"shift_factor": float("nan")})
-    with pytest.raises(ValueError, match="shift_factor in the configuration of component vae .* finite; got nan"):
+    with pytest.raises(ValueError, match="shift_factor in the configuration of component vae .* finite and at most"):
         load_model(folder)
 
 
