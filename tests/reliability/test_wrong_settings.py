@@ -19,8 +19,12 @@ IN_A_FILE = [(name, value) for name, value in IN_PYTHON if type(value) is not ob
 ON_THE_COMMAND_LINE = [(name, text) for name, hint in SETTINGS.items() for text in wrong_texts(hint)]
 
 
-def named(case: Any) -> str:
-    return shown(case)
+def mostly_slow(cases: list[tuple[str, Any]]) -> list[Any]:
+    """Return all cases; each ninth one runs in the quick suite too."""
+    return [
+        pytest.param(*case, marks=[pytest.mark.slow] if index % 9 else [], id=shown(case))
+        for index, case in enumerate(cases)
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -28,13 +32,15 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def check_python(name: str, value: Any) -> None:
+@pytest.mark.parametrize(("name", "value"), mostly_slow(IN_PYTHON))
+def test_wrong_settings_are_refused_in_python(name: str, value: Any) -> None:
     with pytest.raises((ValueError, TypeError)) as caught:
         check_run(train_config(**{name: value}), Processes())
     assert not (lacking := unclear(str(caught.value), name, value)), f"{lacking}: {caught.value}"
 
 
-def check_file(name: str, value: Any) -> None:
+@pytest.mark.parametrize(("name", "value"), mostly_slow(IN_A_FILE))
+def test_wrong_settings_are_refused_in_a_file(name: str, value: Any) -> None:
     settings = TrainConfig().as_dict()
     owner = next((one for one in settings.values() if isinstance(one, dict) and name in one), settings)
     owner[name] = value
@@ -49,7 +55,8 @@ def check_file(name: str, value: Any) -> None:
     assert name in str(caught.value) or "line " in str(caught.value)  # a line for what is no plain value
 
 
-def check_command_line(
+@pytest.mark.parametrize(("name", "text"), mostly_slow(ON_THE_COMMAND_LINE))
+def test_wrong_settings_are_refused_on_the_command_line(
     name: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     option = f"--{name.replace('_', '-')}"
@@ -62,40 +69,3 @@ def check_command_line(
     assert code == 2, printed
     assert not (lacking := unclear(printed, name, text)), f"{lacking}: {printed}"
     assert not list(Path().iterdir())
-
-
-@pytest.mark.parametrize(("name", "value"), IN_PYTHON[::9], ids=named)
-def test_some_wrong_settings_are_refused_in_python(name: str, value: Any) -> None:
-    check_python(name, value)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "value"), IN_PYTHON, ids=named)
-def test_every_wrong_setting_is_refused_in_python(name: str, value: Any) -> None:
-    check_python(name, value)
-
-
-@pytest.mark.parametrize(("name", "value"), IN_A_FILE[::9], ids=named)
-def test_some_wrong_settings_are_refused_in_a_file(name: str, value: Any) -> None:
-    check_file(name, value)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "value"), IN_A_FILE, ids=named)
-def test_every_wrong_setting_is_refused_in_a_file(name: str, value: Any) -> None:
-    check_file(name, value)
-
-
-@pytest.mark.parametrize(("name", "text"), ON_THE_COMMAND_LINE[::9], ids=named)
-def test_some_wrong_settings_are_refused_on_the_command_line(
-    name: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    check_command_line(name, text, monkeypatch, capsys)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "text"), ON_THE_COMMAND_LINE, ids=named)
-def test_every_wrong_setting_is_refused_on_the_command_line(
-    name: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    check_command_line(name, text, monkeypatch, capsys)

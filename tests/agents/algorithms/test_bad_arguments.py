@@ -11,6 +11,7 @@ from agents.algorithms.advantages import (
     LeaveOneOutAdvantage,
     PerPromptAdvantage,
 )
+from agents.algorithms.options import check_timesteps
 from agents.algorithms.ppo import PPO
 from agents.algorithms.reinforce import REINFORCE
 from agents.algorithms.rwr import RWR
@@ -123,3 +124,14 @@ def test_option_of_the_policy(name, values):
     for value in values:
         with pytest.raises(ValueError, match=f"{name} must be .*; got "):
             PolicyOptions(**{name: value})
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, 1.5, "10", None, True, 1e39])
+def test_learn_refuses_what_is_no_number_of_timesteps(value):
+    with pytest.raises((ValueError, TypeError), match="total_timesteps must be"):
+        check_timesteps(value)
+
+
+def test_learn_takes_numbers_of_timesteps_as_stable_baselines3_does():
+    for value in (0, 100, 1e5):
+        check_timesteps(value)

@@ -15,6 +15,7 @@ from helpers.scripts import MINIATURE, run_script
 import agents.training.run
 from agents import RunListener, prepare_run
 from agents.training.checkpoint import Snapshot, latest_checkpoint
+from agents.training.console import TensorBoardCurves
 from agents.training.preparation import run_training
 
 
@@ -160,6 +161,22 @@ def test_signal_while_an_iteration_is_logged_and_saved_comes_after_both(micro_pi
     assert run_training(micro_config(micro_pipeline_folder, tmp_path)).iterations == 2
     assert newest(tmp_path) == "iteration_000002"
     assert [row["time/iterations"] for row in rows(tmp_path)] == ["0", "1", "2"]
+
+
+def test_signal_while_the_run_starts_leaves_a_run_that_goes_on(finished, micro_pipeline_folder, monkeypatch, tmp_path):
+    start = TensorBoardCurves.__init__
+
+    def interrupted(self, *arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        start(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorBoardCurves, "__init__", interrupted)
+        assert run_training(micro_config(micro_pipeline_folder, tmp_path)).iterations == 0
+    assert newest(tmp_path) == "iteration_000000"
+    assert not (tmp_path / "error.txt").exists()
+    run_training(resume_config(tmp_path))
+    assert_same_run(tmp_path, finished.folder.path)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")

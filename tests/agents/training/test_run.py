@@ -1,5 +1,6 @@
 """A run as an object: whom it tells what, and when."""
 
+import pytest
 from helpers.micro_agents import micro_config
 from helpers.run_comparison import rows
 
@@ -41,3 +42,32 @@ def test_evaluations_stand_in_the_row_of_their_iteration(micro_pipeline_folder, 
     for iteration, mean in run.evaluations:
         assert float(table[iteration]) == mean
     assert table[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("iteration", -1),
+        ("iteration", 1.5),
+        ("iteration", True),
+        ("iteration", 2),
+        ("training_rewards", [float("nan")]),
+        ("training_rewards", ["1"]),
+        ("training_rewards", []),
+        ("evaluations", [[2, 0.5]]),
+        ("evaluations", [[0, float("inf")]]),
+        ("evaluations", [[0]]),
+        ("pretrained_std", -1.0),
+        ("pretrained_std", float("nan")),
+    ],
+)
+def test_state_that_no_run_has_is_refused_and_changes_nothing(micro_pipeline_folder, name, value):
+    run = prepare_run(micro_config(micro_pipeline_folder, None))
+    state = {"iteration": 1, "training_rewards": [0.5], "evaluations": [[0, 0.25]], "pretrained_std": 0.1}
+    run.load_state_dict(state)
+    before = run.state_dict()
+    with pytest.raises(
+        (ValueError, TypeError), match=r"(iteration|training_rewards|evaluations|pretrained_std).* must"
+    ):
+        run.load_state_dict({**state, "iteration": 1, name: value})
+    assert run.state_dict() == before

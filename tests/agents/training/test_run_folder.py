@@ -59,8 +59,14 @@ def test_folder_with_files_of_another_run_is_refused_and_named(tmp_path, file):
 
 def test_folder_of_a_start_that_was_killed_and_of_other_things_is_taken(tmp_path):
     (tmp_path / "notes.txt").touch()
+    folder = RunFolder(tmp_path)
+    folder.make()
+    folder.release()
+    part = tmp_path / "checkpoints" / ".iteration_000000.1.part"
+    part.mkdir()
     RunFolder(tmp_path).make()
-    (tmp_path / "checkpoints" / ".iteration_000000.1.part").mkdir()
+    assert (tmp_path / "notes.txt").is_file()
+    assert not part.exists()
 
 
 @pytest.mark.parametrize("link", ["samples", "policy/policy.json", "checkpoints/iteration_000001", "config.yaml.part"])
@@ -71,6 +77,22 @@ def test_run_with_a_link_in_it_is_not_resumed(tmp_path, link):
     path.symlink_to(tmp_path / "outside")
     with pytest.raises(ValueError, match=f"must not contain links.*{link}"):
         RunFolder(tmp_path / "run", resume=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in folders here")
+def test_run_with_a_pipe_in_it_is_not_resumed(tmp_path):
+    os.mkfifo(tmp_path / "progress.csv")  # reading it would wait forever
+    with pytest.raises(ValueError, match=r"must contain only files and folders; .*progress\.csv' is neither"):
+        RunFolder(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"iteration,reward\nx,1\n", b"iteration,reward\n1\n", b"iteration\n1,2\n", b'a\n"1\n']
+)
+def test_damaged_metrics_are_seen_before_anything_is_loaded(tmp_path, content):
+    (tmp_path / "progress.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"progress\.csv' must be the table of metrics that the run wrote; "):
+        RunFolder(tmp_path, resume=True)
 
 
 def test_folder_itself_may_be_a_link(tmp_path):

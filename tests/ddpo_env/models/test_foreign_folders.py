@@ -173,7 +173,7 @@ def test_weights_that_overflow_in_the_dtype_are_an_error(folder: Path) -> None:
         load_model(folder, dtype="float16")
 
 
-@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "1", None])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), 1e39, "1", None])
 def test_scaling_factor_must_be_a_scale(folder: Path, change: Change, value: Any) -> None:
     change("vae/config.json", {"scaling_factor": value})
     with pytest.raises(ValueError, match="scaling_factor in the configuration of component vae .* above 0 and at most"):

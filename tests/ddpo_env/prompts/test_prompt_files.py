@@ -31,6 +31,8 @@ REFUSED: list[tuple[str, bytes, str]] = [
     ("form_feed.txt", b"a cat\x0ca dog\n", "line 1 must be text without control characters"),
     ("twice.csv", b"prompt,prompt\na cat,a dog\n", "must name each column once; it has prompt, prompt"),
     ("twice.jsonl", b'{"prompt": "a cat", "prompt": "a dog"}\n', "line 1 must be JSON; an object has a key twice"),
+    ("huge.jsonl", b'{"prompt": "a cat", "x": 1e999}\n', "line 1 must be JSON; a number must be finite; got 1e999"),
+    ("nan.json", b'[{"prompt": "a cat", "x": NaN}]', "a number must be finite; got NaN"),
     ("deep.jsonl", b'{"prompt": "a", "x": ' + b"[" * 900 + b"]" * 900 + b"}", "metadata that copy.deepcopy can copy"),
     ("list.txt", b'[\n  "a cat",\n  "a dog"\n]\n', "holds JSON: name it .json"),
     ("none.jsonl", b'{"tag": "colors"}\n', "line 1 must have an entry prompt or text or caption; it has tag"),
