@@ -336,8 +336,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         """Begin episodes; return `infos` with theirs added."""
         if not start.prompts:
             return infos
-        rows = torch.as_tensor(start.indices, device=self.device)
-        self._latents = self._latents.index_copy(0, rows, start.latents.to(self.device))
+        rows = copied_to(start.indices, self.device)
+        self._latents = self._latents.index_copy(0, rows, copied_to(start.latents, self.device))
         for name, embeds in start.conditioning.items():
             self._conditioning[name] = self._conditioning[name].index_copy(0, rows, embeds)
         self._step_index[start.indices] = 0
@@ -348,7 +348,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
 
     def _score(self, indices: npt.NDArray[np.intp], latents: Tensor) -> tuple[npt.NDArray[np.float64], dict[str, Any]]:
         """Decode the last latents and ask the reward; return scores and infos of the sub-environments `indices`."""
-        finals = latents[torch.as_tensor(indices, device=self.device)]
+        finals = latents[copied_to(indices, self.device)]
         if not bool(torch.isfinite(finals).all()):
             raise ValueError("actions must be finite; the last latents of an episode have NaN or infinite values")
         samples, finite = decode_samples(self.model, finals, self._prompts[indices].tolist(), self.non_finite_rewards)

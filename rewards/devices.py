@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -71,3 +72,10 @@ def copied_to(values: Any, device: str | torch.device) -> torch.Tensor:
     copy to MPS waits. Values that are on the device already are not copied.
     """
     return torch.as_tensor(values).to(device, non_blocking=torch.device(device).type != "mps")
+
+
+def read_numbers(scalars: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Return scalar tensors of one device, or of the host, as numbers; the host waits for the device once."""
+    moved = [one.detach().to(widest_float(one.device)) for one in scalars.values() if one.device.type != "cpu"]
+    read = iter(torch.stack(moved).tolist() if moved else ())
+    return {name: next(read) if one.device.type != "cpu" else float(one) for name, one in scalars.items()}

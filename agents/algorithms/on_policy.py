@@ -40,7 +40,7 @@ from agents.algorithms.timesteps import choose_steps
 from agents.distributed import Maximum, Metric, Rows
 from agents.rollout.buffer import Transitions
 from ddpo_env.validation.options import Range, check_value, shows_options, split_options
-from rewards.devices import copied_to
+from rewards.devices import copied_to, read_numbers
 
 Metrics = defaultdict[str, list[float]]
 
@@ -239,7 +239,7 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         if reference_kl := [one.reference_kl for one in evaluated if one.reference_kl is not None]:
             drift["kl_to_pretrained"] = torch.cat(reference_kl).mean()
         weight = rows.count / len(indices)
-        return {name: float(self.processes.sum(value * weight)) for name, value in drift.items()}
+        return read_numbers({name: self.processes.sum(value * weight) for name, value in drift.items()})
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -274,9 +274,9 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
             own = self._accumulate(indices)
         except BaseException as error:  # SystemExit too: the other processes would wait
             failure = error
-        for name, value in self.processes.combine(self._learning_parameters(), own, failure).items():
+        for name, value in read_numbers(self.processes.combine(self._learning_parameters(), own, failure)).items():
             if name != "ratio_deviation" or not metrics[name]:  # only the first update of an iteration is on-policy
-                metrics[name].append(float(value))
+                metrics[name].append(value)
         target_kl = self.options.target_kl
         if target_kl is not None and metrics["approx_kl"] and metrics["approx_kl"][-1] > 1.5 * target_kl:
             return False
@@ -310,22 +310,22 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         """Clip the accumulated gradient and take the optimizer's step."""
         optimizer = self.policy.optimizer
         self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-        if not torch.isfinite(norm) and self.scaler.get_scale() <= 1:
+        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm))
+        if not math.isfinite(norm) and self.scaler.get_scale() <= 1:
             loss = metrics["loss"][-1] if metrics["loss"] else "not logged"
             error = FloatingPointError(
                 f"the gradient is not finite after {self._n_updates} updates (loss {loss}): "
                 "lower learning_rate or clip_range, or train in float32"
             )
             raise self.processes.mark_agreed(error)
-        if torch.isfinite(norm):
-            metrics["grad_norm"].append(float(norm))
+        if math.isfinite(norm):
+            metrics["grad_norm"].append(norm)
             self._n_updates += 1
         if self.scaler.is_enabled():
-            metrics["overflowed_updates"].append(float(not torch.isfinite(norm)))
+            metrics["overflowed_updates"].append(float(not math.isfinite(norm)))
         self.scaler.step(optimizer)  # skips a step whose gradient overflowed float16, and lowers the scale
         self.scaler.update()
-        if self.ema is not None and torch.isfinite(norm):
+        if self.ema is not None and math.isfinite(norm):
             self.ema.step(self._learning_parameters())
 
     def _batches(self, indices: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:

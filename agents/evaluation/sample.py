@@ -135,7 +135,9 @@ def generate(arguments: SampleArguments) -> tuple[list[NDArray[np.uint8]], list[
     from ddpo_env.models import load_model
     from ddpo_env.models.families.text_to_image import TextToImageModel
 
-    model = load_model(arguments.model, arguments.device, resolution=arguments.resolution)
+    model = load_model(
+        arguments.model, arguments.device, resolution=arguments.resolution, offload_text_encoder=False
+    )  # the pipeline encodes by itself, on its device
     if not isinstance(model, TextToImageModel):
         raise ValueError(f"model must be a text-to-image pipeline; got {arguments.model!r}, a {type(model).__name__}")
     pipeline: Any = model.pipeline

@@ -60,21 +60,31 @@ def largest_fitting(most: int, call: Callable[[int], None]) -> int:
 
 
 def _training_call(algorithm: TensorOnPolicyAlgorithm, policy: DiffusionPolicy, rows: int) -> None:
-    """Run one training call on zeros, beside what the optimizer and the averaged weights will hold."""
+    """Run one training call on zeros, beside everything that an update holds meanwhile.
+
+    That is the gradients of the calls before it, the optimizer's state, the averaged weights, and the conditioning of
+    all episodes of the rollout. The rollout's latents are allocated already.
+    """
     learning = policy.trainable_parameters()
-    copies = 2 + bool(algorithm.options.ema_decay)
-    held = [torch.empty_like(weight) for weight in learning for _ in range(copies)]
-    latents = torch.zeros(rows, *policy.model.latent_shape, device=policy.device)
-    observation = {
-        name: torch.zeros(rows, *shape, device=policy.device)
-        for name, shape in policy.model.conditioning_shapes.items()
-    }
+    steps = algorithm.n_steps * algorithm.n_envs * algorithm.processes.count
+    observation = _zeros(policy, rows)
+    held = [torch.empty_like(weight) for weight in learning for _ in range(2 + bool(algorithm.options.ema_decay))]
+    held += _zeros(policy, -(-steps // policy.num_inference_steps)).values()
+    for weight in learning:
+        weight.grad = torch.zeros_like(weight)
     timestep = policy.sampler.timesteps[:1].to(policy.device, torch.float32).expand(rows)
+    latents, actions = (torch.zeros(rows, *policy.model.latent_shape, device=policy.device) for _ in range(2))
     observation |= {"latents": latents, "timestep": timestep}
     try:
         evaluate = policy.evaluate_with_reference if algorithm.options.kl_coef else policy.evaluate_actions
-        evaluate(observation, latents)[1].mean().backward()
+        evaluate(observation, actions)[1].mean().backward()
     finally:
         for weight in learning:
             weight.grad = None
         del held
+
+
+def _zeros(policy: DiffusionPolicy, rows: int) -> dict[str, torch.Tensor]:
+    """Return conditioning of `rows` rows on the policy's device."""
+    shapes = policy.model.conditioning_shapes
+    return {name: torch.zeros(rows, *shape, device=policy.device) for name, shape in shapes.items()}

@@ -163,7 +163,7 @@ class TensorRolloutBuffer:
         self.contexts += [context for context, new in zip(contexts, begins, strict=True) if new]
         observation = observation if isinstance(observation, dict) else {"": observation}
         if begins.any():
-            rows = torch.as_tensor(np.flatnonzero(begins), device=self.device)
+            rows = copied_to(np.flatnonzero(begins), self.device)
             for name, stored in self._segment_observations.items():
                 stored.append(observation[name].to(self.device)[rows])
         for name, store in self._step_observations.items():
@@ -262,7 +262,7 @@ class TensorRolloutBuffer:
             following = self.rewards[step] + self.gamma * following
             returns[step] = following
             following = np.where(self.episode_starts[step], 0.0, following)
-        self.returns = torch.as_tensor(returns, dtype=torch.float32, device=self.device)
+        self.returns = copied_to(returns.astype(np.float32), self.device)
 
     def segment_returns(self) -> npt.NDArray[np.float64]:
         """Return the sum of rewards of each segment, `(len(contexts),)`."""
@@ -288,7 +288,7 @@ class TensorRolloutBuffer:
         Removed steps get 0.
         """
         values = np.append(segment_values, 0.0)  # `DROPPED` is the index of the last one
-        return torch.as_tensor(values[self.segments], dtype=torch.float32, device=self.device)
+        return copied_to(values[self.segments].astype(np.float32), self.device)
 
     def __getitem__(self, indices: npt.NDArray[np.int64]) -> Transitions:
         """Return the transitions at flat indices `step * n_envs + sub-environment`."""

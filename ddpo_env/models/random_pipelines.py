@@ -93,7 +93,7 @@ def build_pipeline(
         raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}; got {architecture!r}")
     described = ARCHITECTURES[architecture]
     encoders = [name for name in ("text_encoder", "text_encoder_2") if name in described]
-    with torch.random.fork_rng(), torch.device(device), _default_dtype(dtype):
+    with torch.random.fork_rng(range(torch.cuda.device_count())), torch.device(device), _default_dtype(dtype):
         torch.manual_seed(seed)
         components = {name: build_component(architecture, name) for name in (*encoders, "unet", "vae")}
     for name in encoders:

@@ -142,10 +142,10 @@ class BertScoreRecall(ModelHolder[TextEncoder]):
         scores = bert_score(
             preds=[candidate for candidate, _ in pairs],
             target=[reference for _, reference in pairs],
-            model=self.loaded.model,
+            model=torch.nn.Identity(),  # the encoder would be moved to the device, and `look_up` needs none
             user_tokenizer=self.loaded.tokenizer,
             user_forward_fn=look_up,
-            device=str(self.device),
+            device="cpu",  # where the states are
             max_length=max(len(ids) for ids in states),
             truncation=True,
         )

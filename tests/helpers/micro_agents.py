@@ -117,7 +117,7 @@ def stir(policy: DiffusionPolicy, scale: float = 0.2, seed: int = 1) -> Diffusio
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.trainable_parameters():
-            parameter += scale * torch.randn(parameter.shape, generator=generator)
+            parameter += scale * torch.randn(parameter.shape, generator=generator).to(parameter.device)
     return policy
 
 
