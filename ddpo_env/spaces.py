@@ -45,6 +45,7 @@ class ModelHandle:
         device: device of the model, e.g. `"cuda:0"`.
         dtype: dtype of its frozen weights, e.g. `"float32"`.
         resolution: side of the images in pixels if it is not the model's own, else `None`.
+        pipeline_arguments: of every call of the model's pipeline.
         num_inference_steps: length of an episode, which fixes the timesteps.
         identity: what tells the model's weights from others in any process, see `ModelAbilities.identity`.
         scheduler: class of the model's scheduler, and a hash of its configuration.
@@ -54,6 +55,7 @@ class ModelHandle:
     device: str
     dtype: str
     resolution: int | None
+    pipeline_arguments: Mapping[str, Any]
     num_inference_steps: int
     identity: str
     scheduler: str
@@ -66,6 +68,7 @@ class ModelHandle:
             device=str(weight.device),
             dtype=str(weight.dtype).removeprefix("torch."),
             resolution=abilities_of(model).resolution,
+            pipeline_arguments=dict(abilities_of(model).arguments),
             num_inference_steps=num_inference_steps,
             identity=abilities_of(model).identity or model.source,
             scheduler=_describe(model.scheduler),
@@ -73,8 +76,8 @@ class ModelHandle:
         )
 
     def is_same_task(self, other: ModelHandle) -> bool:
-        """Whether the other has the same weights, resolution and timesteps, from any folder, in any dtype."""
-        names = ("identity", "resolution", "num_inference_steps", "scheduler")
+        """Whether the other has the same weights, sizes and timesteps, from any folder, in any dtype."""
+        names = ("identity", "resolution", "pipeline_arguments", "num_inference_steps", "scheduler")
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
     @cached_property
@@ -84,7 +87,7 @@ class ModelHandle:
         Raises:
             ValueError: in a process to which the handle was pickled, for a model object that is not there.
         """
-        return load_model(self.source, self.device, self.dtype, self.resolution)
+        return load_model(self.source, self.device, self.dtype, self.resolution, self.pipeline_arguments)
 
     def __copy__(self) -> ModelHandle:
         return self

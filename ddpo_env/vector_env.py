@@ -90,11 +90,11 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
     | `prompts` | `"simple_animals"` | named set, file, strings or callable |
     | `num_inference_steps` | 20 | number of actions in an episode |
     | `max_episode_steps` | `None` | must be `None`: an episode always has `num_inference_steps` |
-    | `device` | `"auto"` | device of text encoder and decoder |
-    | `dtype` | `"auto"` | dtype of the frozen weights: float32 on a CPU, bfloat16 on an accelerator |
+    | `device`, `dtype` | `"auto"` | of the frozen weights: float32 on a CPU, bfloat16 on an accelerator |
     | `backend` | `"numpy"` | `"torch"`: observations are tensors on `device`; rewards and flags stay NumPy |
     | `autoreset_mode` | `"NextStep"` | `gymnasium.vector.AutoresetMode` or its value |
     | `resolution` | `None` | side of the images in pixels; default: the model's own |
+    | `pipeline_arguments` | `None` | arguments of every call of the model's pipeline, such as `{"num_frames": 17}` |
     | `samples_per_prompt` | 1 | number of consecutive sub-environments that share a prompt |
     | `part` | `(0, 1)` | `(i, n)`: part `i` of the `n` equal parts of a larger batch; see below |
     | `deferred_rewards` | `False` | compute rewards in a thread while the environment continues; see below |
@@ -105,13 +105,12 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
 
     With `part`, several processes share a batch, and each has `num_envs` of its sub-environments: number `j` of part
     `i` starts as number `i * num_envs + j` of the whole batch, groups included. A list of seeds must count up by one.
-    `load_state_dict` takes the state of the whole batch. A `rewards.TwoStageReward` then only measures: the reward of
-    the last step is 0, and the last info has a `deferred_reward` with a `measurement()`.
+    `load_state_dict` takes the state of the whole batch. A `rewards.TwoStageReward` then only measures: the last reward
+    is 0, and the last info has a `deferred_reward` with a `measurement()`.
 
-    With `deferred_rewards=True`, a step that ends episodes returns before the reward is called. The reward of this step
-    is 0, and the last info has `deferred_reward` (`ddpo_env.DeferredReward`: `done()`, `result()`, `details()`) instead
-    of `reward_details`. `result()` raises an exception of the reward; if nobody has seen it, the next step raises it.
-    `reset`, `state_dict`, `load_state_dict`, `close` wait for it.
+    With `deferred_rewards=True`, a step that ends episodes returns before the reward is called: its reward is 0, and
+    the last info has `deferred_reward` (`ddpo_env.DeferredReward`: `done()`, `result()`, `details()`) instead of
+    `reward_details`. `result()` raises the reward's exception, or else the next step; `reset`, `close` wait for it.
 
     ```python
     >>> import gymnasium as gym
@@ -156,6 +155,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         resolution: int | None = None,
+        pipeline_arguments: Mapping[str, Any] | None = None,
         backend: str = "numpy",
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         samples_per_prompt: int = 1,
@@ -172,7 +172,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         if part[1] > 1:
             check_shareable(self.reward)
         self.prompts = load_prompts(prompts)
-        self.model = load_model(model, device, dtype, resolution)
+        self.model = load_model(model, device, dtype, resolution, pipeline_arguments)
         validation.check_reward_and_rendering(self.model, self.reward, render_mode)
         self.device = next(self.model.denoiser.parameters()).device
         self.num_envs = num_envs
@@ -348,12 +348,12 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
 
     def _score(self, indices: npt.NDArray[np.intp], latents: Tensor) -> tuple[npt.NDArray[np.float64], dict[str, Any]]:
         """Decode the last latents and ask the reward; return scores and infos of the sub-environments `indices`."""
-        finals = latents[copied_to(indices, self.device)]
-        if not bool(torch.isfinite(finals).all()):
+        if not bool(torch.isfinite(finals := latents[copied_to(indices, self.device)]).all()):
             raise ValueError("actions must be finite; the last latents of an episode have NaN or infinite values")
         samples, finite = decode_samples(self.model, finals, self._prompts[indices].tolist(), self.non_finite_rewards)
         scored = indices[finite]
-        prompts, metadata = [self._prompts[i] for i in scored], [self._prompt_metadata[i] for i in scored]
+        prompts, own = [self._prompts[i] for i in scored], abilities_of(self.model).sample_metadata
+        metadata = [{**own, **self._prompt_metadata[i]} for i in scored]
         answers = iter(self._caller.submit(self.reward, samples[finite], prompts, metadata) if finite.any() else ())
         scores = np.zeros(len(indices))
         infos: dict[str, Any] = {}

@@ -4,7 +4,8 @@ In come decoded images (or other arrays), their prompts and metadata; out come o
 """
 
 from rewards.composite import check_shareable, is_stateful
-from rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
+from rewards.formulas.jpeg import jpeg_compressibility, jpeg_incompressibility
+from rewards.kinds import SampleKind, are_images, images_only, kind_of, kinds_of, takes
 from rewards.protocol import (
     Details,
     Freezable,
@@ -18,11 +19,8 @@ from rewards.protocol import (
     StatefulReward,
     TwoStageReward,
     Unloadable,
-    are_images,
     combine_measurements,
     evaluate_reward,
-    images_only,
-    is_images_only,
     measure_reward,
     reward_name,
 )
@@ -38,6 +36,7 @@ __all__ = [
     "Metadata",
     "NonFinite",
     "Reward",
+    "SampleKind",
     "Samples",
     "StatefulReward",
     "TwoStageReward",
@@ -48,13 +47,15 @@ __all__ = [
     "configured_reward",
     "evaluate_reward",
     "images_only",
-    "is_images_only",
     "is_stateful",
     "jpeg_compressibility",
     "jpeg_incompressibility",
+    "kind_of",
+    "kinds_of",
     "load_reward",
     "measure_reward",
     "parse_options",
     "per_sample",
     "reward_name",
+    "takes",
 ]

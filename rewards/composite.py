@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from rewards.kinds import KINDS, SampleKind, kinds_of
 from rewards.protocol import (
     Details,
     Freezable,
@@ -31,7 +32,6 @@ from rewards.protocol import (
     Unloadable,
     combine_measurements,
     evaluate_reward,
-    is_images_only,
     is_torch_module,
     measure_reward,
     reward_name,
@@ -207,9 +207,9 @@ class Composite:
         self._is_frozen = False
 
     @property
-    def images_only(self) -> bool:
-        """Whether a term takes only images."""
-        return any(is_images_only(reward) for reward in self.rewards.values())
+    def sample_kinds(self) -> tuple[SampleKind, ...]:
+        """The kinds of samples that every term takes."""
+        return tuple(kind for kind in KINDS if all(kind in kinds_of(reward) for reward in self.rewards.values()))
 
     def __call__(
         self, images: Samples, prompts: Sequence[str], metadata: Metadata

@@ -12,13 +12,15 @@ import math
 import os
 import reprlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from rewards.kinds import described, kind_of, kinds_of
 
 Images: TypeAlias = NDArray[np.uint8]
 """RGB images, (batch, height, width, 3), with values from 0 to 255."""
@@ -37,8 +39,6 @@ NonFinite: TypeAlias = Literal["raise", "keep"]
 
 LARGEST_SCORE = float(np.finfo(np.float32).max)
 """Training computes with float32, in which a larger score is infinite."""
-
-_Marked = TypeVar("_Marked", bound=Callable[..., Any])
 
 
 @runtime_checkable
@@ -131,32 +131,6 @@ class Freezable(Protocol):
     def frozen(self) -> AbstractContextManager[None]:
         """Return a context in which calls do not change the state."""
         ...
-
-
-@runtime_checkable
-class _MarkedReward(Protocol):
-    """A reward that says whether it takes only images."""
-
-    @property
-    def images_only(self) -> bool: ...
-
-
-def images_only(reward: _Marked) -> _Marked:
-    """Mark a reward function or class as one that takes only images; `evaluate_reward` then refuses other samples."""
-    reward.images_only = True  # type: ignore[attr-defined]
-    return reward
-
-
-def is_images_only(reward: object) -> bool:
-    """Whether a reward is marked by `images_only`."""
-    return isinstance(reward, _MarkedReward) and bool(reward.images_only)
-
-
-def are_images(samples: object) -> bool:
-    """Whether samples are images: a uint8 array (batch, height, width, 3)."""
-    return (
-        isinstance(samples, np.ndarray) and samples.dtype == np.uint8 and samples.ndim == 4 and samples.shape[-1] == 3
-    )
 
 
 def reward_name(reward: object) -> str:
@@ -285,10 +259,9 @@ def _check_batch(reward: object, samples: Samples, prompts: Sequence[str], metad
     if not isinstance(samples, np.ndarray) or not samples.ndim:
         given = "one without axes" if isinstance(samples, np.ndarray) else type(samples).__name__
         raise ValueError(f"samples must be a NumPy array whose first axis is the batch; got {given}")
-    if is_images_only(reward) and not are_images(samples):
+    if kind_of(samples) not in (kinds := kinds_of(reward)):
         raise ValueError(
-            f"reward {reward_name(reward)} scores images, a uint8 array (batch, height, width, 3);"
-            f" got {samples.dtype} of shape {samples.shape}"
+            f"reward {reward_name(reward)} scores {described(kinds)}; got {samples.dtype} of shape {samples.shape}"
         )
     if not len(prompts) == len(metadata) == len(samples):
         raise ValueError(

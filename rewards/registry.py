@@ -35,16 +35,17 @@ from rewards.protocol import (
 )
 
 BUILTIN_REWARDS: dict[str, str] = {
-    "jpeg_compressibility": "rewards.jpeg:jpeg_compressibility",
-    "jpeg_incompressibility": "rewards.jpeg:jpeg_incompressibility",
+    "jpeg_compressibility": "rewards.formulas.jpeg:jpeg_compressibility",
+    "jpeg_incompressibility": "rewards.formulas.jpeg:jpeg_incompressibility",
     "aesthetic": "rewards.clip.aesthetic:Aesthetic",
     "clip_score": "rewards.clip.clip_score:ClipScore",
     "pickscore": "rewards.clip.preference:PickScore",
     "hps_v2": "rewards.clip.preference:HPSv2",
     "vlm_alignment": "rewards.judge.alignment:VlmAlignment",
     "vlm_vqa": "rewards.judge.vqa:VlmVqa",
-    "points_ring": "rewards.points:ring",
-    "points_mixture": "rewards.points:mixture",
+    "temporal_consistency": "rewards.formulas.video:temporal_consistency",
+    "points_ring": "rewards.formulas.points:ring",
+    "points_mixture": "rewards.formulas.points:mixture",
 }
 """Name to `module:attribute`, where the attribute is a reward function, or a class whose instances are rewards."""
 
@@ -105,7 +106,7 @@ def configured_reward(spec: str | Callable[..., Any], options: Mapping[str, Any]
     return load_reward(spec, options=options)
 
 
-def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
+def parse_options(pairs: Iterable[str], setting: str = "reward_options") -> dict[str, Any]:
     """Turn `key=value` pairs of a command line, such as `judge_options.timeout=30`, into a nested dictionary.
 
     A dot in a key separates levels, except before the colon of `module:function.key`, where a term of a weighted sum is
@@ -122,14 +123,14 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
         first, *others = rest.split(".")
         *levels, last = [module + colon + first, *others]
         if not equals or not all([*levels, last]):
-            raise ValueError(f"reward_options must be key=value pairs, such as judge_options.timeout=30; got {pair!r}")
+            raise ValueError(f"{setting} must be key=value pairs, such as judge_options.timeout=30; got {pair!r}")
         inner = options
         for name in levels:
             inner = inner.setdefault(name, {})
             if not isinstance(inner, dict):
-                raise ValueError(f"reward_options must not give {name} a value and options of its own; got {pair!r}")
+                raise ValueError(f"{setting} must not give {name} a value and options of its own; got {pair!r}")
         if last in inner:
-            raise ValueError(f"reward_options must name each key once; {key} comes again in {pair!r}")
+            raise ValueError(f"{setting} must name each key once; {key} comes again in {pair!r}")
         inner[last] = _scalar(text)
     return options
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from agents.algorithms import advantages
 from agents.policy.diffusion_policy import DiffusionPolicy
 from ddpo_env.models import load_model
+from ddpo_env.models.loading import plain_arguments
 from ddpo_env.spaces import DenoisingObservationSpace
 
 SavePath = str | Path | io.BufferedIOBase
@@ -310,6 +311,7 @@ def _encoded_space(space: spaces.Space[Any]) -> Any:
             "kind": "denoising",
             "model": handle.source,
             "resolution": handle.resolution,
+            "pipeline_arguments": plain_arguments(handle.model),
             "num_inference_steps": handle.num_inference_steps,
         }
     if isinstance(space, spaces.Dict):
@@ -337,7 +339,7 @@ def _decoded_space(space: Any, device: Any) -> spaces.Space[Any]:
     settings = dict(space)
     kind = settings.pop("kind")
     if kind == "denoising":
-        model = load_model(settings["model"], device, resolution=settings["resolution"])
+        model = load_model(settings["model"], device, "auto", settings["resolution"], settings["pipeline_arguments"])
         return DenoisingObservationSpace(model, settings["num_inference_steps"])
     if kind == "Dict":
         return spaces.Dict({name: _decoded_space(one, device) for name, one in settings["spaces"].items()})

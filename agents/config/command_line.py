@@ -1,11 +1,11 @@
-"""The command line of `ddpo-train`: every setting of a run, on top of a preset where one is named."""
+"""Command lines that take every setting of a run, on top of a preset where one is named: that of `ddpo-train`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import tyro
 
@@ -15,16 +15,24 @@ from agents.terminal import print_error
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommandLine(TrainConfig):
-    """What a user asked for: the settings of a run, and whether to run it."""
-
-    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Check the settings, print the plan and stop; nothing is loaded, downloaded or written."""
+class SettingsLine(TrainConfig):
+    """A command line with the settings of a run; a command derives from it and adds its own arguments."""
 
     @property
     def config(self) -> TrainConfig:
         """The settings alone, with a note of which ones were given."""
         return TrainConfig(**_settings(self)).with_given(self._given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandLine(SettingsLine):
+    """What a user of `ddpo-train` asked for: the settings of a run, and whether to run it."""
+
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Check the settings, print the plan and stop; nothing is loaded, downloaded or written."""
+
+
+_Line = TypeVar("_Line", bound=SettingsLine)
 
 
 @dataclass(kw_only=True)
@@ -35,9 +43,17 @@ class _Preset:
 
 
 def parse_command_line(args: Sequence[str] | None = None, description: str | None = None) -> CommandLine:
-    """Parse the command line; its settings override the preset's, in any order.
+    """Parse the command line of `ddpo-train`; see `parse_settings_line`."""
+    return parse_settings_line(CommandLine, args, description)
+
+
+def parse_settings_line(
+    command: type[_Line], args: Sequence[str] | None = None, description: str | None = None
+) -> _Line:
+    """Parse a command line with the settings of a run; they override the preset's, in any order.
 
     Args:
+        command: what is parsed.
         args: default: the program's arguments.
         description: text of `--help`.
 
@@ -46,17 +62,16 @@ def parse_command_line(args: Sequence[str] | None = None, description: str | Non
     """
     arguments = list(sys.argv[1:] if args is None else args)
     name = _preset_in(arguments)
-    default = CommandLine() if name is None else CommandLine(**_settings(preset_config(name)))
+    default = command() if name is None else command(**_settings(preset_config(name)))
     try:
         _refuse_empty(arguments)
-        line = tyro.cli(
-            Annotated[CommandLine, tyro.conf.OmitArgPrefixes], args=arguments, description=description, default=default
-        )
+        kind: Any = Annotated[command, tyro.conf.OmitArgPrefixes]
+        line = tyro.cli(kind, args=arguments, description=description, default=default)
     except ValueError as error:
         print_error(error)
         raise SystemExit(2) from error
     given = {flag.removeprefix("no_") for flag in _flags(arguments)}
-    return cast(CommandLine, line.with_given(given & line.flat().keys()))
+    return cast(_Line, line.with_given(given & line.flat().keys()))
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:

@@ -6,13 +6,14 @@ Sizes count samples. One sample is one trajectory of `num_inference_steps` trans
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from agents.algorithms.rollout_algorithm import NonFiniteRewards
 from agents.algorithms.rwr import PERCENTILE
 from ddpo_env.validation.options import DECAY, Range, check_fields
+from rewards import parse_options
 
 MOST = Range(at_least=1, at_most=1_000_000)
 """Numbers of samples, steps and iterations."""
@@ -94,6 +95,8 @@ class RunSettings(_Checked):
     """Of the frozen weights. auto: bfloat16 on an accelerator that has it, else float32; what learns is float32."""
     resolution: Annotated[int | None, Range(at_least=1, at_most=65_536)] = None
     """Side of the images in pixels, for text-to-image models. Default: the model's own."""
+    pipeline_arguments: tuple[str, ...] = ()
+    """Arguments of every call of the model's pipeline as key=value, such as num_frames=17, or height=832 width=1216."""
     offload_text_encoder: bool | None = None
     """Keep the text encoders on the accelerator only while they encode. Default: yes; no effect on a CPU."""
     vae_tiling: bool = False
@@ -112,3 +115,8 @@ class RunSettings(_Checked):
     """Of the files that describe the model, if it is a folder: a resumed run takes no other model of the same name."""
     prompts_sha256: Annotated[str | None, tyro.conf.Suppress] = None
     """Of the prompt file, if there is one."""
+
+    @property
+    def size(self) -> tuple[int | None, dict[str, Any]]:
+        """The resolution, and the arguments of the pipeline's call."""
+        return self.resolution, parse_options(self.pipeline_arguments, "pipeline_arguments")

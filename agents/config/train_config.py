@@ -168,6 +168,7 @@ class TrainConfig:
         config._check_algorithm()
         config._check_sizes(processes)
         parse_options(self.reward_options)
+        parse_options(self.run.pipeline_arguments, "pipeline_arguments")
         return config
 
     @property

@@ -150,7 +150,7 @@ def _episode(policy: DiffusionPolicy, env: DenoisingVectorEnv, prompts: list[str
     texts = [prompt if isinstance(prompt, str) else prompt[0] for prompt in prompts]
     samples = pictures = infos["image"] if "image" in infos else infos["sample"]
     abilities = abilities_of(env.model)
-    if not abilities.draws_images:  # the last action is the final latent
+    if abilities.sample_kind != "image":  # the last action is the final latent
         pictures = abilities.render(actions).cpu().numpy() if abilities.can_render else None
     return Evaluation(samples, texts, rewards, details, pictures, measurements)
 

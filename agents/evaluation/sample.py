@@ -132,42 +132,36 @@ def generate(arguments: SampleArguments) -> tuple[list[NDArray[np.uint8]], list[
         ValueError: for a model that is no text-to-image pipeline, or a resolution that it cannot have.
         OSError: for a model that cannot be downloaded.
     """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
     from ddpo_env.models import load_model
-    from ddpo_env.models.families.text_to_image import TextToImageModel
+    from ddpo_env.models.families.pipeline_model import PipelineModel
+    from ddpo_env.sampler.scheduler_table import ddim_of
 
     model = load_model(
         arguments.model, arguments.device, resolution=arguments.resolution, offload_text_encoder=False
     )  # the pipeline encodes by itself, on its device
-    if not isinstance(model, TextToImageModel):
+    if not isinstance(model, PipelineModel) or model.sample_kind != "image":
         raise ValueError(f"model must be a text-to-image pipeline; got {arguments.model!r}, a {type(model).__name__}")
     pipeline: Any = model.pipeline
-    scheduler, options = _sampler(pipeline, model.guidance_embeds, arguments)
-    height, width = (side * pipeline.vae_scale_factor for side in model.latent_shape[-2:])
+    options = model.pipeline_call(arguments.guidance_scale) | {"num_inference_steps": arguments.num_inference_steps}
+    if "negative_prompt" in options:
+        options["negative_prompt"] = [options["negative_prompt"]] * len(arguments.prompts)
+    scheduler = pipeline.scheduler
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        scheduler, options["eta"] = ddim_of(scheduler), arguments.eta
+    options |= dict(zip(("height", "width"), model.size, strict=True))
     before = pipeline.scheduler
     pipeline.set_progress_bar_config(disable=True)
     try:
         pipeline.scheduler = scheduler
         if arguments.lora is not None:
             _load_lora(pipeline, arguments.lora)
-        return _rows(pipeline, arguments, {"height": height, "width": width, **options})
+        return _rows(pipeline, arguments, options)
     finally:  # the model stays loaded in this process, so it is left as it was
         if arguments.lora is not None:
             pipeline.unload_lora_weights()
         pipeline.scheduler = before
-
-
-def _sampler(pipeline: Any, guidance_embeds: bool, arguments: SampleArguments) -> tuple[Any, dict[str, Any]]:
-    """Return the scheduler to sample with (DDIM, except for flow matching), and the sampler's options."""
-    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
-
-    steps, guidance_scale = arguments.num_inference_steps, arguments.guidance_scale
-    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-    if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
-        return DDIMScheduler.from_config(pipeline.scheduler.config), options | {"eta": arguments.eta}
-    if isinstance(pipeline, FluxPipeline) and not guidance_embeds and guidance_scale != 1:
-        # FluxPipeline's guidance_scale is only an input of the transformer; true_cfg_scale is classifier-free guidance.
-        options |= {"true_cfg_scale": guidance_scale, "negative_prompt": [""] * len(arguments.prompts)}
-    return pipeline.scheduler, options
 
 
 def _rows(

@@ -33,7 +33,7 @@ def check_fit(config: TrainConfig, reward: Reward) -> None:
         resolve_dtype(options.autocast, resolve_device(config.device))
     if is_object(config.model):
         return
-    model = outline_model(config.model, settings.resolution)
+    model = outline_model(config.model, *settings.size)
     if model is None:
         return
     abilities_of(model).save_memory(settings.offload_text_encoder, settings.vae_tiling)

@@ -55,7 +55,7 @@ def count_flops(model: DiffusionModel, lora_rank: int, lora_targets: LoraTargets
     timestep = torch.zeros(1, device="meta")
     conditioning = {name: torch.zeros(1, *shape, device="meta") for name, shape in model.conditioning_shapes.items()}
     if abilities_of(model).guidance_embeds:
-        conditioning["guidance"] = torch.zeros(1, device="meta")
+        conditioning["guidance"] = torch.zeros(1)
 
     def forward() -> Tensor:
         return model.predict(learning, latents, timestep, conditioning)
@@ -85,9 +85,9 @@ def estimate_time(config: TrainConfig, processes: int = 1) -> str:
         config: resolved.
         processes: number of processes that share the work.
     """
-    model = outline_model(config.model, config.run.resolution)
+    model = outline_model(config.model, *config.run.size)
     if model is None:
-        return f"not known before {config.model} is downloaded"
+        return f"not known before {config.model} is loaded"
     policy, iterations = config.policy, config.total_iterations
     flops, rows = count_flops(model, policy.lora_rank, policy.lora_targets), denoiser_rows(config)
     sampling = rows.sampling * flops.forward + iterations * config.samples_per_iteration * flops.decoding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ def compile_denoiser(denoiser: nn.Module) -> None:
     """Compile a denoiser at its first call, in place; its weights keep their names.
 
     There is one graph for sampling, one for training and one for calls without gradients. No graph depends on the
-    batch size, if the inputs go through `mark_batch_dynamic`.
+    batch size.
 
     Raises:
         ValueError: if the denoiser is on a CPU and there is no C++ compiler.
@@ -27,9 +27,14 @@ def compile_denoiser(denoiser: nn.Module) -> None:
         raise ValueError(f"compile_denoiser must be False without a C++ compiler on a CPU; {compiler!r} is not there")
     options: dict[str, Any] = {"backend": BACKEND, "dynamic": None}
     denoiser.compile(**options)
+    compiled: Any = denoiser._compiled_call_impl
 
+    @wraps(compiled)
+    def call(*arguments: Any, **named: Any) -> Any:
+        inputs = [value for value in (*arguments, *named.values()) if isinstance(value, Tensor) and value.ndim]
+        for value in inputs:
+            if len(value) == len(inputs[0]):
+                torch._dynamo.maybe_mark_dynamic(value, 0)  # the batch has another size in other calls
+        return compiled(*arguments, **named)
 
-def mark_batch_dynamic(tensors: Iterable[Tensor]) -> None:
-    """Tell the compiler that the first axis of these tensors has another size in other calls."""
-    for tensor in tensors:
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    denoiser._compiled_call_impl = call

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from agents.distributed import Rows
 from agents.files import write_file, write_folder
 from agents.policy.abilities import PolicyAbilities
-from agents.policy.compilation import compile_denoiser, mark_batch_dynamic
+from agents.policy.compilation import compile_denoiser
 from agents.policy.critic import DenoisingCritic
 from agents.policy.distribution import DenoisingDistribution
 from agents.policy.guidance import check_guidance, guided_output
@@ -37,6 +37,7 @@ from agents.policy.lora import add_lora, copy_for_full_training, merged_adapters
 from agents.policy.options import PolicyOptions, read_settings
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
 from ddpo_env.models import DiffusionModel, abilities_of, load_model
+from ddpo_env.models.loading import plain_arguments
 from ddpo_env.sampler.denoising_loss import add_noise, draw_timesteps
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 from ddpo_env.spaces import DenoisingObservationSpace, ModelHandle, action_box
@@ -238,18 +239,16 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
         predict = partial(self._predict_with, self.denoiser if denoiser is None else denoiser)
         if not self.negative_conditioning:
             return predict(latents, timestep, conditioning)
-        negative, scale = self.negative_conditioning, self.options.guidance_scale
+        guide = partial(abilities_of(self.model).guide, scale=self.options.guidance_scale)
         differentiate = self.options.unconditional_gradient
-        return guided_output(predict, latents, timestep, conditioning, negative, scale, differentiate)
+        return guided_output(predict, latents, timestep, conditioning, self.negative_conditioning, guide, differentiate)
 
     def _predict_with(
         self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: DenoisingObservation
     ) -> Tensor:
         if self.guidance_embeds:
-            scale = torch.full_like(timestep, self.options.guidance_scale, dtype=torch.float32)
+            scale = torch.full((len(timestep),), self.options.guidance_scale)
             conditioning = {**conditioning, "guidance": scale}
-        if self.options.compile_denoiser:
-            mark_batch_dynamic([latents, timestep, *conditioning.values()])
         with torch.autocast(latents.device.type, self.compute_dtype, enabled=self.options.autocast is not None):
             return self.model.predict(denoiser, latents, timestep, conditioning).float()
 
@@ -288,6 +287,7 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
             "model": self.model.source,
             "model_identity": abilities_of(self.model).identity,
             "resolution": abilities_of(self.model).resolution,
+            "pipeline_arguments": plain_arguments(self.model),
             "num_inference_steps": self.num_inference_steps,
             **asdict(self.options),
         }
@@ -320,10 +320,11 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
                 )
         settings = read_settings(folder / _CONFIG_FILE)
         source, resolution = settings.pop("model"), settings.pop("resolution", None)
+        arguments = settings.pop("pipeline_arguments", None)
         identity = settings.pop("model_identity", None)
         remedy = f"pass the model that it was trained with: DiffusionPolicy.load({str(folder)!r}, model=...)"
         try:
-            loaded = load_model(source if model is None else model, device, dtype, resolution)
+            loaded = load_model(source if model is None else model, device, dtype, resolution, arguments)
         except ValueError as error:
             raise ValueError(f"policy {str(folder)!r} cannot load model {source!r}; {remedy}: {error}") from error
         if model is None and identity != abilities_of(loaded).identity:
@@ -369,7 +370,8 @@ def _find_model(
         raise ValueError(f"num_inference_steps must be at least 1; got {num_inference_steps}")
     if isinstance(space, DenoisingObservationSpace):
         handle = space.handle
-        loaded = handle.model if model is None else load_model(model, handle.device, handle.dtype, handle.resolution)
+        variant = (handle.device, handle.dtype, handle.resolution, handle.pipeline_arguments)
+        loaded = handle.model if model is None else load_model(model, *variant)
         return ModelHandle(loaded, num_inference_steps or handle.num_inference_steps)
     if model is None or num_inference_steps is None:
         raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ddpo_env.models import DiffusionModel
+from ddpo_env.models import DiffusionModel, abilities_of
 
 Predict = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
 """Latents, timesteps and conditioning → the denoiser's output."""
@@ -19,10 +19,10 @@ def guided_output(
     timestep: Tensor,
     conditioning: dict[str, Tensor],
     negative: dict[str, Tensor],
-    scale: float,
+    guide: Callable[[Tensor, Tensor], Tensor],
     unconditional_gradient: bool = True,
 ) -> Tensor:
-    """Return `u + scale (c - u)`, latent-shaped, of the outputs `c` for the prompts and `u` for the negative prompt.
+    """Return the guided output, latent-shaped, of the outputs `c` for the prompts and `u` for the negative prompt.
 
     Args:
         predict: calls the denoiser.
@@ -30,7 +30,7 @@ def guided_output(
         timestep: `(batch,)`.
         conditioning: conditioning of the prompts, each tensor `(batch, ...)`.
         negative: conditioning of the negative prompt, each tensor `(1, ...)`.
-        scale: 1 is no guidance.
+        guide: combines `u` and `c`, see `ModelAbilities.guide`.
         unconditional_gradient: whether `u` is differentiated. If so, both outputs come from one call with twice the
             rows. If not, there are always two calls, so that sampling and training have the same batch shape.
     """
@@ -42,13 +42,16 @@ def guided_output(
         with torch.no_grad():
             unconditional = predict(latents, timestep, unconditioned)
         conditional = predict(latents, timestep, conditioning)
-    return unconditional + scale * (conditional - unconditional)
+    return guide(unconditional, conditional)
 
 
 def check_guidance(model: DiffusionModel, guidance_scale: float) -> None:
-    """Refuse guidance for a model without conditioning."""
+    """Refuse guidance for a model without conditioning, or whose pipeline has a guidance of another form."""
     if guidance_scale != 1 and not model.conditioning_shapes:
         raise ValueError(
             f"guidance_scale must be 1 with model {model.source!r}, which has no conditioning for guidance; "
             f"got {guidance_scale}"
         )
+    problem = abilities_of(model).guidance_problem
+    if guidance_scale != 1 and problem is not None:
+        raise ValueError(f"guidance_scale must be 1 with model {model.source!r}; {problem}; got {guidance_scale}")

@@ -67,6 +67,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     known = {
         "model",
         "resolution",
+        "pipeline_arguments",
         "model_identity",
         "num_inference_steps",
         *(one.name for one in fields(PolicyOptions)),

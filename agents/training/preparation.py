@@ -26,7 +26,7 @@ from agents.training.checkpoint import check_resumable
 from agents.training.held_out_images import HeldOutImages
 from agents.training.run import Run, RunResult, run_identity
 from agents.training.run_folder import RunFolder
-from ddpo_env.models import check_source, load_model
+from ddpo_env.models import DiffusionModel, check_source, load_model
 from ddpo_env.prompts import PromptDistribution, load_prompts
 from rewards import Loadable, LogsAnswers, Reward, check_shareable, configured_reward, parse_options
 
@@ -135,18 +135,36 @@ def run_training(config: TrainConfig) -> RunResult:
     return prepare_run(config).train(started)
 
 
-def _load(checked: CheckedRun, processes: Processes) -> Run:
-    """Load the model and make environment, algorithm and held-out images; with several processes, this one's part."""
-    config, settings = checked.config, checked.config.run
-    model = load_model(
+def load_configured_model(config: TrainConfig, processes: Processes) -> DiffusionModel:
+    """Load the model of a resolved configuration, on this process's device."""
+    settings = config.run
+    return load_model(
         config.model,
         processes.device or config.device,
         settings.dtype,
-        settings.resolution,
+        *settings.size,
         offload_text_encoder=settings.offload_text_encoder,
         vae_tiling=settings.vae_tiling,
     )
-    common: dict[str, Any] = {
+
+
+def training_env(checked: CheckedRun, model: DiffusionModel, processes: Processes) -> VectorEnvAdapter:
+    """Make the environment that a run trains on; with several processes, this one's part."""
+    training = checked.config.training
+    env = gym.make_vec(
+        _ENVIRONMENT,
+        num_envs=training.sample_batch_size // processes.count,
+        autoreset_mode=AutoresetMode.SAME_STEP,
+        samples_per_prompt=training.samples_per_prompt,
+        deferred_rewards=True,
+        **_env_arguments(checked, model, processes),
+    )
+    return VectorEnvAdapter(env)
+
+
+def _env_arguments(checked: CheckedRun, model: DiffusionModel, processes: Processes) -> dict[str, Any]:
+    config = checked.config
+    return {
         "part": (processes.index, processes.count),
         "model": model,
         "reward": checked.reward,  # one object, so that training and evaluation share its models and statistics
@@ -155,20 +173,19 @@ def _load(checked: CheckedRun, processes: Processes) -> Run:
         "backend": "torch",
         "non_finite_rewards": "keep" if config.training.non_finite_rewards == "drop" else "raise",
     }
+
+
+def _load(checked: CheckedRun, processes: Processes) -> Run:
+    """Load the model and make environment, algorithm and held-out images; with several processes, this one's part."""
+    config, settings = checked.config, checked.config.run
+    model = load_configured_model(config, processes)
     set_random_seed(config.seed)
-    env = gym.make_vec(
-        _ENVIRONMENT,
-        num_envs=config.training.sample_batch_size // processes.count,
-        autoreset_mode=AutoresetMode.SAME_STEP,
-        samples_per_prompt=config.training.samples_per_prompt,
-        deferred_rewards=True,
-        **common,
-    )
+    env = training_env(checked, model, processes)
     eval_env: Any = gym.make_vec(
         _ENVIRONMENT,
         num_envs=config.eval_batch_size // processes.count,
         autoreset_mode=AutoresetMode.DISABLED,
-        **common,
+        **_env_arguments(checked, model, processes),
     ).unwrapped
     if isinstance(checked.reward, Loadable):
         checked.reward.load()  # shows what the reward lacks now, not after the first images
@@ -177,6 +194,6 @@ def _load(checked: CheckedRun, processes: Processes) -> Run:
         config = replace(config, run_dir=Path(str(checked.folder)))
         if isinstance(checked.reward, LogsAnswers):
             checked.reward.log_to(checked.folder.judge)
-    algorithm = build_algorithm(config, VectorEnvAdapter(env), processes)
+    algorithm = build_algorithm(config, env, processes)
     images = HeldOutImages(eval_env, settings.eval_samples, settings.eval_interval, config.seed + _EVAL_SEED_OFFSET)
     return Run(config, algorithm, checked.folder, [images])

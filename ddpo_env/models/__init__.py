@@ -6,11 +6,11 @@ encodes prompts, calls the denoiser, decodes latents and saves a LoRA.
 
 from ddpo_env.models.loading import check_source, load_model, unload_models
 from ddpo_env.models.protocol import Conditioning, DiffusionModel, ModelAbilities, abilities_of
-from ddpo_env.models.sources import BUNDLED_MODELS, FAMILIES, resolve_source
+from ddpo_env.models.sources import ADAPTERS, BUNDLED_MODELS, resolve_source
 
 __all__ = [
+    "ADAPTERS",
     "BUNDLED_MODELS",
-    "FAMILIES",
     "Conditioning",
     "DiffusionModel",
     "ModelAbilities",

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpo_env.models.protocol import DiffusionModel
 from rewards import NonFinite
+from rewards.kinds import SampleKind
 
-_PIXELS_PER_CALL = 8 * 512 * 512
+_WAVEFORM = 128, 384
 _LARGEST_SCALE = 1e6
 """Of latents, in size. Published VAEs have scales between 0.01 and 20."""
 
@@ -34,28 +35,6 @@ class NonFiniteSampleError(ValueError):
         )
         self.samples = samples
         self.finite = finite
-
-
-def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Decode latents `(batch, channels, height, width)` to uint8 images `(batch, height, width, 3)`.
-
-    An accelerator decodes a few images at a time, or one at a time if the VAE's tiling is on. A CPU decodes one at a
-    time, because there the last bits of a convolution depend on the batch: so an image, and its reward, does not depend
-    on the other images of the batch.
-
-    Args:
-        vae: an `AutoencoderKL`, whose configuration says how its latents are scaled.
-        latents: latents as the denoiser knows them.
-
-    Raises:
-        NonFiniteSampleError: if the decoder returns NaN or infinite values.
-    """
-    pixels = 4 ** (len(vae.config.block_out_channels) - 1) * latents[0, 0].numel()
-    one_at_a_time = vae.device.type == "cpu" or getattr(vae, "use_tiling", False)
-    rows = 1 if one_at_a_time else max(1, _PIXELS_PER_CALL // pixels)
-    scaled = _unscaled(latents.to(vae.device, vae.dtype), vae.config)
-    decoded = [_rounded(vae.decode(chunk, return_dict=False)[0]) for chunk in scaled.split(rows)]
-    return _finite(*(torch.cat(parts) for parts in zip(*decoded, strict=True)))
 
 
 def check_scaling(config: Any, source: str) -> None:
@@ -84,7 +63,42 @@ def to_pixels(images: Tensor) -> Tensor:
     Raises:
         NonFiniteSampleError: for NaN or infinite values.
     """
-    return _finite(*_rounded(images))
+    in_unit_range = (images.float() / 2 + 0.5).clamp(0, 1)
+    return samples_of(torch.where(images.isfinite(), in_unit_range, torch.nan))
+
+
+def samples_of(images: Tensor) -> Tensor:
+    """Turn images or frames `(..., channels, height, width)` in [0, 1] into uint8 `(..., height, width, channels)`.
+
+    Raises:
+        NonFiniteSampleError: for NaN or infinite values.
+    """
+    finite = images.isfinite().flatten(1).all(1)
+    pixels = (images.float() * 255).nan_to_num(0).round().to(torch.uint8).movedim(-3, -1).contiguous()
+    if finite.device.type != "meta" and not bool(finite.all()):
+        raise NonFiniteSampleError(pixels, finite)
+    return pixels
+
+
+def picture_of(samples: Tensor, kind: SampleKind) -> Tensor:
+    """Return uint8 images `(batch, height, width, 3)` that show samples.
+
+    Args:
+        samples: what a model's `decode` returned.
+        kind: of the samples. An image is itself; of a video are its first, middle and last frame, side by side; a
+            sound is its waveform, `(batch, 128, 384, 3)`.
+    """
+    if kind == "video":
+        frames = (0, samples.shape[1] // 2, samples.shape[1] - 1)
+        return torch.cat([samples[:, frame] for frame in frames], dim=2)
+    if kind == "audio":
+        height, width = _WAVEFORM
+        wave = nn.functional.adaptive_max_pool1d(samples.float().abs().mean(1, keepdim=True), width)
+        wave = wave / wave.amax(-1, keepdim=True).clamp(min=1e-6)
+        distance = (torch.arange(height, device=wave.device) - (height - 1) / 2).abs() / (height / 2)
+        inside = distance[None, :, None] <= wave
+        return torch.where(inside[..., None], 40, 255).to(torch.uint8).expand(-1, -1, -1, 3).contiguous()
+    return samples
 
 
 def decode_samples(
@@ -119,25 +133,3 @@ def decode_samples(
             "The option non_finite_rewards can leave such samples out"
         )
     return samples, finite
-
-
-def _rounded(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return uint8 pixels, and which images are finite: a cast would turn NaN into black without a word."""
-    pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).nan_to_num(0).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous(), images.isfinite().flatten(1).all(1)
-
-
-def _finite(pixels: Tensor, finite: Tensor) -> Tensor:
-    if finite.device.type != "meta" and not bool(finite.all()):
-        raise NonFiniteSampleError(pixels, finite)
-    return pixels
-
-
-def _unscaled(latents: Tensor, config: Any) -> Tensor:
-    """Return the latents that the decoder was trained on."""
-    mean, std, shift = (config.get(name) for name in ("latents_mean", "latents_std", "shift_factor"))
-    if mean is not None and std is not None:
-        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-        return latents * std / config.scaling_factor + mean
-    latents = latents / config.scaling_factor
-    return latents if shift is None else latents + shift

@@ -7,6 +7,7 @@ stands for is in `sources`; how a pipeline's files are read is in `pipelines`.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from enum import Enum
 from itertools import count
@@ -25,6 +26,7 @@ from ddpo_env.models.sources import (
     BUNDLED_MODELS,
     PIPELINE_OBJECT,
     VALID_MODELS,
+    adapted,
     build_bundled,
     family_in,
     family_of,
@@ -35,10 +37,11 @@ from ddpo_env.sampler.scheduler_table import SMALLEST_STD
 from rewards.devices import DTYPES, resolve_device, resolve_dtype
 
 _IMPORTED_BY = os.getpid()
+_OBJECT = "object that is not saved"
 _loaded: dict[tuple[str, str, str], DiffusionModel] = {}
 """By location, device and dtype."""
-_resized: WeakValueDictionary[tuple[int, str], DiffusionModel] = WeakValueDictionary()
-"""By the identity of a model, which the resized one keeps alive, and a resolution."""
+_changed: WeakValueDictionary[tuple[int, str], DiffusionModel] = WeakValueDictionary()
+"""By the identity of a model, which the changed one keeps alive, and what was changed."""
 _adapted: WeakValueDictionary[tuple[Any, ...], DiffusionModel] = WeakValueDictionary()
 """Models of pipeline objects by source, device, dtype and the identities of the components, which the model holds."""
 _made: WeakValueDictionary[int, DiffusionModel] = WeakValueDictionary()
@@ -55,6 +58,7 @@ def check_source(
     dtype: str | torch.dtype = "auto",
     resolution: int | None = None,
     num_inference_steps: int | None = None,
+    pipeline_arguments: Mapping[str, Any] | None = None,
 ) -> None:
     """Refuse a model that cannot be loaded, as far as its name and its folder show, apart from the weights.
 
@@ -69,8 +73,8 @@ def check_source(
     if is_object(model):
         return
     location = resolve_source(model)
-    if resolution is not None or num_inference_steps is not None:
-        outlined = outline_model(model, resolution)
+    if resolution is not None or num_inference_steps is not None or pipeline_arguments:
+        outlined = outline_model(model, resolution, pipeline_arguments)
         if outlined is not None and num_inference_steps is not None:
             GaussianSampler.from_model(outlined, num_inference_steps, min_std=SMALLEST_STD)
     if location not in BUNDLED_MODELS and Path(location).is_dir():
@@ -87,6 +91,7 @@ def load_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     resolution: int | None = None,
+    pipeline_arguments: Mapping[str, Any] | None = None,
     *,
     offload_text_encoder: bool | None = None,
     vae_tiling: bool | None = None,
@@ -102,6 +107,8 @@ def load_model(
         dtype: dtype of the frozen weights: `"auto"`, `"float32"`, `"float16"`, `"bfloat16"` or the torch dtype.
         resolution: side of the images in pixels, for text-to-image pipelines; default: the pipeline's own. Models of
             the same pipeline with different resolutions share the weights.
+        pipeline_arguments: arguments of every call of the pipeline, such as `{"num_frames": 17}` or `{"height": 832,
+            "width": 1216}`. Default: the pipeline's own.
         offload_text_encoder: whether the text encoders are on an accelerator only while they encode. Each distinct
             prompt is encoded once. Default: yes; on a CPU there is no effect.
         vae_tiling: whether images are decoded one at a time, and those that are larger than the VAE's own size in
@@ -120,23 +127,52 @@ def load_model(
     """
     if os.getpid() != _IMPORTED_BY:
         torch.set_num_threads(1)  # a forked process has OpenMP's state without its threads, and would wait for them
-    loaded = _load(model, device, dtype)
-    abilities = abilities_of(loaded)
-    if resolution is not None and resolution != abilities.resolution:
-        key = (id(loaded), str(resolution))
-        resized = _resized.get(key)
-        if resized is None:
-            resized = _resized[key] = _made_here(abilities.at_resolution(resolution), abilities.identity)
-            _keep_alive(loaded, resized)
-        loaded = resized
+    if isinstance(model, str):
+        model = _models.get(model, _pipelines.get(model, model))
+    loaded = _load(model, device, dtype, pipeline_arguments or {})
+    if pipeline_arguments is None:
+        pipeline_arguments = abilities_of(loaded).arguments if isinstance(model, DiffusionModel) else {}
+    pipeline_arguments = dict(pipeline_arguments)
+    if missing := [name for name, value in pipeline_arguments.items() if isinstance(value, dict) and _OBJECT in value]:
+        own = abilities_of(loaded).arguments
+        if absent := [name for name in missing if name not in own]:
+            raise ValueError(
+                f"model must be an object whose pipeline_arguments have {', '.join(absent)}, which no file holds; "
+                f"got {loaded.source!r}"
+            )
+        pipeline_arguments |= {name: own[name] for name in missing}
+    if pipeline_arguments != abilities_of(loaded).arguments:
+        loaded = _change(loaded, repr(pipeline_arguments), lambda own: own.with_arguments(pipeline_arguments))
+    if resolution is not None and resolution != abilities_of(loaded).resolution:
+        loaded = _change(loaded, repr(resolution), lambda own: own.at_resolution(resolution))
     abilities_of(loaded).save_memory(offload_text_encoder, vae_tiling)
+    abilities_of(loaded).check_outputs()
     return loaded
 
 
 def unload_models() -> None:
     """Drop every loaded model, so that its memory can be freed once nobody else holds it."""
     _loaded.clear()
-    _resized.clear()
+    _changed.clear()
+
+
+def _change(model: DiffusionModel, change: str, apply: Callable[[ModelAbilities], DiffusionModel]) -> DiffusionModel:
+    """Return a model with the same weights that differs in one thing, the same one each time."""
+    changed = _changed.get((id(model), change))
+    if changed is None:
+        abilities = abilities_of(model)
+        changed = _changed[id(model), change] = _made_here(apply(abilities), abilities.identity)
+        _keep_alive(model, changed)
+    return changed
+
+
+def plain_arguments(model: DiffusionModel) -> dict[str, Any]:
+    """Return the arguments of a model's pipeline as JSON; in place of an object, such as an image, is its type."""
+    plain = (bool, int, float, str, type(None))
+    return {
+        name: value if isinstance(value, plain) else {_OBJECT: type(value).__name__}
+        for name, value in abilities_of(model).arguments.items()
+    }
 
 
 def with_plain_values(spec: EnvSpec | None, model: DiffusionModel) -> EnvSpec | None:
@@ -153,16 +189,18 @@ def with_plain_values(spec: EnvSpec | None, model: DiffusionModel) -> EnvSpec | 
 
 
 def _load(
-    model: str | Path | DiffusionPipeline | DiffusionModel, device: str | torch.device, dtype: str | torch.dtype
+    model: str | Path | DiffusionPipeline | DiffusionModel,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    arguments: Mapping[str, Any],
 ) -> DiffusionModel:
-    if isinstance(model, str):
-        model = _models.get(model, _pipelines.get(model, model))
+    """Load a model; one that is loaded already may have other arguments."""
     if isinstance(model, DiffusionModel):
         return _register(model, device, dtype)
     place = resolve_device(device)
     weight_dtype = resolve_dtype(dtype, place)
     if isinstance(model, DiffusionPipeline):
-        return _adapt(model, place, weight_dtype)
+        return _adapt(model, place, weight_dtype, arguments)
     if not isinstance(model, str | Path):
         missing = [name for name in MEMBERS if not hasattr(model, name)]
         without = f" without {', '.join(missing)}" if len(missing) < len(MEMBERS) else ""
@@ -178,12 +216,14 @@ def _load(
             if not Path(location).is_dir():
                 family, index = family_in(download_pipeline(location, index.settings))
             source = str(model) if str(model) in BUNDLED_MODELS else location
-            loaded = family(load_pipeline(index, place, weight_dtype), source)
+            loaded = adapted(family, load_pipeline(index, place, weight_dtype), source, arguments)
             _loaded[key] = _made_here(loaded, index.fingerprint())
     return _loaded[key]
 
 
-def _adapt(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype) -> DiffusionModel:
+def _adapt(
+    pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype, arguments: Mapping[str, Any]
+) -> DiffusionModel:
     """Move a pipeline object, and return the model of the components that it has now."""
     family = family_of(type(pipeline).__name__)
     place_pipeline(pipeline, device, dtype)
@@ -192,7 +232,7 @@ def _adapt(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype
     key = (source, str(device), str(dtype), *map(id, pipeline.components.values()))
     model = _adapted.get(key)
     if model is None:
-        model = _adapted[key] = family(snapshot(pipeline), source)
+        model = _adapted[key] = adapted(family, snapshot(pipeline), source, arguments)
         _keep_alive(pipeline, model)  # whoever has the model finds it again by its source
     else:
         abilities_of(model).forget_prompts()  # a component may have changed in place, as by textual inversion

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 from torch import nn
 
 from ddpo_env.models.components import component_class, reading
-from ddpo_env.models.protocol import DiffusionModel, abilities_of
-from ddpo_env.models.sources import BUNDLED_MODELS, build_bundled, family_in, resolve_source
+from ddpo_env.models.protocol import DiffusionModel, ShapeUnknownError, abilities_of
+from ddpo_env.models.sources import BUNDLED_MODELS, adapted, build_bundled, family_in, resolve_source
 
 _KNOWN: dict[str, str] = {
     "CompVis/stable-diffusion-v1-4": "sd14-random",
@@ -20,25 +21,32 @@ _KNOWN: dict[str, str] = {
 """Hub ids of pipelines whose architecture is that of a bundled model."""
 
 
-def outline_model(model: str | Path, resolution: int | None = None) -> DiffusionModel | None:
+def outline_model(
+    model: str | Path, resolution: int | None = None, pipeline_arguments: Mapping[str, Any] | None = None
+) -> DiffusionModel | None:
     """Return a model on the meta device: it computes shapes, and no numbers. Nothing is downloaded.
 
     Args:
         model: bundled name, folder in diffusers' layout, or Hub id.
         resolution: side of the images in pixels; default: the model's own.
+        pipeline_arguments: of every call of the pipeline, see `load_model`.
 
     Returns:
-        The model; `None` for a Hub id whose architecture is not known here.
+        The model; `None` for a Hub id whose architecture is not known here, or a pipeline whose shapes are known only
+        once its text encoder has run.
 
     Raises:
         ValueError: for a name that is none of these, a folder that holds no pipeline, an unknown family, a component of
             another library than diffusers and transformers, or a resolution that the model cannot have.
     """
-    outlined = _outline(resolve_source(model))
+    pipeline_arguments = dict(pipeline_arguments or {})
+    outlined = _outline(resolve_source(model), pipeline_arguments)
+    if outlined is not None and pipeline_arguments != abilities_of(outlined).arguments:
+        outlined = abilities_of(outlined).with_arguments(pipeline_arguments)
     return outlined if outlined is None or resolution is None else abilities_of(outlined).at_resolution(resolution)
 
 
-def _outline(source: str) -> DiffusionModel | None:
+def _outline(source: str, arguments: Mapping[str, Any]) -> DiffusionModel | None:
     source = _KNOWN.get(source, source)
     if source in BUNDLED_MODELS:
         return build_bundled(source, torch.device("meta"), torch.float32)
@@ -46,8 +54,11 @@ def _outline(source: str) -> DiffusionModel | None:
         return None
     family, index = family_in(source, with_weights=False)
     with torch.device("meta"):
-        outlined: DiffusionModel = family(index.assemble(partial(_outline_component, source)), source)
-    return outlined
+        pipeline = index.assemble(partial(_outline_component, source))
+        try:
+            return adapted(family, pipeline, source, arguments)
+        except ShapeUnknownError:
+            return None
 
 
 def _outline_component(source: str, name: str, place: Any) -> Any:

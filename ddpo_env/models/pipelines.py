@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from ddpo_env.models.components import CONVERSION, check_component, load_component
 
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TEXT_ENCODERS = {"text_encoder", "text_encoder_2", "text_encoder_3"}
 """Names of the components that may be on another device than the rest: they move when there is something to encode."""
 
 _NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -76,13 +76,12 @@ class PipelineIndex:
         return digest.hexdigest()
 
 
-def read_index(location: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> PipelineIndex:
+def read_index(location: str, config: Mapping[str, Any]) -> PipelineIndex:
     """Sort what the index of a pipeline says.
 
     Args:
         location: folder or Hub id.
         config: what `pipeline_index` returned.
-        options: arguments of the pipeline's class that are not read from the index.
 
     Raises:
         ValueError: for a pipeline that diffusers does not have, or a component that the index leaves out.
@@ -105,7 +104,9 @@ def read_index(location: str, config: Mapping[str, Any], options: Mapping[str, A
             f"{', '.join(sorted({*given} - absent)) or 'none'}"
         )
     nothing = {key: None for key in expected if key not in given or key in absent or key in _NOT_NEEDED}
-    settings = {key: value for key, value in given.items() if key in optional} | nothing | dict(options)
+    settings = {key: value for key, value in given.items() if key in optional} | nothing
+    if "requires_safety_checker" in optional:
+        settings["requires_safety_checker"] = False
     components = {
         key: value for key, value in given.items() if key not in settings and key not in (*absent, *_NOT_NEEDED)
     }
@@ -140,10 +141,13 @@ def place_pipeline(pipeline: DiffusionPipeline, device: torch.device, dtype: tor
 
 
 def snapshot(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """Return a pipeline with the same components, without wrappers: later replacements do not reach it."""
+    """Return a pipeline with the same components, without wrappers: later replacements do not reach it.
+
+    It has no safety checker, which would replace the images that it objects to by black ones.
+    """
     copied = copy.copy(pipeline)
     for name, component in pipeline.components.items():
-        vars(copied)[name] = unwrapped(component)
+        vars(copied)[name] = None if name == "safety_checker" else unwrapped(component)
     return copied
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+from types import MappingProxyType
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
+
+from rewards.kinds import SampleKind
 
 Conditioning: TypeAlias = Mapping[str, Tensor]
 """Conditioning tensors by their diffusers names, each `(batch, ...)`."""
@@ -42,7 +45,7 @@ class DiffusionModel(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Turn latents `(batch, *latent_shape)` into uint8 images `(batch, height, width, 3)`.
 
-        A model with `draws_images = False` returns its own kind of sample, `(batch, ...)` in a dtype that NumPy has.
+        A model with another `sample_kind` returns its own kind of sample, `(batch, ...)` in a dtype that NumPy has.
         """
         ...
 
@@ -59,23 +62,31 @@ MEMBERS = tuple(name for name in (*DiffusionModel.__annotations__, *vars(Diffusi
 """Names of the nine members."""
 
 
+class ShapeUnknownError(Exception):
+    """The shapes of a model on the meta device depend on numbers, which are not there."""
+
+
 class ModelAbilities:
     """Abilities beyond `DiffusionModel`, with defaults. A model derives from this class and overrides its own.
 
     Attributes:
-        draws_images: whether `decode` returns uint8 images.
+        sample_kind: what `decode` returns, see `rewards.kinds`.
+        sample_metadata: what a reward is told about every sample, such as the `sampling_rate` of sounds.
         guidance_embeds: whether the denoiser takes the guidance scale as an input and is called once per step;
-            `predict` then finds the scale in `conditioning["guidance"]`, `(batch,)`.
+            `predict` then finds the scale in `conditioning["guidance"]`, `(batch,)`, on the CPU.
         resolution: side of the images in pixels if it is not the model's own, else `None`.
+        arguments: of every call of the model's pipeline, such as `num_frames`.
+        guidance_problem: why `guide` is not the guidance of the model's pipeline, if it is not.
         identity: what tells this model's weights from others in any process, such as a hash; `None`: its `source`.
-        loading_options: keyword arguments for `from_pretrained` of the family's pipeline.
     """
 
-    draws_images: bool = True
+    sample_kind: SampleKind = "image"
+    sample_metadata: Mapping[str, Any] = MappingProxyType({})
     guidance_embeds: bool = False
     resolution: int | None = None
+    arguments: Mapping[str, Any] = MappingProxyType({})
+    guidance_problem: str | None = None
     identity: str | None = None
-    loading_options: ClassVar[dict[str, Any]] = {}
 
     source: str
     encode_prompts: Callable[..., dict[str, Tensor]]
@@ -84,6 +95,17 @@ class ModelAbilities:
     def negative_conditioning(self) -> dict[str, Tensor]:
         """Return what guidance leads away from, each tensor `(1, ...)`: the conditioning of the empty prompt."""
         return self.encode_prompts([""])
+
+    def guide(self, negative: Tensor, positive: Tensor, scale: float) -> Tensor:
+        """Combine the outputs for the negative prompt and for the prompt: classifier-free guidance, 1 is off."""
+        return negative + scale * (positive - negative)
+
+    def check_outputs(self) -> None:
+        """Compare `predict` with the model's pipeline: there is none.
+
+        Raises:
+            ValueError: if they differ.
+        """
 
     def sampler_options(self, num_inference_steps: int) -> dict[str, Any]:
         """Return keyword arguments for `GaussianSampler.from_scheduler`, such as `sigmas` and `mu`: none."""
@@ -114,11 +136,21 @@ class ModelAbilities:
     @property
     def can_render(self) -> bool:
         """Whether `render` returns images: `decode` does, or `render` is overridden."""
-        return self.draws_images or type(self).render is not ModelAbilities.render
+        return self.sample_kind == "image" or type(self).render is not ModelAbilities.render
 
     def render(self, latents: Tensor) -> Tensor:
         """Return uint8 images `(batch, height, width, 3)` that show latents `(batch, *latent_shape)`: decoded ones."""
         return self.decode(latents)
+
+    def with_arguments(self, arguments: Mapping[str, Any]) -> DiffusionModel:
+        """Return a model with the same weights and other arguments for its pipeline's call.
+
+        Raises:
+            ValueError: for an argument that the pipeline does not take; here, for all.
+        """
+        raise ValueError(
+            f"pipeline_arguments must be empty with model {self.source!r}, which takes none; got {dict(arguments)!r}"
+        )
 
     def at_resolution(self, resolution: int) -> DiffusionModel:
         """Return a model with the same weights whose images have another side in pixels.

@@ -1,14 +1,14 @@
 """What the name of a model stands for: a bundled model, a folder or a Hub id, and the family of its pipeline.
 
-Only the code of a family and the index of a pipeline are loaded here. A family of pipelines is one file that implements
-`DiffusionModel`, and one line in `FAMILIES`.
+Only the code of an adapter and the index of a pipeline are loaded here.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.resources import files
@@ -18,8 +18,9 @@ from typing import Any
 import diffusers
 import torch
 
+from ddpo_env.models.families.watching import check_form
 from ddpo_env.models.pipelines import PipelineIndex, pipeline_index, read_index
-from ddpo_env.models.protocol import DiffusionModel, ModelAbilities
+from ddpo_env.models.protocol import DiffusionModel
 
 BUNDLED_MODELS: dict[str, str] = {
     "tiny": "data/tiny",
@@ -29,14 +30,11 @@ BUNDLED_MODELS: dict[str, str] = {
 """Models that need no download: name → a pipeline's folder below `ddpo_env`, a `module:function` that is called with
 device and dtype, or an architecture that gets random weights (`ddpo_env.models.random_pipelines`)."""
 
-FAMILIES: dict[str, str] = {
-    "StableDiffusionPipeline": "ddpo_env.models.families.stable_diffusion:StableDiffusionModel",
-    "StableDiffusionXLPipeline": "ddpo_env.models.families.stable_diffusion_xl:StableDiffusionXLModel",
-    "StableDiffusion3Pipeline": "ddpo_env.models.families.stable_diffusion_3:StableDiffusion3Model",
-    "FluxPipeline": "ddpo_env.models.families.flux:FluxModel",
-    "DDPMPipeline": "ddpo_env.models.families.ddpm:DDPMModel",
-}
-"""diffusers pipeline class → the adapter of its family, `module:Class`, called with the pipeline and its source."""
+ADAPTERS: dict[str, str] = {"DDPMPipeline": "ddpo_env.models.families.ddpm:DDPMModel"}
+"""diffusers pipeline class → the adapter, `module:Class`, called with the pipeline and its source. Every other pipeline
+is watched: `ddpo_env.models.families.pipeline_model`."""
+
+_WATCHED = "ddpo_env.models.families.pipeline_model:PipelineModel"
 
 VALID_MODELS = (
     f"a bundled name ({', '.join(BUNDLED_MODELS)}), a folder that exists, a Hub id such as "
@@ -105,7 +103,9 @@ def family_in(location: str, with_weights: bool = True) -> tuple[Any, PipelineIn
     """
     config = pipeline_index(location)
     family = family_of(config["_class_name"])
-    index = read_index(location, config, loading_options(family))
+    index = read_index(location, config)
+    if config["_class_name"] not in ADAPTERS:
+        check_form(getattr(diffusers, index.class_name), location)
     index.check(with_weights)
     return family, index
 
@@ -120,22 +120,18 @@ def model_fingerprint(model: str | Path) -> str | None:
     return family_in(location)[1].fingerprint() if Path(location).is_dir() else None
 
 
-def loading_options(family: Any) -> dict[str, Any]:
-    """Return the keywords for `from_pretrained` that a family declares, see `ModelAbilities.loading_options`."""
-    return family.loading_options if isinstance(family, type) and issubclass(family, ModelAbilities) else {}
-
-
 def family_of(pipeline_class: str) -> Any:
-    """Return the adapter of a diffusers pipeline class.
-
-    Raises:
-        ValueError: for a class that has none.
-    """
-    if pipeline_class not in FAMILIES:
-        raise ValueError(f"model must be one of the pipelines {', '.join(FAMILIES)}; got a {pipeline_class}")
+    """Return the adapter of a diffusers pipeline class."""
     with _without_torchvision_warnings():
         getattr(diffusers, pipeline_class, None)  # a class of the user's own is not there
-    return _look_up(FAMILIES[pipeline_class])
+    return _look_up(ADAPTERS.get(pipeline_class, _WATCHED))
+
+
+def adapted(family: Any, pipeline: Any, source: str, arguments: Mapping[str, Any]) -> DiffusionModel:
+    """Call a pipeline's adapter, with arguments for the pipeline's call if it takes any."""
+    takes_them = arguments and "arguments" in inspect.signature(family).parameters
+    model: DiffusionModel = family(pipeline, source, **{"arguments": arguments} if takes_them else {})
+    return model
 
 
 def _look_up(place: str) -> Any:

@@ -130,6 +130,8 @@ def _check_scheduler(scheduler: Any, name: str) -> None:
 
 def _check_arguments(scheduler: Any, num_inference_steps: int, eta: float, min_std: float | None) -> None:
     limit = scheduler.config.num_train_timesteps
+    if type(scheduler).__name__ in _FLOW_FAMILY:  # whose times are no integers: some count from 0 to 1
+        limit = max(limit, 1000)
     if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, numbers.Integral):
         raise TypeError(f"num_inference_steps must be an integer; got {num_inference_steps!r}")
     if not 1 <= num_inference_steps <= limit:
@@ -141,6 +143,13 @@ def _check_arguments(scheduler: Any, num_inference_steps: int, eta: float, min_s
         raise ValueError(f"eta must be above 0 (at 0 the sampler is deterministic and has no density); got {eta}")
     if min_std is not None and not (math.isfinite(min_std) and min_std >= SMALLEST_STD):
         raise ValueError(f"min_std must be at least {SMALLEST_STD}; got {min_std}")
+
+
+def ddim_of(scheduler: Any) -> Any:
+    """Return DDIM on the noise schedule of a scheduler; it clips only if that one does, unlike diffusers' default."""
+    from diffusers import DDIMScheduler
+
+    return rebuild_scheduler(DDIMScheduler, {"clip_sample": False, **scheduler.config})
 
 
 def rebuild_scheduler(scheduler_class: Any, config: Any) -> Any:

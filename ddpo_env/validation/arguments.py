@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ddpo_env.models.protocol import DiffusionModel, abilities_of
 from ddpo_env.prompts.distributions import Prompt, PromptDistribution, PromptSet, load_prompts
-from rewards import NonFinite, Reward, is_images_only, reward_name
+from rewards import NonFinite, Reward, reward_name
+from rewards.kinds import KINDS, described, kinds_of
 
 BACKENDS = ("numpy", "torch")
 RESET_OPTIONS = ("prompts", "latents", "reset_mask")
@@ -80,12 +81,13 @@ def autoreset_mode_of(mode: str | AutoresetMode) -> AutoresetMode:
 
 
 def check_reward_and_rendering(model: DiffusionModel, reward: Reward, render_mode: str | None) -> None:
-    """Refuse a reward for images, and rendering, if the model generates no images."""
+    """Refuse a reward for other samples than the model's, and rendering, if the model has no images."""
     abilities = abilities_of(model)
-    if is_images_only(reward) and not abilities.draws_images:
+    kind = abilities.sample_kind
+    if kind not in kinds_of(reward):
         raise ValueError(
-            f"reward {reward_name(reward)} scores images, uint8 (batch, height, width, 3), and model {model.source!r} "
-            "generates none; give a reward for its samples"
+            f"reward {reward_name(reward)} scores {described(kinds_of(reward))}, and model {model.source!r} generates "
+            f"{KINDS[kind]}; give a reward for its samples"
         )
     if render_mode is not None and not abilities.can_render:
         raise ValueError(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from rewards.clip.open_clip import clip_from_open_clip
+from rewards.kinds import images_only
 from rewards.pretrained import (
     ModelHolder,
     check_finite,
@@ -29,7 +30,7 @@ from rewards.pretrained import (
     resolve_source,
     resolve_weights,
 )
-from rewards.protocol import Images, Metadata, images_only
+from rewards.protocol import Images, Metadata
 
 
 class ClipEmbedder:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from rewards.judge.answer_log import AnswerLog
 from rewards.judge.loading import load_judge
 from rewards.judge.protocol import Judge
-from rewards.protocol import Details, Images, Metadata, images_only
+from rewards.kinds import images_only
+from rewards.protocol import Details, Images, Metadata
 
 
 @images_only

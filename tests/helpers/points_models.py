@@ -33,7 +33,7 @@ class Constant(nn.Module):
 class ConstantModel(ModelAbilities):
     """The smallest `DiffusionModel` of one's own. DDPM's one step of it is N(bias, 0.5² I)."""
 
-    draws_images = False
+    sample_kind = "other"
     latent_shape = (2,)
     conditioning_shapes: dict[str, tuple[int, ...]] = {}  # noqa: RUF012
     scheduler = DDPMScheduler(

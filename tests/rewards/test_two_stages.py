@@ -184,7 +184,7 @@ def test_errors_of_both_stages_name_the_reward(monkeypatch):
 
 def test_samples_are_checked_before_they_are_measured():
     reward = images_only(type("Marked", (AboveAverage,), {}))()
-    with pytest.raises(ValueError, match="reward Marked scores images, a uint8 array"):
+    with pytest.raises(ValueError, match="reward Marked scores images, uint8"):
         measure_reward(reward, np.zeros((2, 2)), PROMPTS[:2], [{}] * 2)
 
 

@@ -82,7 +82,7 @@ class PointsModel(ModelAbilities):
     that is trained for long enough keeps only the nearest one, because nothing here rewards diversity.
     """
 
-    draws_images = False
+    sample_kind = "other"
 
     def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         """Make the fresh network on a device, in a dtype."""

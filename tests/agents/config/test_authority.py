@@ -32,7 +32,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize(
-    "reward", ["bomb:Bomb", "jpeg_compressibility:1,bomb:Bomb:2", "bomb:Bomb:0.5:raw", "rewards.jpeg:ring"]
+    "reward", ["bomb:Bomb", "jpeg_compressibility:1,bomb:Bomb:2", "bomb:Bomb:0.5:raw", "rewards.formulas.jpeg:ring"]
 )
 @pytest.mark.parametrize("how", [[], ["--dry-run"]])
 def test_no_code_of_a_run_folder_runs(

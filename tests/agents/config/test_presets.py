@@ -238,7 +238,7 @@ def test_dry_run_looks_into_a_folder_but_not_at_its_weights(monkeypatch, capsys,
     arguments = [*MINIATURE, "--dry-run", f"--run-dir={tmp_path / 'run'}", "--model"]
     assert run_script("train_ppo", [*arguments, micro_pipeline_folder], monkeypatch) == 0
     (tmp_path / "model").mkdir()
-    for content, message in (('{"_class_name": "DDIMPipeline"}', "got a DDIMPipeline"), ("{}", "names no _class_name")):
+    for content, message in (('{"_class_name": "DDIMPipeline"}', "of a DDIMPipeline"), ("{}", "names no _class_name")):
         (tmp_path / "model" / "model_index.json").write_text(content)
         assert run_script("train_ppo", [*arguments, tmp_path / "model"], monkeypatch) == 2
         assert message in capsys.readouterr().err

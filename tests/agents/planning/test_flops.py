@@ -84,7 +84,7 @@ def test_estimate_of_the_published_run(monkeypatch):
 
 
 def test_what_is_not_here_is_not_estimated():
-    assert estimate_time(published(model="somebody/something")) == "not known before somebody/something is downloaded"
+    assert estimate_time(published(model="somebody/something")) == "not known before somebody/something is loaded"
 
 
 @pytest.mark.parametrize(

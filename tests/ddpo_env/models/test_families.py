@@ -10,13 +10,11 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from helpers.algorithms import collected, denoising_ppo, logged
 from helpers.micro_agents import micro_env, micro_policy, stir, weights
 from helpers.micro_families import FAMILIES, lora_tensors, micro_family
-from helpers.micro_pipeline import TOKENS
 from helpers.paths import LORA_FILE
 from peft import PeftModel
 
 from agents import DiffusionPolicy
 from ddpo_env import DenoisingVectorEnv
-from ddpo_env.models.families.flux import pack
 
 STEPS = 5
 GUIDANCE = 3.0
@@ -66,13 +64,12 @@ def generate_with_pipeline(family: str, pipeline: DiffusionPipeline, latents: to
     if family == "ddpm":
         images = pipeline(**arguments).images  # its first noise is the one that `latents` are
     elif family == "flux_dev":
-        arguments |= {"height": 32, "width": 32, "max_sequence_length": TOKENS}
-        images = pipeline("a cat", latents=pack(latents), guidance_scale=GUIDANCE, **arguments)
+        arguments |= {"height": 32, "width": 32}
+        images = pipeline("a cat", latents=latents, guidance_scale=GUIDANCE, **arguments)
     elif family == "flux_schnell":
-        arguments |= {"height": 32, "width": 32, "max_sequence_length": TOKENS}
-        images = pipeline("a cat", latents=pack(latents), true_cfg_scale=GUIDANCE, negative_prompt="", **arguments)
+        arguments |= {"height": 32, "width": 32}
+        images = pipeline("a cat", latents=latents, true_cfg_scale=GUIDANCE, negative_prompt="", **arguments)
     elif family in FLOW:
-        arguments |= {"max_sequence_length": TOKENS} if pipeline.tokenizer_3 else {}
         images = pipeline("a cat", latents=latents, guidance_scale=GUIDANCE, **arguments)
     else:
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -109,7 +106,7 @@ def test_update_trains_the_policy_and_stock_diffusers_reads_it_exactly(
     policy.save_lora(tmp_path)
     env = micro_env(folder, num_envs=3)
     latents = torch.randn(3, *env.model.latent_shape, generator=torch.Generator().manual_seed(0))
-    conditioning = env.model.encode_prompts(["a cat", "a dog", "a fox"]) | {"guidance": torch.tensor([1.0, 3.5, 5.0])}
+    conditioning = env.model.encode_prompts(["a cat", "a dog", "a fox"]) | {"guidance": torch.full((3,), 3.5)}
     stock = denoiser_of(stock_pipeline(family, folder, tmp_path))
     trained, loaded = (lora_tensors(denoiser) for denoiser in (policy.denoiser, stock))
     assert len(trained) == len(loaded) > 0

@@ -27,15 +27,15 @@ def test_protocol_has_nine_members() -> None:
 def test_model_that_derives_is_its_own_abilities() -> None:
     model = ConstantModel()
     assert abilities_of(model) is model
-    assert not abilities_of(model).draws_images
+    assert abilities_of(model).sample_kind == "other"
 
 
 def test_plain_model_has_the_defaults() -> None:
     model = PlainModel()
     abilities = abilities_of(load_model(model))
-    assert abilities.draws_images
+    assert abilities.sample_kind == "image"
     assert abilities.can_render
-    assert (abilities.guidance_embeds, abilities.resolution, abilities.loading_options) == (False, None, {})
+    assert (abilities.guidance_embeds, abilities.resolution) == (False, None)
     assert abilities.negative_conditioning() == {}
     assert abilities.sampler_options(5) == {}
     latents = torch.zeros(2, 2)
@@ -44,7 +44,7 @@ def test_plain_model_has_the_defaults() -> None:
     abilities.save_memory(False, None)
 
 
-@pytest.mark.parametrize("name", ["draws_images", "guidance_embeds", "resolution", "sampler_options", "render"])
+@pytest.mark.parametrize("name", ["sample_kind", "guidance_embeds", "resolution", "sampler_options", "render"])
 def test_ability_without_deriving_is_an_error(name: str) -> None:
     model = PlainModel()
     setattr(model, name, None)

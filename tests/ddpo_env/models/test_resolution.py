@@ -1,5 +1,7 @@
 """Images of another size than the model's own: latents, spaces, the denoiser's inputs, and errors."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -79,9 +81,9 @@ def test_a_run_generates_images_of_the_size(micro_pipeline_folder, tmp_path):
 def test_every_family_generates_another_size(family):
     pipeline = micro_family(family)
     own = load_model(pipeline, "cpu")
-    side = own.latent_shape[1] * pipeline.vae_scale_factor * 2
+    side = own.size[0] * 2
     model = load_model(pipeline, "cpu", resolution=side)
-    assert model.latent_shape == (own.latent_shape[0], 2 * own.latent_shape[1], 2 * own.latent_shape[2])
+    assert math.prod(model.latent_shape) == 4 * math.prod(own.latent_shape)
     latents = torch.randn(2, *model.latent_shape)
     conditioning = model.encode_prompts(["a cat", "a dog"])
     if getattr(model, "guidance_embeds", False):
@@ -93,13 +95,20 @@ def test_every_family_generates_another_size(family):
 
 def test_stable_diffusion_xl_is_told_the_size():
     pipeline = micro_family("stable_diffusion_xl")
-    assert load_model(pipeline, "cpu", resolution=64).time_ids.tolist() == [[64, 64, 0, 0, 64, 64]]
-    assert load_model(pipeline, "cpu").time_ids.tolist() == [[32, 32, 0, 0, 32, 32]]
+    told = []
+    pipeline.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: told.append(kwargs["added_cond_kwargs"]["time_ids"].tolist()), with_kwargs=True
+    )
+    for resolution in (64, None):
+        model = load_model(pipeline, "cpu", resolution=resolution)
+        model.predict(model.denoiser, torch.randn(1, *model.latent_shape), torch.ones(1), model.encode_prompts(["a"]))
+        side = resolution or 32
+        assert told[-1] == [[side, side, 0, 0, side, side]]
 
 
 @pytest.mark.parametrize("resolution", [0, -4, 30, 3, 32.0, True])
 def test_a_size_that_is_no_multiple_is_refused(micro_pipeline_folder, resolution):
-    with pytest.raises(ValueError, match=rf"resolution must be a multiple of 4 pixels .*; got {resolution}$"):
+    with pytest.raises(ValueError, match=rf"resolution must be a multiple of 8 pixels .*; got {resolution}$"):
         load_model(micro_pipeline_folder, "cpu", resolution=resolution)
 
 

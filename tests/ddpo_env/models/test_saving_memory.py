@@ -21,7 +21,7 @@ from agents.config.command_line import parse_command_line
 from agents.training.preparation import prepare_run
 from ddpo_env.initial_states import InitialStates
 from ddpo_env.models import loading as models
-from ddpo_env.models.families.text_to_image import TextToImageModel
+from ddpo_env.models.families.pipeline_model import PipelineModel
 from ddpo_env.models.loading import load_model
 from ddpo_env.models.pipelines import TEXT_ENCODERS, place_pipeline
 from ddpo_env.prompts.distributions import load_prompts
@@ -40,7 +40,7 @@ BROUGHT_AND_SENT_AWAY = [ACCELERATOR, torch.device("cpu")]
 @pytest.fixture(autouse=True)
 def _nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "_loaded", {})
-    monkeypatch.setattr(models, "_resized", {})
+    monkeypatch.setattr(models, "_changed", {})
 
 
 class PretendedAccelerator:
@@ -53,7 +53,7 @@ class PretendedAccelerator:
         self.moves: dict[str, list[torch.device]] = {}
         self.encoded: list[str] = []
         self._encode = pipeline.encode_prompt
-        monkeypatch.setattr(TextToImageModel, "device", ACCELERATOR)
+        monkeypatch.setattr(PipelineModel, "device", ACCELERATOR)
         monkeypatch.setattr(pipeline, "encode_prompt", self.encode)
         for name in TEXT_ENCODERS:
             if (part := getattr(pipeline, name, None)) is not None:
@@ -154,7 +154,9 @@ def test_finite_set_of_prompts_is_encoded_in_one_visit(monkeypatch: pytest.Monke
     for _ in range(5):
         starts.sample(np.arange(8))
     assert pretended.moved() == [[]]
-    monkeypatch.setattr("ddpo_env.models.families.text_to_image._CACHED_BYTES", (len(model._encoded) + 3) * 4 * 12 * 16)
+    monkeypatch.setattr(
+        "ddpo_env.models.families.pipeline_model._CACHED_BYTES", (len(model._encoded) + 3) * 4 * 12 * 16
+    )
     InitialStates(model, load_prompts([f"animal {number}" for number in range(9)]), 1)
     assert len(pretended.encoded) == 3, "no more than what is kept"
     InitialStates(model, load_prompts(lambda rng: "never the same"), 1)
@@ -223,11 +225,10 @@ def test_image_of_the_models_own_size_is_one_tile() -> None:
 def test_with_tiles_images_are_decoded_one_at_a_time_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = load_model(micro_pipeline(), "cpu")
     vae = model.pipeline.vae
-    monkeypatch.setattr(type(vae), "device", torch.device("meta"))  # no CPU
-    monkeypatch.setattr(type(vae), "dtype", torch.float32)
+    monkeypatch.setattr(PipelineModel, "_is_accelerated", lambda _: True)
     rows: list[int] = []
 
-    def decode(latents: Tensor, return_dict: bool) -> tuple[Tensor]:
+    def decode(latents: Tensor, **_: Any) -> tuple[Tensor]:
         rows.append(len(latents))
         return (torch.zeros(len(latents), 3, 32, 32),)
 
@@ -261,9 +262,9 @@ def test_settings_of_a_run_reach_the_model_of_its_policy(
     micro_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[Any, ...]] = []
-    save_memory = TextToImageModel.save_memory
+    save_memory = PipelineModel.save_memory
     monkeypatch.setattr(
-        TextToImageModel, "save_memory", lambda model, *choices: asked.append(choices) or save_memory(model, *choices)
+        PipelineModel, "save_memory", lambda model, *choices: asked.append(choices) or save_memory(model, *choices)
     )
     parsed = parse_command_line(["--vae-tiling", "--offload-text-encoder", "False", "--resolution", "64"]).run
     settings = {name: getattr(parsed, name) for name in ("vae_tiling", "offload_text_encoder", "resolution")}

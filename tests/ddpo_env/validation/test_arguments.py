@@ -35,7 +35,7 @@ def test_latents_are_real_numbers(values: Any) -> None:
 @pytest.mark.parametrize("resolution", [7, 0, -8, 10**12, True])
 def test_a_resolution_is_checked_without_loading(micro_pipeline_folder: Path, resolution: Any) -> None:
     for model in (micro_pipeline_folder, "tiny"):
-        with pytest.raises(ValueError, match=r"resolution must be a multiple of 4 pixels \(at most 16384\) .*; got "):
+        with pytest.raises(ValueError, match=r"resolution must be a multiple of 8 pixels \(at most 16384\) .*; got "):
             check_source(model, resolution=resolution)
     with pytest.raises(ValueError, match="resolution must be None with model 'points'"):
         check_source("points", resolution=64)

@@ -1,4 +1,4 @@
-"""FLUX.1's adapter against its pipeline: patches, places, shifted times, guidance as an input or not."""
+"""FLUX.1 watched, against its pipeline: packed latents, shifted times, guidance as an input or not."""
 
 from typing import Any
 
@@ -9,10 +9,8 @@ from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from helpers.micro_agents import micro_env, micro_policy, train_a_step, weights
 from helpers.micro_families import micro_family
-from helpers.micro_pipeline import TOKENS
 
 from agents.rollout.buffer import Transitions
-from ddpo_env.models.families.flux import FluxModel, image_ids, pack, unpack
 from ddpo_env.models.loading import load_model
 
 PROMPTS = ["a cat", "a blue horse"]
@@ -28,32 +26,25 @@ def schnell() -> FluxPipeline:
     return micro_family("flux_schnell")
 
 
-def test_patches_and_places_are_the_pipelines() -> None:
-    latents = torch.randn(2, 4, 8, 12)
-    packed = FluxPipeline._pack_latents(latents, 2, 4, 8, 12)
-    assert torch.equal(pack(latents), packed)
-    assert torch.equal(unpack(packed, 8, 12), latents)
-    assert torch.equal(FluxPipeline._unpack_latents(packed, 32, 48, 4), latents)
-    places = FluxPipeline._prepare_latent_image_ids(2, 4, 6, "cpu", torch.float32)
-    assert torch.equal(image_ids(8, 12, torch.device("cpu")).float(), places)
-
-
 def test_conditioning_is_t5s_and_clips_pooled_output(dev: FluxPipeline) -> None:
     model = load_model(dev, "cpu")
-    embeds, pooled, text_ids = dev.encode_prompt(PROMPTS, max_sequence_length=TOKENS)
+    embeds, pooled, text_ids = dev.encode_prompt(PROMPTS)
     mine = model.encode_prompts(PROMPTS)
     torch.testing.assert_close(mine, {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
     assert not text_ids.any()
-    assert model.conditioning_shapes == {"prompt_embeds": (TOKENS, 32), "pooled_prompt_embeds": (16,)}
+    assert model.conditioning_shapes == {"prompt_embeds": (512, 32), "pooled_prompt_embeds": (16,)}
 
 
-def test_size_is_the_vaes(dev: FluxPipeline) -> None:
-    assert load_model(dev, "cpu").latent_shape == (4, 8, 8)
-    model = FluxModel.__new__(FluxModel)
-    model.pipeline = micro_family("flux_dev")
-    model.pipeline.vae.register_to_config(sample_size=1024)
-    model.pipeline.vae_scale_factor = 8
-    assert model._latent_shape() == (4, 128, 128), "FLUX.1's published VAE has a sample_size of 1024"
+def test_size_is_the_vaes_and_latents_are_packed_as_the_pipeline_packs_them(dev: FluxPipeline) -> None:
+    model: Any = load_model(dev, "cpu")
+    assert model.size == (32, 32), "FLUX.1's published VAE has a sample_size of 1024"
+    assert model.latent_shape == dev._pack_latents(torch.zeros(1, 4, 8, 8), 1, 4, 8, 8).shape[1:]
+    latents = torch.randn(2, 4, 8, 8)
+    scaled = latents / dev.vae.config.scaling_factor + dev.vae.config.shift_factor
+    with torch.no_grad():
+        images = dev.image_processor.postprocess(dev.vae.decode(scaled).sample, output_type="np")
+    decoded = model.decode(dev._pack_latents(latents, 2, 4, 8, 8)).numpy()
+    assert np.abs(decoded - (images * 255).round()).max() <= 1
 
 
 @pytest.mark.parametrize("family", ["flux_dev", "flux_schnell"])
@@ -113,7 +104,7 @@ def test_adapters_are_on_the_attention_of_the_image_and_of_the_text(dev: FluxPip
 def test_guidance_that_nobody_gave_is_an_error(dev: FluxPipeline) -> None:
     model = load_model(dev, "cpu")
     with pytest.raises(ValueError, match=r"conditioning must have guidance, .*3\.5.*got prompt_embeds, pooled"):
-        model.predict(model.denoiser, torch.randn(1, 4, 8, 8), torch.tensor([1000.0]), model.encode_prompts(["a cat"]))
+        model.predict(model.denoiser, torch.randn(1, 16, 16), torch.tensor([1000.0]), model.encode_prompts(["a cat"]))
 
 
 def test_denoising_loss_has_the_guidance_too(dev: FluxPipeline) -> None:

@@ -1,6 +1,7 @@
 """SDXL's adapter against its pipeline: conditioning, guidance, the UNet's other inputs, the VAE's precision."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from helpers.micro_agents import micro_env, micro_policy
 from helpers.micro_families import micro_family
 
-from ddpo_env.models.families.stable_diffusion_xl import StableDiffusionXLModel
+from ddpo_env.models.families.pipeline_model import PipelineModel
 from ddpo_env.models.loading import load_model
 
 PROMPTS = ["a cat", "a blue horse"]
@@ -21,15 +22,13 @@ def pipeline() -> StableDiffusionXLPipeline:
 
 
 @pytest.fixture(scope="module")
-def model(pipeline: StableDiffusionXLPipeline) -> StableDiffusionXLModel:
+def model(pipeline: StableDiffusionXLPipeline) -> PipelineModel:
     loaded = load_model(pipeline, "cpu")
-    assert isinstance(loaded, StableDiffusionXLModel)
+    assert isinstance(loaded, PipelineModel)
     return loaded
 
 
-def test_conditioning_is_that_of_both_encoders(
-    model: StableDiffusionXLModel, pipeline: StableDiffusionXLPipeline
-) -> None:
+def test_conditioning_is_that_of_both_encoders(model: PipelineModel, pipeline: StableDiffusionXLPipeline) -> None:
     embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(PROMPTS, negative_prompt=["a dog", "a fox"])
     mine = model.encode_prompts(PROMPTS)
     torch.testing.assert_close(mine, {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
@@ -48,7 +47,7 @@ def test_guidance_leads_away_from_what_the_pipeline_leads_away_from(zeros: bool)
     assert bool(negative.any()) != zeros
 
 
-def test_guided_step_is_the_schedulers_own(model: StableDiffusionXLModel, pipeline: StableDiffusionXLPipeline) -> None:
+def test_guided_step_is_the_schedulers_own(model: PipelineModel, pipeline: StableDiffusionXLPipeline) -> None:
     env = micro_env(pipeline, num_envs=2)
     policy = micro_policy(env, guidance_scale=3.0, eta=0.6)
     observation, _ = env.reset(seed=0, options={"prompts": PROMPTS})
@@ -71,7 +70,7 @@ def test_guided_step_is_the_schedulers_own(model: StableDiffusionXLModel, pipeli
     torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_sizes_matter_to_the_unet(model: StableDiffusionXLModel) -> None:
+def test_sizes_matter_to_the_unet(model: PipelineModel) -> None:
     latents, timestep = torch.randn(1, 4, 8, 8), torch.tensor([801])
     conditioning = model.encode_prompts(["a cat"])
     with torch.no_grad():
@@ -81,7 +80,7 @@ def test_sizes_matter_to_the_unet(model: StableDiffusionXLModel) -> None:
             assert not torch.equal(model.predict(model.denoiser, latents, timestep, other), output)
 
 
-def test_image_is_the_pipelines(model: StableDiffusionXLModel, pipeline: StableDiffusionXLPipeline) -> None:
+def test_image_is_the_pipelines(model: PipelineModel, pipeline: StableDiffusionXLPipeline) -> None:
     latents = torch.randn(2, 4, 8, 8)
     pipeline.vae.register_to_config(latents_mean=[0.1, 0.2, -0.1, 0.0], latents_std=[1.0, 2.0, 0.5, 1.5])
     try:
@@ -100,9 +99,11 @@ def test_image_is_the_pipelines(model: StableDiffusionXLModel, pipeline: StableD
 def test_vae_that_overflows_in_half_precision_decodes_in_single(
     tmp_path: Path, dtype: str, decoded_in: torch.dtype
 ) -> None:
-    model = load_model(micro_family("stable_diffusion_xl"), "cpu", dtype)
+    model: Any = load_model(micro_family("stable_diffusion_xl"), "cpu", dtype)
+    seen: list[torch.dtype] = []
+    model.pipeline.vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
     assert model.decode(torch.randn(1, 4, 8, 8)).dtype == torch.uint8
-    assert model.pipeline.vae.dtype == decoded_in  # type: ignore[attr-defined]
+    assert seen == [decoded_in]
     assert model.denoiser.dtype == getattr(torch, dtype)
 
 

@@ -1,0 +1,154 @@
+"""The conditioning of a prompt in a fixed shape: how a watched pipeline's encoded prompt is stored and given back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+Encoded = Mapping[str, Any]
+"""By argument name of the pipeline's call: a tensor `(1, ...)`, or a list with one tensor `(tokens, ...)`."""
+
+_NOT_CONDITIONING = ("latents", "timesteps", "sigmas", "generator")
+
+
+@dataclass(frozen=True)
+class ConditioningLayout:
+    """The tensors of a prompt's conditioning.
+
+    A text whose length varies is padded with zeros. The pipeline's own mask says which tokens count; a pipeline that
+    takes a list of texts without padding gets such a list, and `<name>_length` says how many tokens count.
+
+    Attributes:
+        shapes: shape of each tensor for one prompt.
+        dtypes: dtype with which the pipeline gets each tensor; floating-point ones get the denoiser's.
+        masks: mask of each padded tensor, by the name of the tensor.
+        lists: names of the tensors that the pipeline takes as a list.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    masks: dict[str, str]
+    lists: frozenset[str]
+
+    @classmethod
+    def of(cls, encoded: list[Encoded], parameters: Mapping[str, Any], source: str) -> ConditioningLayout:
+        """Read the layout off two or more encoded prompts, one of them short and one long.
+
+        Args:
+            encoded: what the pipeline made of each prompt.
+            parameters: of the pipeline's call, by name; `max_sequence_length` is the length after padding.
+            source: of the model, for the message.
+
+        Raises:
+            ValueError: for texts of different lengths without a mask.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        masks: dict[str, str] = {}
+        names = [
+            name for name in dict.fromkeys(name for one in encoded for name in one) if not _is_constant(name, encoded)
+        ]
+        lists = frozenset(name for name in names if isinstance(encoded[0][name], list))
+        for name in names:
+            values = [_text(one[name]) for one in encoded if name in one]
+            dtypes[name] = values[0].dtype
+            if len({value.shape for value in values}) == 1 and name not in lists:
+                shapes.setdefault(name, tuple(values[0].shape[1:]))
+                continue
+            length = parameters.get("max_sequence_length")
+            if not isinstance(length, int):
+                raise ValueError(
+                    f"model {source!r} must encode prompts to a fixed length, or have a max_sequence_length; it made "
+                    f"{' and '.join(str(tuple(value.shape)) for value in values)} of {name}"
+                )
+            shapes[name] = (length, *values[0].shape[2:])
+            if name in lists:
+                shapes[f"{name}_length"] = ()
+            elif "mask" not in name:
+                mask = _mask_of(name, parameters, source)
+                masks[name] = mask
+                shapes[mask] = (length,)
+                dtypes.setdefault(mask, torch.bool)
+        return cls(shapes, dtypes, masks, lists)
+
+    def pack(self, encoded: Encoded) -> dict[str, Tensor]:
+        """Return an encoded prompt as float32 tensors `(1, *shapes[name])`."""
+        packed: dict[str, Tensor] = {}
+        for name, value in encoded.items():
+            if name not in self.shapes:
+                continue
+            text = _text(value)
+            length = self.shapes[name][0] if self.shapes[name] else 0
+            missing = length - text.shape[1] if text.ndim > 1 else 0
+            if name in self.masks and encoded.get(self.masks[name]) is None:
+                ones = torch.ones(1, text.shape[1], device=text.device)
+                packed[self.masks[name]] = pad(ones, (0, missing))
+            if name in self.lists:
+                packed[f"{name}_length"] = torch.full((1,), text.shape[1], dtype=torch.float32, device=text.device)
+            packed[name] = pad(text.float(), (0, 0) * (text.ndim - 2) + (0, missing)) if missing else text.float()
+        return {name: packed[name] for name in self.shapes}
+
+    def arguments(self, conditioning: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
+        """Return conditioning `(batch, ...)` as the pipeline's call takes it."""
+        given: dict[str, Any] = {}
+        for name, own in self.dtypes.items():
+            value = conditioning[name].to(dtype if own.is_floating_point else own)
+            if name in self.lists:
+                lengths = conditioning[f"{name}_length"].tolist()
+                given[name] = [text[: int(length)] for text, length in zip(value, lengths, strict=True)]
+            else:
+                given[name] = value
+        return given
+
+
+def conditioning_in(variables: Mapping[str, Any], parameters: Mapping[str, Any], given: Mapping[str, Any]) -> Encoded:
+    """Return the arguments of a call that were not given, and that the pipeline made of the prompt.
+
+    Args:
+        variables: of the call, before the denoiser.
+        parameters: of the call, with their defaults.
+        given: arguments of the call.
+    """
+    return {
+        name: variables[name]
+        for name, default in parameters.items()
+        if default is None and given.get(name) is None
+        if name not in _NOT_CONDITIONING and not name.startswith("negative_")
+        if _is_text(variables.get(name))
+    }
+
+
+def _is_constant(name: str, encoded: list[Encoded]) -> bool:
+    """Return whether something is the same for every prompt, such as an encoded image. Texts and masks always count."""
+    if "mask" in name or "prompt" in name or not all(name in one for one in encoded):
+        return False
+    first, *others = (_text(one[name]) for one in encoded)
+    if first.device.type == "meta":
+        return False
+    return all(value.shape == first.shape and torch.equal(value, first) for value in others)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, list) and len(value) == 1 and isinstance(value[0], Tensor))
+
+
+def _text(value: Any) -> Tensor:
+    """Return a tensor `(1, ...)`."""
+    tensor: Tensor = value[0][None] if isinstance(value, list) else value
+    return tensor
+
+
+def _mask_of(name: str, parameters: Mapping[str, Any], source: str) -> str:
+    names = (f"{name}_mask", name.replace("embeds", "attention_mask"), "attention_mask")
+    found = [mask for mask in names if mask in parameters]
+    if not found:
+        raise ValueError(
+            f"model {source!r} must take a mask for texts of different lengths; its call takes none of "
+            f"{', '.join(names)}"
+        )
+    return found[0]

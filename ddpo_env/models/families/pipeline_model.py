@@ -1,0 +1,400 @@
+"""Any diffusers pipeline as a `DiffusionModel`: what it encodes, calls and decodes is seen by watching it.
+
+The pipeline's own code encodes prompts, prepares latents, calls the denoiser and decodes (`watching`), so a pipeline
+needs no adapter of its own. `table` holds the few things that a pipeline does not show.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from torch import Tensor, nn
+
+from ddpo_env.models.families.batching import Batching, find_batching, in_batches
+from ddpo_env.models.families.conditioning import ConditioningLayout, Encoded, conditioning_in
+from ddpo_env.models.families.parity import TESTED, compare_with_pipeline
+from ddpo_env.models.families.resolution import check_resolution
+from ddpo_env.models.families.table import FAMILIES, Family, kind_of, sampling_rate_of
+from ddpo_env.models.families.watching import WatchedPipeline
+from ddpo_env.models.image_decoding import check_scaling, picture_of, samples_of
+from ddpo_env.models.peft_format import adapter_weights, check_saved_adapter, save_peft_adapter
+from ddpo_env.models.pipelines import TEXT_ENCODERS
+from ddpo_env.models.protocol import Conditioning, ModelAbilities, ShapeUnknownError
+
+_CACHED_BYTES = 2**30
+_PREPARED_PROMPTS = 1000
+"""A larger set of prompts is not encoded completely beforehand: that would take longer than it saves."""
+_PIXELS_PER_CALL = 8 * 512 * 512
+_STEPS = 4  # of a watched call, which ends at its first one: some schedules are not defined for fewer
+_LONGER_PROMPT = "a cat"
+_NOT_FREE = (
+    *("prompt", "negative_prompt", "latents", "generator", "output_type", "return_dict"),
+    *("num_inference_steps", "timesteps", "sigmas", "guidance_scale", "true_cfg_scale"),
+    *("callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs"),
+)
+"""Arguments of a pipeline's call that are not the user's: the environment and the policy give them."""
+_SCALES = ("true_cfg_scale", "guidance_scale")
+
+
+class PipelineModel(ModelAbilities):
+    """Adapter of a pipeline; see `ddpo_env.models.DiffusionModel` for each member."""
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        source: str,
+        resolution: int | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Watch the pipeline once, and freeze its weights.
+
+        Args:
+            pipeline: is not changed otherwise.
+            source: name of the model.
+            resolution: side of the images in pixels; default: the pipeline's own.
+            arguments: of every call of the pipeline, such as `num_frames` or `max_sequence_length`.
+
+        Raises:
+            ValueError: for a pipeline of another form, or an argument that its call does not take.
+        """
+        self.pipeline: Any = pipeline
+        self.source = source
+        self.resolution = resolution
+        self.scheduler = pipeline.scheduler
+        self.watched = WatchedPipeline(pipeline, source)
+        self.family = FAMILIES.get(type(pipeline).__name__, Family())
+        self.denoiser: nn.Module = getattr(pipeline, self.watched.denoiser_name)
+        self._config: Any = self.denoiser.config
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        if "vae" in pipeline.components and "scaling_factor" in self.pipeline.vae.config:
+            check_scaling(self.pipeline.vae.config, source)
+        self.sample_kind = kind_of(self.watched.call)
+        if self.sample_kind == "audio":
+            self.sample_metadata = {"sampling_rate": sampling_rate_of(self.pipeline)}
+        self.guidance_embeds = bool(self._config.get("guidance_embeds", False))
+        self.offload_text_encoder = self._is_accelerated()
+        self.arguments: dict[str, Any] = dict(arguments or {})
+        taken = [name for name in self.watched.parameters if name not in _NOT_FREE]
+        if wrong := [str(name) for name in self.arguments if name not in taken]:
+            raise ValueError(
+                f"pipeline_arguments must be among {', '.join(taken)} with model {source!r}; got {', '.join(wrong)}"
+            )
+        if resolution is not None and {"height", "width"} & self.arguments.keys():
+            raise ValueError(f"resolution must be None if height or width is in pipeline_arguments; got {resolution!r}")
+        self._arguments = self._fixed_arguments(resolution)
+        self._encoded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._watch_once()
+        self._is_checked = type(pipeline).__name__ in TESTED
+        self._batching: Batching | None = "any" if self._is_checked else None
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return float32 conditioning `(batch, ...)` by name; each distinct prompt is encoded once.
+
+        Prompts are encoded one by one, so that a prompt's conditioning does not depend on the rest of the batch.
+        """
+        self._remember(prompts)
+        encoded = [self._encoded[prompt] for prompt in prompts]
+        bytes_each = sum(tensor.nbytes for tensor in encoded[0].values())
+        while len(self._encoded) * bytes_each > _CACHED_BYTES:
+            self._encoded.popitem(last=False)
+        return {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}
+
+    def negative_conditioning(self) -> dict[str, Tensor]:
+        """Return what the pipeline itself guides away from if it is not told, each tensor `(1, ...)`.
+
+        That is an empty prompt, or zeros. Some pipelines do not guide without a negative prompt; theirs is empty too.
+        """
+        scales = [name for name in _SCALES if name in self.watched.parameters]
+        has_negative_prompt = "negative_prompt" in self.watched.parameters
+        for negative_prompt in ({}, *([{"negative_prompt": ""}] * has_negative_prompt)) if scales else ():
+            with self.text_encoders_on_device():
+                seen = self._before_denoiser({"prompt": "", scales[0]: 2.0, **negative_prompt})
+            negative = {name: seen.get(f"negative_{name}") for name in self._layout.dtypes}
+            if all(value is not None or name in self._layout.masks.values() for name, value in negative.items()):
+                return self._layout.pack({name: value for name, value in negative.items() if value is not None})
+        return self.encode_prompts([""])
+
+    def guide(self, negative: Tensor, positive: Tensor, scale: float) -> Tensor:
+        """Return the guided output as the pipeline computes it."""
+        return self.family.guide(negative, positive, scale)
+
+    def sampler_options(self, num_inference_steps: int) -> dict[str, Any]:
+        """Return the flow times that the pipeline asks its scheduler for, and their shift for its size."""
+        arguments = self._unprompted() | self._arguments | {"num_inference_steps": num_inference_steps}
+        asked = self.watched.schedule(torch.zeros(1, *self.latent_shape, device=self.device), **arguments)
+        options = {name: asked[name] for name in ("sigmas", "mu") if asked.get(name) is not None}
+        if "sigmas" in options:
+            options["sigmas"] = [float(sigma) for sigma in options["sigmas"]]
+        return options
+
+    def predict(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return what the pipeline hands to its scheduler, without guidance: noise, velocity or clean latent.
+
+        Raises:
+            ValueError: without `conditioning["guidance"]`, the same scale for each latent, if the denoiser takes it.
+        """
+        dtype = next(denoiser.parameters()).dtype
+
+        def call(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+            arguments = self._arguments | self._layout.arguments(conditioning, dtype)
+            if self.guidance_embeds:
+                arguments["guidance_scale"] = self._guidance(conditioning, len(latents))
+            return self.watched.output(denoiser, latents.to(dtype), timestep, dtype, **arguments)
+
+        if self._batching is None:
+            first = {name: value[:1] for name, value in conditioning.items()}
+            self._batching = find_batching(call, latents[:1], timestep[0], first)
+        return in_batches(call, self._batching, latents, timestep, conditioning)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents `(batch, *latent_shape)` to uint8 images `(batch, height, width, 3)`, as the pipeline does.
+
+        An accelerator decodes a few images at a time, or one at a time if the VAE's tiling is on. A CPU decodes one at
+        a time, because there the last bits of a convolution depend on the batch: so an image, and its reward, does not
+        depend on the other images of the batch.
+
+        Raises:
+            NonFiniteSampleError: if the decoder returns NaN or infinite values.
+        """
+        vae = getattr(self.pipeline, "vae", None)
+        one_at_a_time = not self._is_accelerated() or getattr(vae, "use_tiling", False)
+        rows = 1 if one_at_a_time else max(1, _PIXELS_PER_CALL // math.prod(self.size))
+        dtype = latents.dtype if vae is None else vae.dtype
+        parts = []
+        for chunk in latents.to(self.device, dtype).split(rows):
+            arguments = self._arguments | self._unprompted(len(chunk)) | {"output_type": "pt"}
+            parts.append(self.watched.decoded(chunk, **arguments))
+        samples = torch.cat(parts)
+        return samples if self.sample_kind == "audio" else samples_of(samples)
+
+    def render(self, latents: Tensor) -> Tensor:
+        """Return uint8 images `(batch, height, width, 3)`: of a video three frames, of a sound its waveform."""
+        return picture_of(self.decode(latents), self.sample_kind)
+
+    def save_lora(self, denoiser: nn.Module, folder: Path) -> None:
+        """Write a LoRA of the denoiser in diffusers' format, or in peft's if the pipeline cannot read one.
+
+        The file has peft's own key names: with diffusers' old ones, stock `load_lora_weights` loses the attention half
+        of a LoRA on attention and convolutions. The scale `alpha / rank` is 1, which diffusers assumes if a file does
+        not name it.
+        """
+        name = self.watched.denoiser_name
+        if not hasattr(self.pipeline, "save_lora_weights"):
+            save_peft_adapter(denoiser, folder)
+            return
+        weights = adapter_weights(denoiser)
+        self.pipeline.save_lora_weights(folder, **{f"{name}_lora_layers": weights})
+        check_saved_adapter(folder / LORA_WEIGHT_NAME_SAFE, weights, self.denoiser, f"{name}.")
+
+    def pipeline_call(self, guidance_scale: float) -> dict[str, Any]:
+        """Return the arguments with which the pipeline's own call makes such samples, guided in its own way.
+
+        The prompt, the number of steps and the noise are left to the caller.
+        """
+        left_out = ("num_inference_steps", "output_type", "prompt")
+        arguments = {name: value for name, value in self._arguments.items() if name not in left_out}
+        if self.guidance_embeds:
+            return arguments | {"guidance_scale": guidance_scale}
+        return arguments if guidance_scale == 1 else arguments | (self.guided_call(guidance_scale) or {})
+
+    def prepare_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode prompts beforehand, if encoding each one later would move the text encoders to the device and back.
+
+        At most 1000 prompts are encoded, and only as many as the cache of 1 GiB keeps.
+        """
+        if self.offload_text_encoder:
+            bytes_each = 4 * sum(math.prod(shape) for shape in self.conditioning_shapes.values())
+            most = min(_PREPARED_PROMPTS, _CACHED_BYTES // bytes_each - len(self._encoded))
+            self._remember(list(dict.fromkeys(prompts))[: max(0, most)])
+
+    def forget_prompts(self) -> None:
+        """Encode every prompt again, for all resolutions."""
+        self._encoded.clear()
+
+    def save_memory(self, offload_text_encoder: bool | None = None, vae_tiling: bool | None = None) -> None:
+        """Choose how the model needs less of an accelerator's memory; `None` leaves a choice as it is.
+
+        Args:
+            offload_text_encoder: whether the text encoders are on the accelerator only while they encode; the default
+                is yes. On a CPU nothing moves.
+            vae_tiling: whether images are decoded one at a time, and those that are larger than the VAE's own
+                `sample_size` in tiles that overlap. The VAE is the pipeline's, so this holds for all its resolutions.
+
+        Raises:
+            ValueError: for a value that is not a boolean, or a VAE that cannot be tiled.
+        """
+        for name, value in {"offload_text_encoder": offload_text_encoder, "vae_tiling": vae_tiling}.items():
+            if value is not None and not isinstance(value, bool):
+                raise ValueError(f"{name} must be True, False or None; got {value!r}")
+        vae = getattr(self.pipeline, "vae", None)
+        if vae_tiling and not hasattr(vae, "use_tiling"):
+            raise ValueError(
+                f"vae_tiling must be False with model {self.source!r}, whose {type(vae).__name__} has none; got True"
+            )
+        if vae_tiling is not None and vae_tiling != getattr(vae, "use_tiling", False):
+            self.pipeline.vae.enable_tiling() if vae_tiling else self.pipeline.vae.disable_tiling()
+        if offload_text_encoder is not None:
+            self.offload_text_encoder = offload_text_encoder and self._is_accelerated()
+            self._place_text_encoders(self.device)
+        if self.offload_text_encoder:
+            self._place_text_encoders(torch.device("cpu"))
+
+    def with_arguments(self, arguments: Mapping[str, Any]) -> PipelineModel:
+        """Return the model of the same pipeline with other arguments for its call: they share the weights."""
+        return type(self)(self.pipeline, self.source, self.resolution, arguments)
+
+    def at_resolution(self, resolution: int) -> PipelineModel:
+        """Return the model of the same pipeline for another resolution: they share the weights."""
+        scale = int(getattr(self.pipeline, "vae_scale_factor", 1))
+        places = self._config.get("pos_embed_max_size")
+        most = None if places is None else places * self._config.patch_size
+        check_resolution(resolution, self.source, scale, most, self._accepts)
+        resized = type(self)(self.pipeline, self.source, resolution, self.arguments)
+        resized._encoded = self._encoded
+        return resized
+
+    def _accepts(self, resolution: int) -> bool:
+        """Return whether the pipeline prepares latents for a size that are in proportion to it."""
+        size = {"height": resolution, "width": resolution}
+        try:
+            latents = self._before_denoiser(self._unprompted() | size)["latents"]
+        except (ValueError, RuntimeError, TypeError):  # a pipeline refuses a size in its own words
+            return False
+        return latents.numel() * math.prod(self.size) == math.prod(self.latent_shape) * resolution**2
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the denoiser; the text encoders may be on another one."""
+        return next(self.denoiser.parameters()).device
+
+    def _fixed_arguments(self, resolution: int | None) -> dict[str, Any]:
+        """Return the arguments of every call: its size, and no guidance, which is the policy's."""
+        parameters = self.watched.parameters
+        fixed: dict[str, Any] = {"num_inference_steps": _STEPS, "output_type": "latent"}
+        if "true_cfg_scale" in parameters:
+            fixed["true_cfg_scale"] = 1.0
+        elif not self.guidance_embeds:
+            fixed["guidance_scale"] = 1.0
+        if resolution is None and "sample_size" not in self._config and "vae" in self.pipeline.components:
+            resolution = self.pipeline.vae.config.get("sample_size")  # that of the images in pretraining
+        if resolution is not None:
+            fixed |= {"height": resolution, "width": resolution}
+        fixed |= {"prompt": None, "use_resolution_binning": False, "min_guidance_scale": 1.0, "max_guidance_scale": 1.0}
+        return {name: value for name, value in fixed.items() if name in parameters} | self.arguments
+
+    @torch.no_grad()
+    def _watch_once(self) -> None:
+        """Watch the pipeline prepare its latents and encode prompts: both shapes follow, whatever the pipeline is."""
+        try:
+            seen = self._watch_prompts()
+            is_guided = getattr(seen[0]["self"], "do_classifier_free_guidance", False)
+            if is_guided and "guidance_scale" in self.watched.parameters:  # a scale of 1 is not off
+                self._arguments["guidance_scale"] = 0.0
+                seen = self._watch_prompts()
+        except (NotImplementedError, RuntimeError) as error:
+            if self.device.type == "meta":
+                raise ShapeUnknownError from error
+            raise
+        encoded = [conditioning_in(one, self.watched.parameters, self._arguments) for one in seen]
+        self._layout = ConditioningLayout.of(encoded, self.watched.parameters | self._arguments, self.source)
+        self.conditioning_shapes = self._layout.shapes
+        self.latent_shape: tuple[int, ...] = tuple(seen[0]["latents"].shape[1:])
+        self.size: tuple[int, int] = (seen[0].get("height") or 1, seen[0].get("width") or 1)
+        self._encoded[""] = self._layout.pack(encoded[0])
+
+    def _watch_prompts(self) -> list[dict[str, Any]]:
+        with self.text_encoders_on_device():
+            return [self._before_denoiser({"prompt": prompt}) for prompt in ("", _LONGER_PROMPT)]
+
+    @torch.no_grad()
+    def check_outputs(self) -> None:
+        """Compare what is watched with the pipeline's own call, at two timesteps in one batch.
+
+        This is done once, and for pipelines that the test suite does not know.
+
+        Raises:
+            ValueError: if the outputs differ without guidance. With guidance, `guidance_problem` says so.
+        """
+        if self._is_checked:
+            return
+        self._is_checked = True
+        without, self.guidance_problem = compare_with_pipeline(self)
+        if without is not None:
+            raise ValueError(
+                f"model {self.source!r} must give the outputs of its {type(self.pipeline).__name__} when it is watched"
+                f"; {without}. Please report this pipeline"
+            )
+
+    def guided_call(self, scale: float) -> dict[str, Any] | None:
+        """Return the arguments that turn the pipeline's own guidance on; `None` if it has none."""
+        scales = [name for name in _SCALES if name in self.watched.parameters]
+        if not scales or (self.guidance_embeds and scales[0] == "guidance_scale"):
+            return None
+        empty = {"negative_prompt": ""} if scales[0] == "true_cfg_scale" else {}
+        return {scales[0]: scale, **empty}
+
+    def _before_denoiser(self, given: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
+        arguments = self._arguments | {name: given[name] for name in given if name in self.watched.parameters}
+        if "generator" in self.watched.parameters:  # not torch's own, which the user may have seeded
+            arguments["generator"] = torch.Generator().manual_seed(seed)
+        return self.watched.before_denoiser(**arguments)
+
+    def _unprompted(self, rows: int = 1) -> dict[str, Any]:
+        """Return arguments for calls in which the prompt has no effect."""
+        zeros = {name: torch.zeros(rows, *shape, device=self.device) for name, shape in self._layout.shapes.items()}
+        arguments = self._layout.arguments(zeros, next(self.denoiser.parameters()).dtype)
+        return arguments
+
+    def _guidance(self, conditioning: Conditioning, rows: int) -> float:
+        scales = conditioning.get("guidance")
+        if scales is None or len(set(scales.tolist())) != 1:
+            raise ValueError(
+                f"conditioning must have guidance, one scale for all of the {rows} latents (3.5 is FLUX.1-dev's "
+                f"default), because this denoiser takes it as an input; got "
+                f"{', '.join(conditioning) if scales is None else scales.tolist()}"
+            )
+        return float(scales[0])
+
+    @torch.no_grad()
+    def _remember(self, prompts: Sequence[str]) -> None:
+        """Encode the prompts that are not in the cache, all at once, and mark all prompts as used."""
+        unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
+        if unknown:
+            with self.text_encoders_on_device():
+                for prompt in unknown:
+                    self._encoded[prompt] = self._layout.pack(self._encode(prompt))
+        for prompt in prompts:
+            self._encoded.move_to_end(prompt)
+
+    def _encode(self, prompt: str) -> Encoded:
+        seen = self._before_denoiser({"prompt": prompt})
+        return conditioning_in(seen, self.watched.parameters, self._arguments)
+
+    def _is_accelerated(self) -> bool:
+        return self.device.type not in ("cpu", "meta")
+
+    @contextmanager
+    def text_encoders_on_device(self) -> Iterator[None]:
+        """Keep the text encoders on the device inside this context."""
+        self._place_text_encoders(self.device)
+        try:
+            yield
+        finally:
+            if self.offload_text_encoder:
+                self._place_text_encoders(torch.device("cpu"))
+
+    def _place_text_encoders(self, device: torch.device) -> None:
+        for name, component in self.pipeline.components.items():
+            if name in TEXT_ENCODERS and component is not None:
+                component.to(device)
