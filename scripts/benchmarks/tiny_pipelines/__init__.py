@@ -1,0 +1,1 @@
+"""What pipelines.py needs: tiny random pipelines from diffusers' own tests, and the checks that each goes through."""
