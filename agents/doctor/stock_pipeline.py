@@ -1,0 +1,186 @@
+"""The pipeline's own call, watched: what its scheduler is given and returns at every step, and the images.
+
+The call runs on a shallow copy of the pipeline with a scheduler of its own, so the model under examination is the same
+afterwards.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from agents.doctor.examination import Examination
+from ddpo_env.models import DiffusionModel, abilities_of
+from ddpo_env.models.image_decoding import decode_samples
+from ddpo_env.sampler.scheduler_table import ddim_of
+
+
+@runtime_checkable
+class HasPipeline(Protocol):
+    """A model around a diffusers pipeline."""
+
+    pipeline: DiffusionPipeline
+
+
+@dataclass
+class Watched:
+    """One call of a pipeline.
+
+    Attributes:
+        timesteps: of every step.
+        inputs: latents that the scheduler's `step` was given, one tensor a step.
+        outputs: the guided outputs of the denoiser, likewise.
+        latents: after the last step.
+        images: uint8 `(batch, height, width, 3)`; `None` if the pipeline returns something else.
+        prompts: one for each row.
+        noise: where the call began, in the layout of the model's latents.
+    """
+
+    prompts: list[str]
+    noise: Tensor
+    timesteps: list[float] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    latents: Tensor | None = None
+    images: npt.NDArray[np.uint8] | None = None
+
+
+class _FirstStepError(Exception):
+    """Ends a call at its first step."""
+
+
+def pipeline_of(model: DiffusionModel) -> DiffusionPipeline | None:
+    """Return the pipeline of a model; `None` for a model that has none."""
+    return model.pipeline if isinstance(model, HasPipeline) else None
+
+
+def watch(
+    examination: Examination,
+    prompts: Sequence[str],
+    *,
+    deployed: bool = False,
+    pipeline: DiffusionPipeline | None = None,
+) -> Watched:
+    """Call the pipeline with the steps and the guidance of the run.
+
+    Args:
+        examination: the run.
+        prompts: one for each row.
+        deployed: with the scheduler that the pipeline comes with; else with its deterministic one: DDIM, or Euler's
+            steps of the flow.
+        pipeline: another one than the model's, such as one with a LoRA.
+    """
+    pipeline = pipeline or pipeline_of(examination.model)
+    assert pipeline is not None
+    stock = copy.copy(pipeline)
+    is_flow = isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+    own = deployed or is_flow
+    scheduler = copy.deepcopy(pipeline.scheduler) if own else ddim_of(pipeline.scheduler)
+    stock.scheduler = scheduler
+    stock.set_progress_bar_config(disable=True)
+    takes = inspect.signature(type(stock).__call__).parameters
+    dtype = next(examination.model.denoiser.parameters()).dtype
+    arguments = _arguments(examination, takes, list(prompts))
+    with _on_one_device(stock, examination.policy.device), torch.no_grad():
+        if "latents" in takes and _takes_our_latents(examination, stock, arguments):
+            noise = examination.initial_noise(len(prompts))
+            arguments |= {"latents": noise.to(dtype)}
+        else:
+            noise = examination.initial_noise(len(prompts), dtype)
+            arguments |= {"generator": examination.noise_generator()}
+        watched = Watched(list(prompts), noise)
+        scheduler.step = _recorder(scheduler.step, watched)
+        result = stock(**arguments)[0]
+    watched.images = _as_images(result)
+    return watched
+
+
+def _arguments(examination: Examination, takes: Any, prompts: list[str]) -> dict[str, Any]:
+    """Return the arguments of the call, apart from the noise."""
+    model, scale = examination.model, examination.config.policy.guidance_scale
+    arguments: dict[str, Any] = {"num_inference_steps": examination.config.num_inference_steps, "output_type": "np"}
+    arguments |= {"return_dict": False}
+    if "prompt" in takes:
+        arguments |= {"prompt": prompts}
+    else:
+        arguments |= {"batch_size": len(prompts)}
+    if "height" in takes:
+        shape = decode_samples(model, examination.initial_noise(1), prompts[:1], "keep")[0].shape
+        arguments |= {"height": shape[-3], "width": shape[-2]}
+    if "true_cfg_scale" in takes and not abilities_of(model).guidance_embeds:
+        if scale != 1:
+            arguments |= {"true_cfg_scale": scale, "negative_prompt": [""] * len(prompts)}
+    elif "guidance_scale" in takes:
+        arguments |= {"guidance_scale": scale}
+    return arguments
+
+
+def _takes_our_latents(examination: Examination, stock: Any, arguments: dict[str, Any]) -> bool:
+    """Return whether the pipeline's latents have the model's layout: one step shows it."""
+    rows = examination.initial_noise(1)
+    seen = []
+
+    def stop(model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, **__: Any) -> Any:
+        seen.append(sample.shape[1:])
+        raise _FirstStepError
+
+    scheduler = stock.scheduler
+    step = scheduler.step
+    scheduler.step = functools.wraps(step)(stop)
+    one = {name: value[:1] if isinstance(value, list) else value for name, value in arguments.items()}
+    try:
+        stock(**one, generator=examination.noise_generator())
+    except _FirstStepError:
+        pass
+    finally:
+        scheduler.step = step
+    return seen == [rows.shape[1:]]
+
+
+def _recorder(step: Any, watched: Watched) -> Any:
+    @functools.wraps(step)
+    def recorded(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = step(model_output, timestep, sample, *args, **kwargs)
+        watched.timesteps.append(float(timestep))
+        watched.inputs.append(sample.detach().float())
+        watched.outputs.append(model_output.detach().float())
+        watched.latents = result[0].detach().float()
+        return result
+
+    return recorded
+
+
+def _as_images(result: Any) -> npt.NDArray[np.uint8] | None:
+    """Return uint8 images; `None` for anything else than images `(batch, height, width, channels)` in [0, 1]."""
+    if not isinstance(result, np.ndarray) or result.ndim != 4 or result.shape[-1] not in (1, 3):
+        return None
+    pixels = (np.nan_to_num(result) * 255).round().astype(np.uint8)
+    return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
+
+
+@contextmanager
+def _on_one_device(pipeline: Any, device: torch.device) -> Iterator[None]:
+    """Keep every component on a device inside this context: text encoders may be on the CPU between their calls."""
+    away = {
+        name: next(component.parameters()).device
+        for name, component in pipeline.components.items()
+        if isinstance(component, nn.Module) and next(component.parameters()).device != device
+    }
+    for name in away:
+        pipeline.components[name].to(device)
+    try:
+        yield
+    finally:
+        for name, place in away.items():
+            pipeline.components[name].to(place)
