@@ -278,7 +278,8 @@ def _watched_pipeline(pipeline_class: Any) -> type[Any]:
 
         def encode_prompt(self, *arguments: Any, **options: Any) -> Any:
             encoded = pipeline_class.encode_prompt(self, *arguments, **options)
-            names = _assigned_at(sys._getframe(1))
+            frame = sys._getframe(1)
+            names = _assigned_at(frame.f_code, frame.f_lineno)
             self.encoded |= zip(names, encoded if isinstance(encoded, tuple) else [encoded], strict=False)
             return encoded
 
@@ -310,13 +311,14 @@ def _watched_pipeline(pipeline_class: Any) -> type[Any]:
     return Watched
 
 
-def _assigned_at(frame: Any) -> list[str]:
-    """Return the names of the variables to which a frame assigns the result of the call that it is in."""
+@cache
+def _assigned_at(code: Any, line: int) -> list[str]:
+    """Return the names of the variables to which code assigns the result of the call in one of its lines."""
     try:
-        lines, first = inspect.getsourcelines(frame.f_code)
+        lines, first = inspect.getsourcelines(code)
     except OSError:
         return []
-    line = frame.f_lineno - first + 1
+    line += 1 - first
     for node in ast.walk(ast.parse(textwrap.dedent("".join(lines)))):
         if isinstance(node, ast.Assign) and node.lineno <= line <= (node.end_lineno or node.lineno):
             target = node.targets[0]

@@ -113,7 +113,7 @@ def test_reward_on_another_device_gives_the_scores_of_the_cpu(tmp_path: Path) ->
         slow({"dtype": "bfloat16"}),
         slow({"dtype": "float16"}),
         slow({"dtype": "float32", "autocast": "bfloat16"}),
-        {"dtype": "float32", "autocast": "float16"},
+        slow({"dtype": "float32", "autocast": "float16"}),
         slow({"dtype": "auto", "gradient_checkpointing": True}),
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
