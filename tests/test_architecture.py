@@ -14,30 +14,12 @@ from helpers.paths import ROOT
 LIBRARY = ("agents", "ddpo_env", "rewards")
 LAYERS = ("scripts", *LIBRARY)
 """Each package imports only itself and those after it."""
+_BELOW_TRAINING = {
+    *("planning", "config", "algorithms", "evaluation", "policy", "rollout", "distributed", "files", "terminal")
+}
 ROOMS = {
-    "doctor": {
-        "training",
-        "planning",
-        "config",
-        "algorithms",
-        "evaluation",
-        "policy",
-        "rollout",
-        "distributed",
-        "files",
-        "terminal",
-    },
-    "training": {
-        "planning",
-        "config",
-        "algorithms",
-        "evaluation",
-        "policy",
-        "rollout",
-        "distributed",
-        "files",
-        "terminal",
-    },
+    "doctor": {"training", *_BELOW_TRAINING},
+    "training": _BELOW_TRAINING,
     "planning": {"config", "algorithms", "policy", "rollout", "distributed", "terminal"},
     "config": {"algorithms", "policy", "rollout", "distributed", "terminal"},
     "algorithms": {"policy", "rollout", "distributed"},

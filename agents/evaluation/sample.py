@@ -35,6 +35,8 @@ class SampleArguments:
     """Bundled name, a folder in diffusers' layout, or a Hub id."""
     resolution: Annotated[int | None, Range(at_least=1, at_most=65_536)] = None
     """Side of the images in pixels. Default: the model's own; use the one that the LoRA was trained with."""
+    pipeline_arguments: tuple[str, ...] = ()
+    """Arguments of the pipeline's call as key=value, such as height=832 width=1216."""
     lora: Path | None = None
     """Folder of a trained LoRA, such as runs/<name>/lora."""
     compare: bool = False
@@ -109,7 +111,7 @@ def check_model(arguments: SampleArguments) -> None:
     from ddpo_env.models.outline import outline_model
 
     check_source(arguments.model, arguments.device)
-    model = outline_model(arguments.model, arguments.resolution)
+    model = outline_model(arguments.model, arguments.resolution, _of_pipeline(arguments))
     if model is None:  # a Hub id, whose architecture is not known before it is downloaded
         return
     limit = model.scheduler.config.num_train_timesteps
@@ -139,8 +141,12 @@ def generate(arguments: SampleArguments) -> tuple[list[NDArray[np.uint8]], list[
     from ddpo_env.sampler.scheduler_table import ddim_of
 
     model = load_model(
-        arguments.model, arguments.device, resolution=arguments.resolution, offload_text_encoder=False
-    )  # the pipeline encodes by itself, on its device
+        arguments.model,
+        arguments.device,
+        resolution=arguments.resolution,
+        pipeline_arguments=_of_pipeline(arguments),
+        offload_text_encoder=False,  # the pipeline encodes by itself, on its device
+    )
     if not isinstance(model, PipelineModel) or model.sample_kind != "image":
         raise ValueError(f"model must be a text-to-image pipeline; got {arguments.model!r}, a {type(model).__name__}")
     pipeline: Any = model.pipeline
@@ -162,6 +168,12 @@ def generate(arguments: SampleArguments) -> tuple[list[NDArray[np.uint8]], list[
         if arguments.lora is not None:
             pipeline.unload_lora_weights()
         pipeline.scheduler = before
+
+
+def _of_pipeline(arguments: SampleArguments) -> dict[str, Any]:
+    from rewards import parse_options
+
+    return parse_options(arguments.pipeline_arguments, "pipeline_arguments")
 
 
 def _rows(

@@ -89,6 +89,16 @@ def compare_with_pipeline(model: Any) -> tuple[str | None, str | None]:
 
 
 def _difference(model: Any, guided: dict[str, Any] | None) -> str | None:
+    try:
+        return differs(*_outputs(model, guided), next(model.denoiser.parameters()).dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any kind, as the pipeline is anybody's
+        return f"its call ended with {type(error).__name__}: {error}"
+
+
+def _outputs(model: Any, guided: dict[str, Any] | None) -> tuple[Tensor, Tensor]:
+    """Return the outputs as they are watched, and those of the pipeline's own call."""
     call = model.pipeline_call(1.0) | {"prompt": _PROMPT, "num_inference_steps": STEPS, "output_type": "latent"}
     call |= guided or {}
     given = {name: value for name, value in call.items() if name in model.watched.parameters}
@@ -104,4 +114,4 @@ def _difference(model: Any, guided: dict[str, Any] | None) -> str | None:
     output = model.predict(model.denoiser, latents, timestep, positive)
     if guided is not None:
         output = model.guide(model.predict(model.denoiser, latents, timestep, negative), output, _GUIDANCE)
-    return differs(output, expected, next(model.denoiser.parameters()).dtype)
+    return output, expected

@@ -22,7 +22,7 @@ from ddpo_env.models.families.batching import Batching, find_batching, in_batche
 from ddpo_env.models.families.conditioning import ConditioningLayout, Encoded, conditioning_in
 from ddpo_env.models.families.parity import TESTED, compare_with_pipeline
 from ddpo_env.models.families.resolution import check_resolution
-from ddpo_env.models.families.table import FAMILIES, Family, kind_of, sampling_rate_of
+from ddpo_env.models.families.table import GUIDES, sample_kind_of, sampling_rate_of
 from ddpo_env.models.families.watching import WatchedPipeline
 from ddpo_env.models.image_decoding import check_scaling, picture_of, samples_of
 from ddpo_env.models.peft_format import adapter_weights, check_saved_adapter, save_peft_adapter
@@ -70,7 +70,7 @@ class PipelineModel(ModelAbilities):
         self.resolution = resolution
         self.scheduler = pipeline.scheduler
         self.watched = WatchedPipeline(pipeline, source)
-        self.family = FAMILIES.get(type(pipeline).__name__, Family())
+        self._guide = GUIDES.get(type(pipeline).__name__, super().guide)
         self.denoiser: nn.Module = getattr(pipeline, self.watched.denoiser_name)
         self._config: Any = self.denoiser.config
         for component in pipeline.components.values():
@@ -78,9 +78,9 @@ class PipelineModel(ModelAbilities):
                 component.requires_grad_(False).eval()
         if "vae" in pipeline.components and "scaling_factor" in self.pipeline.vae.config:
             check_scaling(self.pipeline.vae.config, source)
-        self.sample_kind = kind_of(self.watched.call)
-        if self.sample_kind == "audio":
-            self.sample_metadata = {"sampling_rate": sampling_rate_of(self.pipeline)}
+        self.sample_kind = sample_kind_of(self.watched.call)
+        if self.sample_kind == "audio" and (rate := sampling_rate_of(self.pipeline)):
+            self.sample_metadata = {"sampling_rate": rate}
         self.guidance_embeds = bool(self._config.get("guidance_embeds", False))
         self.offload_text_encoder = self._is_accelerated()
         self.arguments: dict[str, Any] = dict(arguments or {})
@@ -126,7 +126,7 @@ class PipelineModel(ModelAbilities):
 
     def guide(self, negative: Tensor, positive: Tensor, scale: float) -> Tensor:
         """Return the guided output as the pipeline computes it."""
-        return self.family.guide(negative, positive, scale)
+        return self._guide(negative, positive, scale)
 
     def sampler_options(self, num_inference_steps: int) -> dict[str, Any]:
         """Return the flow times that the pipeline asks its scheduler for, and their shift for its size."""
@@ -302,10 +302,13 @@ class PipelineModel(ModelAbilities):
             if is_guided and "guidance_scale" in self.watched.parameters:  # a scale of 1 is not off
                 self._arguments["guidance_scale"] = 0.0
                 seen = self._watch_prompts()
-        except (NotImplementedError, RuntimeError) as error:
-            if self.device.type == "meta":
-                raise ShapeUnknownError from error
+        except torch.OutOfMemoryError:
             raise
+        except Exception as error:  # of any kind, as the pipeline is anybody's
+            if self.device.type == "meta" and isinstance(error, RuntimeError):
+                raise ShapeUnknownError from error
+            what = f"its call ended with {type(error).__name__}: {error}"
+            raise ValueError(f"model {self.source!r} must be a pipeline that can be watched; {what}") from error
         encoded = [conditioning_in(one, self.watched.parameters, self._arguments) for one in seen]
         self._layout = ConditioningLayout.of(encoded, self.watched.parameters | self._arguments, self.source)
         self.conditioning_shapes = self._layout.shapes
@@ -331,10 +334,8 @@ class PipelineModel(ModelAbilities):
         self._is_checked = True
         without, self.guidance_problem = compare_with_pipeline(self)
         if without is not None:
-            raise ValueError(
-                f"model {self.source!r} must give the outputs of its {type(self.pipeline).__name__} when it is watched"
-                f"; {without}. Please report this pipeline"
-            )
+            name = type(self.pipeline).__name__
+            raise ValueError(f"model {self.source!r} must give the outputs of its {name} when it is watched; {without}")
 
     def guided_call(self, scale: float) -> dict[str, Any] | None:
         """Return the arguments that turn the pipeline's own guidance on; `None` if it has none."""
@@ -351,18 +352,17 @@ class PipelineModel(ModelAbilities):
         return self.watched.before_denoiser(**arguments)
 
     def _unprompted(self, rows: int = 1) -> dict[str, Any]:
-        """Return arguments for calls in which the prompt has no effect."""
+        """Return a conditioning for calls in which the prompt has no effect."""
         zeros = {name: torch.zeros(rows, *shape, device=self.device) for name, shape in self._layout.shapes.items()}
-        arguments = self._layout.arguments(zeros, next(self.denoiser.parameters()).dtype)
-        return arguments
+        return self._layout.arguments(zeros, next(self.denoiser.parameters()).dtype)
 
     def _guidance(self, conditioning: Conditioning, rows: int) -> float:
         scales = conditioning.get("guidance")
         if scales is None or len(set(scales.tolist())) != 1:
+            given = ", ".join(conditioning) if scales is None else scales.tolist()
             raise ValueError(
                 f"conditioning must have guidance, one scale for all of the {rows} latents (3.5 is FLUX.1-dev's "
-                f"default), because this denoiser takes it as an input; got "
-                f"{', '.join(conditioning) if scales is None else scales.tolist()}"
+                f"default), because this denoiser takes it as an input; got {given}"
             )
         return float(scales[0])
 

@@ -1,10 +1,9 @@
-"""What a pipeline does not show when it is watched: one row per family of diffusers pipelines, most need none."""
+"""What a pipeline does not show when it is watched: a guidance of its own form, and what kind of samples it makes."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -16,14 +15,9 @@ Guide: TypeAlias = Callable[[Tensor, Tensor, float], Tensor]
 """Output for the negative prompt, output for the prompt and the scale → the guided output."""
 
 
-def guided(negative: Tensor, positive: Tensor, scale: float) -> Tensor:
-    """Return classifier-free guidance as most pipelines do it (arXiv 2207.12598): scale 1 is off."""
-    return negative + scale * (positive - negative)
-
-
 def _guided_with_norm(negative: Tensor, positive: Tensor, scale: float) -> Tensor:
     """Return guidance with the norm of the output for the prompt, along the last axis, as Qwen-Image does it."""
-    output = guided(negative, positive, scale)
+    output = negative + scale * (positive - negative)
     return output * (torch.norm(positive, dim=-1, keepdim=True) / torch.norm(output, dim=-1, keepdim=True))
 
 
@@ -32,32 +26,21 @@ def _guided_from_positive(negative: Tensor, positive: Tensor, scale: float) -> T
     return positive + scale * (positive - negative)
 
 
-@dataclass(frozen=True)
-class Family:
-    """A row of the table.
-
-    Attributes:
-        guide: how the pipeline combines the two outputs of guidance.
-    """
-
-    guide: Guide = guided
-
-
 _QWEN = ("", "ControlNet", "ControlNetInpaint", "Edit", "EditInpaint", "EditPlus", "Img2Img", "Inpaint", "Layered")
 _Z = ("", "ControlNet", "ControlNetInpaint", "Img2Img", "Inpaint")
 
-FAMILIES: dict[str, Family] = {
-    "Lumina2Pipeline": Family(guide=_guided_with_norm),
-    **{f"QwenImage{name}Pipeline": Family(guide=_guided_with_norm) for name in _QWEN},
-    **{f"ZImage{name}Pipeline": Family(guide=_guided_from_positive) for name in _Z},
-    "Krea2Pipeline": Family(guide=_guided_from_positive),
-    "Cosmos2_5_PredictBasePipeline": Family(guide=_guided_from_positive),
-    "Cosmos2_5_TransferPipeline": Family(guide=_guided_from_positive),
+GUIDES: dict[str, Guide] = {
+    "Lumina2Pipeline": _guided_with_norm,
+    **{f"QwenImage{name}Pipeline": _guided_with_norm for name in _QWEN},
+    **{f"ZImage{name}Pipeline": _guided_from_positive for name in _Z},
+    "Krea2Pipeline": _guided_from_positive,
+    "Cosmos2_5_PredictBasePipeline": _guided_from_positive,
+    "Cosmos2_5_TransferPipeline": _guided_from_positive,
 }
-"""diffusers pipeline class → its row."""
+"""diffusers pipeline class → how it combines the two outputs of guidance, if not as `ModelAbilities.guide` does."""
 
 
-def kind_of(call: Callable[..., Any]) -> SampleKind:
+def sample_kind_of(call: Callable[..., Any]) -> SampleKind:
     """Return what a pipeline makes, from the signature of its call."""
     signature = inspect.signature(call)
     if "num_frames" in signature.parameters:

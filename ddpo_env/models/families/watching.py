@@ -94,6 +94,9 @@ class WatchedPipeline:
                 self._run(watched, arguments)
         finally:
             hook.remove()
+        if "latents" not in found:
+            seen = ", ".join(sorted(found)) or "ended before"
+            raise ValueError(f"it must call its {self.denoiser_name} with latents; it had {seen}")
         self._scheduler = watched.scheduler
         self._takes_prepared_latents = watched.made_latents is not None and watched.made_latents is found["latents"]
         return found
@@ -124,6 +127,8 @@ class WatchedPipeline:
         for name in TEXT_ENCODERS & vars(watched).keys():  # pipelines give the prompt's conditioning their dtype
             vars(watched)[name] = _WithDtype(vars(watched)[name], dtype)
         self._run(watched, arguments)
+        if watched.scheduler.output is None:
+            raise ValueError("it must hand the output of its denoiser to its scheduler's step")
         output: Tensor = watched.scheduler.output
         return output
 
@@ -341,6 +346,7 @@ def _watched_scheduler(scheduler_class: Any) -> type[Any]:
         ends_when_asked = False
         was_set = False
         last_latents: Tensor | None = None
+        output: Tensor | None = None
 
         @wraps(scheduler_class.set_timesteps)
         def set_timesteps(self, *arguments: Any, **options: Any) -> None:

@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from agents import PPO, BatchAdvantage, DiffusionPolicy, VectorEnvAdapter
+from agents.evaluation.sample import SampleArguments, generate
 from agents.policy.guidance import check_guidance
 from agents.training.preparation import run_training
 from ddpo_env import load_model
@@ -182,7 +183,7 @@ def test_pipeline_that_nobody_has_tested_is_compared_on_the_spot(name: str, monk
 
 
 def test_guidance_of_an_unknown_form_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("TESTED", "FAMILIES"):
+    for place in ("TESTED", "GUIDES"):
         monkeypatch.setattr(f"ddpo_env.models.families.pipeline_model.{place}", {})
     model = watched("z_image")
     check_guidance(model, 1.0)
@@ -258,3 +259,33 @@ def test_rewards_of_sounds_know_the_rate_and_a_waveform_is_shown() -> None:
     assert pictures is not None
     assert np.stack(pictures).shape == (2, 128, 384, 3)
     assert set(np.unique(pictures)) == {40, 255}
+
+
+def test_pipeline_whose_call_cannot_be_watched_is_refused_with_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline: Any = build("ltx")
+    call = type(pipeline).__call__
+
+    def refuses(self: Any, prompt: Any = None, latents: Any = None, **_: Any) -> None:
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr(type(pipeline), "__call__", refuses)
+    with pytest.raises(ValueError, match=r"must be a pipeline that can be watched; .* KeyError: 'no such thing'"):
+        load_model(pipeline, "cpu")
+
+    def skips(self: Any, prompt: Any = None, latents: Any = None, **_: Any) -> None:
+        return None
+
+    monkeypatch.setattr(type(pipeline), "__call__", skips)
+    with pytest.raises(ValueError, match="it must call its transformer with latents; it had ended before"):
+        load_model(pipeline, "cpu")
+    monkeypatch.setattr(type(pipeline), "__call__", call)
+    assert load_model(pipeline, "cpu", pipeline_arguments=CASES["ltx"].arguments)
+
+
+def test_sample_command_takes_the_arguments_of_the_pipeline(tmp_path: Path) -> None:
+    build("z_image").save_pretrained(tmp_path / "model")
+    arguments = SampleArguments(
+        model=str(tmp_path / "model"), prompts=("a cat",), seeds=(0,), num_inference_steps=1, device="cpu",
+        pipeline_arguments=("height=32", "width=48", "max_sequence_length=48"),
+    )  # fmt: skip
+    assert generate(arguments)[0][0].shape == (1, 32, 48, 3)
