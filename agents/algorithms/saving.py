@@ -339,7 +339,9 @@ def _decoded_space(space: Any, device: Any) -> spaces.Space[Any]:
     settings = dict(space)
     kind = settings.pop("kind")
     if kind == "denoising":
-        model = load_model(settings["model"], device, "auto", settings["resolution"], settings["pipeline_arguments"])
+        model = load_model(
+            settings["model"], device, "auto", settings["resolution"], settings.get("pipeline_arguments")
+        )
         return DenoisingObservationSpace(model, settings["num_inference_steps"])
     if kind == "Dict":
         return spaces.Dict({name: _decoded_space(one, device) for name, one in settings["spaces"].items()})

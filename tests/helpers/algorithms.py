@@ -1,5 +1,6 @@
 """Algorithms on the smallest denoising MDP, and what their tests read off them."""
 
+import torch
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
@@ -9,13 +10,14 @@ from agents.algorithms.reinforce import REINFORCE
 from agents.algorithms.rwr import RWR
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.vec_env import VectorEnvAdapter
-from helpers.micro_agents import STEPS, micro_env
+from ddpo_env.vector_env import DenoisingVectorEnv
+from helpers.micro_agents import STEPS, micro_env, weights
 
 POLICY = {"lora_rank": 2, "lora_targets": "attention+convolutions", "guidance_scale": 3.0}
 
 
 def denoising_ppo(model, num_envs=6, policy=None, **arguments):
-    """PPO on the denoising MDP, as DDPO has it."""
+    """PPO on the denoising MDP, as DDPO has it; of a model, or of an environment."""
     settings = {
         "n_steps": STEPS,
         "batch_size": num_envs * STEPS,
@@ -29,7 +31,8 @@ def denoising_ppo(model, num_envs=6, policy=None, **arguments):
         "seed": 0,
         "device": "cpu",
     }
-    env = VectorEnvAdapter(micro_env(model, num_envs, samples_per_prompt=2))
+    env = model if isinstance(model, DenoisingVectorEnv) else micro_env(model, num_envs, samples_per_prompt=2)
+    env = VectorEnvAdapter(env)
     return PPO(DiffusionPolicy, env, **settings | arguments)
 
 
@@ -43,6 +46,15 @@ def collected(model):
     assert model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
     model._update_current_progress_remaining(0, 1)
     return model
+
+
+def fraction_changed_by_an_update(model):
+    """Collect a rollout and update once; return the fraction of tensors that changed, all of them still finite."""
+    before = weights(model.policy)
+    collected(model).train()
+    after = weights(model.policy)
+    assert all(torch.isfinite(value).all() for value in after.values())
+    return sum(not torch.equal(after[name], before[name]) for name in after) / len(after)
 
 
 def mean_cartpole_return(model, episodes):

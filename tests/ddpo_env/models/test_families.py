@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
-from helpers.algorithms import collected, denoising_ppo, logged
-from helpers.micro_agents import micro_env, micro_policy, stir, weights
+from helpers.algorithms import denoising_ppo, fraction_changed_by_an_update, logged
+from helpers.micro_agents import micro_env, micro_policy, stir
 from helpers.micro_families import FAMILIES, lora_tensors, micro_family
 from helpers.paths import LORA_FILE
 from peft import PeftModel
@@ -95,12 +95,8 @@ def test_update_trains_the_policy_and_stock_diffusers_reads_it_exactly(
     family: str, folder: Path, tmp_path: Path
 ) -> None:
     model = denoising_ppo(folder, num_envs=4, policy=policy_settings(family), batch_size=2 * STEPS)
-    before = weights(model.policy)
-    collected(model).train()
+    assert fraction_changed_by_an_update(model) > 1 / 2
     assert logged(model)["train/ratio_deviation"] <= 1e-5
-    after = weights(model.policy)
-    assert sum(not torch.equal(after[name], before[name]) for name in after) > len(after) / 2
-    assert all(torch.isfinite(value).all() for value in after.values())
 
     policy = stir(model.policy)
     policy.save_lora(tmp_path)
