@@ -19,6 +19,8 @@ from gymnasium import spaces
 
 from ddpo_env.models.loading import load_model
 from ddpo_env.models.protocol import DiffusionModel, abilities_of
+from ddpo_env.models.quantization import quantization_of
+from ddpo_env.validation.resolution import Resolution
 
 LATENT_BOUND = 100.0
 """Bound of every latent in the observation space. Latents have unit scale; libraries demand finite bounds."""
@@ -44,8 +46,9 @@ class ModelHandle:
         source: name by which `ddpo_env.load_model` finds the model in this process.
         device: device of the model, e.g. `"cuda:0"`.
         dtype: dtype of its frozen weights, e.g. `"float32"`.
-        resolution: side of the images in pixels if it is not the model's own, else `None`.
+        resolution: of the images in pixels if it is not the model's own, `512` or `"832x1216"`; else `None`.
         pipeline_arguments: of every call of the model's pipeline.
+        quantization: of its frozen weights, e.g. `"int8"`; `None` if there is none.
         num_inference_steps: length of an episode, which fixes the timesteps.
         identity: what tells the model's weights from others in any process, see `ModelAbilities.identity`.
         scheduler: class of the model's scheduler, and a hash of its configuration.
@@ -54,8 +57,9 @@ class ModelHandle:
     source: str
     device: str
     dtype: str
-    resolution: int | None
+    resolution: Resolution | None
     pipeline_arguments: Mapping[str, Any]
+    quantization: str | None
     num_inference_steps: int
     identity: str
     scheduler: str
@@ -69,6 +73,7 @@ class ModelHandle:
             dtype=str(weight.dtype).removeprefix("torch."),
             resolution=abilities_of(model).resolution,
             pipeline_arguments=dict(abilities_of(model).arguments),
+            quantization=quantization_of(model.denoiser),
             num_inference_steps=num_inference_steps,
             identity=abilities_of(model).identity or model.source,
             scheduler=_describe(model.scheduler),
@@ -77,8 +82,13 @@ class ModelHandle:
 
     def is_same_task(self, other: ModelHandle) -> bool:
         """Whether the other has the same weights, sizes and timesteps, from any folder, in any dtype."""
-        names = ("identity", "resolution", "pipeline_arguments", "num_inference_steps", "scheduler")
+        names = ("identity", "resolution", "pipeline_arguments", "quantization", "num_inference_steps", "scheduler")
         return all(getattr(self, name) == getattr(other, name) for name in names)
+
+    @property
+    def variant(self) -> tuple[Any, ...]:
+        """The arguments with which `ddpo_env.load_model` loads another model in the same way."""
+        return self.device, self.dtype, self.resolution, self.pipeline_arguments, self.quantization
 
     @cached_property
     def model(self) -> DiffusionModel:
@@ -87,7 +97,7 @@ class ModelHandle:
         Raises:
             ValueError: in a process to which the handle was pickled, for a model object that is not there.
         """
-        return load_model(self.source, self.device, self.dtype, self.resolution, self.pipeline_arguments)
+        return load_model(self.source, *self.variant)
 
     def __copy__(self) -> ModelHandle:
         return self

@@ -26,11 +26,13 @@ from ddpo_env.initial_states import InitialState, InitialStates
 from ddpo_env.models.image_decoding import decode_samples
 from ddpo_env.models.loading import load_model, with_plain_values
 from ddpo_env.models.protocol import DiffusionModel, abilities_of
+from ddpo_env.models.quantization import Quantization
 from ddpo_env.prompts.distributions import load_prompts
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 from ddpo_env.sampler.scheduler_table import SMALLEST_STD
 from ddpo_env.spaces import DenoisingObservationSpace, action_box
 from ddpo_env.validation import arguments as validation
+from ddpo_env.validation.resolution import Resolution
 from rewards import NonFinite, Reward, are_images, check_shareable, configured_reward
 from rewards.devices import copied_to
 
@@ -93,8 +95,9 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
     | `device`, `dtype` | `"auto"` | of the frozen weights: float32 on a CPU, bfloat16 on an accelerator |
     | `backend` | `"numpy"` | `"torch"`: observations are tensors on `device`; rewards and flags stay NumPy |
     | `autoreset_mode` | `"NextStep"` | `gymnasium.vector.AutoresetMode` or its value |
-    | `resolution` | `None` | side of the images in pixels; default: the model's own |
+    | `resolution` | `None` | of the images: `512`, or `"832x1216"` (width x height); default: the model's own |
     | `pipeline_arguments` | `None` | arguments of every call of the model's pipeline, such as `{"num_frames": 17}` |
+    | `quantization` | `None` | of the frozen denoiser: `"int8"`, or `"nf4"` (4 bits) |
     | `samples_per_prompt` | 1 | number of consecutive sub-environments that share a prompt |
     | `part` | `(0, 1)` | `(i, n)`: part `i` of the `n` equal parts of a larger batch; see below |
     | `deferred_rewards` | `False` | compute rewards in a thread while the environment continues; see below |
@@ -154,8 +157,9 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         max_episode_steps: None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
-        resolution: int | None = None,
+        resolution: Resolution | None = None,
         pipeline_arguments: Mapping[str, Any] | None = None,
+        quantization: Quantization | None = None,
         backend: str = "numpy",
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         samples_per_prompt: int = 1,
@@ -172,7 +176,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         if part[1] > 1:
             check_shareable(self.reward)
         self.prompts = load_prompts(prompts)
-        self.model = load_model(model, device, dtype, resolution, pipeline_arguments)
+        self.model = load_model(model, device, dtype, resolution, pipeline_arguments, quantization)
         validation.check_reward_and_rendering(self.model, self.reward, render_mode)
         self.device = next(self.model.denoiser.parameters()).device
         self.num_envs = num_envs
@@ -237,7 +241,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         """
         self._caller.raise_failed()
         self._require_reset()
-        latents = self._check_actions(actions)
+        shape = (self.num_envs, *self.model.latent_shape)
+        latents = validation.checked_actions(actions, shape, self.device, stalls=self.backend == "numpy")
         over = self._step_index == self.num_inference_steps  # only in next-step mode, where they are reset now
         ending = self._step_index == self.num_inference_steps - 1
         same_step = self.autoreset_mode is AutoresetMode.SAME_STEP
@@ -377,17 +382,6 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
             last = {name: value[index] for name, value in observation.items()}
             final = self._add_info(final, {"final_obs": last}, int(index))
         return final
-
-    def _check_actions(self, actions: Latents) -> Tensor:
-        shape = (self.num_envs, *self.model.latent_shape)
-        given = validation.as_float(actions, "actions")
-        if tuple(given.shape) != shape:
-            raise ValueError(f"actions must have shape {shape}; got {tuple(given.shape)}")
-        latents = given.to(self.device, copy=True)
-        if (self.backend == "numpy" or latents.device.type == "cpu") and not bool(torch.isfinite(latents).all()):
-            indices = np.flatnonzero(~torch.isfinite(latents).flatten(1).all(1).cpu().numpy()).tolist()
-            raise ValueError(f"actions must be finite; got NaN or infinite values in sub-environments {indices}")
-        return latents
 
     def _require_reset(self, ended_is_fine: bool = False) -> None:
         if (self._step_index < 0).any():

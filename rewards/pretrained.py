@@ -23,6 +23,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rewards.devices import resolve_device, resolve_dtype
 from rewards.registry import check_number
@@ -197,7 +198,12 @@ def check_finite(network: nn.Module, label: str) -> None:
     Raises:
         ValueError: Naming the network and the weights.
     """
-    weights = [(key, value) for key, value in network.state_dict().items() if value.is_floating_point()]
+    weights = [
+        (key, part)
+        for key, value in network.state_dict().items()
+        for part in stored_tensors(value)
+        if part.is_floating_point()
+    ]
     bounds = [torch.stack(torch.aminmax(value)).float().sum() for _, value in weights if value.numel()]
     if not bounds or bool(torch.stack(bounds).isfinite().all()):
         return
@@ -207,6 +213,14 @@ def check_finite(network: nn.Module, label: str) -> None:
             f"{label} must have finite weights; in {weights[0][1].dtype} there are NaN or infinite values in "
             f"{len(keys)} of {len(weights)}: {shortened(keys)}"
         )
+
+
+def stored_tensors(weight: Tensor) -> list[Tensor]:
+    """Return the plain tensors that a weight consists of: itself, or the numbers and scales of a quantized one."""
+    if not is_traceable_wrapper_subclass(weight):
+        return [weight]
+    names, _ = weight.__tensor_flatten__()
+    return [part for name in names for part in stored_tensors(getattr(weight, name))]
 
 
 def load_network(loader: Any, source: str, dtype: torch.dtype, **options: Any) -> Any:

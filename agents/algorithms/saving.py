@@ -312,6 +312,7 @@ def _encoded_space(space: spaces.Space[Any]) -> Any:
             "model": handle.source,
             "resolution": handle.resolution,
             "pipeline_arguments": plain_arguments(handle.model),
+            "quantization": handle.quantization,
             "num_inference_steps": handle.num_inference_steps,
         }
     if isinstance(space, spaces.Dict):
@@ -340,7 +341,12 @@ def _decoded_space(space: Any, device: Any) -> spaces.Space[Any]:
     kind = settings.pop("kind")
     if kind == "denoising":
         model = load_model(
-            settings["model"], device, "auto", settings["resolution"], settings.get("pipeline_arguments")
+            settings["model"],
+            device,
+            "auto",
+            settings["resolution"],
+            settings.get("pipeline_arguments"),
+            settings.get("quantization"),
         )
         return DenoisingObservationSpace(model, settings["num_inference_steps"])
     if kind == "Dict":

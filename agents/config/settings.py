@@ -12,7 +12,9 @@ import tyro
 
 from agents.algorithms.rollout_algorithm import NonFiniteRewards
 from agents.algorithms.rwr import PERCENTILE
+from ddpo_env.models.quantization import Quantization
 from ddpo_env.validation.options import DECAY, Range, check_fields
+from ddpo_env.validation.resolution import Resolution, plain_resolution
 from rewards import parse_options
 
 MOST = Range(at_least=1, at_most=1_000_000)
@@ -93,10 +95,12 @@ class RunSettings(_Checked):
 
     dtype: Dtype = "auto"
     """Of the frozen weights. auto: bfloat16 on an accelerator that has it, else float32; what learns is float32."""
-    resolution: Annotated[int | None, Range(at_least=1, at_most=65_536)] = None
-    """Side of the images in pixels, for text-to-image models. Default: the model's own."""
+    resolution: int | str | None = None
+    """Of the images in pixels, such as 512, or 832x1216 for width x height. Default: the model's own."""
     pipeline_arguments: tuple[str, ...] = ()
-    """Arguments of every call of the model's pipeline as key=value, such as num_frames=17, or height=832 width=1216."""
+    """Arguments of every call of the model's pipeline as key=value, such as num_frames=17."""
+    quantization: Quantization | None = None
+    """Hold the frozen denoiser's linear layers in 8 bits (int8) or 4 (nf4); the LoRA on top stays float32."""
     offload_text_encoder: bool | None = None
     """Keep the text encoders on the accelerator only while they encode. Default: yes; no effect on a CPU."""
     vae_tiling: bool = False
@@ -116,7 +120,11 @@ class RunSettings(_Checked):
     prompts_sha256: Annotated[str | None, tyro.conf.Suppress] = None
     """Of the prompt file, if there is one."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "resolution", plain_resolution(self.resolution))
+
     @property
-    def size(self) -> tuple[int | None, dict[str, Any]]:
+    def size(self) -> tuple[Resolution | None, dict[str, Any]]:
         """The resolution, and the arguments of the pipeline's call."""
         return self.resolution, parse_options(self.pipeline_arguments, "pipeline_arguments")

@@ -16,7 +16,7 @@ from agents.algorithms.options import UpdateOptions
 from agents.config.config_file import read_plain_yaml
 from agents.config.settings import MOST, SEED, Algorithm, OptimizerSettings, RunSettings, TrainingSettings
 from agents.config.sizes import largest_divisor, must_divide
-from agents.policy.options import PolicyOptions
+from agents.policy.options import PolicyOptions, check_trainable
 from ddpo_env.validation.options import Range, check_fields, shown
 from rewards import parse_options
 
@@ -248,6 +248,7 @@ class TrainConfig:
 
     def _check_algorithm(self) -> None:
         training, algorithm = self.training, self.algorithm
+        check_trainable(self.run.quantization, self.policy)
         if training.advantage == "gae" and not self.policy.critic:
             raise ValueError("advantage must not be gae without a critic: add --critic")
         if training.advantage in ("group", "leave_one_out") and training.samples_per_prompt < 2:

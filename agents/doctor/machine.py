@@ -15,8 +15,10 @@ from torch import nn
 
 from agents.doctor.examination import Examination
 from agents.doctor.finding import Finding, Level
-from agents.doctor.stock_pipeline import pipeline_of
+from ddpo_env.models.pipelines import pipeline_of
+from ddpo_env.models.quantization import quantization_of, stored_bytes
 from rewards.devices import resolve_device, resolve_dtype
+from rewards.pretrained import stored_tensors
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "stable_baselines3", "gymnasium")
 _SMALLEST_DISK = 2**30
@@ -80,7 +82,7 @@ def check_model(examination: Examination) -> Finding:
     numbers: dict[str, Any] = {
         "seconds": round(seconds, 2),
         "latent_shape": list(model.latent_shape),
-        **{f"{name}_gb": _gb(sum(weight.nbytes for weight in part.parameters())) for name, part in networks.items()},
+        **{f"{name}_gb": _gb(stored_bytes(part)) for name, part in networks.items()},
         "offloaded": away,
     }
     if device.type == "cuda":
@@ -89,15 +91,17 @@ def check_model(examination: Examination) -> Finding:
         f"{name}.{key}"
         for name, part in networks.items()
         for key, weight in part.named_parameters()
-        if not bool(weight.isfinite().all())
+        if not all(bool(stored.isfinite().all()) for stored in stored_tensors(weight))
     ]
     if broken:
         meaning = f"{len(broken)} weights are NaN or infinite in {_name(dtype)}, such as {broken[0]}."
         settings = {} if dtype == torch.float32 else {"dtype": "float32"}
         return Finding("model", "red", numbers, meaning, "Load the model in float32, or another file.", settings)
     offloaded = f"; {', '.join(away)} on the CPU between calls" if away else ""
-    size = _gb(sum(weight.nbytes for part in networks.values() for weight in part.parameters()))
-    return Finding("model", "green", numbers, f"The model loads ({size} GB in {_name(dtype)}){offloaded}.")
+    size = _gb(sum(stored_bytes(part) for part in networks.values()))
+    quantization = quantization_of(model.denoiser)
+    quantized = f", the denoiser in {quantization}" if quantization else ""
+    return Finding("model", "green", numbers, f"The model loads ({size} GB in {_name(dtype)}{quantized}){offloaded}.")
 
 
 def check_prompts(examination: Examination) -> Finding:

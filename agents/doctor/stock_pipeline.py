@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,16 +21,10 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from agents.doctor.examination import Examination
-from ddpo_env.models import DiffusionModel, abilities_of
+from ddpo_env.models import abilities_of
 from ddpo_env.models.image_decoding import decode_samples
+from ddpo_env.models.pipelines import pipeline_of
 from ddpo_env.sampler.scheduler_table import ddim_of
-
-
-@runtime_checkable
-class HasPipeline(Protocol):
-    """A model around a diffusers pipeline."""
-
-    pipeline: DiffusionPipeline
 
 
 @dataclass
@@ -58,11 +52,6 @@ class Watched:
 
 class _FirstStepError(Exception):
     """Ends a call at its first step."""
-
-
-def pipeline_of(model: DiffusionModel) -> DiffusionPipeline | None:
-    """Return the pipeline of a model; `None` for a model that has none."""
-    return model.pipeline if isinstance(model, HasPipeline) else None
 
 
 def watch(

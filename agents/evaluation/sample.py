@@ -10,7 +10,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from agents.terminal import print_error, print_line, tolerate_encodings
 from ddpo_env.validation.options import Range, check_fields
+from ddpo_env.validation.resolution import plain_resolution
 
 BAD_ARGUMENTS, INTERRUPTED = 2, 130
 _LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -33,10 +34,13 @@ class SampleArguments:
 
     model: str = "tiny"
     """Bundled name, a folder in diffusers' layout, or a Hub id."""
-    resolution: Annotated[int | None, Range(at_least=1, at_most=65_536)] = None
-    """Side of the images in pixels. Default: the model's own; use the one that the LoRA was trained with."""
+    resolution: int | str | None = None
+    """Of the images in pixels, such as 512, or 832x1216 for width x height. Default: the model's own; use the one that
+    the LoRA was trained with."""
     pipeline_arguments: tuple[str, ...] = ()
-    """Arguments of the pipeline's call as key=value, such as height=832 width=1216."""
+    """Arguments of the pipeline's call as key=value, such as max_sequence_length=128."""
+    quantization: Literal["int8", "nf4"] | None = None
+    """Hold the denoiser's linear layers in 8 bits (int8) or 4 (nf4)."""
     lora: Path | None = None
     """Folder of a trained LoRA, such as runs/<name>/lora."""
     compare: bool = False
@@ -63,6 +67,7 @@ class SampleArguments:
             ValueError: naming the argument, its value and what is valid.
         """
         check_fields(self)
+        plain_resolution(self.resolution)
         if not self.prompts:
             raise ValueError("prompts must be at least one; got none")
         if not self.seeds:
@@ -110,7 +115,7 @@ def check_model(arguments: SampleArguments) -> None:
     from ddpo_env.models import check_source
     from ddpo_env.models.outline import outline_model
 
-    check_source(arguments.model, arguments.device)
+    check_source(arguments.model, arguments.device, quantization=arguments.quantization)
     model = outline_model(arguments.model, arguments.resolution, _of_pipeline(arguments))
     if model is None:  # a Hub id, whose architecture is not known before it is downloaded
         return
@@ -145,6 +150,7 @@ def generate(arguments: SampleArguments) -> tuple[list[NDArray[np.uint8]], list[
         arguments.device,
         resolution=arguments.resolution,
         pipeline_arguments=_of_pipeline(arguments),
+        quantization=arguments.quantization,
         offload_text_encoder=False,  # the pipeline encodes by itself, on its device
     )
     if not isinstance(model, PipelineModel) or model.sample_kind != "image":

@@ -29,13 +29,16 @@ class DenoiserRows(NamedTuple):
     measuring: int
 
 
-def describe_plan(config: TrainConfig, processes: int = 1, estimate: str | None = None) -> list[str]:
+def describe_plan(
+    config: TrainConfig, processes: int = 1, estimate: str | None = None, weights: str | None = None
+) -> list[str]:
     """Return the plan of a resolved configuration, one line per subject; sizes are in samples.
 
     Args:
         config: resolved.
         processes: number of processes that share the run.
         estimate: how long it will take, in words.
+        weights: how much memory the weights take, in words.
     """
     training, total, steps = config.training, config.samples_per_iteration, config.num_inference_steps
     batches, groups = total // training.sample_batch_size, total // training.samples_per_prompt
@@ -53,6 +56,7 @@ def describe_plan(config: TrainConfig, processes: int = 1, estimate: str | None 
         f"total      {_count(config.total_iterations, 'iteration', 'iterations')}, "
         f"{config.total_iterations * total:,} reward queries, at most {updates:,} updates",
         _denoiser(config),
+        *([f"weights    {weights}"] if weights else []),
         *([f"time       {estimate}"] if estimate else []),
     ]
 

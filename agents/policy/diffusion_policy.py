@@ -34,10 +34,11 @@ from agents.policy.critic import DenoisingCritic
 from agents.policy.distribution import DenoisingDistribution
 from agents.policy.guidance import check_guidance, guided_output
 from agents.policy.lora import add_lora, copy_for_full_training, merged_adapters
-from agents.policy.options import PolicyOptions, read_settings
+from agents.policy.options import PolicyOptions, check_trainable, read_settings
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
 from ddpo_env.models import DiffusionModel, abilities_of, load_model
 from ddpo_env.models.loading import plain_arguments
+from ddpo_env.models.quantization import quantization_of
 from ddpo_env.sampler.denoising_loss import add_noise, draw_timesteps
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 from ddpo_env.spaces import DenoisingObservationSpace, ModelHandle, action_box
@@ -127,6 +128,7 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
         )
         is_guided = self.options.guidance_scale != 1 and not self.guidance_embeds
         self.negative_conditioning = abilities_of(self.model).negative_conditioning() if is_guided else {}
+        check_trainable(quantization_of(self.model.denoiser), self.options)
         if self.options.lora_rank == 0:
             self.denoiser = copy_for_full_training(self.model.denoiser)
         else:
@@ -154,7 +156,9 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
         """Return a context for sampling without gradients: the adapters are merged, see `PolicyOptions.merge_lora`."""
         merge = self.options.merge_lora
         wanted = self.compute_dtype == torch.float32 if merge is None else merge
-        return merged_adapters(self.denoiser) if wanted and self.options.lora_rank > 0 else nullcontext()
+        if not wanted or self.options.lora_rank == 0 or quantization_of(self.model.denoiser):
+            return nullcontext()
+        return merged_adapters(self.denoiser)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the weights that learn: adapters or the whole denoiser, and the critic if there is one."""
@@ -288,6 +292,7 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
             "model_identity": abilities_of(self.model).identity,
             "resolution": abilities_of(self.model).resolution,
             "pipeline_arguments": plain_arguments(self.model),
+            "quantization": quantization_of(self.model.denoiser),
             "num_inference_steps": self.num_inference_steps,
             **asdict(self.options),
         }
@@ -320,11 +325,11 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
                 )
         settings = read_settings(folder / _CONFIG_FILE)
         source, resolution = settings.pop("model"), settings.pop("resolution", None)
-        arguments = settings.pop("pipeline_arguments", None)
+        variant = [settings.pop(name, None) for name in ("pipeline_arguments", "quantization")]
         identity = settings.pop("model_identity", None)
         remedy = f"pass the model that it was trained with: DiffusionPolicy.load({str(folder)!r}, model=...)"
         try:
-            loaded = load_model(source if model is None else model, device, dtype, resolution, arguments)
+            loaded = load_model(source if model is None else model, device, dtype, resolution, *variant)
         except ValueError as error:
             raise ValueError(f"policy {str(folder)!r} cannot load model {source!r}; {remedy}: {error}") from error
         if model is None and identity != abilities_of(loaded).identity:
@@ -370,8 +375,7 @@ def _find_model(
         raise ValueError(f"num_inference_steps must be at least 1; got {num_inference_steps}")
     if isinstance(space, DenoisingObservationSpace):
         handle = space.handle
-        variant = (handle.device, handle.dtype, handle.resolution, handle.pipeline_arguments)
-        loaded = handle.model if model is None else load_model(model, *variant)
+        loaded = handle.model if model is None else load_model(model, *handle.variant)
         return ModelHandle(loaded, num_inference_steps or handle.num_inference_steps)
     if model is None or num_inference_steps is None:
         raise ValueError(

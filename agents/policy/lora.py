@@ -7,6 +7,7 @@ module tree that holds the *same* frozen tensors; full training works on a copy 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
@@ -75,7 +76,9 @@ def add_lora(denoiser: _Module, rank: int, targets: LoraTargets) -> _Module:
     config = LoraConfig(
         r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS[targets])
     )
-    inject_adapter_in_model(config, adapted, ADAPTER)
+    with warnings.catch_warnings():  # of merging by peft, which is not used: see `merged_adapters`
+        warnings.filterwarnings("ignore", ".*was instantiated without `get_apply_tensor_subclass`")
+        inject_adapter_in_model(config, adapted, ADAPTER)
     use_frozen_convolutions(adapted)
     for parameter in adapted.parameters():
         if parameter.requires_grad:

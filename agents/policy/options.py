@@ -41,8 +41,8 @@ class PolicyOptions:
     lora_targets: LoraTargets = "attention"
     """Layers that get an adapter."""
     merge_lora: Annotated[bool | None, tyro.conf.Suppress] = None
-    """Sample with the adapters merged into a copy of their layers' weights, which is faster. Default: in float32.
-    In half precision it loses small adapters to rounding."""
+    """Sample with the adapters merged into a copy of their layers' weights, which is faster. Default: in float32,
+    without quantization. In half precision it loses small adapters to rounding."""
     log_prob_reduction: Reduction = "mean"
     """Reduction of the log-probability over the latent's dimensions. The clip range depends on it."""
     critic: bool = False
@@ -58,6 +58,26 @@ class PolicyOptions:
         check_fields(self)
 
 
+def check_trainable(quantization: str | None, options: PolicyOptions) -> None:
+    """Refuse options that need the frozen weights in full precision, if they are quantized.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if quantization is None:
+        return
+    if options.lora_rank == 0:
+        raise ValueError(
+            f"lora_rank must be at least 1 with quantization={quantization!r}, because quantized weights cannot learn; "
+            "got 0"
+        )
+    if options.merge_lora:
+        raise ValueError(
+            f"merge_lora must be None or False with quantization={quantization!r}, because a merged weight would have "
+            "to be quantized again, and would lose most of the LoRA; got True"
+        )
+
+
 def read_settings(file: Path) -> dict[str, Any]:
     """Return the settings in the file of a saved policy: its options, and what it was trained with.
 
@@ -68,6 +88,7 @@ def read_settings(file: Path) -> dict[str, Any]:
         "model",
         "resolution",
         "pipeline_arguments",
+        "quantization",
         "model_identity",
         "num_inference_steps",
         *(one.name for one in fields(PolicyOptions)),

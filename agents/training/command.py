@@ -52,6 +52,7 @@ def prepare() -> Run | int:
     from agents.distributed import Processes
     from agents.planning.flops import estimate_time
     from agents.planning.plan import describe_plan
+    from agents.planning.weights import describe_weights
     from agents.training.preparation import check_run, prepare_run, start_run_processes
 
     processes = Processes()
@@ -67,7 +68,8 @@ def prepare() -> Run | int:
         processes.shutdown(error)
         return BAD_ARGUMENTS
     if processes.is_main:
-        print("\n".join(describe_plan(config, processes.count, estimate_time(config, processes.count))))
+        estimate = estimate_time(config, processes.count)
+        print("\n".join(describe_plan(config, processes.count, estimate, describe_weights(config))))
     if run is not None:
         return run
     processes.shutdown()

@@ -91,7 +91,12 @@ def check_run(config: TrainConfig, processes: Processes) -> CheckedRun:
         if processes.count > 1:
             check_shareable(reward)
         prompts = load_prompts(config.prompts)
-        check_source(config.model, processes.device or config.device, config.run.dtype)
+        check_source(
+            config.model,
+            processes.device or config.device,
+            config.run.dtype,
+            quantization=config.run.quantization,
+        )
         check_fit(config, reward)
     return CheckedRun(config, folder, reward, prompts)
 
@@ -143,6 +148,7 @@ def load_configured_model(config: TrainConfig, processes: Processes) -> Diffusio
         processes.device or config.device,
         settings.dtype,
         *settings.size,
+        settings.quantization,
         offload_text_encoder=settings.offload_text_encoder,
         vae_tiling=settings.vae_tiling,
     )

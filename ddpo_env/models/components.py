@@ -22,6 +22,7 @@ from torch import nn
 from transformers import ImageProcessingMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
+from ddpo_env.models.quantization import Quantization, diffusers_config
 from rewards.pretrained import check_network, check_settings, shortened
 
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
@@ -91,8 +92,10 @@ def check_component(location: str, name: str, place: Any, with_weights: bool = T
         _check_weight_files(location, name, folder)
 
 
-def load_component(location: str, name: str, place: Any, dtype: torch.dtype) -> Any:
-    """Load a component from a pipeline's folder.
+def load_component(
+    location: str, name: str, place: Any, dtype: torch.dtype, quantization: Quantization | None = None
+) -> Any:
+    """Load a component from a pipeline's folder, and quantize its linear layers if that is asked for.
 
     Raises:
         ValueError: as `check_component`, or for weights that are missing, do not fit or are not finite.
@@ -103,11 +106,11 @@ def load_component(location: str, name: str, place: Any, dtype: torch.dtype) -> 
     if not issubclass(component, nn.Module):
         with reading(location, name):
             return component.from_pretrained(folder)
-    dtype_name = "dtype" if issubclass(component, PreTrainedModel) else "torch_dtype"
+    options: dict[str, Any] = {"dtype" if issubclass(component, PreTrainedModel) else "torch_dtype": dtype}
+    if quantization is not None:
+        options["quantization_config"] = diffusers_config(quantization)
     with reading(location, name):
-        loaded, report = component.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, **{dtype_name: dtype}
-        )
+        loaded, report = component.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
     check_network(loaded, report, f"component {name} of model {location!r}")
     return loaded
 

@@ -18,10 +18,25 @@ from weakref import WeakKeyDictionary, WeakValueDictionary, finalize
 import torch
 from diffusers import DiffusionPipeline
 from gymnasium.envs.registration import EnvSpec
+from torch import nn
 
 from ddpo_env.models.outline import outline_model
-from ddpo_env.models.pipelines import download_pipeline, load_pipeline, place_pipeline, snapshot, weights_fingerprint
+from ddpo_env.models.pipelines import (
+    DENOISERS,
+    download_pipeline,
+    load_pipeline,
+    place_pipeline,
+    snapshot,
+    weights_fingerprint,
+)
 from ddpo_env.models.protocol import MEMBERS, DiffusionModel, ModelAbilities, abilities_of
+from ddpo_env.models.quantization import (
+    Quantization,
+    check_quantization,
+    check_quantized,
+    quantization_of,
+    quantize_network,
+)
 from ddpo_env.models.sources import (
     BUNDLED_MODELS,
     PIPELINE_OBJECT,
@@ -34,12 +49,13 @@ from ddpo_env.models.sources import (
 )
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 from ddpo_env.sampler.scheduler_table import SMALLEST_STD
+from ddpo_env.validation.resolution import Resolution, plain_resolution
 from rewards.devices import DTYPES, resolve_device, resolve_dtype
 
 _IMPORTED_BY = os.getpid()
 _OBJECT = "object that is not saved"
-_loaded: dict[tuple[str, str, str], DiffusionModel] = {}
-"""By location, device and dtype."""
+_loaded: dict[tuple[str, str, str, str | None], DiffusionModel] = {}
+"""By location, device, dtype and quantization."""
 _changed: WeakValueDictionary[tuple[int, str], DiffusionModel] = WeakValueDictionary()
 """By the identity of a model, which the changed one keeps alive, and what was changed."""
 _adapted: WeakValueDictionary[tuple[Any, ...], DiffusionModel] = WeakValueDictionary()
@@ -56,27 +72,32 @@ def check_source(
     model: str | Path,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    resolution: int | None = None,
+    resolution: Resolution | None = None,
     num_inference_steps: int | None = None,
     pipeline_arguments: Mapping[str, Any] | None = None,
+    quantization: Quantization | None = None,
 ) -> None:
     """Refuse a model that cannot be loaded, as far as its name and its folder show, apart from the weights.
 
     Nothing is loaded or downloaded. The arguments are those of `load_model` and of the environment.
 
     Raises:
+        ImportError: if the package is missing that the quantization needs.
         ValueError: as `load_model`, for a device, a dtype, a name, a folder, the family of its pipeline, a component
             that is missing or not valid, or weights that are pickled; for a resolution that the model cannot have, or
             for more steps than its scheduler has.
     """
     resolve_dtype(dtype, resolve_device(device))
+    check_quantization(quantization)
     if is_object(model):
         return
     location = resolve_source(model)
-    if resolution is not None or num_inference_steps is not None or pipeline_arguments:
+    if resolution is not None or num_inference_steps is not None or pipeline_arguments or quantization:
         outlined = outline_model(model, resolution, pipeline_arguments)
         if outlined is not None and num_inference_steps is not None:
             GaussianSampler.from_model(outlined, num_inference_steps, min_std=SMALLEST_STD)
+        if outlined is not None and quantization is not None:
+            quantize_network(outlined.denoiser, quantization, str(model))
     if location not in BUNDLED_MODELS and Path(location).is_dir():
         family_in(location)
 
@@ -90,8 +111,9 @@ def load_model(
     model: str | Path | DiffusionPipeline | DiffusionModel,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    resolution: int | None = None,
+    resolution: Resolution | None = None,
     pipeline_arguments: Mapping[str, Any] | None = None,
+    quantization: Quantization | None = None,
     *,
     offload_text_encoder: bool | None = None,
     vae_tiling: bool | None = None,
@@ -105,10 +127,12 @@ def load_model(
             holds it.
         device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, ...
         dtype: dtype of the frozen weights: `"auto"`, `"float32"`, `"float16"`, `"bfloat16"` or the torch dtype.
-        resolution: side of the images in pixels, for text-to-image pipelines; default: the pipeline's own. Models of
-            the same pipeline with different resolutions share the weights.
+        resolution: of the images in pixels: `512`, or `"832x1216"` for width x height; default: the pipeline's own.
+            Models of the same pipeline with different resolutions share the weights.
         pipeline_arguments: arguments of every call of the pipeline, such as `{"num_frames": 17}` or `{"height": 832,
             "width": 1216}`. Default: the pipeline's own.
+        quantization: of the frozen denoiser's linear layers: `"int8"`, or `"nf4"` (4 bits). A pipeline object must have
+            been loaded with it. Default: none.
         offload_text_encoder: whether the text encoders are on an accelerator only while they encode. Each distinct
             prompt is encoded once. Default: yes; on a CPU there is no effect.
         vae_tiling: whether images are decoded one at a time, and those that are larger than the VAE's own size in
@@ -123,13 +147,17 @@ def load_model(
         ValueError: for an unknown model, device, dtype or pipeline family; for a resolution, or a way to save memory,
             that the model cannot have; for a folder whose components or weights are missing, pickled, not finite or of
             another part; for a model of your own that has abilities and does not derive from `ModelAbilities`.
+        ImportError: if the package is missing that the quantization needs.
         OSError: for a Hub id that cannot be downloaded, or has no safetensors weights.
     """
+    check_quantization(quantization)
+    resolution = plain_resolution(resolution)
     if os.getpid() != _IMPORTED_BY:
         torch.set_num_threads(1)  # a forked process has OpenMP's state without its threads, and would wait for them
     if isinstance(model, str):
         model = _models.get(model, _pipelines.get(model, model))
-    loaded = _load(model, device, dtype, pipeline_arguments or {})
+    loaded = _load(model, device, dtype, pipeline_arguments or {}, quantization)
+    check_quantized(loaded.denoiser, quantization, loaded.source)
     if pipeline_arguments is None:
         pipeline_arguments = abilities_of(loaded).arguments if isinstance(model, DiffusionModel) else {}
     pipeline_arguments = dict(pipeline_arguments)
@@ -193,6 +221,7 @@ def _load(
     device: str | torch.device,
     dtype: str | torch.dtype,
     arguments: Mapping[str, Any],
+    quantization: Quantization | None,
 ) -> DiffusionModel:
     """Load a model; one that is loaded already may have other arguments."""
     if isinstance(model, DiffusionModel):
@@ -207,16 +236,19 @@ def _load(
         value = f", {model!r}" if isinstance(model, bool | int | float | bytes) else ""
         raise ValueError(f"model must be {VALID_MODELS}; got a {type(model).__name__}{without}{value}")
     location = resolve_source(model)
-    key = (location, str(place), str(weight_dtype))
+    key = (location, str(place), str(weight_dtype), quantization)
     if key not in _loaded:
         if location in BUNDLED_MODELS:
-            _loaded[key] = _made_here(build_bundled(location, place, weight_dtype), None)
+            built = build_bundled(location, place, weight_dtype)
+            if quantization is not None:
+                quantize_network(built.denoiser, quantization, location)
+            _loaded[key] = _made_here(built, None)
         else:
             family, index = family_in(location)
             if not Path(location).is_dir():
                 family, index = family_in(download_pipeline(location, index.settings))
             source = str(model) if str(model) in BUNDLED_MODELS else location
-            loaded = adapted(family, load_pipeline(index, place, weight_dtype), source, arguments)
+            loaded = adapted(family, load_pipeline(index, place, weight_dtype, quantization), source, arguments)
             _loaded[key] = _made_here(loaded, index.fingerprint())
     return _loaded[key]
 
@@ -226,6 +258,16 @@ def _adapt(
 ) -> DiffusionModel:
     """Move a pipeline object, and return the model of the components that it has now."""
     family = family_of(type(pipeline).__name__)
+    for name in DENOISERS:
+        if isinstance(denoiser := pipeline.components.get(name), nn.Module):
+            check_quantized(denoiser, None, type(pipeline).__name__)
+            own = next(denoiser.parameters()).dtype
+            if quantization_of(denoiser) and own != dtype:
+                loaded, wanted = (str(one).removeprefix("torch.") for one in (own, dtype))
+                raise ValueError(
+                    f"dtype must be {loaded} with a quantized {type(pipeline).__name__} that was loaded in it; "
+                    f"got {wanted}"
+                )
     place_pipeline(pipeline, device, dtype)
     source = _pipeline_sources.setdefault(pipeline, f"{PIPELINE_OBJECT}{next(_pipeline_numbers)}")
     _pipelines[source] = pipeline

@@ -13,6 +13,7 @@ from torch import nn
 from ddpo_env.models.components import component_class, reading
 from ddpo_env.models.protocol import DiffusionModel, ShapeUnknownError, abilities_of
 from ddpo_env.models.sources import BUNDLED_MODELS, adapted, build_bundled, family_in, resolve_source
+from ddpo_env.validation.resolution import Resolution, plain_resolution
 
 _KNOWN: dict[str, str] = {
     "CompVis/stable-diffusion-v1-4": "sd14-random",
@@ -22,13 +23,13 @@ _KNOWN: dict[str, str] = {
 
 
 def outline_model(
-    model: str | Path, resolution: int | None = None, pipeline_arguments: Mapping[str, Any] | None = None
+    model: str | Path, resolution: Resolution | None = None, pipeline_arguments: Mapping[str, Any] | None = None
 ) -> DiffusionModel | None:
     """Return a model on the meta device: it computes shapes, and no numbers. Nothing is downloaded.
 
     Args:
         model: bundled name, folder in diffusers' layout, or Hub id.
-        resolution: side of the images in pixels; default: the model's own.
+        resolution: of the images in pixels, `512` or `"832x1216"` (width x height); default: the model's own.
         pipeline_arguments: of every call of the pipeline, see `load_model`.
 
     Returns:
@@ -39,7 +40,7 @@ def outline_model(
         ValueError: for a name that is none of these, a folder that holds no pipeline, an unknown family, a component of
             another library than diffusers and transformers, or a resolution that the model cannot have.
     """
-    pipeline_arguments = dict(pipeline_arguments or {})
+    resolution, pipeline_arguments = plain_resolution(resolution), dict(pipeline_arguments or {})
     outlined = _outline(resolve_source(model), pipeline_arguments)
     if outlined is not None and pipeline_arguments != abilities_of(outlined).arguments:
         outlined = abilities_of(outlined).with_arguments(pipeline_arguments)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import diffusers
 import torch
@@ -21,6 +21,12 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers.utils import logging as transformers_logging
 
 from ddpo_env.models.components import CONVERSION, check_component, load_component
+from ddpo_env.models.protocol import DiffusionModel
+from ddpo_env.models.quantization import Quantization
+from rewards.pretrained import stored_tensors
+
+DENOISERS = ("transformer", "unet")
+"""Names that a pipeline's denoiser has."""
 
 TEXT_ENCODERS = {"text_encoder", "text_encoder_2", "text_encoder_3"}
 """Names of the components that may be on another device than the rest: they move when there is something to encode."""
@@ -33,6 +39,13 @@ _MAY_BE_NULL = ("text_encoder_3", "tokenizer_3")
 _WRAPPERS = (OptimizedModule, DataParallel, DistributedDataParallel)
 _BLOCKS, _BLOCK = 64, 2**16
 _SAMPLED_VALUES = 256
+
+
+@runtime_checkable
+class HasPipeline(Protocol):
+    """A model around a diffusers pipeline."""
+
+    pipeline: DiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -131,6 +144,11 @@ def pipeline_index(location: str) -> Mapping[str, Any]:
     return config
 
 
+def pipeline_of(model: DiffusionModel) -> DiffusionPipeline | None:
+    """Return the pipeline of a model; `None` for a model that has none."""
+    return model.pipeline if isinstance(model, HasPipeline) else None
+
+
 def place_pipeline(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype) -> None:
     """Move a pipeline whose components are not all on the device in the dtype; text encoders may be elsewhere."""
     for name, component in pipeline.components.items():
@@ -163,7 +181,8 @@ def weights_fingerprint(network: nn.Module) -> str:
     weights = {name: value for name, value in unwrapped(network).state_dict().items() if value.is_floating_point()}
     digest = hashlib.sha256(repr({name: tuple(value.shape) for name, value in weights.items()}).encode())
     if weights:
-        samples = torch.cat([value.flatten()[:_SAMPLED_VALUES].to(torch.bfloat16) for value in weights.values()])
+        stored = [part for value in weights.values() for part in stored_tensors(value)]
+        samples = torch.cat([value.flatten()[:_SAMPLED_VALUES].to(torch.bfloat16) for value in stored])
         digest.update(samples.cpu().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
@@ -177,14 +196,21 @@ def _add_samples(file: Path, digest: Any) -> None:
             digest.update(stream.read(_BLOCK))
 
 
-def load_pipeline(index: PipelineIndex, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
-    """Load a pipeline's safetensors from its folder, onto a device.
+def load_pipeline(
+    index: PipelineIndex, device: torch.device, dtype: torch.dtype, quantization: Quantization | None = None
+) -> DiffusionPipeline:
+    """Load a pipeline's safetensors from its folder, onto a device, with a quantized denoiser if that is asked for.
 
     Raises:
         ValueError: for a component that is missing or not valid, see `load_component`, or has non-finite weights.
     """
+
+    def load(name: str, place: Any) -> Any:
+        own = quantization if name in DENOISERS else None
+        return load_component(index.location, name, place, dtype, own)
+
     with _without_progress_bars():
-        pipeline = index.assemble(lambda name, place: load_component(index.location, name, place, dtype))
+        pipeline = index.assemble(load)
     pipeline.to(device)
     return pipeline
 

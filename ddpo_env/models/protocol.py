@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
 
+from ddpo_env.validation.resolution import Resolution
 from rewards.kinds import SampleKind
 
 Conditioning: TypeAlias = Mapping[str, Tensor]
@@ -74,7 +75,7 @@ class ModelAbilities:
         sample_metadata: what a reward is told about every sample, such as the `sampling_rate` of sounds.
         guidance_embeds: whether the denoiser takes the guidance scale as an input and is called once per step;
             `predict` then finds the scale in `conditioning["guidance"]`, `(batch,)`, on the CPU.
-        resolution: side of the images in pixels if it is not the model's own, else `None`.
+        resolution: of the images in pixels if it is not the model's own, `512` or `"832x1216"`; else `None`.
         arguments: of every call of the model's pipeline, such as `num_frames`.
         guidance_problem: why `guide` is not the guidance of the model's pipeline, if it is not.
         identity: what tells this model's weights from others in any process, such as a hash; `None`: its `source`.
@@ -83,7 +84,7 @@ class ModelAbilities:
     sample_kind: SampleKind = "image"
     sample_metadata: Mapping[str, Any] = MappingProxyType({})
     guidance_embeds: bool = False
-    resolution: int | None = None
+    resolution: Resolution | None = None
     arguments: Mapping[str, Any] = MappingProxyType({})
     guidance_problem: str | None = None
     identity: str | None = None
@@ -152,8 +153,8 @@ class ModelAbilities:
             f"pipeline_arguments must be empty with model {self.source!r}, which takes none; got {dict(arguments)!r}"
         )
 
-    def at_resolution(self, resolution: int) -> DiffusionModel:
-        """Return a model with the same weights whose images have another side in pixels.
+    def at_resolution(self, resolution: Resolution) -> DiffusionModel:
+        """Return a model with the same weights whose images have another size in pixels.
 
         Raises:
             ValueError: for a resolution that the model cannot have; here, for all.

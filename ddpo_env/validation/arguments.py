@@ -182,3 +182,25 @@ def as_float(values: Any, name: str) -> Tensor:
         return tensor.to(torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must be an array or a tensor of real numbers; got {values!r}") from error
+
+
+def checked_actions(actions: Any, shape: tuple[int, ...], device: torch.device, stalls: bool) -> Tensor:
+    """Return a copy of the actions of a batch on the device, as a tensor.
+
+    Args:
+        actions: an array or a tensor.
+        shape: that it must have, `(num_envs, *latent_shape)`.
+        device: of the result.
+        stalls: whether an accelerator is waited for anyway, so that values can be checked there too.
+
+    Raises:
+        ValueError: for another shape, or for NaN or infinite values where they are checked.
+    """
+    given = as_float(actions, "actions")
+    if tuple(given.shape) != shape:
+        raise ValueError(f"actions must have shape {shape}; got {tuple(given.shape)}")
+    latents = given.to(device, copy=True)
+    if (stalls or latents.device.type == "cpu") and not bool(torch.isfinite(latents).all()):
+        indices = np.flatnonzero(~torch.isfinite(latents).flatten(1).all(1).cpu().numpy()).tolist()
+        raise ValueError(f"actions must be finite; got NaN or infinite values in sub-environments {indices}")
+    return latents

@@ -61,7 +61,7 @@ BEFORE_LOADING: dict[str, tuple[Any, ...]] = {
     "model": ("", "nonsense", "no/such/folder/here", "/no/such", *OBJECT, None, Path("missing"), torch.nn.Linear(1, 1)),
     "device": ("", "tpu", "cuda:99", None, 5, "meta"),
     "dtype": ("", "float8", None, 5, torch.float64, "int8"),
-    "resolution": (0, -8, 7, 65, 1.5, "64", True, NAN, 10**12, [64]),
+    "resolution": (0, -8, 7, 65, 1.5, "64", "64x7", "64x", (64, 64), True, NAN, 10**12, [64]),
 }  # fmt: skip
 
 

@@ -123,6 +123,9 @@ def test_sample_generates_at_a_resolution(monkeypatch, capsys, tmp_path):
     settings = {"prompts": ("a cat",), "seeds": (0,), "num_inference_steps": 1, "device": "cpu"}
     shapes = [generate(SampleArguments(**settings, resolution=side))[0][0].shape for side in (None, 48)]
     assert shapes == [(1, 64, 64, 3), (1, 48, 48, 3)]
+    assert generate(SampleArguments(**settings, resolution="48x32"))[0][0].shape[1:] == (32, 48, 3)
+    assert run_script("sample", [*sampling, "--resolution=48x30"], monkeypatch) == 2
+    assert "resolution must be a multiple of" in capsys.readouterr().err
     assert run_script("sample", [*sampling, "--resolution=47"], monkeypatch) == 2
     assert "resolution must be a multiple of" in capsys.readouterr().err
 

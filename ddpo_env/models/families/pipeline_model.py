@@ -28,6 +28,7 @@ from ddpo_env.models.image_decoding import check_scaling, picture_of, samples_of
 from ddpo_env.models.peft_format import adapter_weights, check_saved_adapter, save_peft_adapter
 from ddpo_env.models.pipelines import TEXT_ENCODERS
 from ddpo_env.models.protocol import Conditioning, ModelAbilities, ShapeUnknownError
+from ddpo_env.validation.resolution import Resolution, height_and_width
 
 _CACHED_BYTES = 2**30
 _PREPARED_PROMPTS = 1000
@@ -51,7 +52,7 @@ class PipelineModel(ModelAbilities):
         self,
         pipeline: DiffusionPipeline,
         source: str,
-        resolution: int | None = None,
+        resolution: Resolution | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
         """Watch the pipeline once, and freeze its weights.
@@ -59,7 +60,7 @@ class PipelineModel(ModelAbilities):
         Args:
             pipeline: is not changed otherwise.
             source: name of the model.
-            resolution: side of the images in pixels; default: the pipeline's own.
+            resolution: of the images in pixels, `512` or `"832x1216"` (width x height); default: the pipeline's own.
             arguments: of every call of the pipeline, such as `num_frames` or `max_sequence_length`.
 
         Raises:
@@ -254,7 +255,7 @@ class PipelineModel(ModelAbilities):
         """Return the model of the same pipeline with other arguments for its call: they share the weights."""
         return type(self)(self.pipeline, self.source, self.resolution, arguments)
 
-    def at_resolution(self, resolution: int) -> PipelineModel:
+    def at_resolution(self, resolution: Resolution) -> PipelineModel:
         """Return the model of the same pipeline for another resolution: they share the weights."""
         scale = int(getattr(self.pipeline, "vae_scale_factor", 1))
         places = self._config.get("pos_embed_max_size")
@@ -264,21 +265,20 @@ class PipelineModel(ModelAbilities):
         resized._encoded = self._encoded
         return resized
 
-    def _accepts(self, resolution: int) -> bool:
+    def _accepts(self, height: int, width: int) -> bool:
         """Return whether the pipeline prepares latents for a size that are in proportion to it."""
-        size = {"height": resolution, "width": resolution}
         try:
-            latents = self._before_denoiser(self._unprompted() | size)["latents"]
+            latents = self._before_denoiser(self._unprompted() | {"height": height, "width": width})["latents"]
         except (ValueError, RuntimeError, TypeError):  # a pipeline refuses a size in its own words
             return False
-        return latents.numel() * math.prod(self.size) == math.prod(self.latent_shape) * resolution**2
+        return latents.numel() * math.prod(self.size) == math.prod(self.latent_shape) * height * width
 
     @property
     def device(self) -> torch.device:
         """Device of the denoiser; the text encoders may be on another one."""
         return next(self.denoiser.parameters()).device
 
-    def _fixed_arguments(self, resolution: int | None) -> dict[str, Any]:
+    def _fixed_arguments(self, resolution: Resolution | None) -> dict[str, Any]:
         """Return the arguments of every call: its size, and no guidance, which is the policy's."""
         parameters = self.watched.parameters
         fixed: dict[str, Any] = {"num_inference_steps": _STEPS, "output_type": "latent"}
@@ -289,7 +289,7 @@ class PipelineModel(ModelAbilities):
         if resolution is None and "sample_size" not in self._config and "vae" in self.pipeline.components:
             resolution = self.pipeline.vae.config.get("sample_size")  # that of the images in pretraining
         if resolution is not None:
-            fixed |= {"height": resolution, "width": resolution}
+            fixed |= dict(zip(("height", "width"), height_and_width(resolution), strict=True))
         fixed |= {"prompt": None, "use_resolution_binning": False, "min_guidance_scale": 1.0, "max_guidance_scale": 1.0}
         return {name: value for name, value in fixed.items() if name in parameters} | self.arguments
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+
+from ddpo_env.validation.resolution import Resolution, height_and_width
 
 _MOST_PIXELS = 2**14
 """A larger side of an image is a mistake, and would fail later for lack of memory."""
@@ -11,29 +12,36 @@ _PATCHES = (1, 2, 4, 8)
 
 
 def check_resolution(
-    resolution: Any, source: str, scale: int, most_patches: int | None, accepts: Callable[[int], bool]
+    resolution: Resolution, source: str, scale: int, most_patches: int | None, accepts: Callable[[int, int], bool]
 ) -> None:
     """Refuse a resolution that a pipeline cannot have.
 
     Args:
-        resolution: side of the images in pixels.
+        resolution: of the images, see `ddpo_env.validation.resolution`.
         source: of the model, for the message.
         scale: pixels per latent along a side.
         most_patches: how many latents fit along a side, if the denoiser has places for so many only.
-        accepts: whether the pipeline prepares latents for a side in pixels that keep its proportions.
+        accepts: whether the pipeline prepares latents for a height and a width in pixels that keep its proportions.
 
     Raises:
-        ValueError: naming the resolution, and the multiple that it must be.
+        ValueError: naming the resolution, and the multiple that its sides must be.
     """
     most = _MOST_PIXELS if most_patches is None else min(_MOST_PIXELS, most_patches * scale)
-    is_number = isinstance(resolution, int) and not isinstance(resolution, bool)
-    if is_number and scale <= resolution <= most and accepts(resolution):
+    height, width = height_and_width(resolution)
+    if all(scale <= side <= most for side in (height, width)) and accepts(height, width):
         return
-    unit = next((scale * patch for patch in _PATCHES if accepts(scale * patch * _odd(most // (scale * patch)))), None)
+
+    def takes(unit: int) -> bool:
+        side = unit * _odd(most // unit)
+        return accepts(side, side)
+
+    unit = next((scale * patch for patch in _PATCHES if takes(scale * patch)), None)
     multiple = "a whole number of pixels" if unit is None else f"a multiple of {unit} pixels"
+    largest = most // (unit or 1) * (unit or 1)
+    both = "" if height == width else " along both sides"
     raise ValueError(
-        f"resolution must be {multiple} (at most {most // (unit or 1) * (unit or 1)}) with model {source!r}, whose "
-        f"latents are {scale} times smaller than its images; got {resolution!r}"
+        f"resolution must be {multiple}{both} (at most {largest}) with model {source!r}, whose latents are {scale} "
+        f"times smaller than its images; got {resolution!r}"
     )
 
 

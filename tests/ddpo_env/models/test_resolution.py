@@ -12,7 +12,7 @@ from helpers.micro_families import micro_family
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.training.preparation import run_training
 from ddpo_env import DenoisingEnv, load_model
-from ddpo_env.models.loading import unload_models
+from ddpo_env.models.loading import check_source, unload_models
 from ddpo_env.models.outline import outline_model
 
 FAMILIES = ("stable_diffusion_xl", "stable_diffusion_3", "flux_dev")
@@ -106,10 +106,70 @@ def test_stable_diffusion_xl_is_told_the_size():
         assert told[-1] == [[side, side, 0, 0, side, side]]
 
 
-@pytest.mark.parametrize("resolution", [0, -4, 30, 3, 32.0, True])
+@pytest.mark.parametrize("resolution", [30, 3, "32x30", "30x32", "32x65536"])
 def test_a_size_that_is_no_multiple_is_refused(micro_pipeline_folder, resolution):
-    with pytest.raises(ValueError, match=rf"resolution must be a multiple of 8 pixels .*; got {resolution}$"):
+    with pytest.raises(ValueError, match=rf"resolution must be a multiple of 8 pixels .*; got {resolution!r}$"):
         load_model(micro_pipeline_folder, "cpu", resolution=resolution)
+
+
+@pytest.mark.parametrize("resolution", [0, -4, 32.0, True, "", "32", "32x", "x32", "32 x 32", "32X32", "0x32", "٣٢x32"])
+def test_a_size_of_another_form_is_refused(micro_pipeline_folder, resolution):
+    for refuse in (load_model, check_source):
+        with pytest.raises(ValueError, match=r"resolution must be None, a number .* such as '832x1216', with sides"):
+            refuse(micro_pipeline_folder, "cpu", resolution=resolution)
+    with pytest.raises(ValueError, match="resolution must be"):
+        micro_config(micro_pipeline_folder, None, resolution=resolution)
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion_2", "stable_diffusion_3", "flux_dev"])
+def test_a_sample_of_3_to_2_is_the_stock_pipelines(family):
+    """From the same noise, the means of our steps lead where the pipeline's own deterministic call ends."""
+    pipeline = micro_family(family)
+    model = load_model(pipeline, "cpu", resolution="48x32")
+    assert model.size == (32, 48)
+    conditioning = model.encode_prompts(["a cat"])
+    if model.guidance_embeds:
+        conditioning["guidance"] = torch.full((1,), 3.5)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    scale = {} if model.guidance_embeds else {"guidance_scale": 1.0}
+    seen = {}
+    given, step = latents, pipeline.scheduler.step
+
+    def record(output, timestep, sample, **options):
+        seen.setdefault("first", (output, timestep))
+        return step(output, timestep, sample, **options)
+
+    pipeline.scheduler.step = record
+    size = {"height": 32, "width": 48}
+    images = pipeline("a cat", latents=given, num_inference_steps=2, output_type="np", **size, **scale).images
+    pipeline.scheduler.step = step
+    assert images.shape == (1, 32, 48, 3)
+    output, timestep = seen["first"]
+    with torch.no_grad():
+        ours = model.predict(model.denoiser, latents, torch.as_tensor(timestep).float().reshape(1), conditioning)
+    torch.testing.assert_close(ours, output)
+    final = pipeline("a cat", latents=given, num_inference_steps=2, output_type="latent", **size, **scale).images
+    np.testing.assert_allclose(model.decode(final)[0].numpy() / 255, images[0], atol=0.51 / 255)
+
+
+def test_the_form_of_a_size_does_not_matter(micro_pipeline_folder, tmp_path):
+    square = load_model(micro_pipeline_folder, "cpu", resolution="48x48")
+    assert square is load_model(micro_pipeline_folder, "cpu", resolution=48)
+    assert load_model(micro_pipeline_folder, "cpu", resolution="32x32").latent_shape == (4, 8, 8)
+    config = micro_config(micro_pipeline_folder, tmp_path, resolution="48x48")
+    assert config.run.resolution == 48
+    assert micro_config(micro_pipeline_folder, None, resolution="48x32").as_dict()["run"]["resolution"] == "48x32"
+    assert outline_model(micro_pipeline_folder, "48x32").latent_shape == (4, 8, 12)
+
+
+def test_a_policy_keeps_a_size_of_3_to_2(micro_pipeline_folder, tmp_path):
+    env = micro_env(micro_pipeline_folder, num_envs=1, num_inference_steps=1, resolution="48x32")
+    policy = micro_policy(env)
+    observation, _ = env.reset(seed=0)
+    assert env.step(policy.forward(observation)[0])[-1]["final_info"]["image"][0].shape == (32, 48, 3)
+    policy.save(tmp_path)
+    assert DiffusionPolicy.load(tmp_path, device="cpu").model is env.model
 
 
 def test_transformers_need_whole_patches_and_places_for_them():
