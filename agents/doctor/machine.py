@@ -16,7 +16,7 @@ from torch import nn
 from agents.doctor.examination import Examination
 from agents.doctor.finding import Finding, Level
 from agents.doctor.stock_pipeline import pipeline_of
-from rewards.devices import resolve_device, resolve_dtype
+from rewards.devices import has_bfloat16, resolve_device, resolve_dtype
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "stable_baselines3", "gymnasium")
 _SMALLEST_DISK = 2**30
@@ -45,7 +45,7 @@ def check_machine(examination: Examination) -> Finding:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         numbers |= {"device_memory_gb": _gb(total), "free_device_memory_gb": _gb(free)}
-        numbers["bfloat16"] = torch.cuda.is_bf16_supported()
+        numbers["bfloat16"] = has_bfloat16(device)
     return Finding("machine", "green", numbers, f"{meaning}.")
 
 
