@@ -43,6 +43,7 @@ def algorithm(kind: Any, folder: Path, steps: int = 3, dtype: str = "float32", *
 
 
 def waits_of_training(accelerator: Accelerator, model: Any) -> Any:
+    collected(model).train()
     collected(model)
     with accelerator.counted_waits() as waits:
         model.train()
