@@ -49,6 +49,10 @@ _LEAST_ROLLOUT, _MOST_ROLLOUT = 16, 24
 """Samples in the rollout of the examination, as far as the run has so many."""
 _NO_NOISE = 1e-6
 """Of a sampler whose means are those of the deterministic one: its square is below float64's precision."""
+_SMALLER = (
+    "The memory does not suffice: take --dtype bfloat16, a smaller --sample-batch-size and --train-batch-size, "
+    "--vae-tiling or --gradient-checkpointing, or a device with more memory."
+)
 _T = TypeVar("_T")
 
 
@@ -321,7 +325,9 @@ def examine(
             finding = Finding(name, "amber", {}, f"Not examined: {missing}", "Mend the red findings first.")
         except Exception as error:
             text = " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
-            finding = Finding(name, "red", {}, f"The check raised {text}", "A run would end with this error: mend it.")
+            is_full = isinstance(error, torch.OutOfMemoryError)
+            advice = _SMALLER if is_full else "A run would end with this error: mend it."
+            finding = Finding(name, "red", {}, f"The check raised {text}", advice)
         findings.append(replace(finding, seconds=time.perf_counter() - started))
         show(findings[-1])
     return findings

@@ -17,7 +17,7 @@ from agents.doctor.examination import Examination
 from agents.doctor.finding import Finding, Level
 from ddpo_env.models.pipelines import pipeline_of
 from ddpo_env.models.quantization import quantization_of, stored_bytes
-from rewards.devices import resolve_device, resolve_dtype
+from rewards.devices import has_bfloat16, resolve_device, resolve_dtype
 from rewards.pretrained import stored_tensors
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "stable_baselines3", "gymnasium")
@@ -47,7 +47,7 @@ def check_machine(examination: Examination) -> Finding:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         numbers |= {"device_memory_gb": _gb(total), "free_device_memory_gb": _gb(free)}
-        numbers["bfloat16"] = torch.cuda.is_bf16_supported()
+        numbers["bfloat16"] = has_bfloat16(device)
     return Finding("machine", "green", numbers, f"{meaning}.")
 
 

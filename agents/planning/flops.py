@@ -89,7 +89,11 @@ def estimate_time(config: TrainConfig, processes: int = 1) -> str:
     if model is None:
         return f"not known before {config.model} is loaded"
     policy, iterations = config.policy, config.total_iterations
-    flops, rows = count_flops(model, policy.lora_rank, policy.lora_targets), denoiser_rows(config)
+    try:
+        flops = count_flops(model, policy.lora_rank, policy.lora_targets)
+    except RuntimeError as error:  # it reads values, such as those of a mask, which the meta device does not have
+        return f"not known, because the calls of {config.model} depend on values ({error})"
+    rows = denoiser_rows(config)
     sampling = rows.sampling * flops.forward + iterations * config.samples_per_iteration * flops.decoding
     training = rows.training * flops.training + rows.measuring * flops.forward
     total = sampling + training + rows.held_out * flops.forward

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import recursively_apply
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from ddpo_env.models.components import component_class, reading
 from ddpo_env.models.protocol import DiffusionModel, ShapeUnknownError, abilities_of
@@ -33,8 +37,8 @@ def outline_model(
         pipeline_arguments: of every call of the pipeline, see `load_model`.
 
     Returns:
-        The model; `None` for a Hub id whose architecture is not known here, or a pipeline whose shapes are known only
-        once its text encoder has run.
+        The model; `None` for a Hub id whose architecture is not known here, or a pipeline whose shapes depend on what
+        its networks compute.
 
     Raises:
         ValueError: for a name that is none of these, a folder that holds no pipeline, an unknown family, a component of
@@ -58,8 +62,42 @@ def _outline(source: str, arguments: Mapping[str, Any]) -> DiffusionModel | None
         pipeline = index.assemble(partial(_outline_component, source))
         try:
             return adapted(family, pipeline, source, arguments)
+        except ShapeUnknownError:  # the pipeline reads lengths from its tokenizer's masks
+            pass
+        try:
+            with _inputs_on_the_host(pipeline):
+                return adapted(family, pipeline, source, arguments)
         except ShapeUnknownError:
             return None
+
+
+@contextmanager
+def _inputs_on_the_host(pipeline: Any) -> Iterator[None]:
+    """Let a pipeline of the meta device work on the CPU inside this context: its networks return zeros there."""
+    networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    on_the_host = ModelHook()
+    on_the_host.execution_device = "cpu"  # where the pipeline then makes its tensors
+    for network in networks:
+        network.forward = partial(_zeros_as_from, network.forward)
+        add_hook_to_module(network, on_the_host)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        for network in networks:
+            remove_hook_from_module(network)
+            del network.forward
+
+
+def _zeros_as_from(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return zeros of the shapes that a network on the meta device returns; inputs and zeros are on the CPU.
+
+    Networks ask their inputs whether any token is masked. transformers leaves that out for fake tensors.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        args, kwargs = recursively_apply(lambda one: mode.from_tensor(one.to("meta")), (args, kwargs))
+        output = forward(*args, **kwargs)
+    return recursively_apply(lambda one: torch.zeros(one.shape, dtype=one.dtype), output)
 
 
 def _outline_component(source: str, name: str, place: Any) -> Any:

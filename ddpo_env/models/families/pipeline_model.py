@@ -353,7 +353,8 @@ class PipelineModel(ModelAbilities):
 
     def _unprompted(self, rows: int = 1) -> dict[str, Any]:
         """Return a conditioning for calls in which the prompt has no effect."""
-        zeros = {name: torch.zeros(rows, *shape, device=self.device) for name, shape in self._layout.shapes.items()}
+        shapes = self._layout.shapes.items()  # those without dimensions are lengths, which the host reads
+        zeros = {name: torch.zeros(rows, *shape, device=self.device if shape else "cpu") for name, shape in shapes}
         return self._layout.arguments(zeros, next(self.denoiser.parameters()).dtype)
 
     def _guidance(self, conditioning: Conditioning, rows: int) -> float:

@@ -15,10 +15,11 @@ import textwrap
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
@@ -101,9 +102,15 @@ class WatchedPipeline:
     def schedule(self, latents: Tensor, **arguments: Any) -> dict[str, Any]:
         """Return the arguments with which the pipeline asks its scheduler for timesteps."""
         watched = self._copy(None, latents, arguments)
-        watched.scheduler.ends_when_asked = True
-        with torch.no_grad():
-            self._run(watched, arguments)
+        watched.scheduler.ends_when_asked, watched.denoiser_device = True, latents.device
+        try:
+            with torch.no_grad():
+                self._run(watched, arguments)
+        except RuntimeError:
+            if latents.device.type != "meta":
+                raise
+            zeros = partial(torch.zeros_like, device="cpu")  # the pipeline reads a mask
+            return self.schedule(zeros(latents), **recursively_apply(zeros, arguments))
         return dict(watched.scheduler.asked)
 
     def output(
@@ -229,8 +236,11 @@ def _is_call_of(frame: Any, pipeline: Any) -> bool:
     return frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipeline
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+def _device(network: nn.Module) -> torch.device:
+    """Return where a network takes its inputs: at its weights, or where a hook of accelerate says."""
+    hook = vars(network).get("_hf_hook")
+    place = None if hook is None else vars(hook).get("execution_device")
+    return next(network.parameters()).device if place is None else torch.device(place)
 
 
 class _WithDtype:

@@ -17,6 +17,7 @@ from agents.training.preparation import prepare_run
 from ddpo_env.models.loading import unload_models
 
 SETTINGS: dict[str, Any] = {"device": "cuda", "dtype": "float32"}
+SHORT: dict[str, Any] = {"num_inference_steps": 2, "samples_per_iteration": 4, "eval_samples": 1}
 slow = partial(pytest.param, marks=pytest.mark.slow)
 SECOND: dict[str, Any] = {"reward": "clip_score", "iterations": 1, "num_inference_steps": 2}
 
@@ -24,7 +25,7 @@ SECOND: dict[str, Any] = {"reward": "clip_score", "iterations": 1, "num_inferenc
 @pytest.mark.parametrize(
     "settings",
     [
-        {"kl_coef": 0.1, "ema_decay": 0.9},
+        {"kl_coef": 0.1, "ema_decay": 0.9} | SHORT,
         slow({"algorithm": "reinforce", "updates_per_iteration": 1, "gradient_checkpointing": True}),
         slow({"algorithm": "rwr", "epochs": 2}),
         slow({"lora_rank": 0, "critic": True}),
@@ -75,7 +76,7 @@ def test_run_of_any_device_goes_on_where_it_is(begins_on: str, micro_pipeline_fo
             run_training(config())
             unload_models()
 
-    settings = {"device": "auto", "dtype": "float32", "ema_decay": 0.9}
+    settings = SHORT | {"device": "auto", "dtype": "float32", "ema_decay": 0.9}
     go_on(begins_on, lambda: micro_config(micro_pipeline_folder, tmp_path, iterations=1, **settings))
     go_on({"cpu": "cuda", "cuda": "cpu"}[begins_on], lambda: resume_config(tmp_path, iterations=2))
     assert len(rows(tmp_path)) >= 2
@@ -127,11 +128,10 @@ def test_half_precision_trains(settings: dict[str, Any], micro_pipeline_folder: 
     assert float(trained[-1]["train/ratio_deviation"]) < 1e-3
 
 
-def test_device_without_bfloat16_trains_in_float32(micro_pipeline_folder: Path, tmp_path: Path) -> None:
+def test_device_without_bfloat16_gets_float32(micro_pipeline_folder: Path, tmp_path: Path) -> None:
     unload_models()
     with pretend_accelerator(bfloat16=False):
         run = prepare_run(micro_config(micro_pipeline_folder, tmp_path, device="auto", iterations=1))
         assert run.algorithm.device.type == "cuda"
         assert next(run.algorithm.policy.parameters()).dtype == torch.float32
-        run.train()
         unload_models()

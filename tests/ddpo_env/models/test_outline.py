@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.more_families import CASES, build
+from torch import nn
 
 from ddpo_env.models import check_source, load_model
 from ddpo_env.models.outline import outline_model
+from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 
 LIBRARY = "library_named_by_a_model"
 
@@ -58,3 +61,25 @@ def test_component_that_is_not_loaded_may_be_of_any_library(change_index: Callab
     outlined = outline_model(folder)
     assert outlined is not None
     assert {weight.device.type for weight in outlined.denoiser.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("qwen_image", "wan") else pytest.param(name, marks=pytest.mark.slow)
+        for name in CASES
+        if name != "stable_audio_3"  # a component is of a library that is not imported
+    ],
+)
+def test_pipelines_whose_encoder_reads_its_mask_have_an_outline(name: str, tmp_path: Path) -> None:
+    pipeline = build(name)
+    pipeline.save_pretrained(tmp_path)
+    outlined: Any = outline_model(tmp_path, pipeline_arguments=CASES[name].arguments)
+    loaded: Any = load_model(pipeline, "cpu", "float32", pipeline_arguments=CASES[name].arguments)
+    for shapes in ("latent_shape", "conditioning_shapes", "size"):
+        assert vars(outlined)[shapes] == vars(loaded)[shapes]
+    networks = [part for part in outlined.pipeline.components.values() if isinstance(part, nn.Module)]
+    assert {weight.device.type for network in networks for weight in network.parameters()} == {"meta"}
+    assert not any({"forward", "_hf_hook"} & vars(network).keys() for network in networks), "they are as they were"
+    of_both = [GaussianSampler.from_model(model, 3, min_std=0.01) for model in (outlined, loaded)]
+    assert of_both[0].timesteps.tolist() == of_both[1].timesteps.tolist()

@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm
 
 from helpers.pretend_accelerator.generators import DeviceGenerator, Generator
 from helpers.pretend_accelerator.memory import Memory
@@ -86,6 +87,9 @@ def _replacements(devices: Devices, bfloat16: bool, noise_of_host: bool) -> list
 
     def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Keep the parameters' identity, as a move between real devices does."""
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm):  # its weight holds the parameters, and is computed anew by every call
+                vars(module)[hook.name] = vars(module)[hook.name].detach()
         before = torch.__future__.get_swap_module_params_on_conversion()
         torch.__future__.set_swap_module_params_on_conversion(True)
         try:
