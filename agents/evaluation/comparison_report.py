@@ -88,7 +88,8 @@ def write_comparison_figure(path: Path, results: Sequence[Result]) -> None:
     sets = list(dict.fromkeys(result.prompt_set for result in results))
     strengths = list(dict.fromkeys(result.strength for result in results))
     figure = blank_figure(max(4.0, 1.1 * len(sets) + 1) * len(rewards), 4.2)
-    for axes, reward in zip(np.atleast_1d(figure.subplots(1, len(rewards))), rewards, strict=True):
+    panels = figure.subplots(1, len(rewards), squeeze=False)[0]
+    for axes, reward in zip(panels, rewards, strict=True):
         for place, strength in enumerate(strengths):
             own = {one.prompt_set: one.score for one in results if (one.reward, one.strength) == (reward, strength)}
             shift = 0.15 * (place - (len(strengths) - 1) / 2)
@@ -103,8 +104,8 @@ def write_comparison_figure(path: Path, results: Sequence[Result]) -> None:
         axes.set_xlim(-0.6, len(sets) - 0.4)
         axes.set_title(reward, fontsize=10)
         axes.grid(axis="y", alpha=0.3)
-    np.atleast_1d(figure.axes)[0].set_ylabel("mean, 95 % interval")
-    np.atleast_1d(figure.axes)[0].legend(fontsize=8)
+    panels[0].set_ylabel("mean, 95 % interval")
+    panels[0].legend(fontsize=8)
     write_figure(path, figure)
 
 
