@@ -38,6 +38,7 @@ BUILTIN_REWARDS: dict[str, str] = {
     "jpeg_compressibility": "rewards.formulas.jpeg:jpeg_compressibility",
     "jpeg_incompressibility": "rewards.formulas.jpeg:jpeg_incompressibility",
     "aesthetic": "rewards.clip.aesthetic:Aesthetic",
+    "tiny_preference": "rewards.formulas.preference:tiny_preference",
     "clip_score": "rewards.clip.clip_score:ClipScore",
     "pickscore": "rewards.clip.preference:PickScore",
     "hps_v2": "rewards.clip.preference:HPSv2",

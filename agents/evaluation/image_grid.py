@@ -7,6 +7,7 @@ import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import numpy as np
@@ -14,6 +15,9 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from agents.files import write_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _MARGIN = 6
 _FONT_SIZE = 12
@@ -23,35 +27,48 @@ _SMALLEST_TILE = 112
 
 
 def image_grid(
-    rows: Sequence[npt.NDArray[np.uint8]], row_labels: Sequence[str], column_labels: Sequence[str]
+    rows: Sequence[npt.NDArray[np.uint8]],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    captions: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
     """Return a grid of images in labelled rows; small images are enlarged without smoothing.
 
     Args:
-        rows: for each row, images `(columns, height, width, 3)` uint8.
+        rows: for each row, images `(columns, height, width, 3)` uint8; a row may have fewer than the first one.
         row_labels: one per row, at the left; a line break starts a new line.
         column_labels: one per column, above it.
+        captions: for each row, a text beneath each image; empty for none at all.
     """
     height, width = rows[0].shape[1:3]
     scale = max(1, -(-_SMALLEST_TILE // width))
     tile = (width * scale, height * scale)
     font = ImageFont.load_default(size=_FONT_SIZE)
-    captions = [textwrap.wrap(label, max(8, tile[0] // 7)) for label in column_labels]
+    characters = max(8, tile[0] // 7)
+    headings = [textwrap.wrap(label, characters) for label in column_labels]
+    beneath = [[_wrapped(text, characters) for text in row] for row in captions] or [[] for _ in rows]
+    heights = [tile[1] + _MARGIN + _LINE * max((len(lines) for lines in row), default=0) for row in beneath]
     left = _LABEL_WIDTH if any(row_labels) else _MARGIN
-    top = _MARGIN + _LINE * max((len(caption) for caption in captions), default=0)
-    size = (left + len(rows[0]) * (tile[0] + _MARGIN), top + len(rows) * (tile[1] + _MARGIN))
-    sheet = Image.new("RGB", size, "white")
+    top = _MARGIN + _LINE * max((len(heading) for heading in headings), default=0)
+    sheet = Image.new("RGB", (left + len(rows[0]) * (tile[0] + _MARGIN), top + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, caption in enumerate(captions):
+    for column, heading in enumerate(headings):
         x = left + column * (tile[0] + _MARGIN) + tile[0] // 2
-        draw.multiline_text((x, top - 3), "\n".join(caption), "black", font, anchor="md", align="center")
+        draw.multiline_text((x, top - 3), "\n".join(heading), "black", font, anchor="md", align="center")
     for index, (images, label) in enumerate(zip(rows, row_labels, strict=True)):
-        y = top + index * (tile[1] + _MARGIN)
+        y = top + sum(heights[:index])
         draw.multiline_text((_MARGIN, y + tile[1] // 2), label, "black", font, anchor="lm")
         for column, image in enumerate(images):
-            enlarged = Image.fromarray(image).resize(tile, Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (left + column * (tile[0] + _MARGIN), y))
+            x = left + column * (tile[0] + _MARGIN)
+            sheet.paste(Image.fromarray(image).resize(tile, Image.Resampling.NEAREST), (x, y))
+            if captions:
+                place, text = (x + tile[0] // 2, y + tile[1] + 1), "\n".join(beneath[index][column])
+                draw.multiline_text(place, text, "black", font, anchor="ma", align="center")
     return sheet
+
+
+def _wrapped(text: str, characters: int) -> list[str]:
+    return [line for part in text.split("\n") for line in textwrap.wrap(part, characters)]
 
 
 def write_strip(path: Path, images: npt.NDArray[np.uint8]) -> None:
@@ -75,13 +92,7 @@ def reward_curve(
     path: Path, rewards: Sequence[float], evaluations: Sequence[tuple[int, float]], reward_name: str
 ) -> None:
     """Plot the mean training reward of every iteration, and the evaluations, to a PNG file."""
-    with mock.patch.dict(os.environ):
-        os.environ.pop(
-            "MPLBACKEND", None
-        )  # a file needs no backend, and matplotlib cannot be imported with a wrong one
-        from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = blank_figure(7, 4)
     axes = figure.subplots()
     axes.plot(range(1, len(rewards) + 1), rewards, label="training samples", color="tab:blue")
     axes.plot(*zip(*evaluations, strict=True), "o--", label="held-out seeds", color="tab:orange")
@@ -89,6 +100,21 @@ def reward_curve(
     axes.set_ylabel(f"{reward_name}, mean")
     axes.grid(alpha=0.3)
     axes.legend()
+    write_figure(path, figure)
+
+
+def blank_figure(width: float, height: float) -> Figure:
+    """Return a matplotlib figure of this size in inches."""
+    with mock.patch.dict(os.environ):
+        # A file needs no backend, and matplotlib cannot be imported with a wrong one.
+        os.environ.pop("MPLBACKEND", None)
+        from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """Write a figure to a PNG file, completely or not at all."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     write_file(path, content.getvalue())

@@ -10,53 +10,28 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import numpy as np
 import tyro
 from numpy.typing import NDArray
 
+from agents.evaluation.generation import SEED, SEEDS_APART, GenerationArguments, check_model, stock_images
 from agents.terminal import print_error, print_line, tolerate_encodings
-from ddpo_env.validation.options import Range, check_fields
-from ddpo_env.validation.resolution import plain_resolution
 
 BAD_ARGUMENTS, INTERRUPTED = 2, 130
-_LORA_FILE = "pytorch_lora_weights.safetensors"
-_SEEDS_APART = 1000
-"""Distance between the seeds of two columns, so that no two images of a usual grid have the same noise."""
-_SEED = Range(at_least=0, at_most=10**18)
-"""torch takes seeds below 2**63; this leaves room for the columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleArguments:
+class SampleArguments(GenerationArguments):
     """Which images to generate, and with which model."""
 
-    model: str = "tiny"
-    """Bundled name, a folder in diffusers' layout, or a Hub id."""
-    resolution: int | str | None = None
-    """Of the images in pixels, such as 512, or 832x1216 for width x height. Default: the model's own; use the one that
-    the LoRA was trained with."""
-    pipeline_arguments: tuple[str, ...] = ()
-    """Arguments of the pipeline's call as key=value, such as max_sequence_length=128."""
-    quantization: Literal["int8", "nf4"] | None = None
-    """Hold the denoiser's linear layers in 8 bits (int8) or 4 (nf4)."""
-    lora: Path | None = None
-    """Folder of a trained LoRA, such as runs/<name>/lora."""
     compare: bool = False
     """With --lora: also generate the images without it, in a row above."""
     prompts: tuple[str, ...] = ("a cat", "a fox", "a lion", "a penguin", "a fox riding a bike")
     """Prompts, one per column."""
-    seeds: tuple[Annotated[int, _SEED], ...] = (0, 1, 2)
+    seeds: tuple[Annotated[int, SEED], ...] = (0, 1, 2)
     """Seeds of the initial noise, one per row."""
-    num_inference_steps: Annotated[int, Range(at_least=1, at_most=1_000_000)] = 20
-    """Denoising steps."""
-    guidance_scale: Annotated[float, Range(at_least=0, at_most=1000)] = 1.0
-    """Scale of classifier-free guidance; 1 is off. Use the one that the LoRA was trained with."""
-    eta: Annotated[float, Range(at_least=0, at_most=1)] = 1.0
-    """Noise of the DDIM steps; 0 is the deterministic sampler. Flow matching (SD 3, FLUX) always samples without."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
     output: Path = Path("samples.png")
     """The image grid, a PNG file."""
 
@@ -66,16 +41,13 @@ class SampleArguments:
         Raises:
             ValueError: naming the argument, its value and what is valid.
         """
-        check_fields(self)
-        plain_resolution(self.resolution)
+        super().check()
         if not self.prompts:
             raise ValueError("prompts must be at least one; got none")
         if not self.seeds:
             raise ValueError("seeds must be at least one; got none")
         if self.compare and self.lora is None:
             raise ValueError("compare must be used with a LoRA: add --lora")
-        if self.lora is not None and not (self.lora / _LORA_FILE).is_file():
-            raise ValueError(f"lora must be a folder with {_LORA_FILE}; got {str(self.lora)!r}")
         _check_output(self.output)
 
 
@@ -105,30 +77,6 @@ def main() -> int:
     return 0
 
 
-def check_model(arguments: SampleArguments) -> None:
-    """Check model, device, resolution, steps and LoRA against each other, without loading any weights.
-
-    Raises:
-        ValueError: naming the argument, its value and what is valid.
-    """
-    from agents.evaluation.lora_file import check_lora
-    from ddpo_env.models import check_source
-    from ddpo_env.models.outline import outline_model
-
-    check_source(arguments.model, arguments.device, quantization=arguments.quantization)
-    model = outline_model(arguments.model, arguments.resolution, _of_pipeline(arguments))
-    if model is None:  # a Hub id, whose architecture is not known before it is downloaded
-        return
-    limit = model.scheduler.config.num_train_timesteps
-    if arguments.num_inference_steps > limit:
-        raise ValueError(
-            f"num_inference_steps must be at most {limit}, the scheduler's num_train_timesteps; "
-            f"got {arguments.num_inference_steps}"
-        )
-    if arguments.lora is not None:
-        check_lora(arguments.lora / _LORA_FILE, model.denoiser, arguments.model)
-
-
 def generate(arguments: SampleArguments) -> tuple[list[NDArray[np.uint8]], list[str]]:
     """Generate the images.
 
@@ -139,79 +87,16 @@ def generate(arguments: SampleArguments) -> tuple[list[NDArray[np.uint8]], list[
         ValueError: for a model that is no text-to-image pipeline, or a resolution that it cannot have.
         OSError: for a model that cannot be downloaded.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    from ddpo_env.models import load_model
-    from ddpo_env.models.families.pipeline_model import PipelineModel
-    from ddpo_env.sampler.scheduler_table import ddim_of
-
-    model = load_model(
-        arguments.model,
-        arguments.device,
-        resolution=arguments.resolution,
-        pipeline_arguments=_of_pipeline(arguments),
-        quantization=arguments.quantization,
-        offload_text_encoder=False,  # the pipeline encodes by itself, on its device
-    )
-    if not isinstance(model, PipelineModel) or model.sample_kind != "image":
-        raise ValueError(f"model must be a text-to-image pipeline; got {arguments.model!r}, a {type(model).__name__}")
-    pipeline: Any = model.pipeline
-    options = model.pipeline_call(arguments.guidance_scale) | {"num_inference_steps": arguments.num_inference_steps}
-    if "negative_prompt" in options:
-        options["negative_prompt"] = [options["negative_prompt"]] * len(arguments.prompts)
-    scheduler = pipeline.scheduler
-    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        scheduler, options["eta"] = ddim_of(scheduler), arguments.eta
-    options |= dict(zip(("height", "width"), model.size, strict=True))
-    before = pipeline.scheduler
-    pipeline.set_progress_bar_config(disable=True)
-    try:
-        pipeline.scheduler = scheduler
-        if arguments.lora is not None:
-            _load_lora(pipeline, arguments.lora)
-        return _rows(pipeline, arguments, options)
-    finally:  # the model stays loaded in this process, so it is left as it was
-        if arguments.lora is not None:
-            pipeline.unload_lora_weights()
-        pipeline.scheduler = before
-
-
-def _of_pipeline(arguments: SampleArguments) -> dict[str, Any]:
-    from rewards import parse_options
-
-    return parse_options(arguments.pipeline_arguments, "pipeline_arguments")
-
-
-def _rows(
-    pipeline: Any, arguments: SampleArguments, options: dict[str, Any]
-) -> tuple[list[NDArray[np.uint8]], list[str]]:
-    import torch
-
     rows, labels = [], []
-    variants = ["base", "trained"] if arguments.compare else ["trained" if arguments.lora else "base"]
-    for seed in arguments.seeds:
-        for variant in variants:
-            if arguments.lora is not None:
-                (pipeline.enable_lora if variant == "trained" else pipeline.disable_lora)()
-            seeds = range(seed, seed + _SEEDS_APART * len(arguments.prompts), _SEEDS_APART)
-            generators = [torch.Generator(pipeline.device).manual_seed(one) for one in seeds]
-            images = pipeline(list(arguments.prompts), generator=generators, output_type="np", **options).images
-            rows.append((images * 255).round().astype(np.uint8))
-            labels.append(f"{variant}\nseed {seed}")
+    strengths = {"base": 0.0, "trained": 1.0}
+    variants = list(strengths) if arguments.compare else ["trained" if arguments.lora else "base"]
+    with stock_images(arguments) as images:
+        for seed in arguments.seeds:
+            for variant in variants:
+                seeds = range(seed, seed + SEEDS_APART * len(arguments.prompts), SEEDS_APART)
+                rows.append(images(arguments.prompts, seeds, strengths[variant]))
+                labels.append(f"{variant}\nseed {seed}")
     return rows, labels
-
-
-def _load_lora(pipeline: Any, lora: Path) -> None:
-    """Load a LoRA; diffusers skips weights that it does not know with no more than a warning."""
-    from agents.evaluation.lora_file import lora_tensors
-
-    tensors = lora_tensors(lora / _LORA_FILE)
-    try:
-        pipeline.load_lora_weights(tensors)
-    except Exception as error:  # of many kinds, as the file is anybody's
-        raise ValueError(f"lora {str(lora)!r} does not fit the model: {error}") from error
-    if not pipeline.get_list_adapters():
-        raise ValueError(f"lora {str(lora)!r} holds no weights for a {type(pipeline).__name__}")
 
 
 def _check_output(output: Path) -> None:

@@ -13,7 +13,7 @@ import reprlib
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
@@ -211,10 +211,10 @@ def _with_article(nouns: Iterable[str]) -> PromptSet:
     return PromptSet(tuple(str(grammar.a(noun)) for noun in nouns))
 
 
-def _animal_activities() -> PromptSet:
-    """`a cat riding a bike`."""
-    animals = _with_article(vocabulary.SIMPLE_ANIMALS).prompts
-    return PromptSet(tuple(f"{animal} {activity}" for animal in animals for activity in vocabulary.ACTIVITIES))
+def _activities(animals: Iterable[str], activities: Iterable[str]) -> PromptSet:
+    """`a cat riding a bike`, for every animal and every activity."""
+    pairs = product(_with_article(animals).prompts, activities)
+    return PromptSet(tuple(f"{animal} {activity}" for animal, activity in pairs))
 
 
 def _counting() -> PromptSet:
@@ -230,10 +230,15 @@ def _counting() -> PromptSet:
 
 PROMPT_SETS: dict[str, Callable[[], PromptSet]] = {
     "simple_animals": lambda: _with_article(vocabulary.SIMPLE_ANIMALS),
-    "animal_activities": _animal_activities,
+    "animal_activities": lambda: _activities(vocabulary.SIMPLE_ANIMALS, vocabulary.ACTIVITIES),
     "counting": _counting,
     "held_out_animals": lambda: _with_article(vocabulary.HELD_OUT_ANIMALS),
     "everyday_objects": lambda: _with_article(vocabulary.EVERYDAY_OBJECTS),
+    "activities_of_held_out_animals": lambda: _activities(vocabulary.HELD_OUT_ANIMALS, vocabulary.ACTIVITIES),
+    "held_out_activities": lambda: _activities(vocabulary.SIMPLE_ANIMALS, vocabulary.HELD_OUT_ACTIVITIES),
+    "held_out_activities_of_held_out_animals": lambda: _activities(
+        vocabulary.HELD_OUT_ANIMALS, vocabulary.HELD_OUT_ACTIVITIES
+    ),
     "imagenet_animals": lambda: _with_article(vocabulary.read_words("imagenet_animals")),
 }
 """Named prompt sets; each one is built when it is used."""

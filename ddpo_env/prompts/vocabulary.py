@@ -21,5 +21,8 @@ EVERYDAY_OBJECTS = read_words("everyday_objects")
 # Activities of an animal, as in "a fox riding a bike": the paper's three, in its wording.
 ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
 
+# An activity that reinforcement learning never trains on: it shows how a learned behaviour generalizes to activities.
+HELD_OUT_ACTIVITIES = ("reading a book",)
+
 # Numbers of animals, as in "two dogs".
 COUNTS = ("two", "three", "four")

@@ -2,12 +2,16 @@
 
 The head was fitted to ratings from 1 to 10. It needs *normalised* embeddings; for others its scores are 20 to 30. There
 are no activations between its layers (https://github.com/christophschuhmann/improved-aesthetic-predictor).
+
+With `model="tiny"` it is a miniature: the bundled CLIP, and a head that was fitted to noisy ratings by a stated formula
+(`rewards.formulas.preference`; `scripts/bundled_models/pretrain_aesthetic.py`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from rewards.clip.clip_model import ClipReward
-from rewards.pretrained import load_weights, resolve_weights
+from rewards.pretrained import TINY, load_weights, resolve_weights
+
+LAION_HEAD = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
+"""The published head, for OpenAI's CLIP ViT-L/14."""
+TINY_HEAD = str(files("rewards") / "data" / "tiny_aesthetic" / "head.safetensors")
+"""The bundled head, for the bundled CLIP."""
 
 _LAYER = re.compile(r"layers\.(\d+)\.(weight|bias)")
 
@@ -70,21 +79,25 @@ class Aesthetic(ClipReward):
     """How much people would like the image, about 1 to 10. The prompt has no influence."""
 
     __name__ = "aesthetic"
+    purpose = "clip"
 
     def __init__(
         self,
         model: str | Path = "openai/clip-vit-large-patch14",
-        head: str | Path = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
+        head: str | Path | None = None,
         **options: Any,
     ) -> None:
         """Check the arguments.
 
         Args:
-            model: Folder or Hub id of the CLIP model that the head was fitted to.
-            head: File of the head, or `owner/repository/file` on the Hub. The head always computes in float32.
+            model: Folder or Hub id of the CLIP model that the head was fitted to, or `"tiny"` for the bundled one.
+            head: File of the head, or `owner/repository/file` on the Hub; None: the bundled head for the bundled CLIP,
+                else LAION's. The head always computes in float32.
             **options: `device`, `dtype` and `batch_size` as in `ClipReward`.
         """
         super().__init__(model, **options)
+        if head is None:
+            head = TINY_HEAD if str(model) == TINY else LAION_HEAD
         self._head_source = resolve_weights(head)
         self._head: AestheticHead | None = None
 

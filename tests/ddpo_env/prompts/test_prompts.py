@@ -25,6 +25,9 @@ def rng():
         ("counting", 45 * len(vocabulary.COUNTS), ["two dogs", "three mice", "two geese", "three wolves", "two sheep"]),
         ("held_out_animals", len(vocabulary.HELD_OUT_ANIMALS), ["a penguin", "an owl", "an octopus"]),
         ("everyday_objects", len(vocabulary.EVERYDAY_OBJECTS), ["a car", "an umbrella"]),
+        ("activities_of_held_out_animals", 60, ["a penguin riding a bike", "an owl playing chess"]),
+        ("held_out_activities", 45, ["a cat reading a book", "an ant reading a book"]),
+        ("held_out_activities_of_held_out_animals", 20, ["an owl reading a book"]),
         ("imagenet_animals", 398, ["a tench", "a European fire salamander", "an axolotl", "an ox", "a puffer"]),
     ],
 )

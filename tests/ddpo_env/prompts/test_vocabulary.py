@@ -27,7 +27,9 @@ def test_activities_and_counts_are_the_papers() -> None:
     assert COUNTS == ("two", "three", "four")
 
 
-@pytest.mark.parametrize("name", ["SIMPLE_ANIMALS", "HELD_OUT_ANIMALS", "EVERYDAY_OBJECTS", "ACTIVITIES", "COUNTS"])
+@pytest.mark.parametrize(
+    "name", ["SIMPLE_ANIMALS", "HELD_OUT_ANIMALS", "EVERYDAY_OBJECTS", "ACTIVITIES", "HELD_OUT_ACTIVITIES", "COUNTS"]
+)
 def test_sets_are_tuples_of_lower_case_words(name: str) -> None:
     words = getattr(vocabulary, name)
     assert isinstance(words, tuple)

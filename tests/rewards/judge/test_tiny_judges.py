@@ -229,7 +229,9 @@ def test_judges_recognise_images_that_the_bundled_model_generates():
 
 @pytest.mark.parametrize("name", ["aesthetic", "pickscore", "hps_v2"])
 def test_rewards_without_a_bundled_model_say_so(name):
-    with pytest.raises(ValueError, match="tiny.*only clip_score, vlm_alignment and vlm_vqa have a bundled model"):
+    with pytest.raises(
+        ValueError, match="tiny.*only aesthetic, clip_score, vlm_alignment and vlm_vqa have a bundled model"
+    ):
         load_reward(name, model="tiny")
 
 

@@ -1,0 +1,219 @@
+"""`ddpo-evaluate`: the images of `ddpo-sample`, scores that the CSV file reproduces, and errors before generation."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from helpers.scripts import run_script
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from agents.evaluation import compare as command
+from agents.evaluation.compare import EvaluateArguments, evaluate_models
+from agents.evaluation.comparison import Result, ScoredImage, best_strengths, compare
+from agents.evaluation.generation import GenerationArguments, stock_images
+from agents.evaluation.sample import SampleArguments, generate
+
+PROMPTS = ("a cat", "a fox", "two dogs")
+
+
+@pytest.fixture(scope="module")
+def lora(micro_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of one layer, which changes the images."""
+    weights = load_file(micro_pipeline_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    name, weight = next((name, value) for name, value in weights.items() if name.endswith("attn1.to_q.weight"))
+    layer = f"unet.{name.removesuffix('.weight')}".replace("to_q", "to_v")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{layer}.lora_A.weight": torch.randn(2, weight.shape[1], generator=generator),
+        f"{layer}.lora_B.weight": 4 * torch.randn(weight.shape[0], 2, generator=generator),
+    }
+    folder = tmp_path_factory.mktemp("lora")
+    save_file(tensors, folder / "pytorch_lora_weights.safetensors")
+    return folder
+
+
+def settings(model: Path, lora: Path | None) -> dict[str, Any]:
+    return {"model": str(model), "lora": lora, "num_inference_steps": 2, "device": "cpu"}
+
+
+def test_strengths_0_and_1_are_the_base_and_the_tuned_images_of_ddpo_sample(
+    micro_pipeline_folder: Path, lora: Path
+) -> None:
+    own = settings(micro_pipeline_folder, lora)
+    (base, tuned), _ = generate(SampleArguments(**own, prompts=PROMPTS, seeds=(3,), compare=True))
+    with stock_images(GenerationArguments(**own)) as images:
+        strengths = (0.0, 1.0, 0.5, 0.0, 1.0)
+        found = [images(PROMPTS, [3, 1003, 2003], strength) for strength in strengths]
+    for index, expected in ((0, base), (1, tuned), (3, base), (4, tuned)):
+        np.testing.assert_array_equal(found[index], expected)
+    assert not np.array_equal(base, tuned)
+    assert not any(np.array_equal(found[2], one) for one in (base, tuned))
+
+
+def test_strength_multiplies_the_change_of_the_weights(micro_pipeline_folder: Path, lora: Path) -> None:
+    with stock_images(GenerationArguments(**settings(micro_pipeline_folder, lora))) as images:
+        found = images(["a cat"], [7], 0.5)
+    pipe = StableDiffusionPipeline.from_pretrained(micro_pipeline_folder)
+    tensors = load_file(lora / "pytorch_lora_weights.safetensors")
+    down, up = (tensors[next(name for name in tensors if part in name)] for part in ("lora_A", "lora_B"))
+    layer = next(iter(tensors)).removeprefix("unet.").rpartition(".lora_")[0]
+    pipe.unet.get_submodule(layer).weight.data += 0.5 * up @ down
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    options = {"num_inference_steps": 2, "guidance_scale": 1.0, "eta": 1.0, "output_type": "np"}
+    image = pipe("a cat", generator=torch.Generator().manual_seed(7), **options).images[0]
+    assert np.abs(found[0].astype(int) - (image * 255).round()).max() <= 1
+
+
+def right_colour(images: NDArray[np.uint8], prompts: list[str], metadata: Any) -> Any:
+    """A judge that answers 0 or 1, and says what it reads."""
+    right = images.mean(axis=(1, 2, 3)) > images[..., 0].mean(axis=(1, 2))
+    return right.astype(float), {"word": ["blue" if one else "red" for one in right], "level": right.tolist()}
+
+
+@pytest.fixture
+def evaluation(
+    micro_pipeline_folder: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> EvaluateArguments:
+    (tmp_path / "some.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "single.txt").write_text("a cat")
+    monkeypatch.chdir(tmp_path)
+    found = command.configured_reward
+    monkeypatch.setattr(
+        command, "configured_reward", lambda name, options: right_colour if name == "judge" else found(name, options)
+    )
+    return EvaluateArguments(
+        **settings(micro_pipeline_folder, lora),
+        rewards=("jpeg_compressibility", "judge"),
+        prompts=("some.txt", "single.txt"),
+        samples_per_prompt=3,
+        seed=5,
+        strengths=(0.5, 1.0),
+        batch_size=2,
+        output=tmp_path / "results",
+    )
+
+
+def test_table_and_files_follow_from_the_scores_of_every_image(evaluation: EvaluateArguments) -> None:
+    written = evaluate_models(evaluation)
+    report = json.loads((evaluation.output / "evaluation.json").read_text())
+    with (evaluation.output / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * (3 + 1) * 3
+    assert {int(row["seed"]) - 1000 * int(row["prompt_index"]) for row in rows} == {5, 6, 7}
+    assert {row["judge.word"] for row in rows} <= {"blue", "red"}
+    assert len(report["results"]) == 2 * 2 * 3
+    for result in report["results"]:
+        reward, name, strength = result["reward"], result["prompt_set"], result["strength"]
+        own = {
+            (row["prompt"], row["seed"]): float(row[reward])
+            for row in rows
+            if row["prompt_set"] == name and float(row["strength"]) == strength
+        }
+        base = {
+            (row["prompt"], row["seed"]): float(row[reward])
+            for row in rows
+            if row["prompt_set"] == name and float(row["strength"]) == 0
+        }
+        assert result["images"] == len(own) == 3 * result["prompts"]
+        assert result["score"]["mean"] == pytest.approx(np.mean(list(own.values())))
+        assert result["is_share"] == (reward == "judge")
+        if strength == 0:
+            assert result["change"] is None
+            continue
+        differences = [own[key] - base[key] for key in own]
+        assert result["change"]["mean"] == pytest.approx(np.mean(differences), abs=1e-12)
+        low, high = result["change"]["interval"]
+        assert low - 1e-12 <= result["change"]["mean"] <= high + 1e-12
+    assert f"{report['results'][0]['score']['mean']:.4g} [" in written
+    assert written == (evaluation.output / "evaluation.md").read_text()
+    assert {path.name for path in evaluation.output.iterdir()} == {
+        *("evaluation.json", "evaluation.md", "scores.csv", "rewards.png", "some.png", "single.png")
+    }
+    width, height = Image.open(evaluation.output / "some.png").size
+    assert width > 3 * 112
+    assert height > 3 * 112
+    with pytest.raises(ValueError, match="output must be a folder that does not exist yet"):
+        evaluate_models(evaluation)
+
+
+def image(name: str, index: int, sample: int, strength: float, score: float) -> ScoredImage:
+    return ScoredImage(name, index, f"prompt {index}", sample, sample, strength, {"r": score}, {})
+
+
+def test_prompts_and_not_samples_are_the_independent_units() -> None:
+    """Equal samples of a prompt make no interval narrower."""
+    values = [1.2, 2.9, 4.1, 7.3]
+    few, many = (
+        compare(
+            [image("set", p, k, s, v + s) for s in (0.0, 1.0) for p, v in enumerate(values) for k in range(samples)]
+        )
+        for samples in (1, 20)
+    )
+    assert few[0].score.interval == pytest.approx(many[0].score.interval)
+    assert few[0].score.mean == pytest.approx(many[0].score.mean)
+    assert [one.change.mean for one in (few[1], many[1]) if one.change] == [1.0, 1.0]
+    assert many[1].images == 80
+
+
+def test_best_strength_is_the_one_with_the_highest_mean() -> None:
+    scores = {0.0: 1.0, 0.5: 3.0, 1.0: 2.0}
+    results: list[Result] = compare([image("a", p, 0, s, v + p) for s, v in scores.items() for p in range(2)])
+    assert best_strengths(results) == {"r": {"a": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rewards", "no_such_reward"], "reward must be one of jpeg_compressibility"),
+        (["--rewards", "points_ring"], "rewards must take images; got 'points_ring'"),
+        (["--rewards", "jpeg_compressibility:1,clip_score:1"], "rewards must score each image by itself"),
+        (["--rewards", "jpeg_compressibility", "jpeg_compressibility"], "rewards must name each one once"),
+        (["--reward-options", "clip_score.model=tiny"], "reward_options must begin with one of the rewards"),
+        (["--reward-options", "model=tiny"], "reward_options must begin with one of the rewards"),
+        (["--prompts", "no_such_set"], "prompts must be one of simple_animals"),
+        (["--prompts", "empty.txt"], "must hold at least one prompt"),
+        (["--prompts", "some.txt", "folder/some.txt"], "prompts must have names of their own, 'some' is taken"),
+        (["--strengths", "0"], "strengths[0] must be in (0, 10]; got 0"),
+        (["--strengths", "1", "1"], "strengths must name each one once"),
+        (["--lora", "none"], "lora must be a folder with"),
+        (["--lora", "other"], "was trained for another model than"),
+        (["--samples-per-prompt", "0"], "samples_per_prompt must be in [1, 1000]"),
+        (["--output", "folder"], "output must be a folder that does not exist yet; got 'folder'"),
+    ],
+)
+def test_wrong_arguments_are_one_line_before_a_model_is_loaded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    micro_pipeline_folder: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    from ddpo_env.models import loading
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(loading, "load_pipeline", load)
+    monkeypatch.setattr(loading, "_loaded", {})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "empty.txt").touch()
+    for file in ("some.txt", "folder/some.txt"):
+        (tmp_path / file).write_text("a cat")
+    save_file({"unet.no.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "other" / "pytorch_lora_weights.safetensors")
+    defaults = {"--rewards": "jpeg_compressibility", "--prompts": "some.txt", "--model": str(micro_pipeline_folder)}
+    given = [*arguments, *(one for pair in defaults.items() if pair[0] not in arguments for one in pair)]
+    assert run_script("evaluate", given, monkeypatch) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert "Traceback" not in shown.err + shown.out
+    assert not (tmp_path / "evaluation").exists()
