@@ -1,8 +1,8 @@
 """The experiments of the DDPO paper (Black et al. 2023, arXiv 2305.13301) as configurations.
 
-`sd14-*` are the paper's own, with Stable Diffusion 1.4. `tiny-*` are the same tasks in miniature: the bundled model, and
-bundled rewards. The table of `docs/training.md` says which numbers come from the paper, which from its author's PyTorch repository
-(https://github.com/kvablack/ddpo-pytorch), and which are ours.
+`sd14-*` are the paper's own, with Stable Diffusion 1.4. The table of `docs/training.md` says which numbers come from
+the paper, which from its author's PyTorch repository (https://github.com/kvablack/ddpo-pytorch), and which are ours.
+`tiny-*` are the same tasks in miniature, with the bundled model and bundled rewards.
 """
 
 from __future__ import annotations
