@@ -3,6 +3,9 @@
     L = E[ w(x_0,c) · ‖ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t, c) − ε‖² ],    w ∝ exp(β r)             (RWR)
                                                                  or  w = 1[r ≥ percentile]     (RWR-sparse)
 
+The exponential weights are a softmax of all samples, or of the samples of each prompt, as the authors' configuration of
+the aesthetic experiment has it (`per_prompt_weights` of https://github.com/jannerm/ddpo).
+
 The policy imitates its own good samples. The policy decides what imitation means: a `DiffusionPolicy` minimises the
 denoising loss of pretraining on final latents, which ignores that sampling is sequential. Any other policy maximises
 the likelihood of its actions (`PolicyAbilities.regression_loss`).
@@ -10,6 +13,7 @@ the likelihood of its actions (`PolicyAbilities.regression_loss`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -26,7 +30,7 @@ from agents.rollout.buffer import TensorRolloutBuffer, Transitions
 from ddpo_env.validation.options import Range, check_value
 from rewards.devices import widest_float
 
-Weighting = Literal["exponential", "percentile"]
+Weighting = Literal["exponential", "exponential_per_prompt", "percentile"]
 PERCENTILE = Range(at_least=0, below=100)
 
 
@@ -41,7 +45,8 @@ class RWR(TensorOnPolicyAlgorithm):
         learning_rate: a number, or a function of the remaining progress.
         n_steps: steps of each sub-environment in a rollout.
         n_epochs: passes over the rollout; the paper uses 5, and 50 with the percentile.
-        weighting: `"exponential"` (RWR) or `"percentile"` (RWR-sparse).
+        weighting: `"exponential"` (RWR), `"exponential_per_prompt"` (the weights have mean 1 within each prompt), or
+            `"percentile"` (RWR-sparse).
         beta: β of the exponential weights, in 1 / (the advantage's unit).
         percentile: percentile of the advantages from which a step counts, in [0, 100).
         **arguments: of `TensorOnPolicyAlgorithm`: `batch_size` and `micro_batch_size` (in imitated steps; for a
@@ -80,15 +85,30 @@ class RWR(TensorOnPolicyAlgorithm):
         """Return the weight of every imitated step, 0 for the others, `(buffer_size, n_envs)`."""
         advantages = super().step_weights(rollout).flatten()
         advantages = advantages.to(widest_float(advantages.device))
-        steps = torch.as_tensor(self.abilities.regression_steps(rollout), device=advantages.device)
-        chosen = advantages[steps]
-        if self.weighting == "exponential":
-            weights = torch.exp(self.beta * (chosen - chosen.max()))
-        else:
-            weights = (chosen >= torch.quantile(chosen, self.percentile / 100)).to(advantages.dtype)
+        steps = self.abilities.regression_steps(rollout)
         step_weights = torch.zeros_like(advantages)
-        step_weights[steps] = weights / weights.mean()
+        for group in self._by_prompt(rollout, steps) if self.weighting == "exponential_per_prompt" else [steps]:
+            compared = torch.as_tensor(group, device=advantages.device)
+            chosen = advantages[compared]
+            if self.weighting == "percentile":
+                weights = (chosen >= torch.quantile(chosen, self.percentile / 100)).to(advantages.dtype)
+            else:
+                weights = torch.exp(self.beta * (chosen - chosen.max()))
+            step_weights[compared] = weights / weights.mean()
         return step_weights.float().view(rollout.rewards.shape).to(rollout.device)
+
+    def _by_prompt(self, rollout: TensorRolloutBuffer, steps: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
+        """Yield the steps of each prompt."""
+        if None in rollout.contexts:
+            raise ValueError(
+                "weighting must be exponential or percentile where the environment's reset infos have no prompt; got "
+                f"{self.weighting!r}"
+            )
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(rollout.contexts))}
+        prompt_of_segment = np.array([numbers[prompt] for prompt in rollout.contexts])
+        prompts = prompt_of_segment[rollout.segments.ravel()[steps]]
+        for number in range(len(numbers)):
+            yield steps[prompts == number]
 
     def select_steps(self) -> npt.NDArray[np.int64]:
         """Return the imitated steps that have a weight."""

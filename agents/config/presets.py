@@ -1,12 +1,13 @@
-"""The experiments of the DDPO paper with Stable Diffusion 1.4 (Black et al. 2023, arXiv 2305.13301), as configurations.
+"""The experiments of the DDPO paper (Black et al. 2023, arXiv 2305.13301) as configurations.
 
-The table of `docs/training.md` says which numbers come from the paper, which from its author's PyTorch repository
-(https://github.com/kvablack/ddpo-pytorch), and which are ours.
+`sd14-*` are the paper's own, with Stable Diffusion 1.4. The table of `docs/training.md` says which numbers come from
+the paper, which from its author's PyTorch repository (https://github.com/kvablack/ddpo-pytorch), and which are ours.
+`tiny-*` are the same tasks in miniature, with the bundled model and bundled rewards.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from agents.config.train_config import TrainConfig, train_config
 
@@ -29,7 +30,18 @@ _EXPERIMENTS: dict[str, _Experiment] = {
     "sd14-alignment": _Experiment("vlm_alignment", "animal_activities", 288, 2, 200, 32),
 }
 
-PRESETS = tuple(_EXPERIMENTS)
+_MINIATURES: dict[str, dict[str, Any]] = {
+    "tiny-compressibility": {"reward": "jpeg_compressibility"},
+    "tiny-incompressibility": {"reward": "jpeg_incompressibility"},
+    "tiny-aesthetic": {"reward": "aesthetic", "reward_options": ("model=tiny",)},
+    "tiny-alignment": {
+        "reward": "vlm_alignment",
+        "reward_options": ("model=tiny",),
+        "prompts": "animal_activities",
+    },
+}
+
+PRESETS = (*_EXPERIMENTS, *_MINIATURES)
 """Names of the presets, for `preset_config` and `--preset`."""
 
 
@@ -44,6 +56,8 @@ def preset_config(name: str) -> TrainConfig:
     """
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}")
+    if name in _MINIATURES:
+        return train_config(preset=name, **_MINIATURES[name])
     return train_config(
         preset=name,
         model="CompVis/stable-diffusion-v1-4",

@@ -63,6 +63,8 @@ class TrainingSettings(_Checked):
     """Rewards that a prompt needs before its own statistics replace the iteration's."""
     rwr_beta: Annotated[float, _SIZE] = 1.0
     """Exponent of the weights in reward-weighted regression, per standard deviation of the reward."""
+    rwr_per_prompt: bool = False
+    """Weights of rwr have mean 1 within each prompt, as in the paper's aesthetic experiment, not over all samples."""
     rwr_percentile: Annotated[float, PERCENTILE] = 90.0
     """Sparse reward-weighted regression imitates the samples from this percentile of the rewards on."""
     non_finite_rewards: NonFiniteRewards = "raise"

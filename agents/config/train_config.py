@@ -52,7 +52,7 @@ class TrainConfig:
     """
 
     preset: str | None = None
-    """Settings of a DDPO experiment: sd14-compressibility, sd14-incompressibility, sd14-aesthetic or sd14-alignment."""
+    """Settings of a DDPO experiment: sd14- or tiny-, and compressibility, incompressibility, aesthetic or alignment."""
     model: str = "tiny"
     """Bundled name (tiny), folder in diffusers' layout, or Hub id such as CompVis/stable-diffusion-v1-4."""
     reward: str = "jpeg_compressibility"

@@ -68,8 +68,8 @@ def denoiser_rows(config: TrainConfig) -> DenoiserRows:
     rows = 1 if config.policy.guidance_scale == 1 else 2
     evaluations = 2 + (config.total_iterations - 1) // run.eval_interval if run.eval_interval else 2
     batch = config.eval_batch_size
-    if config.algorithm.startswith("rwr"):  # a denoising loss of each finished sample, without guidance
-        trained = training.epochs * _imitated(config)
+    if config.algorithm.startswith("rwr"):  # a denoising loss of each finished sample
+        trained = rows * training.epochs * _imitated(config)
         measuring = 0
     else:
         trained = rows * training.epochs * total * config.trained_steps

@@ -197,14 +197,15 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
     def regression_loss(self, batch: Transitions) -> Tensor:
         """Return the denoising loss of finished latents, `(batch,)`: mean squared error at a random timestep.
 
-        There is no guidance, as in pretraining: the prediction for the prompt is compared with the target.
+        If guidance is on, the guided output is compared with the target, as in the authors' configurations
+        (`train_cfg` of https://github.com/jannerm/ddpo).
         """
         _, _, conditioning = self._split(batch.observations)
         latents = batch.actions
         rows = self.rows or Rows.of_process(len(latents), 0, 1)
         timestep, noise = (drawn[rows.start : rows.stop] for drawn in self._draw_regression(rows.total))
         noisy, target = add_noise(self.model.scheduler, latents, noise, timestep)
-        output = self._predict_with(self.denoiser, noisy, timestep, conditioning)
+        output = self.predict_output(noisy, timestep, conditioning)
         return (output - target).square().flatten(1).mean(1)
 
     def advance_rng(self, rows: int) -> None:

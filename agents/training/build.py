@@ -54,12 +54,13 @@ def build_algorithm(config: TrainConfig, env: VectorEnvAdapter, processes: Proce
         common |= {"batch_size": batch_size, "n_epochs": training.epochs}
         return PPO(DiffusionPolicy, env, clip_range=training.clip_range, **common)
     is_sparse = config.algorithm == "rwr_sparse"
+    exponential = "exponential_per_prompt" if training.rwr_per_prompt else "exponential"
     return RWR(
         DiffusionPolicy,
         env,
         batch_size=None if is_sparse else total // training.updates_per_iteration,
         n_epochs=training.epochs,
-        weighting="percentile" if is_sparse else "exponential",
+        weighting="percentile" if is_sparse else exponential,
         beta=training.rwr_beta,
         percentile=training.rwr_percentile,
         **common,

@@ -1,8 +1,12 @@
 """Compare DDPO-IS, DDPO-SF, RWR and RWR-sparse, as the paper does (Black et al. 2023, section 6.1), on the tiny model.
 
-Every algorithm gets the same number of reward queries, the same advantages, and a learning rate from the same grid:
-`--stage tune` tries the grid in shorter runs with another seed. `--stage compare` takes the best learning rates, trains
-with every seed on every reward, and plots the curves. A run whose rows are already in the CSV file is not repeated.
+    python scripts/experiments/algorithms.py
+
+Every algorithm gets the same number of reward queries. DDPO-IS makes 4 updates with 256 samples and DDPO-SF one, as in
+the paper; RWR and RWR-sparse imitate 1,024 samples at a time in 5 and 50 epochs, as the authors' RWR-sparse does
+(their RWR has 10,240). There are two protocols: `same_rate` gives all of them one learning rate, as the paper does, and
+`best_rate` gives each the best of a grid, which shorter runs with another seed search first. A run whose rows are
+already in the CSV file is not repeated.
 """
 
 import sys
@@ -17,41 +21,47 @@ from comparisons.many_runs import held_out_rewards, perform, read_rows, use_one_
 
 LABELS = {"ppo": "DDPO-IS", "reinforce": "DDPO-SF", "rwr": "RWR", "rwr_sparse": "RWR-sparse"}
 COLOURS = {"ppo": "#0b6e99", "reinforce": "#d9730d", "rwr": "#6940a5", "rwr_sparse": "#448361"}
-FIELDS = ("algorithm", "reward", "seed", "learning_rate", "updates", "iteration", "reward_queries", "eval_reward")
+SAMPLES = {"ppo": 256, "reinforce": 256, "rwr": 1024, "rwr_sparse": 1024}
+"""Samples in each iteration."""
+UPDATES = {"ppo": 4, "reinforce": 1, "rwr": 4, "rwr_sparse": 1}
+"""Updates in each epoch of an iteration: 256 samples in each, and for RWR-sparse all that it imitates."""
+Protocol = Literal["same_rate", "best_rate"]
+FIELDS = ("protocol", "algorithm", "task", "seed", "learning_rate", "iteration", "reward_queries", "eval_reward")
 KEY = 5
 """The first five fields identify a run."""
+TUNING = "tuning"
 
 
 @dataclass
 class Arguments:
     """What to compare, and where the results go."""
 
-    stage: Literal["tune", "compare", "plot"] = "compare"
-    """tune: search the learning rates; compare: train and plot; plot: only plot the rows of the CSV file."""
+    protocols: tuple[Protocol, ...] = ("same_rate", "best_rate")
+    """same_rate: one learning rate for all algorithms; best_rate: each has the best of the grid."""
     algorithms: tuple[str, ...] = tuple(LABELS)
     """Algorithms to compare, of ppo, reinforce, rwr and rwr_sparse."""
-    rewards: tuple[str, ...] = ("jpeg_compressibility", "jpeg_incompressibility")
-    """Rewards to train on."""
+    tasks: tuple[str, ...] = ("incompressibility", "alignment", "aesthetic")
+    """Tasks to train: the presets tiny-*. Compressibility rewards blur, which imitation makes anyway."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs that are compared."""
-    learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
-    """Learning rates that the search tries."""
-    ppo_updates: tuple[int, ...] = (4, 2)
-    """Updates per iteration that the search tries with ppo; the others make one update per epoch."""
+    same_rate: float = 2e-3
+    """The learning rate of the first protocol."""
+    learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+    """The grid of the second protocol."""
     tuning_seed: int = 100
     """Seed of the search, which must not be one of the compared seeds."""
-    tuning_iterations: int = 8
-    """Iterations of a run of the search, which uses the first reward."""
-    iterations: int = 12
-    """Iterations of a run that is compared; each has 72 reward queries."""
+    tuning_queries: int = 2048
+    """Reward queries of a run of the search."""
+    queries: int = 3072
+    """Reward queries of a run that is compared."""
     eval_samples: int = 45
-    """Held-out images per evaluation: one of each animal."""
-    eval_interval: int = 3
-    """Iterations between evaluations."""
+    """Held-out images per evaluation; there is one evaluation every 1,024 queries."""
     jobs: int = 2
     """Number of runs at the same time, each in a process with one thread."""
-    output: Path = Path("docs")
-    """Folder for algorithms.csv, learning-rates.csv and images/algorithms.png."""
+    only_plot: bool = False
+    """Train nothing, and plot what is in the CSV file."""
+    output: Path = Path("runs/algorithms")
+    """Folder for algorithms.csv, learning-rates.csv and images/algorithms.png; docs has the project's own results."""
     model: str = "tiny"
     """Model to train."""
 
@@ -59,136 +69,126 @@ class Arguments:
 class Run(NamedTuple):
     """One training run."""
 
+    protocol: str
     algorithm: str
-    reward: str
+    task: str
     seed: int
     learning_rate: float
-    updates: int
-    iterations: int
+    queries: int
 
 
 def main() -> None:
-    """Parse the command line; search, compare or plot."""
+    """Parse the command line; search, compare and plot."""
     arguments = tyro.cli(Arguments, description=__doc__)
     unknown = set(arguments.algorithms) - set(LABELS)
     if unknown:
         sys.exit(f"error: algorithms must be among {', '.join(LABELS)}; got {', '.join(sorted(unknown))}")
+    if arguments.tuning_seed in arguments.seeds:
+        sys.exit(f"error: tuning_seed must not be one of the seeds; got {arguments.tuning_seed}")
     rates_file, results_file = arguments.output / "learning-rates.csv", arguments.output / "algorithms.csv"
-    if arguments.stage == "tune":
-        runs = [
-            Run(algorithm, arguments.rewards[0], arguments.tuning_seed, rate, updates, arguments.tuning_iterations)
-            for algorithm in arguments.algorithms
-            for updates in (arguments.ppo_updates if algorithm == "ppo" else (1,))
-            for rate in arguments.learning_rates
-        ]
-        perform(runs, partial(train, arguments), rates_file, FIELDS, KEY, arguments.jobs)
-        for algorithm, found in best_settings(rates_file).items():
-            settings = f"learning rate {found.learning_rate:g}, updates {found.updates}"
-            print(f"{LABELS[algorithm]:10s} {settings}: {found.reward:.3f}")
-        return
-    if arguments.stage == "compare":
-        best = best_settings(rates_file)
-        missing = set(arguments.algorithms) - set(best)
-        if missing:
-            sys.exit(
-                f"error: {rates_file} has no learning rate of {', '.join(sorted(missing))}: run --stage tune first"
-            )
-        runs = [
-            Run(algorithm, reward, seed, best[algorithm].learning_rate, best[algorithm].updates, arguments.iterations)
-            for seed in arguments.seeds  # the outer loop, so that an interrupted comparison has all algorithms
-            for reward in arguments.rewards
-            for algorithm in arguments.algorithms
-        ]
-        perform(runs, partial(train, arguments), results_file, FIELDS, KEY, arguments.jobs)
-    plot(read_rows(results_file), arguments.output / "images" / "algorithms.png")
-    print_table(read_rows(results_file))
+    if not arguments.only_plot:
+        for protocol in arguments.protocols:
+            if protocol == "best_rate":
+                perform(searches(arguments), partial(train, arguments), rates_file, FIELDS, KEY, arguments.jobs)
+            best = best_rates(rates_file)
+            runs = [
+                Run(protocol, algorithm, task, seed, rate, arguments.queries)
+                for seed in arguments.seeds  # the outer loop, so that an interrupted comparison has all algorithms
+                for task in arguments.tasks
+                for algorithm in arguments.algorithms
+                for rate in [arguments.same_rate if protocol == "same_rate" else best[algorithm, task]]
+            ]
+            perform(runs, partial(train, arguments), results_file, FIELDS, KEY, arguments.jobs)
+    rows = read_rows(results_file)
+    if not rows:
+        sys.exit(f"error: output must be a folder with a file {results_file.name}; got {arguments.output}")
+    plot(rows, arguments.output / "images" / "algorithms.png")
+    print_table(rows)
+
+
+def searches(arguments: Arguments) -> list[Run]:
+    """Return the runs of the search."""
+    return [
+        Run(TUNING, algorithm, task, arguments.tuning_seed, rate, arguments.tuning_queries)
+        for task in arguments.tasks
+        for algorithm in arguments.algorithms
+        for rate in arguments.learning_rates
+    ]
 
 
 def train(arguments: Arguments, run: Run) -> list[dict[str, str]]:
     """Train once, in a process of its own; return one row per evaluation."""
     use_one_thread()
-    from agents.config import train_config
+    from agents.config.presets import preset_config
 
+    samples = SAMPLES[run.algorithm]
     with tempfile.TemporaryDirectory() as folder:
-        config = train_config(
+        config = preset_config(f"tiny-{run.task}").changed(
             model=arguments.model,
-            reward=run.reward,
             algorithm=run.algorithm,
-            iterations=run.iterations,
+            samples_per_iteration=samples,
+            updates_per_iteration=UPDATES[run.algorithm],
+            iterations=max(1, run.queries // samples),
+            advantage="per_prompt" if run.algorithm in ("ppo", "reinforce") else "batch",
+            rwr_per_prompt=run.algorithm == "rwr" and run.task == "aesthetic",  # as the authors' configurations
             learning_rate=run.learning_rate,
-            updates_per_iteration=run.updates,
             seed=run.seed,
             run_dir=Path(folder) / "run",
             eval_samples=arguments.eval_samples,
-            eval_interval=arguments.eval_interval,
+            eval_interval=max(1, 1024 // samples),
             checkpoint_interval=0,
         )
         evaluations = held_out_rewards(config)
-    queries = config.samples_per_iteration
     return [
-        dict(zip(FIELDS, [*map(str, run[:KEY]), str(at), str(at * queries), f"{reward:.6f}"], strict=True))
+        dict(zip(FIELDS, [*map(str, run[:KEY]), str(at), str(at * samples), f"{reward:.6f}"], strict=True))
         for at, reward in evaluations
     ]
 
 
-class Best(NamedTuple):
-    """An algorithm's best settings, and the held-out reward that it reached with them in the search."""
-
-    learning_rate: float
-    updates: int
-    reward: float
-
-
-def best_settings(file: Path) -> dict[str, Best]:
-    """Return the best settings of each algorithm from the CSV file of a search."""
-    best: dict[str, Best] = {}
-    rows = read_rows(file)
-    last = max((int(row["iteration"]) for row in rows), default=0)
-    for row in rows:
-        found = Best(float(row["learning_rate"]), int(row["updates"]), float(row["eval_reward"]))
-        if int(row["iteration"]) == last and (
-            row["algorithm"] not in best or found.reward > best[row["algorithm"]].reward
-        ):
-            best[row["algorithm"]] = found
-    return best
+def best_rates(file: Path) -> dict[tuple[str, str], float]:
+    """Return the best learning rate of each algorithm for each task, from the CSV file of a search."""
+    best: dict[tuple[str, str], tuple[float, float]] = {}
+    last = {tuple(row[name] for name in FIELDS[:KEY]): row for row in read_rows(file)}
+    for row in last.values():
+        key, found = (row["algorithm"], row["task"]), (float(row["eval_reward"]), float(row["learning_rate"]))
+        best[key] = max(best.get(key, found), found)
+    return {key: rate for key, (_, rate) in best.items()}
 
 
-def curves(rows: list[dict[str, str]], algorithm: str, reward: str) -> tuple[list[int], list[list[float]]]:
+def curves(rows: list[dict[str, str]], protocol: str, algorithm: str, task: str) -> tuple[list[int], list[list[float]]]:
     """Return the numbers of queries, and for each the held-out rewards of all seeds."""
     by_queries: dict[int, list[float]] = {}
     for row in rows:
-        if (row["algorithm"], row["reward"]) == (algorithm, reward):
+        if (row["protocol"], row["algorithm"], row["task"]) == (protocol, algorithm, task):
             by_queries.setdefault(int(row["reward_queries"]), []).append(float(row["eval_reward"]))
     return sorted(by_queries), [by_queries[queries] for queries in sorted(by_queries)]
 
 
 def plot(rows: list[dict[str, str]], file: Path) -> None:
-    """Plot one panel per reward: the mean over seeds, and a band from the worst to the best seed."""
+    """Plot a row of panels per protocol, one per task: the mean over seeds, and a band from worst to best seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rewards = sorted({row["reward"] for row in rows})
-    figure, axes = pyplot.subplots(1, len(rewards), figsize=(5.2 * len(rewards), 4), squeeze=False)
-    for axis, reward in zip(axes[0], rewards, strict=True):
-        for algorithm, label in LABELS.items():
-            queries, values = curves(rows, algorithm, reward)
-            if not queries:
-                continue
-            means = [sum(one) / len(one) for one in values]
-            axis.plot(queries, means, label=label, color=COLOURS[algorithm], linewidth=2)
-            axis.fill_between(
-                queries,
-                list(map(min, values)),
-                list(map(max, values)),
-                color=COLOURS[algorithm],
-                alpha=0.18,
-                linewidth=0,
-            )
-        axis.set(title=reward, xlabel="reward queries", ylabel="held-out reward (kB)")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
+    protocols = list(dict.fromkeys(row["protocol"] for row in rows))
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    size = (4.2 * len(tasks), 3.6 * len(protocols))
+    figure, axes = pyplot.subplots(len(protocols), len(tasks), figsize=size, squeeze=False)
+    for panels, protocol in zip(axes, protocols, strict=True):
+        for axis, task in zip(panels, tasks, strict=True):
+            for algorithm, label in LABELS.items():
+                queries, values = curves(rows, protocol, algorithm, task)
+                if not queries:
+                    continue
+                means = [sum(one) / len(one) for one in values]
+                colour = COLOURS[algorithm]
+                axis.plot(queries, means, label=label, color=colour, linewidth=2)
+                lowest, highest = list(map(min, values)), list(map(max, values))
+                axis.fill_between(queries, lowest, highest, color=colour, alpha=0.18, linewidth=0)
+            axis.set(title=f"{task}, {protocol.replace('_', ' ')}", xlabel="reward queries", ylabel="held-out reward")
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(alpha=0.25)
     seeds = len({row["seed"] for row in rows})
     axes[0][0].legend(frameon=False, title=f"mean and range of {seeds} seeds")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -198,14 +198,20 @@ def plot(rows: list[dict[str, str]], file: Path) -> None:
 
 def print_table(rows: list[dict[str, str]]) -> None:
     """Print the rewards before and after training as a Markdown table."""
-    print("\n| reward | algorithm | before | after, by seed | mean |\n| --- | --- | --- | --- | --- |")
-    for reward in sorted({row["reward"] for row in rows}):
-        for algorithm, label in LABELS.items():
-            queries, values = curves(rows, algorithm, reward)
-            if queries:
-                seeds = ", ".join(f"{value:.3f}" for value in values[-1])
-                mean = sum(values[-1]) / len(values[-1])
-                print(f"| {reward} | {label} | {values[0][0]:.3f} | {seeds} | {mean:.3f} |")
+    print("\n| protocol | task | algorithm | learning rate | before | after, by seed | mean |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for protocol in dict.fromkeys(row["protocol"] for row in rows):
+        for task in dict.fromkeys(row["task"] for row in rows):
+            for algorithm, label in LABELS.items():
+                _, values = curves(rows, protocol, algorithm, task)
+                if values:
+                    key = protocol, algorithm, task
+                    [*rates] = dict.fromkeys(
+                        row["learning_rate"] for row in rows if (row["protocol"], row["algorithm"], row["task"]) == key
+                    )
+                    seeds, mean = ", ".join(f"{value:.3f}" for value in values[-1]), sum(values[-1]) / len(values[-1])
+                    shown = " | ".join([protocol, task, label, ", ".join(rates), f"{values[0][0]:.3f}", seeds])
+                    print(f"| {shown} | {mean:.3f} |")
 
 
 if __name__ == "__main__":

@@ -62,9 +62,11 @@ def test_diffusion_policy_imitates_by_its_pretraining_loss(micro_pipeline_folder
     clean = model.rollout_buffer.actions[-1]
     timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (6,))
     noise = torch.randn_like(clean)
-    prediction = model.policy.denoiser(
-        scheduler.add_noise(clean, noise, timesteps), timesteps, batch.observations["prompt_embeds"]
-    ).sample
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+    positive = batch.observations["prompt_embeds"]
+    negative = model.policy.model.encode_prompts([""])["prompt_embeds"].expand_as(positive)
+    outputs = [model.policy.denoiser(noisy, timesteps, embeds).sample for embeds in (negative, positive)]
+    prediction = outputs[0] + 3.0 * (outputs[1] - outputs[0])  # the authors' `train_cfg`
     expected = torch.nn.functional.mse_loss(prediction, noise, reduction="none").mean((1, 2, 3))
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
     assert expected.std() > 0.01
@@ -82,14 +84,35 @@ def test_other_policies_imitate_by_likelihood():
     assert loss.item() == pytest.approx((metrics["regression_loss"] + 0.5 * value_loss).item(), rel=1e-5)
 
 
-def test_epochs_train_on_finished_latents_alone_without_guidance(micro_pipeline_folder):
+def test_weights_of_each_prompt_are_a_softmax_of_its_own(micro_pipeline_folder):
+    """Against `softmax(labels[mask], temperature) * mask.sum()` of the authors' code."""
+    model = denoising_rwr(micro_pipeline_folder, num_envs=8, beta=40.0, weighting="exponential_per_prompt")
+    collected(model)
+    rewards, prompts = model.rollout_buffer.segment_returns(), np.array(model.rollout_buffer.contexts)
+    expected = np.empty(8)
+    for prompt in np.unique(prompts):
+        mask = prompts == prompt
+        expected[mask] = np.exp(40.0 * rewards[mask]) / np.exp(40.0 * rewards[mask]).sum() * mask.sum()
+    np.testing.assert_allclose(final_weights(model), expected, rtol=1e-4)
+    pooled = np.exp(40.0 * rewards) / np.exp(40.0 * rewards).mean()
+    assert len(np.unique(prompts)) > 1
+    assert np.abs(pooled - expected).max() > 0.05
+
+
+def test_weights_per_prompt_need_prompts():
+    model = RWR("MlpPolicy", "CartPole-v1", n_steps=32, seed=0, device="cpu", weighting="exponential_per_prompt")
+    with pytest.raises(ValueError, match="weighting must be exponential or percentile .*got 'exponential_per_prompt'"):
+        collected(model)
+
+
+def test_epochs_train_on_finished_latents_alone(micro_pipeline_folder):
     model = denoising_rwr(micro_pipeline_folder, n_epochs=3, micro_batch_size=4)
     rows = []
     model.policy.denoiser.register_forward_pre_hook(
         lambda _, inputs: rows.append(len(inputs[0])) if torch.is_grad_enabled() else None
     )
     collected(model).train()
-    assert rows == [4, 2] * 3
+    assert rows == [8, 4] * 3  # guidance doubles them
     assert model._n_updates == 3
     assert logged(model)["train/kl_to_sampling"] > 0
 
@@ -106,7 +129,7 @@ def test_kl_target_ends_the_epochs(micro_pipeline_folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"weighting": "softmax"}, "weighting must be one of exponential, percentile; got 'softmax'"),
+        ({"weighting": "softmax"}, "weighting must be one of exponential, .*, percentile; got 'softmax'"),
         ({"beta": 0.0}, r"beta must be in \(0, 1e\+06\]; got 0.0"),
         ({"percentile": 100.0}, r"percentile must be in \[0, 100\); got 100.0"),
         ({"n_epochs": 0}, r"n_epochs must be in \[1, 100000\]; got 0"),

@@ -69,10 +69,23 @@ def settings(config):
 
 
 def test_presets_are_the_experiments():
-    assert set(PRESETS) == set(EXPERIMENTS)
+    tasks = ("compressibility", "incompressibility", "aesthetic", "alignment")
+    assert set(EXPERIMENTS) == {f"sd14-{task}" for task in tasks}
+    assert set(PRESETS) == set(EXPERIMENTS) | {f"tiny-{task}" for task in tasks}
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_miniature_has_the_task_of_the_experiment(name):
+    original, miniature = preset_config(name), preset_config(name.replace("sd14", "tiny"))
+    assert miniature.reward == original.reward
+    assert miniature.model == "tiny"
+    if "compressibility" not in name:
+        assert miniature.prompts == original.prompts
+        assert miniature.reward_options == ("model=tiny",)
+    check_run(miniature, Processes())
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_preset_has_the_published_settings(name):
     reward, prompts, count, samples, updates, iterations, stat_buffer_size = EXPERIMENTS[name]
     expected = {
@@ -119,7 +132,7 @@ def test_a_variant_leaves_the_preset_as_it_is():
     assert preset_config("sd14-aesthetic").training.clip_range == 1e-4
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_presets_can_be_shared_by_two_four_or_eight_processes(name):
     def is_shareable(processes):
         try:
@@ -183,7 +196,7 @@ def test_help_shows_the_options_and_the_defaults_of_the_preset(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset=sd15"], f"preset must be one of {', '.join(EXPERIMENTS)}; got 'sd15'"),
+        (["--preset=sd15"], f"preset must be one of {', '.join(PRESETS)}; got 'sd15'"),
         (["--preset=sd14-aesthetic", "--resume=somewhere"], "preset must not be given with resume, .*'sd14-aesthetic'"),
         (["--preset=sd14-aesthetic", "--samples-per-iteration=100"], "must divide samples_per_iteration=100; got 8"),
         (
@@ -214,7 +227,7 @@ def test_dry_run_refuses_as_a_run_does(nothing_happens, monkeypatch, capsys, arg
 
 
 @pytest.mark.usefixtures("count_once")
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_dry_run_loads_nothing_and_leaves_nothing(nothing_happens, monkeypatch, capsys, name):
     assert run_script("train_ppo", ["--dry-run", "--preset", name, "--device=cpu"], monkeypatch) == 0
     shown = capsys.readouterr()

@@ -49,7 +49,8 @@ def test_batches_of_other_sizes_need_no_other_graph(model_folder, compiled_graph
     assert set(counts) == {counts[0]}
 
 
-@pytest.mark.parametrize("model_folder", ["flux_schnell", UNET], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("model_folder", ["flux_schnell", "stable_diffusion_1"], indirect=True)
 def test_training_gives_the_same_weights(model_folder, compiled_graphs):
     trained = []
     for compiled in (True, False):

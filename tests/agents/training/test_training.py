@@ -114,7 +114,10 @@ def test_written_lora_and_policy_give_the_same_output(finished, micro_pipeline_f
 
 
 # Calls of the reward: 2 before training, then 2 per iteration, and 2 more at the end of the second and the third.
-@pytest.mark.parametrize(("call", "done"), [(1, 0), (3, 0), (6, 1), (7, 1), (11, 2)])
+@pytest.mark.parametrize(
+    ("call", "done"),
+    [(1, 0), (7, 1), (11, 2), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((3, 0), (6, 1)))],
+)
 def test_run_stopped_in_sampling_and_resumed_equals_one_that_was_not(
     finished, micro_pipeline_folder, tmp_path, monkeypatch, call, done
 ):
@@ -131,7 +134,7 @@ def test_run_stopped_in_sampling_and_resumed_equals_one_that_was_not(
     assert resumed.config.reward == finished.config.reward
 
 
-@pytest.mark.parametrize("update", [2, 3])
+@pytest.mark.parametrize("update", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_run_stopped_in_an_update_and_resumed_equals_one_that_was_not(
     finished, micro_pipeline_folder, tmp_path, monkeypatch, update
 ):
@@ -191,7 +194,7 @@ def test_finished_run_goes_on_to_more_iterations(micro_pipeline_folder, tmp_path
         run_training(resume_config(tmp_path / "run", iterations=1))
 
 
-@pytest.mark.parametrize("interval", [0, 2])
+@pytest.mark.parametrize("interval", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_run_stopped_between_checkpoints_goes_on_from_its_last_iteration(
     finished, micro_pipeline_folder, tmp_path, monkeypatch, interval
 ):

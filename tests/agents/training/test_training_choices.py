@@ -31,8 +31,8 @@ def config_of(model, folder, algorithm="ppo", **settings):
     ("algorithm", "settings"),
     [
         ("reinforce", {"kl_coef": 0.1, "advantage": "group"}),
-        ("rwr", {"ema_decay": 0.5}),
-        ("rwr_sparse", {"rwr_percentile": 50.0}),
+        ("rwr", {"ema_decay": 0.5, "rwr_per_prompt": True}),
+        pytest.param("rwr_sparse", {"rwr_percentile": 50.0}, marks=pytest.mark.slow),
         ("ppo", {"advantage": "leave_one_out", "target_kl": 1.0, "recompute_log_probs": True}),
     ],
 )

@@ -8,10 +8,10 @@ from PIL import Image
 
 
 def rows_of(results):
-    """CSV rows: (algorithm, seed, learning rate, updates, iteration, reward)."""
-    fields = ("algorithm", "seed", "learning_rate", "updates", "iteration", "eval_reward")
+    """CSV rows: (protocol, algorithm, seed, learning rate, reward queries, reward)."""
+    fields = ("protocol", "algorithm", "seed", "learning_rate", "reward_queries", "eval_reward")
     return [
-        {**dict(zip(fields, map(str, row), strict=True)), "reward": "jpeg_compressibility", "reward_queries": "72"}
+        {**dict(zip(fields, map(str, row), strict=True)), "task": "aesthetic", "iteration": str(row[4] // 256)}
         for row in results
     ]
 
@@ -23,48 +23,83 @@ def write(file, fields, rows):
         writer.writerows(rows)
 
 
-def test_comparison_trains_every_algorithm(scripts_on_path, micro_pipeline_folder):
+def test_comparison_trains_every_algorithm(scripts_on_path, micro_pipeline_folder, monkeypatch):
     import algorithms as script
 
-    arguments = script.Arguments(model=str(micro_pipeline_folder), eval_samples=2, eval_interval=0)
+    monkeypatch.setattr(script, "SAMPLES", dict.fromkeys(script.SAMPLES, 8))
+    arguments = script.Arguments(model=str(micro_pipeline_folder), eval_samples=2)
     for algorithm in script.LABELS:
-        rows = script.train(arguments, script.Run(algorithm, "jpeg_compressibility", 3, 1e-2, 1, 1))
+        rows = script.train(arguments, script.Run("same_rate", algorithm, "incompressibility", 3, 1e-2, 8))
         assert [row["iteration"] for row in rows] == ["0", "1"]
-        assert [row["reward_queries"] for row in rows] == ["0", "72"]
-        assert all(float(row["eval_reward"]) < 0 for row in rows)
+        assert [row["reward_queries"] for row in rows] == ["0", "8"]
+        assert all(float(row["eval_reward"]) > 0 for row in rows)
         assert rows[0]["eval_reward"] != rows[1]["eval_reward"]
 
 
-def test_search_takes_the_best_last_reward(scripts_on_path, tmp_path):
+def test_search_takes_the_best_last_reward_of_each_task(scripts_on_path, tmp_path):
     import algorithms as script
 
     file = tmp_path / "rates.csv"
     results = [
-        ("ppo", 100, 0.001, 4, 8, -1.5),
-        ("ppo", 100, 0.002, 2, 8, -1.2),
-        ("ppo", 100, 0.002, 2, 4, -0.1),  # on the way
-        ("ppo", 100, 0.01, 4, 8, float("-inf")),
-        ("rwr", 100, 0.001, 1, 8, -1.4),
+        ("tuning", "ppo", 100, 0.001, 2048, 1.5),
+        ("tuning", "ppo", 100, 0.002, 1024, 9.9),  # on the way
+        ("tuning", "ppo", 100, 0.002, 2048, 1.7),
+        ("tuning", "ppo", 100, 0.01, 2048, float("-inf")),
+        ("tuning", "rwr", 100, 0.001, 2048, 1.4),
     ]
     write(file, script.FIELDS, rows_of(results))
-    assert script.best_settings(file) == {"ppo": (0.002, 2, -1.2), "rwr": (0.001, 1, -1.4)}
+    assert script.best_rates(file) == {("ppo", "aesthetic"): 0.002, ("rwr", "aesthetic"): 0.001}
+
+
+def test_search_and_comparison_run_in_a_new_folder_and_are_not_repeated(scripts_on_path, tmp_path, monkeypatch, capsys):
+    import algorithms as script
+
+    trained = []
+
+    def train_here(runs, train, file, fields, key, jobs):
+        done = {tuple(row[name] for name in fields[:key]) for row in script.read_rows(file)}
+        new = [run for run in runs if tuple(map(str, run[:key])) not in done]
+        trained.extend(new)
+        old = script.read_rows(file)
+        rows = [
+            dict(zip(fields, [*map(str, run[:key]), "1", "256", str(run.learning_rate + run.seed)], strict=True))
+            for run in new
+        ]
+        write(file, fields, old + rows)
+
+    monkeypatch.setattr(script, "perform", train_here)
+    arguments = ["--output", tmp_path, "--tasks", "aesthetic", "--learning-rates", "0.1", "0.2", "--algorithms", "ppo"]
+    monkeypatch.setattr("sys.argv", ["algorithms.py", *map(str, arguments), "--same-rate", "0.15"])
+    script.main()
+    compared = [(run.protocol, run.seed, run.learning_rate) for run in trained]
+    assert compared == [
+        *(("same_rate", seed, 0.15) for seed in (0, 1, 2)),
+        *(("tuning", 100, rate) for rate in (0.1, 0.2)),
+        *(("best_rate", seed, 0.2) for seed in (0, 1, 2)),
+    ]
+    trained.clear()
+    script.main()
+    assert trained == []
+    assert "| best_rate | aesthetic | DDPO-IS | 0.2 | 0.200 | 0.200, 1.200, 2.200 | 1.200 |" in capsys.readouterr().out
 
 
 def test_comparison_is_plotted_from_its_table(scripts_on_path, tmp_path, monkeypatch, capsys):
     import algorithms as script
 
-    results = [("ppo", seed, 0.001, 4, 1, -1 - seed / 10) for seed in (0, 1, 2)]
+    results = [("same_rate", "ppo", seed, 0.001, 256, -1 - seed / 10) for seed in (0, 1, 2)]
     write(tmp_path / "algorithms.csv", script.FIELDS, rows_of(results))
-    run_script("experiments/algorithms", ["--stage", "plot", "--output", tmp_path], monkeypatch)
+    run_script("experiments/algorithms", ["--only-plot", "--output", tmp_path], monkeypatch)
     assert Image.open(tmp_path / "images" / "algorithms.png").size[0] > 300
-    assert "| DDPO-IS | -1.000 | -1.000, -1.100, -1.200 | -1.100 |" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "| same_rate | aesthetic | DDPO-IS | 0.001 | -1.000 | -1.000, -1.100, -1.200 | -1.100 |" in table
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--algorithms", "sac"], "algorithms must be among ppo, reinforce, rwr, rwr_sparse; got sac"),
-        (["--stage", "compare"], "has no learning rate of ppo, reinforce, rwr, rwr_sparse: run --stage tune first"),
+        (["--only-plot"], "output must be a folder with a file algorithms.csv"),
+        (["--tuning-seed", "1"], "tuning_seed must not be one of the seeds; got 1"),
     ],
 )
 def test_comparison_refuses(scripts_on_path, tmp_path, monkeypatch, arguments, message):
