@@ -6,6 +6,7 @@ It learns to read word, activity and count from renderings of emoji. Its seed be
 model is trained on its renderings. Some of its images show nothing: it must not see an emoji in every image.
 """
 
+import copy
 import json
 import time
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ class Arguments:
     """The folder `tiny_reader` is written here."""
     renderings: int = 28_000
     """Number of renderings to learn from."""
-    epochs: int = 3
+    epochs: int = 2
     """Passes over these renderings."""
     batch_size: int = 64
     """Images per update."""
@@ -105,10 +106,8 @@ def train(arguments: Arguments) -> ReaderNetwork:
 def export(folder: Path, network: ReaderNetwork) -> None:
     """Write the weights in float16, the labels, and what each prompt asks for."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {
-        name: value.half() if value.is_floating_point() else value for name, value in network.state_dict().items()
-    }
-    save_file(weights, folder / "model.safetensors")
+    weights = copy.deepcopy(network).half().state_dict()
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
     settings = {
         "labels": [names[1:] for names in LABELS],
         "prompts": {one.caption: [one.word, one.activity, one.count] for one in all_subjects()},

@@ -46,7 +46,7 @@ class Arguments:
     images: int = 60_000
     """Number of renderings to train on."""
     vae: Path | None = None
-    """Folder of a trained VAE to start with; None: train one. Either way, its decoder is refined at the end."""
+    """Folder of a VAE that this script trained; None: train one. Either way, its decoder is refined at the end."""
     vae_steps: int = 1300
     """Number of updates of the VAE."""
     vae_batch_size: int = 32
@@ -163,7 +163,7 @@ def refine_decoder(arguments: Arguments, vae: AutoencoderKL, images: np.ndarray,
 def encode(vae: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
     """Return the latent means of the images, `(number, 4, 16, 16)` float32."""
     with autocast():
-        parts = [vae.encode(to_tensor(images[i : i + 256])).latent_dist.mean for i in range(0, len(images), 256)]
+        parts = [vae.encode(to_tensor(images[i : i + 50])).latent_dist.mean for i in range(0, len(images), 50)]
     return torch.cat(parts).float()
 
 
@@ -185,7 +185,8 @@ class Denoising(nn.Module):
 
     def __init__(self, text_encoder: nn.Module, unet: nn.Module, snr_cap: float) -> None:
         super().__init__()
-        self.text_encoder, self.unet = text_encoder, unet
+        self.text_encoder = text_encoder
+        self.unet = unet.to(memory_format=torch.channels_last)  # convolutions are faster
         alphas = build_scheduler().alphas_cumprod
         self.register_buffer("signal", alphas.sqrt(), persistent=False)
         self.register_buffer("noise", (1 - alphas).sqrt(), persistent=False)
@@ -345,8 +346,11 @@ def trained_vae(arguments: Arguments, images: np.ndarray) -> tuple[AutoencoderKL
     """Return the VAE, trained now or when this run was started before, and the images' latents in float16."""
     folder = arguments.run_folder / "vae"
     if not folder.exists():
-        vae = train_vae(arguments, images) if arguments.vae is None else AutoencoderKL.from_pretrained(arguments.vae)
-        whiten(vae, encode(vae, images[:5000]))
+        if arguments.vae is None:
+            vae = train_vae(arguments, images)
+            whiten(vae, encode(vae, images[:5000]))
+        else:
+            vae = AutoencoderKL.from_pretrained(arguments.vae)
         save_reconstructions(vae, images[:60], arguments.run_folder / "vae.png")
         vae.save_pretrained(folder)
     vae = AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)

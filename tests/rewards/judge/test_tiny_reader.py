@@ -48,7 +48,11 @@ def test_what_a_rendering_shows_scores_one(reader, renderings):
         (slice(0, 45), lambda caption: f"{caption} riding a bike", [1, 0, 1]),
         (slice(60, 75), lambda caption: caption.replace("riding a bike", "reading a book"), [1, 0, 1]),
         (slice(60, 75), lambda caption: caption.replace(" riding a bike", ""), [1, 0, 1]),
-        (slice(90, 96), lambda caption: f"{COUNTS[COUNTS.index(caption.split()[0]) - 1]} {caption.split()[1]}", [1, 1, 0]),
+        (
+            slice(90, 96),
+            lambda caption: f"{COUNTS[COUNTS.index(caption.split()[0]) - 1]} {caption.split()[1]}",
+            [1, 1, 0],
+        ),
     ],
     ids=["another animal", "no activity shown", "another activity", "no activity asked for", "another count"],
 )
