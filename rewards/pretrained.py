@@ -35,6 +35,7 @@ BUNDLED_MODELS: dict[str, str] = {
     "clip": "data/tiny_clip",
     "judge": "data/tiny_llava",
     "text_encoder": "data/tiny_text_encoder",
+    "reader": "data/tiny_reader",
 }
 """Purpose to folder inside `rewards`."""
 

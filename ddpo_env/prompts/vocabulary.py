@@ -1,8 +1,8 @@
 """The words that the bundled model knows: its pretraining, its evaluation and the prompt sets use this data.
 
-Reinforcement learning trains only on `SIMPLE_ANIMALS`, with `ACTIVITIES` and `COUNTS`. `HELD_OUT_ANIMALS` and
-`EVERYDAY_OBJECTS` are in the pretraining but never in a prompt set of the training. They show how well a learned
-behaviour generalizes to other prompts (DDPO, arXiv 2305.13301, section 6.3).
+Reinforcement learning trains only on `SIMPLE_ANIMALS`, with `ACTIVITIES` and `COUNTS`. `HELD_OUT_ANIMALS`,
+`EVERYDAY_OBJECTS` and `HELD_OUT_ACTIVITIES` are in the pretraining but never in a prompt set of the training. They show
+how well a learned behaviour generalizes to other prompts (DDPO, arXiv 2305.13301, section 6.3).
 """
 
 from importlib.resources import files
@@ -21,8 +21,15 @@ EVERYDAY_OBJECTS = read_words("everyday_objects")
 # Activities of an animal, as in "a fox riding a bike": the paper's three, in its wording.
 ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
 
-# An activity that reinforcement learning never trains on: it shows how a learned behaviour generalizes to activities.
+# An activity that the bundled model knows and that reinforcement learning never uses.
 HELD_OUT_ACTIVITIES = ("reading a book",)
+
+# The animals that the pretraining shows with activities, of every kind of animal. With the other 30 animals, and with
+# held-out animals and objects, the bundled model has to combine what it knows.
+ACTIVE_ANIMALS = (
+    *("cat", "horse", "cow", "monkey", "lion", "fox", "mouse"),
+    *("bird", "duck", "frog", "turtle", "ant", "bee", "fish", "dolphin"),
+)
 
 # Numbers of animals, as in "two dogs".
 COUNTS = ("two", "three", "four")

@@ -3,8 +3,8 @@
     python scripts/bundled_models/evaluate_judges.py
 
 The seeds of the renderings were not used in any training. The bundled Stable Diffusion generates the images with 20
-DDIM steps at eta 1. The convolutional network of `scripts/bundled_models/evaluate_tiny.py`, which is independent of the
-judges, reads them too. The figures in `docs/tiny-judges.md` come from this command.
+DDIM steps at eta 1. The bundled reader, which is independent of the judges, reads them too. The figures in
+`docs/tiny-judges.md` come from this command.
 """
 
 import json
@@ -24,7 +24,14 @@ from pretraining.emoji_renderings import Subject, all_subjects, grid, render, re
 from pretraining.judge_lessons import HOW_MANY, MIXTURE, WHICH, answer, through_jpeg
 
 from ddpo_env.models.loading import resolve_source
-from ddpo_env.prompts.vocabulary import ACTIVITIES, COUNTS, SIMPLE_ANIMALS
+from ddpo_env.prompts.vocabulary import (
+    ACTIVITIES,
+    COUNTS,
+    EVERYDAY_OBJECTS,
+    HELD_OUT_ACTIVITIES,
+    HELD_OUT_ANIMALS,
+    SIMPLE_ANIMALS,
+)
 from rewards.clip.clip_model import ClipEmbedder
 from rewards.clip.clip_score import ClipScore
 from rewards.judge.alignment import QUESTION, TEMPLATE
@@ -58,7 +65,7 @@ class Arguments:
     test_sheet: Path | None = None
     """Write the sheet of renderings that the tests read to this file, and do nothing else."""
     run_folder: Path = Path("runs/evaluate_judges")
-    """Folder for `evaluation.json`, the sheet of wrong readings, and the convolutional network."""
+    """Folder for `evaluation.json` and the sheet of wrong readings."""
     threads: int = 2
     """CPU threads."""
 
@@ -88,7 +95,7 @@ class Readers:
 def scores(wanted: Sequence[Subject], found: Sequence[Subject]) -> dict[str, float]:
     """Return top-1 accuracies of the animal, the activity, the count, the word, and all three together."""
     pairs = list(zip(wanted, found, strict=True))
-    animals = [(a, b) for a, b in pairs if a.word in SIMPLE_ANIMALS]
+    animals = [(a, b) for a, b in pairs if a.word not in EVERYDAY_OBJECTS]
     active = [(a, b) for a, b in pairs if a.activity]
     counted = [(a, b) for a, b in pairs if a.count]
     return {
@@ -159,6 +166,8 @@ def generated_images(arguments: Arguments) -> tuple[np.ndarray, list[Subject]]:
     subjects = [Subject(word) for word in SIMPLE_ANIMALS] * arguments.samples_per_word
     each = arguments.samples_per_activity
     subjects += [Subject(word, activity) for activity in ACTIVITIES for word in SIMPLE_ANIMALS] * each
+    subjects += [Subject(word, activity) for activity in HELD_OUT_ACTIVITIES for word in SIMPLE_ANIMALS] * each
+    subjects += [Subject(word, activity) for activity in ACTIVITIES for word in HELD_OUT_ANIMALS] * each
     subjects += [Subject(word, count=count) for count in COUNTS for word in SIMPLE_ANIMALS] * each
     pipeline = StableDiffusionPipeline.from_pretrained(resolve_source("tiny"))
     pipeline.set_progress_bar_config(disable=True)
@@ -169,22 +178,20 @@ def generated_images(arguments: Arguments) -> tuple[np.ndarray, list[Subject]]:
 def save_mistakes(path: Path, images: np.ndarray, wanted: Sequence[Subject], found: Sequence[Subject]) -> None:
     """Write the first 40 images that the judge read differently from their prompts, with both: prompt | read."""
     wrong = [index for index, pair in enumerate(zip(wanted, found, strict=True)) if pair[0] != pair[1]][:40]
-    labels = [f"{brief(wanted[index])} | {brief(found[index])}" for index in wrong]
+    labels = [f"{evaluate_tiny.brief(wanted[index])} | {evaluate_tiny.brief(found[index])}" for index in wrong]
     if wrong:
         grid(list(images[wrong]), 8, labels, scale=3).save(path, optimize=True)
 
 
-def brief(subject: Subject) -> str:
-    """Return a short text for a subject: "fox, bike", "two foxes"."""
-    return f"{subject.word}, {subject.activity.split()[-1]}" if subject.activity else subject.caption
-
-
 def save_test_sheet(path: Path) -> None:
-    """Write 96 renderings in rows of twelve; the PNG's text chunk `captions` has their captions, one per line."""
+    """Write 108 renderings in rows of twelve; the PNG's text chunk `captions` has their captions, one per line."""
     rng = np.random.default_rng(SHEET_SEED)
     subjects = [Subject(word) for word in SIMPLE_ANIMALS]
     subjects += [Subject(word, activity) for activity in ACTIVITIES for word in SIMPLE_ANIMALS[::3]]
     subjects += [Subject(word, count=count) for count, word in zip(COUNTS * 2, SIMPLE_ANIMALS, strict=False)]
+    subjects += [Subject(word, activity) for activity in HELD_OUT_ACTIVITIES for word in SIMPLE_ANIMALS[::9]]
+    subjects += [Subject(*one) for one in zip(HELD_OUT_ANIMALS[:4], (*ACTIVITIES, *HELD_OUT_ACTIVITIES), strict=True)]
+    subjects += [Subject(*one) for one in zip(EVERYDAY_OBJECTS[:3], ACTIVITIES, strict=True)]
     images = np.stack([render(subject, rng) for subject in subjects])
     rows = images.reshape(-1, 12, *images.shape[1:]).swapaxes(1, 2)
     captions = PngInfo()
@@ -212,16 +219,14 @@ def main() -> None:
         }
         print(name, json.dumps(report[name]), flush=True)
     generated, asked = generated_images(arguments)
-    seen_by_network = evaluate_tiny.train_classifier(
-        evaluate_tiny.Arguments(run_folder=arguments.run_folder, threads=arguments.threads)
-    ).read(generated)
+    seen_by_reader = evaluate_tiny.read(generated)
     seen_by_clip, seen_by_judge = readers.clip_reads(generated), readers.judge_reads(generated)
     report["generated_images"] = {
-        "network_against_prompts": scores(asked, seen_by_network),
+        "reader_against_prompts": scores(asked, seen_by_reader),
         "clip_against_prompts": scores(asked, seen_by_clip),
         "judge_against_prompts": scores(asked, seen_by_judge),
-        "clip_against_network": scores(seen_by_network, seen_by_clip),
-        "judge_against_network": scores(seen_by_network, seen_by_judge),
+        "clip_against_reader": scores(seen_by_reader, seen_by_clip),
+        "judge_against_reader": scores(seen_by_reader, seen_by_judge),
     }
     print("generated_images", json.dumps(report["generated_images"]), flush=True)
     report["bert_score"] = order(arguments.text_encoder)

@@ -26,6 +26,7 @@ from pretraining.judge_components import (
     vision_tower,
 )
 from pretraining.judge_lessons import Lessons, all_texts, answer, make_lessons, random_question, soften
+from pretraining.tiny_components import autocast
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPImageProcessorPil, CLIPModel, LlavaProcessor
@@ -141,7 +142,7 @@ def train_clip(arguments: Arguments, lessons: Lessons) -> CLIPModel:
     while trainer.done < arguments.clip_steps:
         pixels, indices = batches.sample()
         own = lessons.captions[indices]
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             seen = functional.normalize(model.get_image_features(pixels).pooler_output.float(), dim=-1)
             read = functional.normalize(model.get_text_features(**tokens).pooler_output.float(), dim=-1)
         similarity = model.logit_scale.clamp(max=np.log(100)).exp() * seen @ read.T
@@ -190,7 +191,7 @@ def train_llava(arguments: Arguments, lessons: Lessons, clip: CLIPModel) -> None
     trainer = Trainer("llava", model, arguments.llava_learning_rate, arguments.llava_steps, arguments.weight_decay)
     while trainer.done < arguments.llava_steps:
         pixels, indices = batches.sample()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             loss = model(pixel_values=pixels, **dialogues.batch(lessons, indices)).loss
         trainer.step(loss)
     export(arguments.output_folder / "tiny_llava", model, processor)

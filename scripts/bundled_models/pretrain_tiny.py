@@ -21,6 +21,7 @@ import tyro
 from diffusers import AutoencoderKL
 from pretraining.emoji_renderings import all_subjects, grid, render_dataset
 from pretraining.tiny_components import (
+    autocast,
     build_scheduler,
     build_text_encoder,
     build_tokenizer,
@@ -44,6 +45,8 @@ class Arguments:
     """Seed of the weights, the renderings and the batches."""
     images: int = 60_000
     """Number of renderings to train on."""
+    vae: Path | None = None
+    """Folder of a VAE that this script trained; None: train one. Either way, its decoder is refined at the end."""
     vae_steps: int = 1300
     """Number of updates of the VAE."""
     vae_batch_size: int = 32
@@ -106,7 +109,7 @@ def train_vae(arguments: Arguments, images: np.ndarray) -> AutoencoderKL:
         factor = learning_rate_factor(step, 100, 100, arguments.vae_steps)
         optimizer.param_groups[0]["lr"] = arguments.vae_learning_rate * factor
         pixels = to_tensor(images[batch_indices(arguments, 1, step, arguments.vae_batch_size)])
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             posterior = vae.encode(pixels).latent_dist
             decoded = vae.decode(posterior.sample()).sample
         error = decoded.float() - pixels
@@ -139,7 +142,7 @@ def refine_decoder(arguments: Arguments, vae: AutoencoderKL, images: np.ndarray,
         indices = batch_indices(arguments, 3, step, arguments.vae_batch_size)
         pixels, clean = to_tensor(images[indices]), latents[torch.from_numpy(indices)].float()
         noisy = clean + 0.1 * torch.rand(len(clean), 1, 1, 1) * torch.randn_like(clean)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             decoded = vae.decode(noisy).sample
         error = decoded.float() - pixels
         loss = error.abs().mean() + error.square().mean()
@@ -159,8 +162,8 @@ def refine_decoder(arguments: Arguments, vae: AutoencoderKL, images: np.ndarray,
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
     """Return the latent means of the images, `(number, 4, 16, 16)` float32."""
-    with torch.autocast("cpu", torch.bfloat16):
-        parts = [vae.encode(to_tensor(images[i : i + 256])).latent_dist.mean for i in range(0, len(images), 256)]
+    with autocast():
+        parts = [vae.encode(to_tensor(images[i : i + 50])).latent_dist.mean for i in range(0, len(images), 50)]
     return torch.cat(parts).float()
 
 
@@ -182,7 +185,8 @@ class Denoising(nn.Module):
 
     def __init__(self, text_encoder: nn.Module, unet: nn.Module, snr_cap: float) -> None:
         super().__init__()
-        self.text_encoder, self.unet = text_encoder, unet
+        self.text_encoder = text_encoder
+        self.unet = unet.to(memory_format=torch.channels_last)  # convolutions are faster
         alphas = build_scheduler().alphas_cumprod
         self.register_buffer("signal", alphas.sqrt(), persistent=False)
         self.register_buffer("noise", (1 - alphas).sqrt(), persistent=False)
@@ -205,7 +209,7 @@ class Denoising(nn.Module):
         noise = torch.randn_like(latents)
         noisy, target = signal * latents + noise_level * noise, signal * noise - noise_level * latents
         noisy, target, timesteps, token_ids = noisy[rows], target[rows], timesteps[rows], token_ids[rows]
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             text = self.text_encoder(token_ids)[0]
             predicted = self.unet(noisy, timesteps, text).sample
         errors = (predicted.float() - target).square().mean(dim=(1, 2, 3))
@@ -342,8 +346,11 @@ def trained_vae(arguments: Arguments, images: np.ndarray) -> tuple[AutoencoderKL
     """Return the VAE, trained now or when this run was started before, and the images' latents in float16."""
     folder = arguments.run_folder / "vae"
     if not folder.exists():
-        vae = train_vae(arguments, images)
-        whiten(vae, encode(vae, images[:5000]))
+        if arguments.vae is None:
+            vae = train_vae(arguments, images)
+            whiten(vae, encode(vae, images[:5000]))
+        else:
+            vae = AutoencoderKL.from_pretrained(arguments.vae)
         save_reconstructions(vae, images[:60], arguments.run_folder / "vae.png")
         vae.save_pretrained(folder)
     vae = AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)

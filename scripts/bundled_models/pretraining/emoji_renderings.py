@@ -8,7 +8,7 @@ Images are never flipped or rotated, because a small model mixes the two orienta
 import math
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +16,19 @@ import inflect
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ddpo_env.prompts.vocabulary import ACTIVITIES, COUNTS, EVERYDAY_OBJECTS, HELD_OUT_ANIMALS, SIMPLE_ANIMALS
+from ddpo_env.prompts.vocabulary import (
+    ACTIVE_ANIMALS,
+    ACTIVITIES,
+    COUNTS,
+    EVERYDAY_OBJECTS,
+    HELD_OUT_ACTIVITIES,
+    HELD_OUT_ANIMALS,
+    SIMPLE_ANIMALS,
+)
+
+WORDS = (*SIMPLE_ANIMALS, *HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS)
+ALL_ACTIVITIES = (*ACTIVITIES, *HELD_OUT_ACTIVITIES)
+OTHER_WORDS = tuple(word for word in WORDS if word not in ACTIVE_ANIMALS)
 
 FONT_PATH = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 FONT_SIZE = 109  # the font has bitmaps of this size only
@@ -30,7 +42,7 @@ EMOJI: dict[str, str] = {
     **dict(zip(SIMPLE_ANIMALS, _ANIMAL_EMOJI, strict=True)),
     **dict(zip(HELD_OUT_ANIMALS, _HELD_OUT_EMOJI, strict=True)),
     **dict(zip(EVERYDAY_OBJECTS, _OBJECT_EMOJI, strict=True)),
-    **dict(zip(ACTIVITIES, "🍽🚲♟", strict=True)),
+    **dict(zip(ALL_ACTIVITIES, "🍽🚲♟📖", strict=True)),
 }
 
 _inflect = inflect.engine()
@@ -60,7 +72,10 @@ class Mixture:
     held_out: float = 0.22
     """Other animals and objects together."""
     activities: float = 0.09
+    """`ACTIVE_ANIMALS` with any activity."""
     counts: float = 0.04
+    other_activities: float = 0.0
+    """All other words with any activity; the bundled model never sees them, so that it has to compose."""
 
 
 @cache
@@ -76,22 +91,21 @@ def _with_article(word: str) -> str:
 
 def all_subjects() -> tuple[Subject, ...]:
     """Return every subject that `random_subject` can return, once."""
-    words = (*SIMPLE_ANIMALS, *HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS)
     return (
-        *(Subject(word) for word in words),
-        *(Subject(word, activity=activity) for activity in ACTIVITIES for word in SIMPLE_ANIMALS),
+        *(Subject(word) for word in WORDS),
+        *(Subject(word, activity=activity) for activity in ALL_ACTIVITIES for word in WORDS),
         *(Subject(word, count=count) for count in COUNTS for word in SIMPLE_ANIMALS),
     )
 
 
 def random_subject(rng: np.random.Generator, mixture: Mixture | None = None) -> Subject:
     """Return a random subject: the kind by the mixture's weights, then one of this kind, uniformly."""
-    mixture = mixture or Mixture()
-    weights = np.array([mixture.simple_animals, mixture.held_out, mixture.activities, mixture.counts])
-    kind = int(rng.choice(4, p=weights / weights.sum()))
-    word = str(rng.choice((*HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS) if kind == 1 else SIMPLE_ANIMALS))
-    if kind == 2:
-        return Subject(word, activity=str(rng.choice(ACTIVITIES)))
+    weights = np.array(astuple(mixture or Mixture()))
+    words = (SIMPLE_ANIMALS, (*HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS), ACTIVE_ANIMALS, SIMPLE_ANIMALS, OTHER_WORDS)
+    kind = int(rng.choice(len(words), p=weights / weights.sum()))
+    word = str(rng.choice(words[kind]))
+    if kind in (2, 4):
+        return Subject(word, activity=str(rng.choice(ALL_ACTIVITIES)))
     if kind == 3:
         return Subject(word, count=str(rng.choice(COUNTS)))
     return Subject(word)

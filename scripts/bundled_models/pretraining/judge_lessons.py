@@ -18,9 +18,10 @@ from torch.nn import functional
 from ddpo_env.models.loading import resolve_source
 from ddpo_env.prompts.vocabulary import COUNTS, EVERYDAY_OBJECTS
 from pretraining.emoji_renderings import Mixture, Subject, all_subjects, plural, render_dataset
+from pretraining.tiny_components import autocast
 from rewards.judge.alignment import QUESTION
 
-MIXTURE = Mixture(simple_animals=0.35, held_out=0.2, activities=0.3, counts=0.15)
+MIXTURE = Mixture(simple_animals=0.3, held_out=0.17, activities=0.13, counts=0.15, other_activities=0.25)
 HOW_MANY, WHICH = "How many animals are in this image?", "What animals are in this image?"
 DESCRIBE = (QUESTION, "What is in this image?", "Describe this image.", "What do you see?")
 
@@ -69,7 +70,7 @@ def through_vae(images: np.ndarray, seed: int) -> np.ndarray:
     parts = []
     for start in range(0, len(images), 100):
         pixels = torch.from_numpy(images[start : start + 100]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             latents = vae.encode(pixels).latent_dist.mean.float()
             strength = 0.3 * torch.rand(len(latents), 1, 1, 1, generator=generator)
             latents = latents + strength * torch.randn(latents.shape, generator=generator)

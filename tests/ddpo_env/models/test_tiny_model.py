@@ -13,7 +13,15 @@ from helpers.paths import SCRIPTS
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import ddpo_env
-from ddpo_env.prompts.vocabulary import ACTIVITIES, COUNTS, EVERYDAY_OBJECTS, HELD_OUT_ANIMALS, SIMPLE_ANIMALS
+from ddpo_env.prompts.vocabulary import (
+    ACTIVE_ANIMALS,
+    ACTIVITIES,
+    COUNTS,
+    EVERYDAY_OBJECTS,
+    HELD_OUT_ACTIVITIES,
+    HELD_OUT_ANIMALS,
+    SIMPLE_ANIMALS,
+)
 
 FOLDER = Path(ddpo_env.__file__).parent / "data" / "tiny"
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
@@ -89,7 +97,8 @@ def test_no_sampling_step_is_deterministic_at_eta_1(pipeline: StableDiffusionPip
 
 
 def test_every_word_is_one_token(pipeline: StableDiffusionPipeline) -> None:
-    phrases = (*SIMPLE_ANIMALS, *HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS, *ACTIVITIES, *COUNTS, "a", "an", "mice", "geese")
+    phrases = (*SIMPLE_ANIMALS, *HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS, *ACTIVITIES, *HELD_OUT_ACTIVITIES, *COUNTS)
+    phrases = (*phrases, "a", "an", "mice", "geese")
     words = [word for phrase in phrases for word in phrase.split()]
     assert [word for word in words if len(pipeline.tokenizer.tokenize(word)) != 1] == []
 
@@ -135,6 +144,18 @@ def test_activities_are_rare_in_the_mixture(emoji_renderings: ModuleType) -> Non
     drawn = [emoji_renderings.random_subject(rng) for _ in range(4000)]
     assert 0.07 < np.mean([subject.activity is not None for subject in drawn]) < 0.11
     assert {subject.word for subject in drawn} == {*SIMPLE_ANIMALS, *HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS}
+    active = {(subject.word, subject.activity) for subject in drawn if subject.activity}
+    assert active == {(word, activity) for word in ACTIVE_ANIMALS for activity in (*ACTIVITIES, *HELD_OUT_ACTIVITIES)}
+
+
+def test_other_activities_belong_to_all_other_words(emoji_renderings: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    only = emoji_renderings.Mixture(simple_animals=0, held_out=0, activities=0, counts=0, other_activities=1)
+    drawn = [emoji_renderings.random_subject(rng, only) for _ in range(2000)]
+    words = {*SIMPLE_ANIMALS, *HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS} - set(ACTIVE_ANIMALS)
+    assert {subject.word for subject in drawn} == words
+    assert {subject.activity for subject in drawn} == {*ACTIVITIES, *HELD_OUT_ACTIVITIES}
+    assert set(drawn) <= set(emoji_renderings.all_subjects())
 
 
 def test_captions_have_the_right_articles_and_plurals(emoji_renderings: ModuleType) -> None:

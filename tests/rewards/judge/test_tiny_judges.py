@@ -107,6 +107,11 @@ def test_judge_describes_animal_and_activity(renderings, descriptions):
     assert mean_of(activity_of(said) is None for said, _ in pairs[:45]) >= 0.9
 
 
+def test_judge_describes_held_out_words_with_activities(renderings, descriptions):
+    """Reading a book, and activities of animals and objects that reinforcement learning never uses."""
+    assert sum(said == caption for said, caption in zip(descriptions[96:], renderings[1][96:], strict=True)) >= 11
+
+
 def test_answers_of_the_judge_do_not_depend_on_the_batch(renderings, descriptions):
     images = list(renderings[0][::8])
     alone = [load_judge("tiny", None, {"batch_size": 1}, device="cpu").ask([one], [QUESTION])[0] for one in images]
@@ -137,8 +142,8 @@ def test_alignment_prefers_the_prompt_of_the_image(renderings):
 
 def test_counting_questions_are_answered(renderings):
     """For the images of one animal, and for the six images of several."""
-    images = np.concatenate([renderings[0][:45], renderings[0][90:]])
-    captions = [*renderings[1][:45], *renderings[1][90:]]
+    images = np.concatenate([renderings[0][:45], renderings[0][90:96]])
+    captions = [*renderings[1][:45], *renderings[1][90:96]]
     counts = [caption.split()[0] if caption.split()[0] in COUNTS else "one" for caption in captions]
     metadata = [{"questions": ("How many animals are in this image?",), "answers": (count,)} for count in counts]
     scores, _ = evaluate_reward(load_reward("vlm_vqa", model="tiny", device="cpu"), images, captions, metadata)
