@@ -97,7 +97,7 @@ def test_no_sampling_step_is_deterministic_at_eta_1(pipeline: StableDiffusionPip
 
 
 def test_every_word_is_one_token(pipeline: StableDiffusionPipeline) -> None:
-    phrases = (*SIMPLE_ANIMALS, *HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS, *ACTIVITIES, *HELD_OUT_ACTIVITIES, *COUNTS)
+    phrases = (*SIMPLE_ANIMALS, *HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS, *ACTIVITIES, *COUNTS)
     phrases = (*phrases, "a", "an", "mice", "geese")
     words = [word for phrase in phrases for word in phrase.split()]
     assert [word for word in words if len(pipeline.tokenizer.tokenize(word)) != 1] == []
@@ -145,7 +145,8 @@ def test_activities_are_rare_in_the_mixture(emoji_renderings: ModuleType) -> Non
     assert 0.07 < np.mean([subject.activity is not None for subject in drawn]) < 0.11
     assert {subject.word for subject in drawn} == {*SIMPLE_ANIMALS, *HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS}
     active = {(subject.word, subject.activity) for subject in drawn if subject.activity}
-    assert active == {(word, activity) for word in ACTIVE_ANIMALS for activity in (*ACTIVITIES, *HELD_OUT_ACTIVITIES)}
+    assert {word for word, _ in active} == set(ACTIVE_ANIMALS)
+    assert {activity for _, activity in active} == {*ACTIVITIES, *HELD_OUT_ACTIVITIES}
 
 
 def test_other_activities_belong_to_all_other_words(emoji_renderings: ModuleType) -> None:

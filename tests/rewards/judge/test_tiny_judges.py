@@ -107,11 +107,6 @@ def test_judge_describes_animal_and_activity(renderings, descriptions):
     assert mean_of(activity_of(said) is None for said, _ in pairs[:45]) >= 0.9
 
 
-def test_judge_describes_held_out_words_with_activities(renderings, descriptions):
-    """Reading a book, and activities of animals and objects that reinforcement learning never uses."""
-    assert sum(said == caption for said, caption in zip(descriptions[96:], renderings[1][96:], strict=True)) >= 11
-
-
 def test_answers_of_the_judge_do_not_depend_on_the_batch(renderings, descriptions):
     images = list(renderings[0][::8])
     alone = [load_judge("tiny", None, {"batch_size": 1}, device="cpu").ask([one], [QUESTION])[0] for one in images]
@@ -232,7 +227,7 @@ def test_judges_recognise_images_that_the_bundled_model_generates():
     assert (own > other).all()
 
 
-@pytest.mark.parametrize("name", ["aesthetic", "pickscore", "hps_v2"])
+@pytest.mark.parametrize("name", ["pickscore", "hps_v2"])
 def test_rewards_without_a_bundled_model_say_so(name):
     with pytest.raises(
         ValueError, match="tiny.*only aesthetic, clip_score, vlm_alignment and vlm_vqa have a bundled model"

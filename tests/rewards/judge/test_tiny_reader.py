@@ -1,4 +1,4 @@
-"""The reward `tiny_reader`, on renderings that it was not trained on: what it reads, what it scores, what it refuses."""
+"""The reward `tiny_reader`, on renderings that it was not trained on: what it reads, scores and refuses."""
 
 import numpy as np
 import pytest
