@@ -1,13 +1,11 @@
-"""Grids of images with captions, and the plot of the reward: what a person looks at after a run."""
+"""Grids of images with captions, and images in a row."""
 
 from __future__ import annotations
 
 import io
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -69,26 +67,3 @@ def write_image(path: Path, image: Image.Image) -> None:
 def read_strip(path: Path, count: int) -> npt.NDArray[np.uint8]:
     """Read the `count` images that `write_strip` wrote, `(count, height, width, 3)` uint8."""
     return np.stack(np.split(np.asarray(Image.open(path).convert("RGB")), count, axis=1))
-
-
-def reward_curve(
-    path: Path, rewards: Sequence[float], evaluations: Sequence[tuple[int, float]], reward_name: str
-) -> None:
-    """Plot the mean training reward of every iteration, and the evaluations, to a PNG file."""
-    with mock.patch.dict(os.environ):
-        os.environ.pop(
-            "MPLBACKEND", None
-        )  # a file needs no backend, and matplotlib cannot be imported with a wrong one
-        from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(range(1, len(rewards) + 1), rewards, label="training samples", color="tab:blue")
-    axes.plot(*zip(*evaluations, strict=True), "o--", label="held-out seeds", color="tab:orange")
-    axes.set_xlabel("iteration")
-    axes.set_ylabel(f"{reward_name}, mean")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    write_file(path, content.getvalue())
