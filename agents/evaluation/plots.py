@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
@@ -16,8 +16,8 @@ from agents.files import write_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
+_MOST_NUMBERS = 12
 _REWARD, _HOLDOUT = "tab:blue", "tab:orange"
 
 
@@ -36,42 +36,38 @@ def reward_curve(
 
 def reward_against_kl(
     path: Path,
-    rewards: Sequence[tuple[float, float]],
-    holdout_rewards: Sequence[tuple[float, float]],
+    divergences: Sequence[float],
+    curves: Mapping[str, Sequence[float]],
     iterations: Sequence[int],
-    names: tuple[str, str],
+    unit: str,
 ) -> None:
-    """Plot mean rewards of the held-out samples against the KL divergence from the pretrained policy, to a PNG file.
+    """Plot mean rewards of the held-out samples against the distance from the pretrained policy, to a PNG file.
 
-    The horizontal axis is scaled by the square root, as in Gao et al. (2022, arXiv 2210.10760), who found that rewards
-    begin to rise in proportion to it. A ring marks the best held-out reward.
+    The distance is the square root of the KL divergence, as in Gao et al. (2022, arXiv 2210.10760), who found that
+    rewards begin to rise in proportion to it. A ring marks the best value of each reward.
 
     Args:
         path: of the file.
-        rewards: (divergence, mean reward) of each evaluation, in its order.
-        holdout_rewards: the same of the held-out reward; empty if there is none.
+        divergences: KL divergence at each evaluation.
+        curves: mean of the reward at each evaluation, by the reward's name; after it that of the held-out reward, if
+            there is one, which gets an axis of its own at the right.
         iterations: of the evaluations.
-        names: of the reward and of the held-out reward.
+        unit: of the divergence.
     """
     figure, axes = _empty_plot()
-    axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
-    axes.set_xlabel("KL divergence from the pretrained policy, nats per dimension and step (square-root scale)")
-    lines = _path(axes, rewards, "o-", _REWARD, names[0])
-    for (divergence, mean), iteration in zip(rewards, iterations, strict=True):
-        axes.annotate(str(iteration), (divergence, mean), (0, 6), textcoords="offset points", ha="center", fontsize=8)
-    if holdout_rewards:
-        beside = axes.twinx()
-        lines += _path(beside, holdout_rewards, "s--", _HOLDOUT, f"held out: {names[1]}")
-        best = max(holdout_rewards, key=lambda one: one[1])
-        beside.plot(*best, "o", markersize=14, markerfacecolor="none", markeredgecolor=_HOLDOUT)
-    axes.legend(lines, [str(line.get_label()) for line in lines], title="numbers: iteration", fontsize=9)
+    axes.set_xlabel(f"square root of the KL divergence from the pretrained policy ({unit})")
+    distances = np.sqrt(divergences)
+    sides, styles = [axes, *(axes.twinx() for _ in range(len(curves) - 1))], (("o-", _REWARD), ("s--", _HOLDOUT))
+    for side, (style, color), (name, means) in zip(sides, styles, curves.items(), strict=False):
+        side.plot(distances, means, style, color=color, label=name)
+        side.set_ylabel(f"{name}, mean", color=color)
+        best = int(np.argmax(means))
+        side.plot(distances[best], means[best], "o", markersize=13, markerfacecolor="none", markeredgecolor=color)
+    places = list(zip(iterations, distances, next(iter(curves.values())), strict=True))
+    for iteration, *place in places[:: -(-len(places) // _MOST_NUMBERS)]:
+        axes.annotate(str(iteration), place, (0, 8), textcoords="offset points", ha="center", fontsize=8)
+    figure.legend(loc="outside upper center", ncols=2, title="numbers: iteration; ring: best", fontsize=9)
     _write(figure, path)
-
-
-def _path(axes: Axes, points: Sequence[tuple[float, float]], style: str, color: str, name: str) -> list[Line2D]:
-    lines = axes.plot(*zip(*points, strict=True), style, color=color, label=name)
-    axes.set_ylabel(f"{name}, mean", color=color)
-    return lines
 
 
 def _empty_plot() -> tuple[Figure, Axes]:

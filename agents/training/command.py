@@ -161,8 +161,7 @@ def summary(result: RunResult) -> str:
         if file.exists():
             lines.append(f"  {folder.shown(file)}    {content}")
     lines.append(f"  {quoted('tensorboard', '--logdir', folder.shown(folder.tensorboard))}")
-    if config.policy.lora_rank:
-        lines.append(_advice(result))
+    lines += _advice(result)
     return "\n".join(lines)
 
 
@@ -179,16 +178,19 @@ def _holdout_lines(result: RunResult) -> list[str]:
     return lines
 
 
-def _advice(result: RunResult) -> str:
-    """Say which LoRA to use: the last one, or that of the best evaluation if the held-out reward knows a better one."""
-    folder, best = result.folder, result.best_evaluation
+def _advice(result: RunResult) -> list[str]:
+    """Say which weights to use: the last ones, or the best evaluation's if the held-out reward knows better ones."""
+    folder, best, has_lora = result.folder, result.best_evaluation, result.config.policy.lora_rank > 0
     assert best is not None
     is_better = bool(result.holdout_evaluations) and best[0] != result.iterations
     if is_better and best[0] == 0:
-        return "Use no LoRA: by the held-out reward the pretrained model is best."
+        return ["Use the pretrained model: by the held-out reward it is better than what was learned."]
+    use = f"Use the policy after iteration {best[0]}, the best by the held-out reward" if is_better else "Use it"
+    if not has_lora:
+        policy = folder.shown(folder.best / "policy")
+        return [f"{use}: agents.DiffusionPolicy.load({policy!r})"] if is_better else []
     lora = folder.shown(folder.best / "lora" if is_better else folder.lora)
-    why = " (best by the held-out reward)" if is_better else ""
-    return f"Use it{why}: pipe.load_lora_weights({lora!r}), or {quoted('ddpo-sample', '--lora', lora)}"
+    return [f"{use}: pipe.load_lora_weights({lora!r}), or {quoted('ddpo-sample', '--lora', lora)}"]
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from rewards import (
     parse_options,
     reward_name,
 )
+from rewards.protocol import LARGEST_SCORE
 
 
 def configured_holdout_reward(config: TrainConfig) -> Reward | None:
@@ -93,10 +94,10 @@ class HoldoutReward:
         self._has_scale = True
         with self.reward.frozen() if isinstance(self.reward, Freezable) else nullcontext():
             scores = self._score(samples, prompts)
-        if (wrong := np.flatnonzero(~np.isfinite(scores))).size:
+        if (wrong := np.flatnonzero(~(np.abs(scores) <= LARGEST_SCORE))).size:
             first = int(wrong[0])
             raise ValueError(
-                f"holdout_reward {self.spec!r} must be finite; got {scores[first]} for prompt {prompts[first][0]!r} "
+                f"holdout_reward {self.spec!r} must be finite in float32; got {scores[first]} for prompt {prompts[first][0]!r} "
                 f"(held-out sample {first} of {len(scores)}, {wrong.size} not finite)"
             )
         return scores

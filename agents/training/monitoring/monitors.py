@@ -56,19 +56,13 @@ class Monitors(RunListener):
 
     def on_end(self, run: Run) -> None:
         """Draw `reward_against_kl.png`."""
-        divergences = dict(self._divergences)
-        settings = run.config.run
-
-        def draw() -> None:
-            reward_against_kl(
-                run.folder.path / "reward_against_kl.png",
-                [(divergences[iteration], mean) for iteration, mean in run.evaluations],
-                [(divergences[iteration], mean) for iteration, mean in run.holdout_evaluations],
-                [iteration for iteration, _ in run.evaluations],
-                (run.config.reward, settings.holdout_reward or ""),
-            )
-
-        run.processes.from_main(draw)
+        curves = {run.config.reward: [mean for _, mean in run.evaluations]}
+        if run.holdout_evaluations:
+            curves[f"{run.config.run.holdout_reward} (held out)"] = [mean for _, mean in run.holdout_evaluations]
+        iterations, divergences = zip(*self._divergences, strict=True)
+        unit = "nats per dimension" if run.config.policy.log_prob_reduction == "mean" else "nats"
+        path = run.folder.path / "reward_against_kl.png"
+        run.processes.from_main(lambda: reward_against_kl(path, divergences, curves, iterations, unit))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the divergences so far, for a checkpoint."""
