@@ -64,8 +64,8 @@ def reward_against_kl(
         best = int(np.argmax(means))
         side.plot(distances[best], means[best], "o", markersize=13, markerfacecolor="none", markeredgecolor=color)
     places = list(zip(iterations, distances, next(iter(curves.values())), strict=True))
-    for iteration, *place in places[:: -(-len(places) // _MOST_NUMBERS)]:
-        axes.annotate(str(iteration), place, (0, 8), textcoords="offset points", ha="center", fontsize=8)
+    for iteration, distance, mean in places[:: -(-len(places) // _MOST_NUMBERS)]:
+        axes.annotate(str(iteration), (distance, mean), (0, 8), textcoords="offset points", ha="center", fontsize=8)
     figure.legend(loc="outside upper center", ncols=2, title="numbers: iteration; ring: best", fontsize=9)
     _write(figure, path)
 

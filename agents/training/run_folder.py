@@ -9,8 +9,7 @@ runs/<name>/
     reward_against_kl.png                    mean rewards against the distance from the pretrained model
     lora/pytorch_lora_weights.safetensors    for `pipe.load_lora_weights("runs/<name>/lora")`
     policy/                                  for `agents.DiffusionPolicy.load`
-    best/                                    the same two of the best evaluation, if training improved on the first; by
-                                             the held-out reward if there is one
+    best/                                    the same two of the best evaluation, if training improved on the first
     checkpoints/                             for `--resume`
     judge/                                   images and answers of a judge, for rewards that log them
     error.txt                                why the run stopped, if an error stopped it; removed when it continues

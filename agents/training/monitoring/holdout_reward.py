@@ -97,8 +97,8 @@ class HoldoutReward:
         if (wrong := np.flatnonzero(~(np.abs(scores) <= LARGEST_SCORE))).size:
             first = int(wrong[0])
             raise ValueError(
-                f"holdout_reward {self.spec!r} must be finite in float32; got {scores[first]} for prompt {prompts[first][0]!r} "
-                f"(held-out sample {first} of {len(scores)}, {wrong.size} not finite)"
+                f"holdout_reward {self.spec!r} must be finite in float32; got {scores[first]} for prompt "
+                f"{prompts[first][0]!r} (held-out sample {first} of {len(scores)}, {wrong.size} not finite)"
             )
         return scores
 
