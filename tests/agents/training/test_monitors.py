@@ -8,6 +8,7 @@ import torch
 from helpers.micro_agents import micro_config
 from helpers.run_comparison import rows
 from PIL import Image
+from stable_baselines3.common.logger import Logger
 
 from agents import Evaluation, prepare_run
 from agents.evaluation.pretrained_comparison import PretrainedComparison
@@ -38,26 +39,22 @@ def test_divergence_of_a_run_is_that_of_its_transitions_from_the_pretrained_poli
     images = next(one for one in run.listeners if isinstance(one, HeldOutImages))
     policy, seen = run.algorithm.policy, []
     act = policy.get_distribution
-    policy.get_distribution = lambda obs: seen.append(obs) or act(obs)
+    policy.get_distribution = lambda obs, *others: seen.append(obs) or act(obs, *others)
     images.compared = [(0, 0), (2, 1)]
     run.train()
     del policy.get_distribution
     last = seen[-3:]  # the three steps of the last evaluation, all samples in one batch
     with torch.no_grad():
-        kl = [
-            policy.evaluate_with_reference({n: t[row : row + 1] for n, t in last[step].items()}, last[step]["latents"])[
-                3
-            ]
-            for row, step in images.compared
-        ]
+        rows_of = [({n: t[row : row + 1] for n, t in last[step].items()}) for row, step in images.compared]
+        kl = [policy.evaluate_with_reference(one, one["latents"])[3] for one in rows_of]
     logged = float(rows(tmp_path)[-1]["eval/kl_to_pretrained"])
     assert logged == pytest.approx(float(torch.cat(kl).mean()), rel=1e-3)
 
 
 @pytest.mark.parametrize(("samples", "most"), [(6, 2), (5, 3), (1, 1)])
-def test_each_held_out_prompt_occurs_twice(micro_pipeline_folder, samples, most):
+def test_each_held_out_prompt_occurs_twice(micro_pipeline_folder, tmp_path, samples, most):
     run = prepare_run(
-        micro_config(micro_pipeline_folder, None, eval_samples=samples, sample_batch_size=1, samples_per_prompt=1)
+        micro_config(micro_pipeline_folder, tmp_path, eval_samples=samples, sample_batch_size=1, samples_per_prompt=1)
     )
     images = next(one for one in run.listeners if isinstance(one, HeldOutImages))
     texts = [text for text, _ in images.prompts]
@@ -67,8 +64,9 @@ def test_each_held_out_prompt_occurs_twice(micro_pipeline_folder, samples, most)
     assert min(counts) == min(2, samples)
 
 
-def test_measure_that_is_not_finite_ends_the_run(finished, micro_pipeline_folder):
-    run = prepare_run(micro_config(micro_pipeline_folder, None))
+def test_measure_that_is_not_finite_ends_the_run(micro_pipeline_folder, tmp_path):
+    run = prepare_run(micro_config(micro_pipeline_folder, tmp_path))
+    run.algorithm.set_logger(Logger(None, []))
     comparison = PretrainedComparison(np.array([math.inf]), np.ones(1), np.ones(1))
     images = np.zeros((2, 32, 32, 3), np.uint8)
     evaluation = Evaluation(images, ["a cat"] * 2, np.zeros(2), {}, comparison=comparison)
