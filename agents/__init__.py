@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from agents.rollout.buffer import TensorRolloutBuffer, Transitions
     from agents.rollout.vec_env import VectorEnvAdapter
     from agents.training.preparation import prepare_run, run_training
-    from agents.training.run import Run, RunListener, RunResult
+    from agents.training.result import RunResult
+    from agents.training.run import Run, RunListener
 
 _MODULES = {
     "agents.algorithms.advantages": (
@@ -59,7 +60,8 @@ _MODULES = {
     "agents.rollout.buffer": ("TensorRolloutBuffer", "Transitions"),
     "agents.rollout.vec_env": ("VectorEnvAdapter",),
     "agents.training.preparation": ("prepare_run", "run_training"),
-    "agents.training.run": ("Run", "RunListener", "RunResult"),
+    "agents.training.result": ("RunResult",),
+    "agents.training.run": ("Run", "RunListener"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -18,7 +18,9 @@ from ddpo_env.validation.options import shown
 from rewards import parse_options
 from rewards.registry import HARMLESS_TEXT_OPTIONS, user_functions
 
-_NAMED_AGAIN = ("model", "prompts", "reward", "reward_options")
+_REWARDS = {"reward": "reward_options", "holdout_reward": "holdout_reward_options"}
+"""The rewards of a run, and the setting with the arguments of each."""
+_NAMED_AGAIN = ("model", "prompts", *_REWARDS, *_REWARDS.values())
 
 
 def resumed(own: TrainConfig, asked: TrainConfig) -> TrainConfig:
@@ -43,7 +45,7 @@ def resumed(own: TrainConfig, asked: TrainConfig) -> TrainConfig:
             f"its folder ({', '.join(needed)}), and a run folder alone must not choose these. If you trust it, name "
             f"them again by adding:\n  {quoted(*_flags(own, needed))}"
         )
-    changes = {name: getattr(asked, name) for name in _NAMED_AGAIN if name in given}
+    changes = {name: asked.flat()[name] for name in _NAMED_AGAIN if name in given}
     for name in ("model", "prompts"):
         _check_content(own, name, is_moved=name in changes and place_of(asked, name) != place_of(own, name))
     if asked.iterations is not None:
@@ -67,7 +69,7 @@ def _refuse_others(own: TrainConfig, asked: TrainConfig, folder: Path) -> None:
             before = folder
         elif name in ("model", "prompts"):
             is_same = value == before or None not in (place_of(own, name), place_of(asked, name))
-        elif name == "reward_options":
+        elif name in _REWARDS.values():
             is_same = _fixed(value) == _fixed(before)
         else:
             is_same = value == before
@@ -85,11 +87,14 @@ def _reaching_out(config: TrainConfig, folder: Path) -> Iterator[str]:
         place = place_of(config, name)
         if place is not None and not place.resolve().is_relative_to(folder):
             yield name
-    if user_functions(config.reward):
-        yield "reward"
-    options = dict(_leaves(parse_options(config.reward_options)))
-    if any(_may_reach_out(key, value) for key, value in options.items()) or (options and user_functions(config.reward)):
-        yield "reward_options"
+    settings = config.flat()
+    for reward, arguments in _REWARDS.items():
+        is_own = settings[reward] is not None and bool(user_functions(settings[reward]))
+        if is_own:
+            yield reward
+        options = dict(_leaves(parse_options(settings[arguments], arguments)))
+        if any(_may_reach_out(key, value) for key, value in options.items()) or (options and is_own):
+            yield arguments
 
 
 def _leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -114,12 +119,12 @@ def _flags(config: TrainConfig, names: Iterable[str]) -> list[str]:
     """Return settings as arguments of the command line; no value can become a flag of its own."""
     flags: list[str] = []
     for name in names:
-        flag, value = f"--{name.replace('_', '-')}", getattr(config, name)
+        flag, value = f"--{name.replace('_', '-')}", config.flat()[name]
         if isinstance(value, str):
             flags.append(f"{flag}={value}")
             continue
         if wrong := [pair for pair in value if pair.startswith("-")]:
-            raise ValueError(f"reward_options must be key=value pairs; got {shown(wrong[0])}")
+            raise ValueError(f"{name} must be key=value pairs; got {shown(wrong[0])}")
         flags += [flag, *value]
     return flags
 

@@ -22,6 +22,8 @@ MOST = Range(at_least=1, at_most=1_000_000)
 MOST_OR_0 = Range(at_least=0, at_most=1_000_000)
 SEED = Range(at_least=0, at_most=4_000_000_000)
 """NumPy takes seeds below 2**32; this leaves room for the sub-environments and the held-out samples, which follow."""
+LEAST_PAIRS = 8
+"""Held-out samples from which on two standard errors say something: one-sided, 4 % by chance with 8, 2.4 % with 90."""
 _SIZE = Range(above=0, at_most=1e6)
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -93,7 +95,7 @@ class OptimizerSettings(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(_Checked):
-    """Precision, memory, evaluation and checkpoints."""
+    """Precision, memory, evaluation, and when a run stops."""
 
     dtype: Dtype = "auto"
     """Of the frozen weights. auto: bfloat16 on an accelerator that has it, else float32; what learns is float32."""
@@ -111,6 +113,14 @@ class RunSettings(_Checked):
     """Samples from held-out seeds that are scored before, during and after training."""
     eval_interval: Annotated[int, MOST_OR_0] = 5
     """Iterations between evaluations; 0: only before and after training."""
+    holdout_reward: str | None = None
+    """Second reward, written like --reward, that scores the held-out samples of every evaluation. Nothing is trained on
+    it: where it falls while the reward rises, the run over-optimises. It decides which policy is kept in best/."""
+    holdout_reward_options: tuple[str, ...] = ()
+    """Arguments of the held-out reward, written like --reward-options."""
+    stop_at_overoptimisation: bool = False
+    """End the run when the held-out reward is below its best by more than two standard errors of the difference on the
+    same seeds, in two evaluations in a row. It needs --holdout-reward."""
     checkpoint_interval: Annotated[int, MOST_OR_0] = 1
     """Iterations between checkpoints; 0: only at the end. A run that Ctrl-C or an error stops writes one too."""
     stop_on_divergence: bool = True
@@ -130,3 +140,32 @@ class RunSettings(_Checked):
     def size(self) -> tuple[Resolution | None, dict[str, Any]]:
         """The resolution, and the arguments of the pipeline's call."""
         return self.resolution, parse_options(self.pipeline_arguments, "pipeline_arguments")
+
+    def check_holdout(self) -> None:
+        """Refuse settings of the held-out reward that do not fit together.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        parse_options(self.holdout_reward_options, "holdout_reward_options")
+        if self.holdout_reward_options and self.holdout_reward is None:
+            raise ValueError(
+                "holdout_reward_options must be empty without holdout_reward, whose arguments they are; got "
+                f"{' '.join(self.holdout_reward_options)}"
+            )
+        if not self.stop_at_overoptimisation:
+            return
+        if self.holdout_reward is None:
+            raise ValueError(
+                "stop_at_overoptimisation needs a reward that is not trained on: add --holdout-reward with another "
+                "reward, such as aesthetic"
+            )
+        if self.eval_interval == 0:
+            raise ValueError(
+                "eval_interval must be at least 1 with stop_at_overoptimisation, which decides at evaluations; got 0"
+            )
+        if self.eval_samples < LEAST_PAIRS:
+            raise ValueError(
+                f"eval_samples must be at least {LEAST_PAIRS} with stop_at_overoptimisation, which needs the standard "
+                f"error of their differences; got {self.eval_samples}"
+            )

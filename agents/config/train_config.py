@@ -169,6 +169,7 @@ class TrainConfig:
         config._check_sizes(processes)
         parse_options(self.reward_options)
         parse_options(self.run.pipeline_arguments, "pipeline_arguments")
+        self.run.check_holdout()
         return config
 
     @property

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from agents.evaluation.comparison import BASE, Estimate, Result, ScoredImage, best_strengths
-from agents.evaluation.image_grid import blank_figure, image_grid, write_figure
+from agents.evaluation.image_grid import image_grid
+from agents.evaluation.plots import blank_figure, write_figure
 
 _COLUMNS = 8
 _METHOD = (

@@ -12,8 +12,10 @@ import numpy.typing as npt
 import torch
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.utils import obs_as_tensor
+from torch import Tensor
 
 from agents.distributed import Processes
+from agents.evaluation.pretrained_comparison import PretrainedComparison, compare_with_pretrained
 from agents.policy.diffusion_policy import DiffusionPolicy
 from ddpo_env.models.protocol import abilities_of
 from ddpo_env.prompts import Prompt, PromptSet
@@ -33,6 +35,8 @@ class Evaluation:
         pictures: `(samples, height, width, 3)` uint8, which show the samples: images as they are, other
             samples as the model renders them; `None` if it does not.
         measurements: what a two-stage reward measured, one per sample, while the scores are not known yet.
+        comparison: of the policy with the pretrained one, at the transitions that were asked for; `None`: at none.
+        holdout_rewards: `(samples,)` float64, scores of a reward that is never trained on; `None`: there is none.
     """
 
     images: npt.NDArray[Any]
@@ -41,6 +45,8 @@ class Evaluation:
     details: dict[str, list[Any]]
     pictures: npt.NDArray[np.uint8] | None = None
     measurements: list[Any] | None = None
+    comparison: PretrainedComparison | None = None
+    holdout_rewards: npt.NDArray[np.float64] | None = None
 
     @property
     def dropped_samples(self) -> int:
@@ -59,10 +65,17 @@ class Evaluation:
         return finite
 
     def first(self, samples: int) -> Evaluation:
-        """Return the first samples only."""
-        details = {name: values[:samples] for name, values in self.details.items()}
-        pictures = None if self.pictures is None else self.pictures[:samples]
-        return Evaluation(self.images[:samples], self.prompts[:samples], self.rewards[:samples], details, pictures)
+        """Return the first samples only; `comparison` stays whole."""
+        return replace(
+            self,
+            images=self.images[:samples],
+            prompts=self.prompts[:samples],
+            rewards=self.rewards[:samples],
+            details={name: values[:samples] for name, values in self.details.items()},
+            pictures=None if self.pictures is None else self.pictures[:samples],
+            measurements=None if self.measurements is None else self.measurements[:samples],
+            holdout_rewards=None if self.holdout_rewards is None else self.holdout_rewards[:samples],
+        )
 
 
 def evaluate(
@@ -71,6 +84,7 @@ def evaluate(
     prompts: Sequence[str | Prompt],
     seed: int,
     processes: Processes | None = None,
+    compared: Sequence[tuple[int, int]] = (),
 ) -> Evaluation:
     """Generate one sample per prompt with the policy's stochastic sampler, and score it.
 
@@ -86,6 +100,8 @@ def evaluate(
         seed: of the first sample.
         processes: the processes that generate some rows each and return all samples. `env` then holds this process's
             sub-environments. Default: this process only.
+        compared: transitions at which the policy is compared with the pretrained one, as pairs (sample, step) of
+            numbers from 0. Each costs two rows of the denoiser.
 
     Raises:
         ValueError: if `env` resets itself or defers its rewards, or there are no prompts.
@@ -112,7 +128,9 @@ def evaluate(
             processes.raise_interrupt()
             wanted = list(prompts[start : start + rows.total])
             padded = wanted + [wanted[-1]] * (rows.total - len(wanted))
-            own.append(_episode(policy, env, padded[rows.start : rows.stop], seed + start))
+            first = start + rows.start
+            chosen = [(sample - first, step) for sample, step in compared if first <= sample < start + rows.stop]
+            own.append(_episode(policy, env, padded[rows.start : rows.stop], seed + start, chosen))
     policy.set_training_mode(training)
     batches = [_joined(batch) for batch in zip(*processes.gather_objects(own), strict=True)]
     with processes.fail_together(), _frozen(env):
@@ -133,14 +151,26 @@ def _frozen(env: DenoisingVectorEnv) -> AbstractContextManager[None]:
     return env.reward.frozen() if isinstance(env.reward, Freezable) else nullcontext()
 
 
-def _episode(policy: DiffusionPolicy, env: DenoisingVectorEnv, prompts: list[str | Prompt], seed: int) -> Evaluation:
+def _episode(
+    policy: DiffusionPolicy,
+    env: DenoisingVectorEnv,
+    prompts: list[str | Prompt],
+    seed: int,
+    compared: Sequence[tuple[int, int]],
+) -> Evaluation:
     observation, _ = env.reset(seed=seed, options={"prompts": prompts})
     infos: dict[str, Any] = {}
     actions = observation["latents"]
     rewards = np.zeros(env.num_envs)
-    for _ in range(env.num_inference_steps):
-        actions = policy.get_distribution(obs_as_tensor(observation, policy.device)).sample()
+    kept: list[dict[str, Tensor]] = []
+    for step in range(env.num_inference_steps):
+        tensors = obs_as_tensor(observation, policy.device)
+        assert isinstance(tensors, dict)
+        if rows := [row for row, at in compared if at == step]:
+            kept.append({name: tensor[rows] for name, tensor in tensors.items()})
+        actions = policy.get_distribution(tensors).sample()
         observation, rewards, _, _, infos = env.step(actions)
+    comparison = compare_with_pretrained(policy, kept, env.num_envs) if kept else None
     details = {name: list(values) for name, values in infos.get("reward_details", {}).items() if name[0] != "_"}
     measurements = None
     if "deferred_reward" in infos:  # several processes share the batch, and the reward has only measured
@@ -152,7 +182,7 @@ def _episode(policy: DiffusionPolicy, env: DenoisingVectorEnv, prompts: list[str
     abilities = abilities_of(env.model)
     if abilities.sample_kind != "image":  # the last action is the final latent
         pictures = abilities.render(actions).cpu().numpy() if abilities.can_render else None
-    return Evaluation(samples, texts, rewards, details, pictures, measurements)
+    return Evaluation(samples, texts, rewards, details, pictures, measurements, comparison)
 
 
 def _scored(batch: Evaluation, env: DenoisingVectorEnv) -> Evaluation:
@@ -169,6 +199,7 @@ def _scored(batch: Evaluation, env: DenoisingVectorEnv) -> Evaluation:
 def _joined(batches: Sequence[Evaluation]) -> Evaluation:
     names = batches[0].details
     measured = [one for batch in batches for one in batch.measurements or ()]
+    comparisons = [batch.comparison for batch in batches if batch.comparison is not None]
     return Evaluation(
         images=np.concatenate([batch.images for batch in batches]),
         prompts=[prompt for batch in batches for prompt in batch.prompts],
@@ -176,4 +207,5 @@ def _joined(batches: Sequence[Evaluation]) -> Evaluation:
         details={name: [value for batch in batches for value in batch.details.get(name, [])] for name in names},
         pictures=None if batches[0].pictures is None else np.concatenate([one.pictures for one in batches]),
         measurements=None if batches[0].measurements is None else measured,
+        comparison=PretrainedComparison.joined(comparisons) if comparisons else None,
     )

@@ -1,23 +1,17 @@
-"""Grids of images with captions, and the plot of the reward: what a person looks at after a run."""
+"""Grids of images with captions, and images in a row."""
 
 from __future__ import annotations
 
 import io
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from agents.files import write_file
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _MARGIN = 6
 _FONT_SIZE = 12
@@ -86,35 +80,3 @@ def write_image(path: Path, image: Image.Image) -> None:
 def read_strip(path: Path, count: int) -> npt.NDArray[np.uint8]:
     """Read the `count` images that `write_strip` wrote, `(count, height, width, 3)` uint8."""
     return np.stack(np.split(np.asarray(Image.open(path).convert("RGB")), count, axis=1))
-
-
-def reward_curve(
-    path: Path, rewards: Sequence[float], evaluations: Sequence[tuple[int, float]], reward_name: str
-) -> None:
-    """Plot the mean training reward of every iteration, and the evaluations, to a PNG file."""
-    figure = blank_figure(7, 4)
-    axes = figure.subplots()
-    axes.plot(range(1, len(rewards) + 1), rewards, label="training samples", color="tab:blue")
-    axes.plot(*zip(*evaluations, strict=True), "o--", label="held-out seeds", color="tab:orange")
-    axes.set_xlabel("iteration")
-    axes.set_ylabel(f"{reward_name}, mean")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    write_figure(path, figure)
-
-
-def blank_figure(width: float, height: float) -> Figure:
-    """Return a matplotlib figure of this size in inches."""
-    with mock.patch.dict(os.environ):
-        # A file needs no backend, and matplotlib cannot be imported with a wrong one.
-        os.environ.pop("MPLBACKEND", None)
-        from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def write_figure(path: Path, figure: Figure) -> None:
-    """Write a figure to a PNG file, completely or not at all."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    write_file(path, content.getvalue())

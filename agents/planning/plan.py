@@ -48,6 +48,7 @@ def describe_plan(
         *_preset(config),
         f"model      {config.model}, {_count(steps, 'step', 'steps')}, {guidance}",
         *_reward(config),
+        *_holdout(config),
         *([f"processes  {processes}, which share every batch"] if processes > 1 else []),
         f"sampling   {total:,} samples of {steps} steps per iteration: {_count(batches, 'batch', 'batches')} of "
         f"{training.sample_batch_size}, {_count(groups, 'prompt', 'prompts')} with "
@@ -146,6 +147,17 @@ def _reward(config: TrainConfig) -> list[str]:
     if config.training.non_finite_rewards == "drop":
         notes.append("samples whose score is NaN or infinite are dropped")
     return [f"reward     {config.reward}{': ' + ', '.join(notes) if notes else ''}"]
+
+
+def _holdout(config: TrainConfig) -> list[str]:
+    """Name the held-out reward with its options, and say whether it may end the run."""
+    settings = config.run
+    if settings.holdout_reward is None:
+        return []
+    notes = [*settings.holdout_reward_options]
+    if settings.stop_at_overoptimisation:
+        notes.append("the run ends when it has fallen")
+    return [f"held-out   {settings.holdout_reward}{': ' + ', '.join(notes) if notes else ''}"]
 
 
 def _imitated(config: TrainConfig) -> int:

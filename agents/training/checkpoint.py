@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
+from agents.config.train_config import TrainConfig
 from agents.files import fresh_name, remove_leftovers, sync, write_file
 from agents.training.algorithm_state import Stateful, algorithm_state, load_algorithm_state
 from agents.training.stored_values import read_json, restore, store
@@ -173,6 +174,18 @@ def latest_checkpoint(folder: Path, settings: Mapping[str, Any] | None = None) -
         return checkpoint
     why = f" that is whole ({'; '.join(damaged)}): restore one from a backup, or start a new run" if damaged else ""
     raise ValueError(f"resume: there is no checkpoint in {str(folder)!r}{why}")
+
+
+def run_identity(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that tell one run from another, and that stay when a run is moved or goes on for longer."""
+    return {
+        "algorithm": config.algorithm,
+        "reward": config.reward,
+        "seed": config.seed,
+        "num_inference_steps": config.num_inference_steps,
+        "samples_per_iteration": config.samples_per_iteration,
+        "lora_rank": config.policy.lora_rank,
+    }
 
 
 def iterations_done(checkpoint: Path) -> int:

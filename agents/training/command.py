@@ -79,7 +79,9 @@ def prepare() -> Run | int:
 def train(run: Run) -> int:
     """Train, print how it went, and return the exit code."""
     processes = run.processes
-    if run.was_finished and processes.is_main:
+    if run.was_finished and processes.is_main and run.stopped_early is not None:
+        print_line(f"\nThe run had ended already, after {run.iteration} iterations ({run.stopped_early}).")
+    elif run.was_finished and processes.is_main:
         print_line(
             f"\nThe run had finished its {run.iteration} iterations already. To train for more, add --iterations to:"
         )
@@ -147,22 +149,50 @@ def summary(result: RunResult) -> str:
         f"Reward ({config.reward}), mean of {config.run.eval_samples} samples from held-out seeds:",
         f"  before {before:.3f} → after {after:.3f}  ({change:+.1%} of |before|)",
         f"  {result.iterations} iterations in {result.wall_clock_seconds:.0f} s, start included",
+        *_holdout_lines(result),
         "",
         "Look at",
     ]
     for file, content in (
         (folder.samples / "before_after.png", "the same prompts and seeds before, during and after training"),
         (folder.path / "reward.png", "the curve"),
+        (folder.path / "reward_against_kl.png", "rewards against the distance from the pretrained model"),
         (folder.summary, "these figures, and the versions"),
         (folder.judge, "some images of every call and the judge's answers"),
     ):
         if file.exists():
             lines.append(f"  {folder.shown(file)}    {content}")
     lines.append(f"  {quoted('tensorboard', '--logdir', folder.shown(folder.tensorboard))}")
-    if config.policy.lora_rank:
-        lora = folder.shown(folder.lora)
-        lines.append(f"Use it: pipe.load_lora_weights({lora!r}), or {quoted('ddpo-sample', '--lora', lora)}")
+    lines += _advice(result)
     return "\n".join(lines)
+
+
+def _holdout_lines(result: RunResult) -> list[str]:
+    """Say how the held-out reward went, and why the run stopped early, if it did."""
+    lines = [f"Stopped early: {result.stopped_early}."] if result.stopped_early is not None else []
+    if result.holdout_evaluations and result.best_evaluation is not None:
+        before, after = result.holdout_evaluations[0][1], result.holdout_evaluations[-1][1]
+        iteration, best = result.best_evaluation
+        lines += [
+            f"Held-out reward ({result.config.run.holdout_reward}), mean of the same samples:",
+            f"  before {before:.3f} → best {best:.3f} (after iteration {iteration}) → after {after:.3f}",
+        ]
+    return lines
+
+
+def _advice(result: RunResult) -> list[str]:
+    """Say which weights to use: the last ones, or the best evaluation's if the held-out reward knows better ones."""
+    folder, best, has_lora = result.folder, result.best_evaluation, result.config.policy.lora_rank > 0
+    assert best is not None
+    is_better = bool(result.holdout_evaluations) and best[0] != result.iterations
+    if is_better and best[0] == 0:
+        return ["Use the pretrained model: by the held-out reward it is better than what was learned."]
+    use = f"Use the policy after iteration {best[0]}, the best by the held-out reward" if is_better else "Use it"
+    if not has_lora:
+        policy = folder.shown(folder.best / "policy")
+        return [f"{use}: agents.DiffusionPolicy.load({policy!r})"] if is_better else []
+    lora = folder.shown(folder.best / "lora" if is_better else folder.lora)
+    return [f"{use}: pipe.load_lora_weights({lora!r}), or {quoted('ddpo-sample', '--lora', lora)}"]
 
 
 if __name__ == "__main__":

@@ -22,12 +22,21 @@ from agents.distributed import Processes, start_processes
 from agents.planning.fit import check_fit
 from agents.rollout.vec_env import VectorEnvAdapter
 from agents.training.build import build_algorithm
-from agents.training.checkpoint import check_resumable
-from agents.training.held_out_images import HeldOutImages
-from agents.training.run import Run, RunResult, run_identity
+from agents.training.checkpoint import check_resumable, run_identity
+from agents.training.monitoring.held_out_images import HeldOutImages
+from agents.training.monitoring.holdout_reward import (
+    HoldoutReward,
+    configured_holdout_reward,
+    naming_holdout_reward,
+)
+from agents.training.monitoring.monitors import Monitors
+from agents.training.monitoring.over_optimisation import OverOptimisationBrake
+from agents.training.result import RunResult
+from agents.training.run import Run, RunListener
 from agents.training.run_folder import RunFolder
-from ddpo_env.models import DiffusionModel, check_source, load_model
+from ddpo_env.models import DiffusionModel, abilities_of, check_source, load_model
 from ddpo_env.prompts import PromptDistribution, load_prompts
+from ddpo_env.vector_env import DenoisingVectorEnv
 from rewards import Loadable, LogsAnswers, Reward, check_shareable, configured_reward, parse_options
 
 _ENVIRONMENT = "ddpo_env:DDPO-SD-v0"
@@ -44,12 +53,14 @@ class CheckedRun:
         folder: of the run.
         reward: with its options, not loaded.
         prompts: their distribution.
+        holdout: the held-out reward with its options, not loaded; `None` if there is none.
     """
 
     config: TrainConfig
     folder: RunFolder
     reward: Reward
     prompts: PromptDistribution
+    holdout: Reward | None = None
 
 
 def start_run_processes(config: TrainConfig) -> Processes:
@@ -98,7 +109,11 @@ def check_run(config: TrainConfig, processes: Processes) -> CheckedRun:
             quantization=config.run.quantization,
         )
         check_fit(config, reward)
-    return CheckedRun(config, folder, reward, prompts)
+        holdout = configured_holdout_reward(config)
+        if holdout is not None:
+            with naming_holdout_reward(config.run.holdout_reward):
+                check_fit(config, holdout)
+    return CheckedRun(config, folder, reward, prompts, holdout)
 
 
 def _check_writable(folder: Path) -> None:
@@ -183,7 +198,7 @@ def _env_arguments(checked: CheckedRun, model: DiffusionModel, processes: Proces
 
 def _load(checked: CheckedRun, processes: Processes) -> Run:
     """Load the model and make environment, algorithm and held-out images; with several processes, this one's part."""
-    config, settings = checked.config, checked.config.run
+    config = checked.config
     model = load_configured_model(config, processes)
     set_random_seed(config.seed)
     env = training_env(checked, model, processes)
@@ -195,11 +210,27 @@ def _load(checked: CheckedRun, processes: Processes) -> Run:
     ).unwrapped
     if isinstance(checked.reward, Loadable):
         checked.reward.load()  # shows what the reward lacks now, not after the first images
+    if isinstance(checked.holdout, Loadable) and processes.is_main:
+        with naming_holdout_reward(config.run.holdout_reward):
+            checked.holdout.load()
     if processes.is_main:
         checked.folder.make()
         config = replace(config, run_dir=Path(str(checked.folder)))
         if isinstance(checked.reward, LogsAnswers):
             checked.reward.log_to(checked.folder.judge)
+        if isinstance(checked.holdout, LogsAnswers):
+            checked.holdout.log_to(checked.folder.judge / "holdout")
     algorithm = build_algorithm(config, env, processes)
-    images = HeldOutImages(eval_env, settings.eval_samples, settings.eval_interval, config.seed + _EVAL_SEED_OFFSET)
-    return Run(config, algorithm, checked.folder, [images])
+    return Run(config, algorithm, checked.folder, _listeners(config, checked.holdout, eval_env))
+
+
+def _listeners(config: TrainConfig, holdout: Reward | None, eval_env: DenoisingVectorEnv) -> list[RunListener]:
+    """Return what watches the run: held-out images, monitors, and the brake if it is wanted."""
+    settings, scored = config.run, None
+    if holdout is not None:
+        metadata = dict(abilities_of(eval_env.model).sample_metadata)
+        scored = HoldoutReward(holdout, str(settings.holdout_reward), config.eval_batch_size, metadata)
+    seed, window = config.seed + _EVAL_SEED_OFFSET, config.update.timestep_window
+    images = HeldOutImages(eval_env, settings.eval_samples, settings.eval_interval, seed, window, scored)
+    brake = [OverOptimisationBrake()] if settings.stop_at_overoptimisation else []
+    return [images, Monitors(eval_env.model), *brake]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -17,39 +16,20 @@ from stable_baselines3.common.logger import Logger
 
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.config.train_config import TrainConfig
-from agents.evaluation.image_grid import reward_curve
+from agents.evaluation.evaluate import Evaluation
+from agents.evaluation.plots import reward_curve
 from agents.files import refuse_links
 from agents.planning.memory import fit_micro_batch_size
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.vec_env import denoising_env_of
 from agents.training.algorithm_state import Stateful, check_learned
-from agents.training.checkpoint import Checkpoints, iterations_done, latest_checkpoint
+from agents.training.checkpoint import Checkpoints, iterations_done, latest_checkpoint, run_identity
 from agents.training.console import ConsoleWriter, TensorBoardCurves
-from agents.training.divergence import DEVIATIONS, ITERATIONS, DivergenceError, has_diverged, is_worse
+from agents.training.monitoring.divergence import DEVIATIONS, ITERATIONS, DivergenceError, has_diverged, is_worse
+from agents.training.result import RunResult, best_of
 from agents.training.run_folder import MetricsTable, RunFolder
 from ddpo_env.validation.options import NOT_NEGATIVE, Range, check_value
 from rewards import StatefulReward, is_stateful
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """The outcome of a run.
-
-    Attributes:
-        config: as resolved; for a resumed run, the run's own.
-        folder: with everything that the run wrote.
-        reward_before: mean reward on the held-out seeds before training; `None` if the run stopped before that.
-        reward_after: the same after training; `None` if the run was stopped.
-        iterations: number of finished iterations.
-        wall_clock_seconds: of this process, from the start of the program or of `train`.
-    """
-
-    config: TrainConfig
-    folder: RunFolder
-    reward_before: float | None
-    reward_after: float | None
-    iterations: int
-    wall_clock_seconds: float
 
 
 class RunListener:
@@ -60,6 +40,9 @@ class RunListener:
 
     def on_iteration(self, run: Run) -> None:
         """Act after an iteration, before it is logged and before its checkpoint."""
+
+    def on_evaluation(self, run: Run, evaluation: Evaluation) -> None:
+        """Act after held-out samples are scored and added to the run's curves, before the iteration is logged."""
 
     def on_end(self, run: Run) -> None:
         """Act after the last iteration; not for a run that was stopped."""
@@ -80,6 +63,8 @@ class Run:
         iteration: number of finished iterations.
         training_rewards: mean training reward of every iteration.
         evaluations: (iteration, mean reward) on the held-out seeds.
+        holdout_evaluations: the same of the held-out reward; empty if there is none.
+        stopped_early: why a rule has ended the run before its last planned iteration; `None`: none has.
         pretrained_std: standard deviation of the pretrained policy's rewards: the larger one of the held-out samples'
             and the first iteration's.
     """
@@ -99,6 +84,8 @@ class Run:
         self.iteration = 0
         self.training_rewards: list[float] = []
         self.evaluations: list[tuple[int, float]] = []
+        self.holdout_evaluations: list[tuple[int, float]] = []
+        self.stopped_early: str | None = None
         self.pretrained_std = 0.0
         self.checkpoints = Checkpoints(
             folder.checkpoints,
@@ -162,23 +149,32 @@ class Run:
         """Whether another process has finished this run, to its summary."""
         return self._was_finished
 
-    def record_evaluation(self, mean: float, std: float) -> None:
-        """Add the held-out reward of the current iteration to the curve; save the policy if it is the best so far."""
+    def record_evaluation(self, evaluation: Evaluation) -> None:
+        """Add an evaluation of the current iteration to the curves, and save the policy if it is the best so far."""
+        rewards, holdout, before = evaluation.finite_rewards(), evaluation.holdout_rewards, self.best_evaluation
+        self.evaluations.append((self.iteration, float(rewards.mean())))
+        if holdout is not None:
+            self.holdout_evaluations.append((self.iteration, float(holdout.mean())))
         if self.iteration == 0:
-            self.pretrained_std = max(self.pretrained_std, std)
-        elif mean > max(before for _, before in self.evaluations):
+            self.pretrained_std = max(self.pretrained_std, float(rewards.std()))
+        elif self.best_evaluation != before:
             self.processes.from_main(lambda: self._save_weights(self.folder.best))
-        self.evaluations.append((self.iteration, mean))
+        for listener in self.listeners:
+            listener.on_evaluation(self, evaluation)
+
+    def stop(self, reason: str) -> None:
+        """End the run after the current iteration, as one that is finished; all processes call this."""
+        self.stopped_early = reason
 
     @property
     def best_evaluation(self) -> tuple[int, float] | None:
-        """Iteration and mean reward of the best evaluation; `None` before the first one."""
-        return max(self.evaluations, key=lambda one: one[1], default=None)
+        """Iteration and mean of the best evaluation, by the held-out reward if there is one; `None`: there is none."""
+        return best_of(self.holdout_evaluations or self.evaluations)
 
     @property
     def is_finished(self) -> bool:
-        """Whether all iterations are done."""
-        return self.iteration >= self.config.total_iterations
+        """Whether all iterations are done, or a rule has ended the run."""
+        return self.iteration >= self.config.total_iterations or self.stopped_early is not None
 
     @property
     def saved_iterations(self) -> int | None:
@@ -194,6 +190,8 @@ class Run:
             "iteration": self.iteration,
             "training_rewards": self.training_rewards,
             "evaluations": self.evaluations,
+            "holdout_evaluations": self.holdout_evaluations,
+            "stopped_early": self.stopped_early,
             "pretrained_std": self.pretrained_std,
         }
 
@@ -203,17 +201,21 @@ class Run:
         Raises:
             ValueError: naming a value that no run has.
         """
-        done, rewards, evaluations = state["iteration"], state["training_rewards"], state["evaluations"]
+        done, rewards, reason = state["iteration"], state["training_rewards"], state["stopped_early"]
         check_value("iteration", done, Annotated[int, NOT_NEGATIVE])
         check_value("training_rewards", tuple(rewards), tuple[Annotated[float, Range()], ...])
         check_value("pretrained_std", state["pretrained_std"], Annotated[float, NOT_NEGATIVE])
         pair = tuple[Annotated[int, Range(at_least=0, at_most=done)], Annotated[float, Range()]]
-        check_value("evaluations", tuple(map(tuple, evaluations)), tuple[pair, ...])
+        curves = {name: [tuple(one) for one in state[name]] for name in ("evaluations", "holdout_evaluations")}
+        for name, evaluations in curves.items():
+            check_value(name, tuple(evaluations), tuple[pair, ...])
+        check_value("stopped_early", reason, str | None)
         if len(rewards) != done:
             raise ValueError(f"training_rewards must be of iteration={done} iterations; got {len(rewards)}")
         self.iteration = done
         self.training_rewards = list(rewards)
-        self.evaluations = [(iteration, mean) for iteration, mean in evaluations]
+        self.evaluations, self.holdout_evaluations = curves["evaluations"], curves["holdout_evaluations"]
+        self.stopped_early = reason
         self.pretrained_std = state["pretrained_std"]
 
     def _components(self) -> dict[str, Stateful]:
@@ -278,7 +280,7 @@ class Run:
         self.processes.from_main(lambda: self._save_weights(self.folder.path))
         for listener in self.listeners:
             listener.on_end(self)
-        summary = _summary(self._result(started, finished=True), self.processes.count)
+        summary = self._result(started, finished=True).summary(self.processes.count)
         self.processes.from_main(self._draw_curve)
         self.processes.from_main(lambda: self.folder.write_summary(summary))
 
@@ -303,7 +305,7 @@ class Run:
     def _watch_reward(self) -> None:
         """Warn of an iteration that is far worse than the first one; stop the run after some in a row."""
         rewards, std = self.training_rewards, self.pretrained_std
-        if self.config.run.stop_on_divergence and has_diverged(rewards, std):
+        if self.config.run.stop_on_divergence and self.stopped_early is None and has_diverged(rewards, std):
             raise self.processes.mark_agreed(
                 DivergenceError(
                     f"the mean reward fell from {rewards[0]:.4g} in the first iteration to {rewards[-1]:.4g}; in the "
@@ -325,9 +327,17 @@ class Run:
             self.algorithm.logger.dump(self.iteration)
 
     def _result(self, started: float, finished: bool) -> RunResult:
-        before = self.evaluations[0][1] if self.evaluations else None
-        after = self.evaluations[-1][1] if finished else None
-        return RunResult(self.config, self.folder, before, after, self.iteration, time.perf_counter() - started)
+        return RunResult(
+            config=self.config,
+            folder=self.folder,
+            reward_before=self.evaluations[0][1] if self.evaluations else None,
+            reward_after=self.evaluations[-1][1] if finished else None,
+            iterations=self.iteration,
+            wall_clock_seconds=time.perf_counter() - started,
+            evaluations=tuple(self.evaluations),
+            holdout_evaluations=tuple(self.holdout_evaluations),
+            stopped_early=self.stopped_early,
+        )
 
     def _write_error(self, error: BaseException) -> None:
         try:
@@ -367,31 +377,3 @@ class Run:
             policy.save(folder / "policy")
             if policy.options.lora_rank > 0:
                 policy.save_lora(folder / "lora")
-
-
-def run_identity(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that tell one run from another, and that stay when a run is moved or goes on for longer."""
-    return {
-        "algorithm": config.algorithm,
-        "reward": config.reward,
-        "seed": config.seed,
-        "num_inference_steps": config.num_inference_steps,
-        "samples_per_iteration": config.samples_per_iteration,
-        "lora_rank": config.policy.lora_rank,
-    }
-
-
-def _summary(result: RunResult, processes: int) -> dict[str, Any]:
-    config = result.config
-    return {
-        "algorithm": config.algorithm,
-        "reward": config.reward,
-        "reward_before": result.reward_before,
-        "reward_after": result.reward_after,
-        "eval_samples": config.run.eval_samples,
-        "wall_clock_seconds": round(result.wall_clock_seconds, 1),
-        "iterations": result.iterations,
-        "reward_queries": result.iterations * config.samples_per_iteration,
-        "seed": config.seed,
-        "processes": processes,
-    }

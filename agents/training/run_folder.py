@@ -6,6 +6,7 @@ runs/<name>/
     samples/iteration_0000.png, ...          the same held-out prompts and seeds every time
     samples/images/iteration_0000.png, ...   the same images in a row, in their own size and without labels
     samples/before_after.png, reward.png     the two files to look at first
+    reward_against_kl.png                    mean rewards against the distance from the pretrained model
     lora/pytorch_lora_weights.safetensors    for `pipe.load_lora_weights("runs/<name>/lora")`
     policy/                                  for `agents.DiffusionPolicy.load`
     best/                                    the same two of the best evaluation, if training improved on the first
@@ -38,7 +39,7 @@ from agents.files import refuse_links, remove_leftovers, write_file
 
 _FOLDERS = ("samples", "tensorboard", "lora", "policy", "best", "checkpoints", "judge")
 _ITERATION = "time/iterations"
-_FILES = ("config.yaml", "progress.csv", "reward.png", "error.txt", "summary.json")
+_FILES = ("config.yaml", "progress.csv", "reward.png", "reward_against_kl.png", "error.txt", "summary.json")
 _LIBRARIES = (
     "torch",
     "gymnasium",

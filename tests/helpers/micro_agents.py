@@ -166,5 +166,6 @@ def micro_config(model: Path | str, run_dir: Path | None, **settings: Any) -> Tr
 def resume_config(folder: Path, **settings: Any) -> TrainConfig:
     """Settings that continue a run, with everything named again that a run folder alone must not choose."""
     own = TrainConfig.read(folder)
-    named = {name: getattr(own, name) for name in ("model", "prompts", "reward", "reward_options")}
+    outside = ("model", "prompts", "reward", "reward_options", "holdout_reward", "holdout_reward_options")
+    named = {name: value for name, value in own.flat().items() if name in outside}
     return train_config(resume=folder, **named | settings)

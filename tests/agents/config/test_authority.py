@@ -69,6 +69,30 @@ def test_servers_variables_and_paths_are_named_again(tmp_path: Path, options: tu
     assert config.reward_options == options
 
 
+def test_held_out_reward_is_named_again_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose code is the user's, and one that leaves the machine; a built-in one that does not is not asked for."""
+    marker = tmp_path / "exploded"
+    (tmp_path / "bomb.py").write_text(BOMB.format(marker=str(marker)))
+    monkeypatch.syspath_prepend(tmp_path)
+    run = write_run(tmp_path / "run", holdout_reward="bomb:Bomb", holdout_reward_options=("size=2",))
+    with pytest.raises(ValueError, match="uses code, a server") as caught:
+        resolve(train_config(resume=run))
+    line = parse_command_line(["--resume", str(run), *shlex.split(str(caught.value).splitlines()[-1])])
+    assert resolve(line.config).run.holdout_reward == "bomb:Bomb"
+    assert not marker.exists()
+    with pytest.raises(ValueError, match="holdout_reward must not differ from the run's own, 'bomb:Bomb'"):
+        resolve(train_config(resume=run, holdout_reward="aesthetic", holdout_reward_options=("size=2",)))
+    server = ("server=http://203.0.113.1:8000", "device=cpu")
+    run = write_run(tmp_path / "served", holdout_reward="vlm_alignment", holdout_reward_options=server)
+    with pytest.raises(ValueError, match=r"\(holdout_reward_options\)"):
+        resolve(train_config(resume=run))
+    other = ("server=http://localhost:8000", "device=cpu")
+    assert resolve(train_config(resume=run, holdout_reward_options=other)).run.holdout_reward_options == other
+    assert resume_flags(TrainConfig.read(run).changed(run_dir=run)) == ["--holdout-reward-options", *server]
+    run = write_run(tmp_path / "plain", holdout_reward="jpeg_compressibility")
+    assert resolve(train_config(resume=run)).run.holdout_reward == "jpeg_compressibility"
+
+
 def test_text_that_reaches_nothing_is_not_asked_for(tmp_path: Path) -> None:
     options = ("device=cpu", "question=What is this?", "log_per_call=2")
     run = write_run(tmp_path / "run", reward="vlm_alignment", reward_options=options)

@@ -9,7 +9,7 @@ from helpers.paths import ROOT
 from helpers.run_comparison import rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents.training.divergence import has_diverged
+from agents.training.monitoring.divergence import has_diverged
 from agents.training.preparation import run_training
 
 DOCUMENTED = set(re.findall(r"`([a-z]+/[a-z_]+)`", (ROOT / "docs" / "training.md").read_text("utf-8")))

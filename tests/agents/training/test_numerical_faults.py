@@ -11,7 +11,7 @@ from helpers.scripts import MINIATURE, run_script
 from safetensors.torch import load_file
 
 from agents.training.checkpoint import latest_checkpoint
-from agents.training.divergence import DivergenceError
+from agents.training.monitoring.divergence import DivergenceError
 from agents.training.preparation import run_training
 
 

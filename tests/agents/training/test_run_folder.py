@@ -132,7 +132,7 @@ def test_nothing_depends_on_the_working_directory(tmp_path, monkeypatch):
 
 
 def test_curve_is_drawn_whatever_the_backend_is_called(tmp_path):
-    program = "import sys; from pathlib import Path; from agents.evaluation.image_grid import reward_curve\n"
+    program = "import sys; from pathlib import Path; from agents.evaluation.plots import reward_curve\n"
     program += "reward_curve(Path(sys.argv[1]), [1.0], [(0, 1.0)], 'reward')"
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"MPLBACKEND": "foo", "PYTHONPATH": path}

@@ -39,6 +39,7 @@ def test_run_folder_holds_what_its_docstring_says(finished):
         "progress.csv",
         "summary.json",
         "reward.png",
+        "reward_against_kl.png",
         "samples/before_after.png",
         *(f"{folder}lora/pytorch_lora_weights.safetensors" for folder in ("", "best/")),
         *(f"{folder}policy/policy.{suffix}" for folder in ("", "best/") for suffix in ("json", "safetensors")),

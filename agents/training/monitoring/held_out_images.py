@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from stable_baselines3.common.logger import Image as LoggedImage
 
 from agents.evaluation.evaluate import evaluate, evaluation_prompts
 from agents.evaluation.image_grid import image_grid, read_strip, write_image, write_strip
+from agents.evaluation.pretrained_comparison import chosen_transitions
 from agents.policy.diffusion_policy import DiffusionPolicy
+from agents.training.monitoring.holdout_reward import HoldoutReward
 from agents.training.run import Run, RunListener
 from ddpo_env.models.protocol import abilities_of
+from ddpo_env.prompts import Prompt
 from ddpo_env.vector_env import DenoisingVectorEnv
 
 _COLUMNS = 9
@@ -27,21 +31,35 @@ class HeldOutImages(RunListener):
     It writes `samples/iteration_NNNN.png` and its images alone, logs the mean reward as `eval/reward_mean` and the grid
     to TensorBoard, and at the end writes `samples/before_after.png`. There are no files
     for a model whose samples are no images and which does not render them. Where the environment keeps rewards that are
-    NaN or infinite, the mean is that of the others, and `eval/dropped_samples` is their number.
+    NaN or infinite, the mean is that of the others, and `eval/dropped_samples` is their number. Each prompt occurs at
+    least twice, so that samples of the same prompt can be compared.
 
     Args:
         env: for the held-out episodes; autoreset off.
         samples: number of samples that are scored; the first nine are shown.
         interval: iterations between evaluations; 0 for before and after only.
         seed: of the first held-out sample.
+        window: the steps that the run trains on, as fractions of them, at which the policy is compared with the
+            pretrained one.
+        holdout: scores the samples too, in the main process.
     """
 
-    def __init__(self, env: DenoisingVectorEnv, samples: int, interval: int, seed: int) -> None:
+    def __init__(
+        self,
+        env: DenoisingVectorEnv,
+        samples: int,
+        interval: int,
+        seed: int,
+        window: tuple[float, float] = (0.0, 1.0),
+        holdout: HoldoutReward | None = None,
+    ) -> None:
         """Choose the prompts; see the class docstring for the arguments."""
         self.env = env
         self.interval = interval
         self.seed = seed
-        self.prompts = evaluation_prompts(env, samples, seed)
+        self.holdout = holdout
+        self.prompts = _repeated(evaluation_prompts(env, samples, seed))
+        self.compared = chosen_transitions(samples, env.num_inference_steps, window)
         self.columns = min(_COLUMNS, samples)
         self._draws = abilities_of(env.model).can_render
         self._shown: list[tuple[int, float]] = []
@@ -62,23 +80,36 @@ class HeldOutImages(RunListener):
             run.processes.from_main(lambda: self._draw_run(run))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the mean rewards of the grids, for a checkpoint; the images are in the run's folder."""
-        return {"shown": self._shown}
+        """Return the mean rewards of the grids and the state of the held-out reward, for a checkpoint.
+
+        The images are in the run's folder.
+        """
+        return {"shown": self._shown, "holdout": self.holdout.state_dict() if self.holdout is not None else {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._shown = [(iteration, mean) for iteration, mean in state["shown"]]
+        if self.holdout is not None:
+            self.holdout.load_state_dict(state["holdout"])
 
     def _evaluate(self, run: Run) -> None:
         algorithm = run.algorithm
         assert isinstance(algorithm.policy, DiffusionPolicy)
         with algorithm.averaged_weights():
-            evaluation = evaluate(algorithm.policy, self.env, self.prompts, self.seed, run.processes)
+            evaluation = evaluate(
+                algorithm.policy, self.env, self.prompts, self.seed, run.processes, compared=self.compared
+            )
         with run.processes.fail_together():
             rewards = evaluation.finite_rewards()
-        run.record_evaluation(float(rewards.mean()), float(rewards.std()))
+        if self.holdout is not None:
+            holdout, samples = self.holdout, evaluation.images
+            scores = run.processes.from_main(lambda: holdout(samples, self.prompts))
+            evaluation = replace(evaluation, holdout_rewards=scores)
+            algorithm.logger.record("eval/holdout_reward_mean", float(scores.mean()))
+            algorithm.logger.record("eval/holdout_reward_std", float(scores.std()))
         algorithm.logger.record("eval/reward_mean", float(rewards.mean()))
         algorithm.logger.record("eval/reward_std", float(rewards.std()))
+        run.record_evaluation(evaluation)
         if self.env.non_finite_rewards == "keep":
             algorithm.logger.record("eval/dropped_samples", evaluation.dropped_samples)
         shown = _finite_mean(evaluation.rewards[: self.columns])
@@ -107,6 +138,13 @@ class HeldOutImages(RunListener):
     @property
     def _captions(self) -> list[str]:
         return [prompt for prompt, _ in self.prompts[: self.columns]]
+
+
+def _repeated(prompts: list[Prompt]) -> list[Prompt]:
+    """Return prompts of which each occurs at least twice if there are two, so that its samples can be compared."""
+    half = max(1, len(prompts) // 2)
+    repeats = len({text for text, _ in prompts}) <= half
+    return prompts if repeats else (prompts[:half] * 3)[: len(prompts)]
 
 
 def _strip(run: Run, iteration: int) -> Path:
