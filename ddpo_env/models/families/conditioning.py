@@ -93,6 +93,12 @@ class ConditioningLayout:
             packed[name] = pad(text.float(), (0, 0) * (text.ndim - 2) + (0, missing)) if missing else text.float()
         return {name: packed[name] for name in self.shapes}
 
+    def zeros(self, rows: int, device: torch.device) -> dict[str, Tensor]:
+        """Return a conditioning of zeros `(rows, ...)`; lengths are on the host, which reads them."""
+        return {
+            name: torch.zeros(rows, *shape, device=device if shape else "cpu") for name, shape in self.shapes.items()
+        }
+
     def arguments(self, conditioning: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
         """Return conditioning `(batch, ...)` as the pipeline's call takes it."""
         given: dict[str, Any] = {}

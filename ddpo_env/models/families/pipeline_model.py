@@ -353,9 +353,7 @@ class PipelineModel(ModelAbilities):
 
     def _unprompted(self, rows: int = 1) -> dict[str, Any]:
         """Return a conditioning for calls in which the prompt has no effect."""
-        shapes = self._layout.shapes.items()  # those without dimensions are lengths, which the host reads
-        zeros = {name: torch.zeros(rows, *shape, device=self.device if shape else "cpu") for name, shape in shapes}
-        return self._layout.arguments(zeros, next(self.denoiser.parameters()).dtype)
+        return self._layout.arguments(self._layout.zeros(rows, self.device), next(self.denoiser.parameters()).dtype)
 
     def _guidance(self, conditioning: Conditioning, rows: int) -> float:
         scales = conditioning.get("guidance")
