@@ -77,7 +77,7 @@ def check_source(
         outlined = outline_model(model, resolution, pipeline_arguments)
         if outlined is not None and num_inference_steps is not None:
             GaussianSampler.from_model(outlined, num_inference_steps, min_std=SMALLEST_STD)
-    if location not in BUNDLED_MODELS and Path(location).is_dir():
+    if location not in BUNDLED_MODELS and Path(location).exists():
         family_in(location)
 
 
@@ -99,7 +99,8 @@ def load_model(
     """Load a diffusion model, or return the one that this process has loaded already.
 
     Args:
-        model: bundled name (`"tiny"`, `"points"`), folder in diffusers' layout, Hub id, a pipeline object (which is
+        model: bundled name (`"tiny"`, `"points"`), folder in diffusers' layout, a single `.safetensors` file with its
+            configurations in a folder of the same name beside it, Hub id, a pipeline object (which is
             moved to `device` and `dtype`; the model has the components that it has now, and holds them), or a
             `DiffusionModel` of your own, which stays where it is and is found again by its `source` as long as somebody
             holds it.
@@ -213,7 +214,7 @@ def _load(
             _loaded[key] = _made_here(build_bundled(location, place, weight_dtype), None)
         else:
             family, index = family_in(location)
-            if not Path(location).is_dir():
+            if not Path(location).exists():
                 family, index = family_in(download_pipeline(location, index.settings))
             source = str(model) if str(model) in BUNDLED_MODELS else location
             loaded = adapted(family, load_pipeline(index, place, weight_dtype), source, arguments)

@@ -27,7 +27,7 @@ def outline_model(
     """Return a model on the meta device: it computes shapes, and no numbers. Nothing is downloaded.
 
     Args:
-        model: bundled name, folder in diffusers' layout, or Hub id.
+        model: bundled name, folder in diffusers' layout, single file, or Hub id.
         resolution: side of the images in pixels; default: the model's own.
         pipeline_arguments: of every call of the pipeline, see `load_model`.
 
@@ -50,11 +50,11 @@ def _outline(source: str, arguments: Mapping[str, Any]) -> DiffusionModel | None
     source = _KNOWN.get(source, source)
     if source in BUNDLED_MODELS:
         return build_bundled(source, torch.device("meta"), torch.float32)
-    if not Path(source).is_dir():
+    if not Path(source).exists():
         return None
     family, index = family_in(source, with_weights=False)
     with torch.device("meta"):
-        pipeline = index.assemble(partial(_outline_component, source))
+        pipeline = index.assemble(partial(_outline_component, index.location))
         try:
             return adapted(family, pipeline, source, arguments)
         except ShapeUnknownError:

@@ -21,6 +21,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers.utils import logging as transformers_logging
 
 from ddpo_env.models.components import CONVERSION, check_component, load_component
+from ddpo_env.models.single_file import load_single_file
 
 TEXT_ENCODERS = {"text_encoder", "text_encoder_2", "text_encoder_3"}
 """Names of the components that may be on another device than the rest: they move when there is something to encode."""
@@ -44,12 +45,14 @@ class PipelineIndex:
         class_name: of the pipeline.
         components: `[library, class]` of what is loaded, by name.
         settings: all other arguments of the pipeline's class.
+        weights: the single file that holds the weights, if they are not in the folder.
     """
 
     location: str
     class_name: str
     components: Mapping[str, Any]
     settings: Mapping[str, Any]
+    weights: str | None = None
 
     def check(self, with_weights: bool = True) -> None:
         """Check every component, see `check_component`; nothing is loaded."""
@@ -72,7 +75,9 @@ class PipelineIndex:
             for file in sorted((Path(self.location) / name).iterdir()):
                 if file.suffix in (".json", ".safetensors"):
                     digest.update(f"{name}/{file.name} {file.stat().st_size}".encode())
-                    _add_samples(file, digest)
+                    add_samples(file, digest)
+        if self.weights is not None:
+            add_samples(Path(self.weights), digest)
         return digest.hexdigest()
 
 
@@ -168,7 +173,7 @@ def weights_fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _add_samples(file: Path, digest: Any) -> None:
+def add_samples(file: Path, digest: Any) -> None:
     """Add parts of a file to a hash: the whole of a small file, a hundredth of a large one."""
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -178,13 +183,17 @@ def _add_samples(file: Path, digest: Any) -> None:
 
 
 def load_pipeline(index: PipelineIndex, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
-    """Load a pipeline's safetensors from its folder, onto a device.
+    """Load a pipeline's safetensors from its folder or its single file, onto a device.
 
     Raises:
         ValueError: for a component that is missing or not valid, see `load_component`, or has non-finite weights.
     """
     with _without_progress_bars():
-        pipeline = index.assemble(lambda name, place: load_component(index.location, name, place, dtype))
+        if index.weights is None:
+            pipeline = index.assemble(lambda name, place: load_component(index.location, name, place, dtype))
+        else:
+            described = index.location, index.class_name, index.components, index.settings
+            pipeline = load_single_file(index.weights, *described, dtype)
     pipeline.to(device)
     return pipeline
 
