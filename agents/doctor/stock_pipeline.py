@@ -21,6 +21,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from agents.doctor.examination import Examination
+from agents.doctor.stock_lora import with_starting_lora
 from ddpo_env.models import DiffusionModel, abilities_of
 from ddpo_env.models.image_decoding import decode_samples
 from ddpo_env.sampler.scheduler_table import ddim_of
@@ -79,10 +80,9 @@ def watch(
         prompts: one for each row.
         deployed: with the scheduler that the pipeline comes with; else with its deterministic one: DDIM, or Euler's
             steps of the flow.
-        pipeline: another one than the model's, such as one with a LoRA.
+        pipeline: another one than the model's with the LoRA that the run starts from.
     """
-    pipeline = pipeline or pipeline_of(examination.model)
-    assert pipeline is not None
+    pipeline = pipeline or _starting_pipeline(examination)
     stock = copy.copy(pipeline)
     is_flow = isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
     own = deployed or is_flow
@@ -104,6 +104,13 @@ def watch(
         result = stock(**arguments)[0]
     watched.images = _as_images(result)
     return watched
+
+
+def _starting_pipeline(examination: Examination) -> DiffusionPipeline:
+    """Return the pipeline of the model, with the LoRA that training goes on from if there is one."""
+    pipeline, lora = pipeline_of(examination.model), examination.config.policy.lora
+    assert pipeline is not None
+    return pipeline if lora is None else with_starting_lora(examination.model, pipeline, lora)
 
 
 def _arguments(examination: Examination, takes: Any, prompts: list[str]) -> dict[str, Any]:

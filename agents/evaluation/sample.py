@@ -20,7 +20,6 @@ from agents.terminal import print_error, print_line, tolerate_encodings
 from ddpo_env.validation.options import Range, check_fields
 
 BAD_ARGUMENTS, INTERRUPTED = 2, 130
-_LORA_FILE = "pytorch_lora_weights.safetensors"
 _SEEDS_APART = 1000
 """Distance between the seeds of two columns, so that no two images of a usual grid have the same noise."""
 _SEED = Range(at_least=0, at_most=10**18)
@@ -32,13 +31,13 @@ class SampleArguments:
     """Which images to generate, and with which model."""
 
     model: str = "tiny"
-    """Bundled name, a folder in diffusers' layout, or a Hub id."""
+    """Bundled name, a folder in diffusers' layout, a .safetensors file, or a Hub id."""
     resolution: Annotated[int | None, Range(at_least=1, at_most=65_536)] = None
     """Side of the images in pixels. Default: the model's own; use the one that the LoRA was trained with."""
     pipeline_arguments: tuple[str, ...] = ()
     """Arguments of the pipeline's call as key=value, such as height=832 width=1216."""
     lora: Path | None = None
-    """Folder of a trained LoRA, such as runs/<name>/lora."""
+    """Folder or file of a LoRA, such as runs/<name>/lora."""
     compare: bool = False
     """With --lora: also generate the images without it, in a row above."""
     prompts: tuple[str, ...] = ("a cat", "a fox", "a lion", "a penguin", "a fox riding a bike")
@@ -69,8 +68,10 @@ class SampleArguments:
             raise ValueError("seeds must be at least one; got none")
         if self.compare and self.lora is None:
             raise ValueError("compare must be used with a LoRA: add --lora")
-        if self.lora is not None and not (self.lora / _LORA_FILE).is_file():
-            raise ValueError(f"lora must be a folder with {_LORA_FILE}; got {str(self.lora)!r}")
+        if self.lora is not None:
+            from ddpo_env.models.lora.lora_file import find_lora
+
+            find_lora(self.lora)
         _check_output(self.output)
 
 
@@ -106,8 +107,8 @@ def check_model(arguments: SampleArguments) -> None:
     Raises:
         ValueError: naming the argument, its value and what is valid.
     """
-    from agents.evaluation.lora_file import check_lora
     from ddpo_env.models import check_source
+    from ddpo_env.models.lora.lora_file import check_lora, find_lora
     from ddpo_env.models.outline import outline_model
 
     check_source(arguments.model, arguments.device)
@@ -121,7 +122,7 @@ def check_model(arguments: SampleArguments) -> None:
             f"got {arguments.num_inference_steps}"
         )
     if arguments.lora is not None:
-        check_lora(arguments.lora / _LORA_FILE, model.denoiser, arguments.model)
+        check_lora(find_lora(arguments.lora), model.denoiser, arguments.model)
 
 
 def generate(arguments: SampleArguments) -> tuple[list[NDArray[np.uint8]], list[str]]:
@@ -197,9 +198,9 @@ def _rows(
 
 def _load_lora(pipeline: Any, lora: Path) -> None:
     """Load a LoRA; diffusers skips weights that it does not know with no more than a warning."""
-    from agents.evaluation.lora_file import lora_tensors
+    from ddpo_env.models.lora.lora_file import find_lora, lora_tensors
 
-    tensors = lora_tensors(lora / _LORA_FILE)
+    tensors = lora_tensors(find_lora(lora))
     try:
         pipeline.load_lora_weights(tensors)
     except Exception as error:  # of many kinds, as the file is anybody's

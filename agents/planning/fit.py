@@ -6,9 +6,10 @@ import torch
 
 from agents.config.train_config import TrainConfig
 from agents.policy.guidance import check_guidance
-from agents.policy.lora import add_lora
+from agents.policy.lora import add_lora, continue_lora, starting_adapters
 from ddpo_env.models import abilities_of
 from ddpo_env.models.loading import is_object
+from ddpo_env.models.lora.lora_file import check_lora, find_lora
 from ddpo_env.models.outline import outline_model
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 from ddpo_env.validation.arguments import check_reward_and_rendering
@@ -36,6 +37,8 @@ def check_fit(config: TrainConfig, reward: Reward) -> None:
     model = outline_model(config.model, *settings.size)
     if model is None:
         return
+    if settings.base_lora is not None:
+        check_lora(find_lora(settings.base_lora, "base_lora"), model.denoiser, config.model)
     abilities_of(model).save_memory(settings.offload_text_encoder, settings.vae_tiling)
     check_reward_and_rendering(model, reward, None)
     check_guidance(model, options.guidance_scale)
@@ -48,5 +51,9 @@ def check_fit(config: TrainConfig, reward: Reward) -> None:
             f"{type(model.denoiser).__name__} has none; got True"
         )
     if options.lora_rank > 0:
+        adapters = None if options.lora is None else starting_adapters(model, options.lora)
         with torch.device("meta"):
+            if adapters is not None:
+                continue_lora(model.denoiser, adapters)
+                return
             add_lora(model.denoiser, options.lora_rank, options.lora_targets)

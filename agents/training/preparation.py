@@ -143,6 +143,7 @@ def load_configured_model(config: TrainConfig, processes: Processes) -> Diffusio
         processes.device or config.device,
         settings.dtype,
         *settings.size,
+        base_lora=settings.base_lora,
         offload_text_encoder=settings.offload_text_encoder,
         vae_tiling=settings.vae_tiling,
     )

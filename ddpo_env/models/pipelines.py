@@ -75,9 +75,9 @@ class PipelineIndex:
             for file in sorted((Path(self.location) / name).iterdir()):
                 if file.suffix in (".json", ".safetensors"):
                     digest.update(f"{name}/{file.name} {file.stat().st_size}".encode())
-                    add_samples(file, digest)
+                    _add_samples(file, digest)
         if self.weights is not None:
-            add_samples(Path(self.weights), digest)
+            digest.update(file_fingerprint(Path(self.weights)).encode())
         return digest.hexdigest()
 
 
@@ -173,7 +173,14 @@ def weights_fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def add_samples(file: Path, digest: Any) -> None:
+def file_fingerprint(file: Path) -> str:
+    """Return a hash of the size and of samples of a weight file: the whole of a file below 4 MiB."""
+    digest = hashlib.sha256(str(file.stat().st_size).encode())
+    _add_samples(file, digest)
+    return digest.hexdigest()
+
+
+def _add_samples(file: Path, digest: Any) -> None:
     """Add parts of a file to a hash: the whole of a small file, a hundredth of a large one."""
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -188,7 +195,7 @@ def load_pipeline(index: PipelineIndex, device: torch.device, dtype: torch.dtype
     Raises:
         ValueError: for a component that is missing or not valid, see `load_component`, or has non-finite weights.
     """
-    with _without_progress_bars():
+    with without_progress_bars():
         if index.weights is None:
             pipeline = index.assemble(lambda name, place: load_component(index.location, name, place, dtype))
         else:
@@ -211,7 +218,7 @@ def download_pipeline(location: str, options: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """Progress bars are for downloads; a folder is read in a moment."""
     libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     for library in libraries:

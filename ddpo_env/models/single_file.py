@@ -14,8 +14,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.single_file import FromSingleFileMixin
-from diffusers.loaders.single_file_utils import fetch_diffusers_config
+from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -38,21 +37,19 @@ def check_single_file(file: Path) -> None:
     name = str(file)
     if file.suffix.lower() in _PICKLES:
         raise ValueError(
-            f"model must be safetensors, not the pickle {name!r}, which can run code when it is read. If you trust the "
-            f"file, convert it once: diffusers.StableDiffusionPipeline.from_single_file({name!r}).save_pretrained(folder)"
+            f"model must be safetensors, not the pickle {name!r}, which can run code when it is read. If you trust "
+            f"it, convert it once: diffusers.StableDiffusionPipeline.from_single_file({name!r}).save_pretrained(folder)"
         )
     weights = _outline(file)
     if any(part in key for key in weights for part in _LORA_KEYS):
         raise ValueError(
-            f"model must be a pipeline, and {name!r} is a LoRA. Pass the model that it was trained for, and the file as "
-            f"the LoRA to start from: lora={name!r}"
+            f"model must be a pipeline, and {name!r} is a LoRA. Pass the model that it was trained for, and the file "
+            f"as the LoRA to start from: lora={name!r}"
         )
-    config = fetch_diffusers_config(weights)  # of Stable Diffusion 1 if diffusers does not know the file
-    likely = config["pretrained_model_name_or_path"]
-    is_known = any(key.startswith(_DENOISER) for key in weights) or likely != fetch_diffusers_config({})[
-        "pretrained_model_name_or_path"
-    ]
-    if not is_known:
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config
+
+    likely, unknown = (fetch_diffusers_config(one)["pretrained_model_name_or_path"] for one in (weights, {}))
+    if likely == unknown and not any(key.startswith(_DENOISER) for key in weights):
         raise ValueError(
             f"model {name!r} must hold a whole pipeline in its authors' layout, with weights such as {_DENOISER}*; it "
             f"has {shortened(sorted(weights))}. If it is one network of a pipeline, load it into that pipeline with "
@@ -89,7 +86,7 @@ def load_single_file(
         ValueError: for a pipeline without such files, or weights that are missing, do not fit or are not finite.
     """
     pipeline_class: Any = getattr(diffusers, class_name)
-    if not issubclass(pipeline_class, FromSingleFileMixin):
+    if not hasattr(pipeline_class, "from_single_file"):
         raise ValueError(f"model {file!r} must be a folder in diffusers' layout, as a {class_name} has no single files")
     in_folder = {
         name: load_component(location, name, place, dtype)
@@ -97,6 +94,8 @@ def load_single_file(
         if not issubclass(component_class(location, name, place), nn.Module)
         or any((Path(location) / name).glob("*.safetensors"))
     }
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of weights that a file holds beside the pipeline, and without reason
     try:
         pipeline: DiffusionPipeline = pipeline_class.from_single_file(
             file, config=location, torch_dtype=dtype, local_files_only=True, **settings, **in_folder
@@ -106,6 +105,8 @@ def load_single_file(
             f"model {file!r} must hold the weights of a {class_name} that the configurations in {location!r} describe, "
             f"as far as they are not there; {type(error).__name__}: {error}"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
     for name in components.keys() - in_folder.keys():
         network = getattr(pipeline, name)
         missing = [key for key, value in network.state_dict().items() if value.device.type == "meta"]

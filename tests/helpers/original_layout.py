@@ -122,15 +122,17 @@ def _vae(vae: Any) -> dict[str, Tensor]:
 
 
 def _open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    renamed = {_replaced(name, OPEN_CLIP): value for name, value in weights.items() if "_proj." not in name}
-    renamed |= {_replaced(name, OPEN_CLIP): value for name, value in weights.items() if "out_proj." in name}
+    apart = ("q_proj.", "k_proj.", "v_proj.", "text_projection.", "position_ids")
+    renamed = {
+        _replaced(name, OPEN_CLIP): value for name, value in weights.items() if not any(one in name for one in apart)
+    }
     for layer in sorted({match[1] for name in weights if (match := re.search(r"layers\.(\d+)\.", name))}):
         for kind in ("weight", "bias"):
             start = f"text_model.encoder.layers.{layer}.self_attn."
             three = [weights[f"{start}{one}_proj.{kind}"] for one in "qkv"]
             renamed[f"transformer.resblocks.{layer}.attn.in_proj_{kind}"] = torch.cat(three)
     renamed["text_projection"] = weights["text_projection.weight"].T
-    return {name: value for name, value in renamed.items() if "position_ids" not in name}
+    return renamed
 
 
 def _replaced(name: str, rules: dict[str, str]) -> str:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from agents.evaluation.lora_file import lora_tensors
 from agents.evaluation.sample import SampleArguments, generate
+from ddpo_env.models.lora.lora_file import lora_tensors
 
 
 def write(folder: Path, **settings: Any) -> Path:
