@@ -34,6 +34,8 @@ from ddpo_env.models.pipelines import without_progress_bars
 from rewards.pretrained import shortened
 
 _NAME = "default"
+_MOST_LETTERS = 300
+"""Of an error that would name every layer."""
 
 
 def read_adapters(pipeline: DiffusionPipeline, denoiser_name: str, file: Path, model: str) -> Adapters:
@@ -72,11 +74,12 @@ def read_adapters(pipeline: DiffusionPipeline, denoiser_name: str, file: Path, m
             stock.load_lora_weights(dict(tensors), adapter_name=_NAME)
             found = {name: _adapters_in(network) for name, network in networks.items()}
     except Exception as error:  # of many kinds, as the file is anybody's
-        raise ValueError(f"lora {str(file)!r} does not fit model {model!r}: {type(error).__name__}: {error}") from error
+        cause = " ".join(str(error).split())[:_MOST_LETTERS]
+        raise ValueError(f"lora {str(file)!r} does not fit model {model!r}: {type(error).__name__}: {cause}") from error
     count = sum(len(adapters) for adapters in found.values())
     if not count or count != len(converted):
         raise ValueError(
-            f"lora {str(file)!r} must hold adapters of rank-one sums for layers of model {model!r}, and nothing else; "
+            f"lora {str(file)!r} must hold low-rank adapters for layers of model {model!r}, and nothing else; "
             f"of its {len(converted)} tensors {count} are, among {shortened(sorted(converted))}"
         )
     wrong = [f"{part}.{name}" for part in found for name, value in found[part].items() if not value.isfinite().all()]
@@ -100,8 +103,8 @@ def denoiser_adapters(pipeline: DiffusionPipeline, denoiser_name: str, file: Pat
     return found[denoiser_name]
 
 
-def merge_lora(pipeline: Any, denoiser_name: str, file: Path, model: str) -> MergedLora:
-    """Add a LoRA to the weights of a pipeline, with diffusers' own `fuse_lora`.
+def check_mergeable(pipeline: Any, denoiser_name: str, file: Path, model: str) -> Adapters:
+    """Return the adapters of a LoRA that can be merged into a pipeline.
 
     Raises:
         ValueError: as `read_adapters`, or for a pipeline that reads no LoRA.
@@ -111,7 +114,16 @@ def merge_lora(pipeline: Any, denoiser_name: str, file: Path, model: str) -> Mer
             f"base_lora must be None with model {model!r}, whose {type(pipeline).__name__} reads no LoRA; "
             f"got {str(file)!r}"
         )
-    adapters = read_adapters(pipeline, denoiser_name, file, model)
+    return read_adapters(pipeline, denoiser_name, file, model)
+
+
+def merge_lora(pipeline: Any, denoiser_name: str, file: Path, model: str) -> MergedLora:
+    """Add a LoRA to the weights of a pipeline, with diffusers' own `fuse_lora`.
+
+    Raises:
+        ValueError: as `check_mergeable`.
+    """
+    adapters = check_mergeable(pipeline, denoiser_name, file, model)
     with quiet():
         pipeline.load_lora_weights(
             {

@@ -114,7 +114,7 @@ def check_lora(file: Path, denoiser: nn.Module, model: str) -> None:
         if weight is None or weight.ndim != len(shape) or weight.shape[1] != shape[1]:
             found = "there is no such layer" if weight is None else f"its weight is {tuple(weight.shape)}"
             raise ValueError(
-                f"lora {str(file.parent)!r} was trained for another model than {model!r}: it adapts {layer} with "
+                f"lora {str(file)!r} was trained for another model than {model!r}: it adapts {layer} with "
                 f"{tuple(shape)}, and {found}"
             )
 

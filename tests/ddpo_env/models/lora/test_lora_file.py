@@ -44,7 +44,6 @@ def model(micro_pipeline_folder: Path, tmp_path: Path) -> Path:
     "settings",
     [
         {"megatron_core": "megatron.bomb"},
-        {"lora_alpha": 4, "r": 2},
         {"lora_alpha": 4},
         {"rank_pattern": {"to_q": 1_000_000_000}},
         {"use_dora": True},
