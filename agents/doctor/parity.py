@@ -18,8 +18,7 @@ from torch import Tensor
 
 from agents.doctor.examination import Examination
 from agents.doctor.finding import Finding, Level, graded
-from agents.doctor.stock_lora import with_saved_lora
-from agents.doctor.stock_pipeline import Watched, pipeline_of, watch
+from agents.doctor.stock_pipeline import Watched, pipeline_of, watch, with_saved_lora
 from agents.doctor.update import stirred
 from ddpo_env.models import DiffusionModel
 from ddpo_env.models.image_decoding import decode_samples
