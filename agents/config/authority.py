@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from agents.config.content import fingerprint, place_of
+from agents.config.content import PLACES, fingerprint, place_of
 from agents.config.train_config import TrainConfig
 from agents.terminal import quoted
 from ddpo_env.validation.options import shown
@@ -20,7 +20,7 @@ from rewards.registry import HARMLESS_TEXT_OPTIONS, user_functions
 
 _REWARDS = {"reward": "reward_options", "holdout_reward": "holdout_reward_options"}
 """The rewards of a run, and the setting with the arguments of each."""
-_NAMED_AGAIN = ("model", "prompts", *_REWARDS, *_REWARDS.values())
+_NAMED_AGAIN = (*PLACES, *_REWARDS, *_REWARDS.values())
 
 
 def resumed(own: TrainConfig, asked: TrainConfig) -> TrainConfig:
@@ -29,7 +29,7 @@ def resumed(own: TrainConfig, asked: TrainConfig) -> TrainConfig:
     Args:
         own: of the run, as its folder holds them.
         asked: by the user, with `resume`. `iterations` may differ, and the places that the user names again: a
-            model folder, a prompt file, and text options of the reward such as a judge's server.
+            model, a prompt file, a LoRA, and text options of the reward such as a judge's server.
 
     Raises:
         ValueError: for a setting that differs from the run's; for what the user must name again; for a model folder
@@ -46,7 +46,7 @@ def resumed(own: TrainConfig, asked: TrainConfig) -> TrainConfig:
             f"them again by adding:\n  {quoted(*_flags(own, needed))}"
         )
     changes = {name: asked.flat()[name] for name in _NAMED_AGAIN if name in given}
-    for name in ("model", "prompts"):
+    for name in PLACES:
         _check_content(own, name, is_moved=name in changes and place_of(asked, name) != place_of(own, name))
     if asked.iterations is not None:
         changes["iterations"] = asked.iterations
@@ -67,7 +67,7 @@ def _refuse_others(own: TrainConfig, asked: TrainConfig, folder: Path) -> None:
         if name == "run_dir":
             is_same = value is None or value.resolve() == folder
             before = folder
-        elif name in ("model", "prompts"):
+        elif name in PLACES:
             is_same = value == before or None not in (place_of(own, name), place_of(asked, name))
         elif name in _REWARDS.values():
             is_same = _fixed(value) == _fixed(before)
@@ -83,7 +83,7 @@ def _refuse_others(own: TrainConfig, asked: TrainConfig, folder: Path) -> None:
 
 def _reaching_out(config: TrainConfig, folder: Path) -> Iterator[str]:
     """Yield the settings that run code, send something, or reach a path outside the run folder."""
-    for name in ("model", "prompts"):
+    for name in PLACES:
         place = place_of(config, name)
         if place is not None and not place.resolve().is_relative_to(folder):
             yield name
@@ -120,7 +120,7 @@ def _flags(config: TrainConfig, names: Iterable[str]) -> list[str]:
     flags: list[str] = []
     for name in names:
         flag, value = f"--{name.replace('_', '-')}", config.flat()[name]
-        if isinstance(value, str):
+        if isinstance(value, str | Path):
             flags.append(f"{flag}={value}")
             continue
         if wrong := [pair for pair in value if pair.startswith("-")]:
@@ -130,7 +130,7 @@ def _flags(config: TrainConfig, names: Iterable[str]) -> list[str]:
 
 
 def _check_content(own: TrainConfig, name: str, is_moved: bool) -> None:
-    """Refuse a model folder or prompt file that has changed since the run began, unless the user names another one."""
+    """Refuse a model, prompt file or LoRA that has changed since the run began, unless the user names another one."""
     before, place = getattr(own.run, f"{name}_sha256"), place_of(own, name)
     if is_moved or before is None:
         return
@@ -139,5 +139,5 @@ def _check_content(own: TrainConfig, name: str, is_moved: bool) -> None:
         what = "no longer exists" if now is None else "has changed since the run began"
         raise ValueError(
             f"{name}: {str(place)!r} {what}, and a resumed run goes on with what it began with. Restore it, or name "
-            f"another place with --{name}, whose content is then used"
+            f"another place with --{name.replace('_', '-')}, whose content is then used"
         )

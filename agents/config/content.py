@@ -1,4 +1,4 @@
-"""What a model folder and a prompt file hold, so that a resumed run does not take another one of the same name."""
+"""What a model, a prompt file and a LoRA hold, so that a resumed run does not take another one of the same name."""
 
 from __future__ import annotations
 
@@ -8,32 +8,48 @@ from pathlib import Path
 
 from agents.config.train_config import TrainConfig
 from ddpo_env.models import BUNDLED_MODELS
+from ddpo_env.models.files.pipelines import file_fingerprint
+from ddpo_env.models.lora.lora_file import find_lora
 from ddpo_env.prompts import PROMPT_SETS
 
 _MOST_BYTES = 2**20
 _KINDS = (".json", ".txt", ".model", ".safetensors")
 
 
-def place_of(config: TrainConfig, name: str) -> Path | None:
-    """Return the absolute path that `model` or `prompts` names; `None` for a name that is no path.
+PLACES = ("model", "prompts", "lora", "base_lora")
+"""Settings that name something outside the run's folder."""
 
-    A Hub id is a path where a folder of that name lies in the working directory, as `load_model` sees it.
+
+def place_of(config: TrainConfig, name: str) -> Path | None:
+    """Return the absolute path that a setting of `PLACES` names; `None` for a name that is no path.
+
+    A Hub id is a path where a folder of that name lies in the working directory, as `load_model` sees it. Of a LoRA's
+    folder it is the file.
+
+    Raises:
+        ValueError: for a folder without a LoRA.
     """
-    value = getattr(config, name)
+    value = config.flat()[name]
+    if name in ("lora", "base_lora"):
+        path = None if value is None else Path(value).expanduser()
+        return None if path is None else find_lora(path, name) if path.exists() else Path(os.path.abspath(path))
     path = Path(value).expanduser() if name == "model" else Path(value)
     if name == "prompts":
         is_path = value not in PROMPT_SETS
     else:
-        is_path = value not in BUNDLED_MODELS and (path.is_dir() or path.is_absolute() or value.startswith((".", "~")))
+        is_path = value not in BUNDLED_MODELS and (path.exists() or path.is_absolute() or value.startswith((".", "~")))
     return Path(os.path.abspath(path)) if is_path else None
 
 
 def fingerprint(place: Path) -> str | None:
     """Return the SHA-256 of a file, or of a model folder: of its pipeline's configurations and weights.
 
-    Of each file of a folder the name, the size and the first MiB count, which holds the shapes of the weights, so that
-    large weights need not be read twice. `None` for a place that does not exist.
+    Of a file of weights, samples count (all of it below 4 MiB). Of each file of a folder the name, the size and the
+    first MiB count, which holds the shapes of the weights, so that large weights need not be read twice. `None` for a
+    place that does not exist.
     """
+    if place.is_file() and place.suffix == ".safetensors":
+        return file_fingerprint(place)
     if place.is_file():
         return hashlib.sha256(place.read_bytes()).hexdigest()
     files = sorted(path for path in place.glob("*/*") if path.suffix in _KINDS) if place.is_dir() else []
@@ -48,9 +64,9 @@ def fingerprint(place: Path) -> str | None:
 
 
 def with_content(config: TrainConfig) -> TrainConfig:
-    """Return settings in which model folder and prompt file have absolute paths and the hashes of what they hold."""
+    """Return settings in which model, prompt file and LoRAs have absolute paths and the hashes of what they hold."""
     found: dict[str, str | None] = {}
-    for name in ("model", "prompts"):
+    for name in PLACES:
         if (place := place_of(config, name)) is not None and place.exists():
             found |= {name: str(place), f"{name}_sha256": fingerprint(place)}
     return config.changed(**found).with_given(config._given)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from agents.config.authority import resumed
 from agents.config.content import with_content
-from agents.config.presets import check_preset
+from agents.config.presets import check_preset, preset_config
 from agents.config.train_config import TrainConfig
 from ddpo_env.validation.options import shown
 
@@ -24,6 +24,7 @@ def resolve(config: TrainConfig, processes: int = 1) -> TrainConfig:
         ValueError: naming the setting, its value and what is valid.
     """
     check_preset(config)
+    _check_adapters(config)
     if config.resume is not None:
         own = TrainConfig.read(config.resume)
         check_preset(replace(own, resume=None))
@@ -32,6 +33,17 @@ def resolve(config: TrainConfig, processes: int = 1) -> TrainConfig:
     reward = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in config.reward)
     run_dir = config.run_dir or Path("runs") / f"{reward}-{time.strftime('%Y%m%d-%H%M%S')}"
     return with_content(config.changed(run_dir=run_dir)).resolved(processes)
+
+
+def _check_adapters(config: TrainConfig) -> None:
+    """Refuse a rank and layers for a LoRA that has its own, unless they are a preset's."""
+    if config.policy.lora is None or config.resume is not None:
+        return
+    defaults = (preset_config(config.preset) if config.preset else TrainConfig()).policy
+    for name in ("lora_rank", "lora_targets"):
+        value, default = getattr(config.policy, name), getattr(defaults, name)
+        if name in config._given and value != default:
+            raise ValueError(f"{name} must not be given with lora, whose adapters have their own; got {value!r}")
 
 
 def _check_resolved(own: TrainConfig, processes: int) -> None:

@@ -6,6 +6,7 @@ Sizes count samples. One sample is one trajectory of `num_inference_steps` trans
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -105,6 +106,9 @@ class RunSettings(_Checked):
     """Arguments of every call of the model's pipeline as key=value, such as num_frames=17."""
     quantization: Quantization | None = None
     """Hold the frozen denoiser's linear layers in 8 bits (int8) or 4 (nf4); the LoRA on top stays float32."""
+    base_lora: Path | None = None
+    """File or folder of a LoRA that is merged into the frozen weights, those of the text encoders too. The LoRA that is
+    saved contains it."""
     offload_text_encoder: bool | None = None
     """Keep the text encoders on the accelerator only while they encode. Default: yes; no effect on a CPU."""
     vae_tiling: bool = False
@@ -131,8 +135,14 @@ class RunSettings(_Checked):
     """Of the files that describe the model, if it is a folder: a resumed run takes no other model of the same name."""
     prompts_sha256: Annotated[str | None, tyro.conf.Suppress] = None
     """Of the prompt file, if there is one."""
+    lora_sha256: Annotated[str | None, tyro.conf.Suppress] = None
+    """Of the file of `lora`."""
+    base_lora_sha256: Annotated[str | None, tyro.conf.Suppress] = None
+    """Of the file of `base_lora`."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.base_lora, str):
+            object.__setattr__(self, "base_lora", Path(self.base_lora))
         super().__post_init__()
         object.__setattr__(self, "resolution", plain_resolution(self.resolution))
 

@@ -54,7 +54,8 @@ class TrainConfig:
     preset: str | None = None
     """Settings of a DDPO experiment: sd14- or tiny-, and compressibility, incompressibility, aesthetic or alignment."""
     model: str = "tiny"
-    """Bundled name (tiny), folder in diffusers' layout, or Hub id such as CompVis/stable-diffusion-v1-4."""
+    """Bundled name (tiny), folder in diffusers' layout, a .safetensors file with its configurations in a folder of the
+    same name, or Hub id such as CompVis/stable-diffusion-v1-4."""
     reward: str = "jpeg_compressibility"
     """Built-in name, module:function of your own, or weighted sum such as aesthetic:1,clip_score:0.5."""
     reward_options: tuple[str, ...] = ()
@@ -214,7 +215,8 @@ class TrainConfig:
             values = read_plain_yaml(path)
             config = cls.from_dict(values)
             # A file of an older version has fewer settings, and a group named task.
-            expected = set() if "task" in values else cls().flat().keys() - {"model_sha256", "prompts_sha256"}
+            every = {name for name in cls().flat() if not name.endswith("_sha256")}
+            expected = set() if "task" in values else every
             if missing := sorted(expected - config._given):
                 raise ValueError(f"it must hold every setting; {', '.join(missing)} is missing")
         except (OSError, ValueError) as error:

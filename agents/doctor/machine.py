@@ -15,7 +15,7 @@ from torch import nn
 
 from agents.doctor.examination import Examination
 from agents.doctor.finding import Finding, Level
-from ddpo_env.models.pipelines import pipeline_of
+from ddpo_env.models.files.pipelines import pipeline_of
 from ddpo_env.models.quantization import quantization_of, stored_bytes
 from rewards.devices import has_bfloat16, resolve_device, resolve_dtype
 from rewards.pretrained import stored_tensors

@@ -1,29 +1,25 @@
 """Checks against the pipeline's own call: from the same noise and prompts, without the sampler's noise, with a LoRA.
 
 The parts come first (the table of steps, the denoiser with its guidance, the decoder), so that a difference of the
-whole has a cause. Nothing is trained yet, so the policy is the pretrained model.
+whole has a cause. Nothing is trained yet, so the policy is the pretrained model, with the LoRA that training goes on
+from if there is one.
 """
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.loaders.lora_base import LoraBaseMixin
-from diffusers.utils import logging
-from peft import PeftModel
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from agents.doctor.examination import Examination
 from agents.doctor.finding import Finding, Level, graded
-from agents.doctor.stock_pipeline import Watched, pipeline_of, watch
+from agents.doctor.stock_pipeline import Watched, pipeline_of, watch, with_saved_lora
 from agents.doctor.update import stirred
-from agents.policy.lora import share_weights
 from ddpo_env.models import DiffusionModel
 from ddpo_env.models.image_decoding import decode_samples
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
@@ -219,10 +215,9 @@ def check_lora(examination: Examination) -> Finding:
     with tempfile.TemporaryDirectory() as folder, stirred(examination):
         policy.save_lora(folder)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
-        pipeline = pipeline_of(model)
-        if pipeline is None:
+        if pipeline_of(model) is None:
             return Finding(name, "green", {"bytes": size}, "Saved; the model has no pipeline that could read it.")
-        watched = watch(examination, prompts, pipeline=_with_lora(pipeline, model.denoiser, folder))
+        watched = watch(examination, prompts, pipeline=with_saved_lora(model, Path(folder)))
         ours = examination.denoise(examination.deterministic_sampler(), prompts, watched.noise)
     base = examination.denoise(examination.deterministic_sampler(), prompts, watched.noise)
     assert watched.latents is not None
@@ -248,21 +243,3 @@ def _by_images(examination: Examination, images: Any, ours: Any, base: Any, size
     decoded, without = (examination.model.decode(latents).cpu().float() for latents in (ours, base))
     theirs = torch.as_tensor(images).float()
     return _judged(relative_difference(decoded, theirs), relative_difference(decoded, without), torch.bfloat16, size)
-
-
-def _with_lora(pipeline: DiffusionPipeline, denoiser: torch.nn.Module, folder: str) -> DiffusionPipeline:
-    """Return a copy of the pipeline that has read a LoRA; its weights are shared."""
-    stock = copy.copy(pipeline)
-    (part,) = [name for name, component in pipeline.components.items() if component is denoiser]
-    own = share_weights(denoiser)
-    if isinstance(stock, LoraBaseMixin):
-        setattr(stock, part, own)
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # it warns of text encoders without adapters
-        try:
-            stock.load_lora_weights(folder)
-        finally:
-            logging.set_verbosity(verbosity)
-    else:
-        setattr(stock, part, PeftModel.from_pretrained(own, folder).get_base_model())  # merged, weights would change
-    return stock

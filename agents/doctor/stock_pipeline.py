@@ -12,18 +12,23 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.loaders.lora_base import LoraBaseMixin
+from peft import PeftModel
 from torch import Tensor, nn
 
 from agents.doctor.examination import Examination
-from ddpo_env.models import abilities_of
+from agents.policy.lora import continue_lora, share_weights, starting_adapters
+from ddpo_env.models import DiffusionModel, abilities_of, load_model
+from ddpo_env.models.files.pipelines import pipeline_of
 from ddpo_env.models.image_decoding import decode_samples
-from ddpo_env.models.pipelines import pipeline_of
+from ddpo_env.models.lora.adapters import quiet
 from ddpo_env.sampler.scheduler_table import ddim_of
 
 
@@ -68,10 +73,9 @@ def watch(
         prompts: one for each row.
         deployed: with the scheduler that the pipeline comes with; else with its deterministic one: DDIM, or Euler's
             steps of the flow.
-        pipeline: another one than the model's, such as one with a LoRA.
+        pipeline: another one than the model's with the LoRA that the run starts from.
     """
-    pipeline = pipeline or pipeline_of(examination.model)
-    assert pipeline is not None
+    pipeline = pipeline or _starting_pipeline(examination)
     stock = copy.copy(pipeline)
     is_flow = isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
     own = deployed or is_flow
@@ -93,6 +97,13 @@ def watch(
         result = stock(**arguments)[0]
     watched.images = _as_images(result)
     return watched
+
+
+def _starting_pipeline(examination: Examination) -> DiffusionPipeline:
+    """Return the pipeline of the model, with the LoRA that training goes on from if there is one."""
+    pipeline, lora = pipeline_of(examination.model), examination.config.policy.lora
+    assert pipeline is not None
+    return pipeline if lora is None else with_starting_lora(examination.model, pipeline, lora)
 
 
 def _arguments(examination: Examination, takes: Any, prompts: list[str]) -> dict[str, Any]:
@@ -173,3 +184,46 @@ def _on_one_device(pipeline: Any, device: torch.device) -> Iterator[None]:
     finally:
         for name, place in away.items():
             pipeline.components[name].to(place)
+
+
+def with_starting_lora(model: DiffusionModel, pipeline: DiffusionPipeline, lora: Path) -> DiffusionPipeline:
+    """Return a copy of a model's pipeline with the LoRA that a run goes on from; its weights are shared."""
+    adapters = starting_adapters(model, lora)
+    if not isinstance(pipeline, LoraBaseMixin):
+        stock = copy.copy(pipeline)
+        vars(stock)[_part(pipeline, model.denoiser)] = continue_lora(model.denoiser, adapters)
+        return stock
+    part = _part(pipeline, model.denoiser)
+    return _loaded(pipeline, {f"{part}.{name}": value for name, value in adapters.items()})
+
+
+def with_saved_lora(model: DiffusionModel, folder: Path) -> DiffusionPipeline:
+    """Return a copy of a model's pipeline that has read a LoRA which the model saved; its weights are shared.
+
+    What was merged into the model is part of the file, so the pipeline is one without it.
+    """
+    if (merged := abilities_of(model).merged_lora) is not None:
+        weight, own = next(model.denoiser.parameters()), abilities_of(model)
+        model = load_model(merged.model, weight.device, weight.dtype, own.resolution, own.arguments)
+    pipeline: Any = model.pipeline  # type: ignore[attr-defined]
+    if isinstance(pipeline, LoraBaseMixin):
+        return _loaded(pipeline, str(folder))
+    stock = copy.copy(pipeline)
+    carrier = PeftModel.from_pretrained(share_weights(model.denoiser), folder)
+    vars(stock)[_part(pipeline, model.denoiser)] = carrier.get_base_model()  # merged, weights would change
+    return stock
+
+
+def _loaded(pipeline: Any, lora: str | dict[str, Tensor]) -> DiffusionPipeline:
+    stock = copy.copy(pipeline)
+    for name in pipeline._lora_loadable_modules:
+        if isinstance(component := getattr(pipeline, name, None), nn.Module):
+            vars(stock)[name] = share_weights(component)
+    with quiet(), torch.random.fork_rng(devices=[]):
+        stock.load_lora_weights(lora)
+    return stock
+
+
+def _part(pipeline: DiffusionPipeline, denoiser: nn.Module) -> str:
+    (part,) = [name for name, component in pipeline.components.items() if component is denoiser]
+    return part

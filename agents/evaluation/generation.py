@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from ddpo_env.validation.options import Range, check_fields
 from ddpo_env.validation.resolution import plain_resolution
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 SEEDS_APART = 1000
 """Distance between the seeds of two prompts, so that no two images of a usual set have the same noise."""
 SEED = Range(at_least=0, at_most=10**18)
@@ -30,7 +29,7 @@ class GenerationArguments:
     """Which model generates the images, and how."""
 
     model: str = "tiny"
-    """Bundled name, a folder in diffusers' layout, or a Hub id."""
+    """Bundled name, a folder in diffusers' layout, a .safetensors file, or a Hub id."""
     resolution: int | str | None = None
     """Of the images in pixels, such as 512, or 832x1216 for width x height. Default: the model's own; use the one that
     the LoRA was trained with."""
@@ -39,7 +38,7 @@ class GenerationArguments:
     quantization: Literal["int8", "nf4"] | None = None
     """Hold the denoiser's linear layers in 8 bits (int8) or 4 (nf4)."""
     lora: Path | None = None
-    """Folder of a trained LoRA, such as runs/<name>/lora."""
+    """Folder or file of a LoRA, such as runs/<name>/lora."""
     num_inference_steps: Annotated[int, Range(at_least=1, at_most=1_000_000)] = 20
     """Denoising steps."""
     guidance_scale: Annotated[float, Range(at_least=0, at_most=1000)] = 1.0
@@ -57,8 +56,10 @@ class GenerationArguments:
         """
         check_fields(self)
         plain_resolution(self.resolution)
-        if self.lora is not None and not (self.lora / LORA_FILE).is_file():
-            raise ValueError(f"lora must be a folder with {LORA_FILE}; got {str(self.lora)!r}")
+        if self.lora is not None:
+            from ddpo_env.models.lora.lora_file import find_lora
+
+            find_lora(self.lora)
 
 
 def check_model(arguments: GenerationArguments) -> None:
@@ -67,8 +68,8 @@ def check_model(arguments: GenerationArguments) -> None:
     Raises:
         ValueError: naming the argument, its value and what is valid.
     """
-    from agents.evaluation.lora_file import check_lora
     from ddpo_env.models import check_source
+    from ddpo_env.models.lora.lora_file import check_lora, find_lora
     from ddpo_env.models.outline import outline_model
 
     check_source(arguments.model, arguments.device, quantization=arguments.quantization)
@@ -82,7 +83,7 @@ def check_model(arguments: GenerationArguments) -> None:
             f"got {arguments.num_inference_steps}"
         )
     if arguments.lora is not None:
-        check_lora(arguments.lora / LORA_FILE, model.denoiser, arguments.model)
+        check_lora(find_lora(arguments.lora), model.denoiser, arguments.model)
 
 
 class StockImages:
@@ -170,9 +171,9 @@ def _of_pipeline(arguments: GenerationArguments) -> dict[str, Any]:
 
 def _load_lora(pipeline: Any, lora: Path) -> None:
     """Load a LoRA; diffusers skips weights that it does not know with no more than a warning."""
-    from agents.evaluation.lora_file import lora_tensors
+    from ddpo_env.models.lora.lora_file import find_lora, lora_tensors
 
-    tensors = lora_tensors(lora / LORA_FILE)
+    tensors = lora_tensors(find_lora(lora))
     try:
         pipeline.load_lora_weights(tensors)
     except Exception as error:  # of many kinds, as the file is anybody's

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from agents.config.train_config import TrainConfig
 from agents.policy.guidance import check_guidance
-from agents.policy.lora import add_lora
-from ddpo_env.models import abilities_of
+from agents.policy.lora import add_lora, continue_lora, starting_adapters
+from ddpo_env.models import DiffusionModel, abilities_of
+from ddpo_env.models.families.pipeline_model import PipelineModel
 from ddpo_env.models.loading import is_object
+from ddpo_env.models.lora.adapters import check_mergeable
+from ddpo_env.models.lora.lora_file import find_lora
 from ddpo_env.models.outline import outline_model
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 from ddpo_env.validation.arguments import check_reward_and_rendering
@@ -36,6 +41,8 @@ def check_fit(config: TrainConfig, reward: Reward) -> None:
     model = outline_model(config.model, *settings.size)
     if model is None:
         return
+    if settings.base_lora is not None:
+        _check_base_lora(model, find_lora(settings.base_lora, "base_lora"))
     abilities_of(model).save_memory(settings.offload_text_encoder, settings.vae_tiling)
     check_reward_and_rendering(model, reward, None)
     check_guidance(model, options.guidance_scale)
@@ -48,5 +55,15 @@ def check_fit(config: TrainConfig, reward: Reward) -> None:
             f"{type(model.denoiser).__name__} has none; got True"
         )
     if options.lora_rank > 0:
+        adapters = None if options.lora is None else starting_adapters(model, options.lora)
         with torch.device("meta"):
+            if adapters is not None:
+                continue_lora(model.denoiser, adapters)
+                return
             add_lora(model.denoiser, options.lora_rank, options.lora_targets)
+
+
+def _check_base_lora(model: DiffusionModel, lora: Path) -> None:
+    if not isinstance(model, PipelineModel):
+        raise ValueError(f"base_lora must be None with model {model.source!r}, which reads no LoRA; got {str(lora)!r}")
+    check_mergeable(model.pipeline, model.watched.denoiser_name, lora, model.source)

@@ -47,6 +47,7 @@ def describe_plan(
     return [
         *_preset(config),
         f"model      {config.model}, {_count(steps, 'step', 'steps')}, {guidance}",
+        *_loras(config),
         *_reward(config),
         *_holdout(config),
         *([f"processes  {processes}, which share every batch"] if processes > 1 else []),
@@ -131,6 +132,13 @@ def _preset(config: TrainConfig) -> list[str]:
     given, published = _settings(config), _settings(preset_config(config.preset).resolved())
     changed = [f"{name}={value}" for name, value in given.items() if value != published[name]]
     return [f"preset     {config.preset}{', but ' + ', '.join(changed) if changed else ''}"]
+
+
+def _loras(config: TrainConfig) -> list[str]:
+    """Name the LoRA that is merged into the model, and the one that is trained further."""
+    base, lora = config.run.base_lora, config.policy.lora
+    parts = [*([f"{base} is merged"] if base else []), *([f"{lora} is trained further"] if lora else [])]
+    return [f"LoRA       {', '.join(parts)}"] if parts else []
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:

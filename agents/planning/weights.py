@@ -9,8 +9,8 @@ from torch import nn
 
 from agents.config.train_config import TrainConfig
 from agents.policy.lora import add_lora
+from ddpo_env.models.files.pipelines import DENOISERS, pipeline_of
 from ddpo_env.models.outline import outline_model
-from ddpo_env.models.pipelines import DENOISERS, pipeline_of
 from ddpo_env.models.quantization import cast_outline, quantize_network, stored_bytes
 from rewards.devices import resolve_device, resolve_dtype
 

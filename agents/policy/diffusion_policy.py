@@ -32,8 +32,16 @@ from agents.policy.abilities import PolicyAbilities
 from agents.policy.compilation import compile_denoiser
 from agents.policy.critic import DenoisingCritic
 from agents.policy.distribution import DenoisingDistribution
-from agents.policy.guidance import check_guidance, guided_output
-from agents.policy.lora import add_lora, copy_for_full_training, merged_adapters
+from agents.policy.guidance import guided_output
+from agents.policy.lora import (
+    POLICY_WEIGHTS,
+    add_lora,
+    continue_lora,
+    copy_for_full_training,
+    merged_adapters,
+    starting_adapters,
+)
+from agents.policy.matching import check_spaces, find_model
 from agents.policy.options import PolicyOptions, check_trainable, read_settings
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
 from ddpo_env.models import DiffusionModel, abilities_of, load_model
@@ -41,13 +49,12 @@ from ddpo_env.models.loading import plain_arguments
 from ddpo_env.models.quantization import quantization_of
 from ddpo_env.sampler.denoising_loss import add_noise, draw_timesteps
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
-from ddpo_env.spaces import DenoisingObservationSpace, ModelHandle, action_box
+from ddpo_env.spaces import DenoisingObservationSpace, action_box
 from ddpo_env.validation.options import shows_options
 
 DenoisingObservation: TypeAlias = dict[str, Tensor]
 
 _CONFIG_FILE = "policy.json"
-_WEIGHTS_FILE = "policy.safetensors"
 
 
 class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
@@ -114,10 +121,10 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
             squash_output=True,  # Stable-Baselines3 would clip latents to the box otherwise
         )
         self.options = checked
-        handle = _find_model(observation_space, model, num_inference_steps)
+        handle = find_model(observation_space, model, num_inference_steps)
         self.model, self.num_inference_steps = handle.model, handle.num_inference_steps
         self.guidance_embeds = abilities_of(self.model).guidance_embeds
-        _check_spaces(self.model, observation_space, action_space, self.options.guidance_scale)
+        check_spaces(self.model, observation_space, action_space, self.options.guidance_scale)
         self.share_features_extractor = True
         self.sampler = GaussianSampler.from_model(
             self.model,
@@ -131,6 +138,9 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
         check_trainable(quantization_of(self.model.denoiser), self.options)
         if self.options.lora_rank == 0:
             self.denoiser = copy_for_full_training(self.model.denoiser)
+        elif self.options.lora is not None:
+            adapters = starting_adapters(self.model, self.options.lora)
+            self.denoiser = continue_lora(self.model.denoiser, adapters)
         else:
             self.denoiser = add_lora(self.model.denoiser, self.options.lora_rank, self.options.lora_targets)
         shapes = self.model.latent_shape, self.model.conditioning_shapes
@@ -287,9 +297,11 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
         folder = Path(path).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.contiguous() for name, value in self.state_dict().items()}
-        write_file(folder / _WEIGHTS_FILE, lambda file: save_file(weights, file))
+        write_file(folder / POLICY_WEIGHTS, lambda file: save_file(weights, file))
+        merged = abilities_of(self.model).merged_lora
         settings = {
-            "model": self.model.source,
+            "model": self.model.source if merged is None else merged.model,
+            "base_lora": None if merged is None else merged.file,
             "model_identity": abilities_of(self.model).identity,
             "resolution": abilities_of(self.model).resolution,
             "pipeline_arguments": plain_arguments(self.model),
@@ -297,7 +309,7 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
             "num_inference_steps": self.num_inference_steps,
             **asdict(self.options),
         }
-        write_file(folder / _CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
+        write_file(folder / _CONFIG_FILE, json.dumps(settings, indent=2, default=str) + "\n")
 
     @classmethod
     def load(
@@ -319,7 +331,7 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
             ValueError: if there is no policy in the folder, or its model is gone, another one, or does not fit.
         """
         folder = Path(path)
-        for name in (_CONFIG_FILE, _WEIGHTS_FILE):
+        for name in (_CONFIG_FILE, POLICY_WEIGHTS):
             if not (folder / name).is_file():
                 raise ValueError(
                     f"path must be a folder that DiffusionPolicy.save wrote; {str(folder)!r} has no {name}"
@@ -327,18 +339,21 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
         settings = read_settings(folder / _CONFIG_FILE)
         source, resolution = settings.pop("model"), settings.pop("resolution", None)
         variant = [settings.pop(name, None) for name in ("pipeline_arguments", "quantization")]
-        identity = settings.pop("model_identity", None)
+        identity, base_lora = settings.pop("model_identity", None), settings.pop("base_lora", None)
         remedy = f"pass the model that it was trained with: DiffusionPolicy.load({str(folder)!r}, model=...)"
         try:
-            loaded = load_model(source if model is None else model, device, dtype, resolution, *variant)
+            place = (source, base_lora) if model is None else (model, None)
+            loaded = load_model(place[0], device, dtype, resolution, *variant, base_lora=place[1])
         except ValueError as error:
             raise ValueError(f"policy {str(folder)!r} cannot load model {source!r}; {remedy}: {error}") from error
         if model is None and identity != abilities_of(loaded).identity:
             raise ValueError(f"model {source!r} has changed since policy {str(folder)!r} was saved; {remedy}")
+        if settings.get("lora") is not None:
+            settings["lora"] = folder / POLICY_WEIGHTS  # its adapters have the layers and ranks
         space = DenoisingObservationSpace(loaded, settings.pop("num_inference_steps"))
         policy = cls(space, action_box(loaded.latent_shape), lambda _: 0.0, **settings)
         try:
-            policy.load_state_dict(load_file(folder / _WEIGHTS_FILE, device=str(policy.device)))
+            policy.load_state_dict(load_file(folder / POLICY_WEIGHTS, device=str(policy.device)))
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(
                 f"policy {str(folder)!r} must have whole weights that fit its settings; {error}"
@@ -364,38 +379,3 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
         assert isinstance(obs, dict)
         conditioning = {name: obs[name] for name in self.model.conditioning_shapes}
         return obs["latents"], obs["timestep"].flatten(), conditioning
-
-
-def _find_model(
-    space: spaces.Space[Any],
-    model: str | Path | DiffusionPipeline | DiffusionModel | None,
-    num_inference_steps: int | None,
-) -> ModelHandle:
-    """Return the model and the length of an episode; the observation space names what is not given."""
-    if num_inference_steps is not None and num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps must be at least 1; got {num_inference_steps}")
-    if isinstance(space, DenoisingObservationSpace):
-        handle = space.handle
-        loaded = handle.model if model is None else load_model(model, *handle.variant)
-        return ModelHandle(loaded, num_inference_steps or handle.num_inference_steps)
-    if model is None or num_inference_steps is None:
-        raise ValueError(
-            "model and num_inference_steps must be given in policy_kwargs, because observation_space does not name "
-            f"them: it is a {type(space).__name__}, not a DenoisingObservationSpace"
-        )
-    return ModelHandle(load_model(model), num_inference_steps)
-
-
-def _check_spaces(
-    model: DiffusionModel, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], guidance_scale: float
-) -> None:
-    """Refuse spaces that do not fit the model, and guidance for a model without conditioning."""
-    check_guidance(model, guidance_scale)
-    expected = {"latents": model.latent_shape, "timestep": (1,), **model.conditioning_shapes}
-    boxes = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {}
-    found = {name: tuple(space.shape or ()) for name, space in boxes.items()}
-    if found != expected or action_space.shape != model.latent_shape:
-        raise ValueError(
-            f"observation_space must be that of model {model.source!r}, {expected}; got {found} "
-            f"with action shape {action_space.shape}"
-        )

@@ -9,20 +9,25 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from agents.policy.frozen_convolutions import use_frozen_convolutions
-from ddpo_env.models.pipelines import unwrapped
+from ddpo_env.models import DiffusionModel, abilities_of
+from ddpo_env.models.files.pipelines import unwrapped
+from ddpo_env.models.lora.lora_file import FIRST, find_lora, lora_tensors
 
 ADAPTER = "default"
 """Name of the one adapter in peft."""
+POLICY_WEIGHTS = "policy.safetensors"
+"""File in which a policy saves what learns."""
 
 LoraTargets = Literal["attention", "attention+convolutions"]
 
@@ -62,11 +67,7 @@ def add_lora(denoiser: _Module, rank: int, targets: LoraTargets) -> _Module:
         raise ValueError(f"lora_rank must be at least 1 (0 trains every weight); got {rank}")
     if targets not in LORA_TARGETS:
         raise ValueError(f"lora_targets must be one of {', '.join(LORA_TARGETS)}; got {targets!r}")
-    if getattr(denoiser, "peft_config", None):
-        raise ValueError(
-            "model already has a LoRA, and the new one would be saved without it: merge it first with "
-            "pipe.fuse_lora() and pipe.unload_lora_weights()"
-        )
+    _check_plain(denoiser)
     names = [name for name, _ in denoiser.named_modules()]
     if not any(name == target or name.endswith(f".{target}") for name in names for target in LORA_TARGETS[targets]):
         raise ValueError(
@@ -77,14 +78,76 @@ def add_lora(denoiser: _Module, rank: int, targets: LoraTargets) -> _Module:
     config = LoraConfig(
         r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS[targets])
     )
+    _inject(config, adapted)
+    return adapted
+
+
+def continue_lora(denoiser: _Module, adapters: Mapping[str, Tensor]) -> _Module:
+    """Return the denoiser with trainable float32 adapters that go on from given ones, around the shared frozen weights.
+
+    Args:
+        denoiser: the model's network; it is not changed.
+        adapters: as `ModelAbilities.lora_adapters` returns them; layers and ranks are theirs, and the scale is 1.
+
+    Raises:
+        ValueError: for adapters of layers that the denoiser does not have, or a denoiser that has adapters already.
+    """
+    _check_plain(denoiser)
+    adapted = share_weights(unwrapped(denoiser))
+    ranks = {name.removesuffix(FIRST): len(value) for name, value in adapters.items() if name.endswith(FIRST)}
+    rank = max(ranks.values(), default=0)
+    others = {f"^{layer}": one for layer, one in ranks.items() if one != rank}
+    try:
+        config = LoraConfig(
+            r=rank, lora_alpha=rank, rank_pattern=others, alpha_pattern=others, target_modules=list(ranks)
+        )
+        _inject(config, adapted, dict(adapters))
+        result = set_peft_model_state_dict(adapted, dict(adapters), ADAPTER)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"lora must have adapters for this {type(denoiser).__name__}: {error}") from error
+    left_out = [name for name in result.missing_keys if ".lora_" in name]
+    if result.unexpected_keys or left_out:
+        raise ValueError(
+            f"lora must have both halves of adapters for layers of this {type(denoiser).__name__}; unexpected "
+            f"{result.unexpected_keys[:3]}, missing {left_out[:3]}"
+        )
+    return adapted
+
+
+def starting_adapters(model: DiffusionModel, path: str | Path) -> Mapping[str, Tensor]:
+    """Return the adapters of a LoRA that training goes on from; see `ModelAbilities.lora_adapters`.
+
+    Args:
+        model: that the LoRA is for; it may be on the meta device.
+        path: file or folder; also a folder that `DiffusionPolicy.save` wrote.
+
+    Raises:
+        ValueError: for a file that is not there, is damaged, or is for another model.
+    """
+    file = find_lora(path)
+    if file.name != POLICY_WEIGHTS:
+        return abilities_of(model).lora_adapters(file)
+    learned = {name.removeprefix("denoiser."): value for name, value in lora_tensors(file).items()}
+    return {name.replace(f".{ADAPTER}.", "."): value for name, value in learned.items() if ".lora_" in name}
+
+
+def _check_plain(denoiser: nn.Module) -> None:
+    if getattr(denoiser, "peft_config", None):
+        raise ValueError(
+            "model already has a LoRA, and the new one would be saved without it: merge it first with "
+            "pipe.fuse_lora() and pipe.unload_lora_weights()"
+        )
+
+
+def _inject(config: LoraConfig, adapted: nn.Module, weights: dict[str, Tensor] | None = None) -> None:
+    """Add adapters that are trainable in float32; the layers around them keep less for the backward pass."""
     with warnings.catch_warnings():  # of merging by peft, which is not used: see `merged_adapters`
         warnings.filterwarnings("ignore", ".*was instantiated without `get_apply_tensor_subclass`")
-        inject_adapter_in_model(config, adapted, ADAPTER)
+        inject_adapter_in_model(config, adapted, ADAPTER, state_dict=weights)
     use_frozen_convolutions(adapted)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
-    return adapted
 
 
 def copy_for_full_training(denoiser: _Module) -> _Module:

@@ -40,6 +40,9 @@ class PolicyOptions:
     """Rank of the LoRA adapters; 0 trains every weight."""
     lora_targets: LoraTargets = "attention"
     """Layers that get an adapter."""
+    lora: Path | None = None
+    """File or folder of a LoRA to go on training: diffusers', kohya's or a run's. Its layers and ranks replace
+    lora_rank and lora_targets. The KL divergence is that from the model without it."""
     merge_lora: Annotated[bool | None, tyro.conf.Suppress] = None
     """Sample with the adapters merged into a copy of their layers' weights, which is faster. Default: in float32,
     without quantization. In half precision it loses small adapters to rounding."""
@@ -55,7 +58,14 @@ class PolicyOptions:
     """Dtype in which the denoiser computes; what learns stays float32. Default: the dtype of the frozen weights."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.lora, str):
+            object.__setattr__(self, "lora", Path(self.lora))
         check_fields(self)
+        if self.lora is not None and self.lora_rank == 0:
+            raise ValueError(
+                f"lora must be None with lora_rank=0, which trains every weight; got {str(self.lora)!r}. Merge it into "
+                "the model instead: base_lora"
+            )
 
 
 def check_trainable(quantization: str | None, options: PolicyOptions) -> None:
@@ -90,6 +100,7 @@ def read_settings(file: Path) -> dict[str, Any]:
         "pipeline_arguments",
         "quantization",
         "model_identity",
+        "base_lora",
         "num_inference_steps",
         *(one.name for one in fields(PolicyOptions)),
     }

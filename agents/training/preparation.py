@@ -164,6 +164,7 @@ def load_configured_model(config: TrainConfig, processes: Processes) -> Diffusio
         settings.dtype,
         *settings.size,
         settings.quantization,
+        base_lora=settings.base_lora,
         offload_text_encoder=settings.offload_text_encoder,
         vae_tiling=settings.vae_tiling,
     )

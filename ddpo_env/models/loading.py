@@ -20,15 +20,19 @@ from diffusers import DiffusionPipeline
 from gymnasium.envs.registration import EnvSpec
 from torch import nn
 
-from ddpo_env.models.outline import outline_model
-from ddpo_env.models.pipelines import (
+from ddpo_env.models.families.watching import WatchedPipeline
+from ddpo_env.models.files.pipelines import (
     DENOISERS,
     download_pipeline,
+    file_fingerprint,
     load_pipeline,
     place_pipeline,
     snapshot,
     weights_fingerprint,
 )
+from ddpo_env.models.lora.adapters import merge_lora
+from ddpo_env.models.lora.lora_file import find_lora
+from ddpo_env.models.outline import outline_model
 from ddpo_env.models.protocol import MEMBERS, DiffusionModel, ModelAbilities, abilities_of
 from ddpo_env.models.quantization import (
     Quantization,
@@ -54,8 +58,8 @@ from rewards.devices import DTYPES, resolve_device, resolve_dtype
 
 _IMPORTED_BY = os.getpid()
 _OBJECT = "object that is not saved"
-_loaded: dict[tuple[str, str, str, str | None], DiffusionModel] = {}
-"""By location, device, dtype and quantization."""
+_loaded: dict[tuple[str | None, ...], DiffusionModel] = {}
+"""By location, device, dtype and quantization, and the LoRA that is merged."""
 _changed: WeakValueDictionary[tuple[int, str], DiffusionModel] = WeakValueDictionary()
 """By the identity of a model, which the changed one keeps alive, and what was changed."""
 _adapted: WeakValueDictionary[tuple[Any, ...], DiffusionModel] = WeakValueDictionary()
@@ -98,7 +102,7 @@ def check_source(
             GaussianSampler.from_model(outlined, num_inference_steps, min_std=SMALLEST_STD)
         if outlined is not None and quantization is not None:
             quantize_network(outlined.denoiser, quantization, str(model))
-    if location not in BUNDLED_MODELS and Path(location).is_dir():
+    if location not in BUNDLED_MODELS and Path(location).exists():
         family_in(location)
 
 
@@ -115,13 +119,15 @@ def load_model(
     pipeline_arguments: Mapping[str, Any] | None = None,
     quantization: Quantization | None = None,
     *,
+    base_lora: str | Path | None = None,
     offload_text_encoder: bool | None = None,
     vae_tiling: bool | None = None,
 ) -> DiffusionModel:
     """Load a diffusion model, or return the one that this process has loaded already.
 
     Args:
-        model: bundled name (`"tiny"`, `"points"`), folder in diffusers' layout, Hub id, a pipeline object (which is
+        model: bundled name (`"tiny"`, `"points"`), folder in diffusers' layout, a single `.safetensors` file with its
+            configurations in a folder of the same name beside it, Hub id, a pipeline object (which is
             moved to `device` and `dtype`; the model has the components that it has now, and holds them), or a
             `DiffusionModel` of your own, which stays where it is and is found again by its `source` as long as somebody
             holds it.
@@ -133,6 +139,7 @@ def load_model(
             "width": 1216}`. Default: the pipeline's own.
         quantization: of the frozen denoiser's linear layers: `"int8"`, or `"nf4"` (4 bits). A pipeline object must have
             been loaded with it. Default: none.
+        base_lora: file or folder of a LoRA that is merged into the weights, those of the text encoders too.
         offload_text_encoder: whether the text encoders are on an accelerator only while they encode. Each distinct
             prompt is encoded once. Default: yes; on a CPU there is no effect.
         vae_tiling: whether images are decoded one at a time, and those that are larger than the VAE's own size in
@@ -146,7 +153,8 @@ def load_model(
     Raises:
         ValueError: for an unknown model, device, dtype or pipeline family; for a resolution, or a way to save memory,
             that the model cannot have; for a folder whose components or weights are missing, pickled, not finite or of
-            another part; for a model of your own that has abilities and does not derive from `ModelAbilities`.
+            another part; for a model of your own that has abilities and does not derive from `ModelAbilities`; for a
+            LoRA that does not fit, or for a model that is an object or is not read from files.
         ImportError: if the package is missing that the quantization needs.
         OSError: for a Hub id that cannot be downloaded, or has no safetensors weights.
     """
@@ -156,7 +164,7 @@ def load_model(
         torch.set_num_threads(1)  # a forked process has OpenMP's state without its threads, and would wait for them
     if isinstance(model, str):
         model = _models.get(model, _pipelines.get(model, model))
-    loaded = _load(model, device, dtype, pipeline_arguments or {}, quantization)
+    loaded = _load(model, device, dtype, pipeline_arguments or {}, quantization, base_lora)
     check_quantized(loaded.denoiser, quantization, loaded.source)
     if pipeline_arguments is None:
         pipeline_arguments = abilities_of(loaded).arguments if isinstance(model, DiffusionModel) else {}
@@ -190,6 +198,8 @@ def _change(model: DiffusionModel, change: str, apply: Callable[[ModelAbilities]
     if changed is None:
         abilities = abilities_of(model)
         changed = _changed[id(model), change] = _made_here(apply(abilities), abilities.identity)
+        if isinstance(changed, ModelAbilities):
+            changed.merged_lora = abilities.merged_lora
         _keep_alive(model, changed)
     return changed
 
@@ -222,8 +232,19 @@ def _load(
     dtype: str | torch.dtype,
     arguments: Mapping[str, Any],
     quantization: Quantization | None,
+    base_lora: str | Path | None,
 ) -> DiffusionModel:
     """Load a model; one that is loaded already may have other arguments."""
+    if base_lora is not None and not isinstance(model, str | Path):
+        raise ValueError(
+            f"base_lora must be None with a model that is an object; got {str(base_lora)!r}. Merge it into the "
+            "pipeline: pipe.load_lora_weights(...), pipe.fuse_lora(components=[...]), pipe.unload_lora_weights()"
+        )
+    if base_lora is not None and quantization is not None:
+        raise ValueError(
+            f"base_lora must be None with quantization={quantization!r}, because quantized weights cannot take a LoRA "
+            f"in; got {str(base_lora)!r}"
+        )
     if isinstance(model, DiffusionModel):
         return _register(model, device, dtype)
     place = resolve_device(device)
@@ -236,21 +257,43 @@ def _load(
         value = f", {model!r}" if isinstance(model, bool | int | float | bytes) else ""
         raise ValueError(f"model must be {VALID_MODELS}; got a {type(model).__name__}{without}{value}")
     location = resolve_source(model)
-    key = (location, str(place), str(weight_dtype), quantization)
+    lora = None if base_lora is None else find_lora(base_lora, "base_lora")
+    merged = [] if lora is None else [str(lora), file_fingerprint(lora)]
+    key = (location, str(place), str(weight_dtype), quantization, *merged)
     if key not in _loaded:
         if location in BUNDLED_MODELS:
+            if lora is not None:
+                raise ValueError(
+                    f"base_lora must be None with model {str(model)!r}, which has no files; got {base_lora}"
+                )
             built = build_bundled(location, place, weight_dtype)
             if quantization is not None:
                 quantize_network(built.denoiser, quantization, location)
             _loaded[key] = _made_here(built, None)
         else:
             family, index = family_in(location)
-            if not Path(location).is_dir():
+            if not Path(location).exists():
                 family, index = family_in(download_pipeline(location, index.settings))
             source = str(model) if str(model) in BUNDLED_MODELS else location
-            loaded = adapted(family, load_pipeline(index, place, weight_dtype, quantization), source, arguments)
-            _loaded[key] = _made_here(loaded, index.fingerprint())
+            pipeline = load_pipeline(index, place, weight_dtype, quantization)
+            if lora is None:
+                _loaded[key] = _made_here(adapted(family, pipeline, source, arguments), index.fingerprint())
+            else:
+                _loaded[key] = _with_lora(family, pipeline, source, arguments, index.fingerprint(), lora)
     return _loaded[key]
+
+
+def _with_lora(
+    family: Any, pipeline: DiffusionPipeline, source: str, arguments: Mapping[str, Any], identity: str, lora: Path
+) -> DiffusionModel:
+    """Merge a LoRA into a pipeline that was loaded for this alone, and return its model, under a name of its own."""
+    denoiser = WatchedPipeline(pipeline, source).denoiser_name
+    merged = merge_lora(pipeline, denoiser, lora, source)
+    name = f"{source} with {lora}"
+    model = _made_here(adapted(family, pipeline, name, arguments), f"{identity} {file_fingerprint(lora)}")
+    abilities_of(model).merged_lora = merged
+    _models[name] = model
+    return model
 
 
 def _adapt(

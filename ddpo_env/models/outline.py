@@ -14,7 +14,7 @@ from accelerate.utils import recursively_apply
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from ddpo_env.models.components import component_class, reading
+from ddpo_env.models.files.components import component_class, reading
 from ddpo_env.models.protocol import DiffusionModel, ShapeUnknownError, abilities_of
 from ddpo_env.models.sources import BUNDLED_MODELS, adapted, build_bundled, family_in, resolve_source
 from ddpo_env.validation.resolution import Resolution, plain_resolution
@@ -32,7 +32,7 @@ def outline_model(
     """Return a model on the meta device: it computes shapes, and no numbers. Nothing is downloaded.
 
     Args:
-        model: bundled name, folder in diffusers' layout, or Hub id.
+        model: bundled name, folder in diffusers' layout, single file, or Hub id.
         resolution: of the images in pixels, `512` or `"832x1216"` (width x height); default: the model's own.
         pipeline_arguments: of every call of the pipeline, see `load_model`.
 
@@ -55,11 +55,11 @@ def _outline(source: str, arguments: Mapping[str, Any]) -> DiffusionModel | None
     source = _KNOWN.get(source, source)
     if source in BUNDLED_MODELS:
         return build_bundled(source, torch.device("meta"), torch.float32)
-    if not Path(source).is_dir():
+    if not Path(source).exists():
         return None
     family, index = family_in(source, with_weights=False)
     with torch.device("meta"):
-        pipeline = index.assemble(partial(_outline_component, source))
+        pipeline = index.assemble(partial(_outline_component, index.location))
         try:
             return adapted(family, pipeline, source, arguments)
         except ShapeUnknownError:  # the pipeline reads lengths from its tokenizer's masks

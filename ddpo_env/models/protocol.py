@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
 
+from ddpo_env.models.lora.lora_file import MergedLora, peft_adapters
 from ddpo_env.validation.resolution import Resolution
 from rewards.kinds import SampleKind
 
@@ -79,6 +80,7 @@ class ModelAbilities:
         arguments: of every call of the model's pipeline, such as `num_frames`.
         guidance_problem: why `guide` is not the guidance of the model's pipeline, if it is not.
         identity: what tells this model's weights from others in any process, such as a hash; `None`: its `source`.
+        merged_lora: the LoRA that is part of the frozen weights, if there is one.
     """
 
     sample_kind: SampleKind = "image"
@@ -88,6 +90,7 @@ class ModelAbilities:
     arguments: Mapping[str, Any] = MappingProxyType({})
     guidance_problem: str | None = None
     identity: str | None = None
+    merged_lora: MergedLora | None = None
 
     source: str
     encode_prompts: Callable[..., dict[str, Tensor]]
@@ -111,6 +114,17 @@ class ModelAbilities:
     def sampler_options(self, num_inference_steps: int) -> dict[str, Any]:
         """Return keyword arguments for `GaussianSampler.from_scheduler`, such as `sigmas` and `mu`: none."""
         return {}
+
+    def lora_adapters(self, file: Path) -> Mapping[str, Tensor]:
+        """Return the adapters of the denoiser in a LoRA file, with scale 1: in peft's format.
+
+        They have the names of its layers: `<layer>.lora_A.weight` `(rank, inputs, ...)`, `<layer>.lora_B.weight`
+        `(outputs, rank, ...)`.
+
+        Raises:
+            ValueError: for a file that is damaged, in another format or for another model.
+        """
+        return peft_adapters(file)
 
     def prepare_prompts(self, prompts: Sequence[str]) -> None:
         """Prepare for prompts that the environment knows it is going to encode: there is nothing to do."""

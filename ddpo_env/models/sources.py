@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +21,8 @@ import diffusers
 import torch
 
 from ddpo_env.models.families.watching import check_form
-from ddpo_env.models.pipelines import PipelineIndex, pipeline_index, read_index
+from ddpo_env.models.files.pipelines import PipelineIndex, pipeline_index, read_index
+from ddpo_env.models.files.single_file import check_single_file, configuration_of
 from ddpo_env.models.protocol import DiffusionModel
 
 BUNDLED_MODELS: dict[str, str] = {
@@ -37,7 +40,7 @@ is watched: `ddpo_env.models.families.pipeline_model`."""
 _WATCHED = "ddpo_env.models.families.pipeline_model:PipelineModel"
 
 VALID_MODELS = (
-    f"a bundled name ({', '.join(BUNDLED_MODELS)}), a folder that exists, a Hub id such as "
+    f"a bundled name ({', '.join(BUNDLED_MODELS)}), a folder or a .safetensors file that exists, a Hub id such as "
     "'CompVis/stable-diffusion-v1-4', a diffusers pipeline, or a DiffusionModel (by its source while it exists)"
 )
 """What `load_model` takes, for messages."""
@@ -49,10 +52,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def resolve_source(model: str | Path) -> str:
-    """Turn a bundled name, folder or Hub id into what is loaded, without loading anything.
+    """Turn a bundled name, folder, single file or Hub id into what is loaded, without loading anything.
 
     Raises:
-        ValueError: for a name that is none of these, or a folder without a pipeline.
+        ValueError: for a name that is none of these, or a folder or a file without a pipeline.
     """
     name = str(model)
     if name in BUNDLED_MODELS:
@@ -68,10 +71,8 @@ def resolve_source(model: str | Path) -> str:
             f"model {name!r} stands for a pipeline object that is gone or of another process; pass it again"
         )
     if folder.is_file():
-        raise ValueError(
-            f"model must be a folder in diffusers' layout, not the single file {name!r}. Convert it once, with the "
-            f"pipeline's class: diffusers.StableDiffusionPipeline.from_single_file({name!r}).save_pretrained(folder)"
-        )
+        check_single_file(folder)
+        return os.path.abspath(folder)  # not through a link, whose name says where the configurations are
     looks_like_path = name.startswith((".", "/", "~")) or isinstance(model, Path)
     if _HUB_ID.fullmatch(name) and not looks_like_path:
         return name
@@ -91,33 +92,35 @@ def build_bundled(name: str, device: torch.device, dtype: torch.dtype) -> Diffus
 
 
 def family_in(location: str, with_weights: bool = True) -> tuple[Any, PipelineIndex]:
-    """Return the adapter's class for the pipeline in a folder or on the Hub, and the checked index of the pipeline.
+    """Return the adapter's class for a pipeline, and the checked index of the pipeline.
 
     Args:
-        location: folder or Hub id.
+        location: folder, single file or Hub id.
         with_weights: whether there must be weights in a folder.
 
     Raises:
         ValueError: for an unknown family, or a component that is missing or not valid, see `check_component`.
         OSError: for a Hub id that cannot be downloaded.
     """
-    config = pipeline_index(location)
+    weights = location if Path(location).is_file() else None
+    folder = str(configuration_of(Path(location))) if weights else location
+    config = pipeline_index(folder)
     family = family_of(config["_class_name"])
-    index = read_index(location, config)
+    index = replace(read_index(folder, config), weights=weights)
     if config["_class_name"] not in ADAPTERS:
         check_form(getattr(diffusers, index.class_name), location)
-    index.check(with_weights)
+    index.check(with_weights and weights is None)
     return family, index
 
 
 def model_fingerprint(model: str | Path) -> str | None:
-    """Return a hash that tells a model folder from others, wherever it is; `None` for what is not a folder.
+    """Return a hash that tells a folder or single file from others, wherever it is; `None` for other models.
 
     It reads the configurations, and parts of the weights: milliseconds. A changed weight may go unnoticed, another
     training of the same model does not. The arguments and errors are those of `resolve_source`.
     """
     location = resolve_source(model)
-    return family_in(location)[1].fingerprint() if Path(location).is_dir() else None
+    return family_in(location)[1].fingerprint() if Path(location).exists() else None
 
 
 def family_of(pipeline_class: str) -> Any:

@@ -149,7 +149,7 @@ def micro_config(model: Path | str, run_dir: Path | None, **settings: Any) -> Tr
         "model": str(model),
         "reward": "helpers.micro_agents:brightness",
         "num_inference_steps": 3,
-        "lora_rank": 2,
+        **({} if "lora" in settings else {"lora_rank": 2}),
         "guidance_scale": 2.0,
         "samples_per_iteration": 8,
         "samples_per_prompt": 2,

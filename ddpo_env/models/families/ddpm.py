@@ -14,7 +14,7 @@ from diffusers import DDPMPipeline
 from torch import Tensor, nn
 
 from ddpo_env.models.image_decoding import to_pixels
-from ddpo_env.models.peft_format import save_peft_adapter
+from ddpo_env.models.lora.peft_format import save_peft_adapter
 from ddpo_env.models.protocol import Conditioning, ModelAbilities
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import Tensor, nn
 
 from ddpo_env.models.families.batching import Batching, find_batching, in_batches
@@ -24,9 +23,10 @@ from ddpo_env.models.families.parity import TESTED, compare_with_pipeline
 from ddpo_env.models.families.resolution import check_resolution
 from ddpo_env.models.families.table import GUIDES, sample_kind_of, sampling_rate_of
 from ddpo_env.models.families.watching import WatchedPipeline
+from ddpo_env.models.files.pipelines import TEXT_ENCODERS
 from ddpo_env.models.image_decoding import check_scaling, picture_of, samples_of
-from ddpo_env.models.peft_format import adapter_weights, check_saved_adapter, save_peft_adapter
-from ddpo_env.models.pipelines import TEXT_ENCODERS
+from ddpo_env.models.lora.adapters import denoiser_adapters, save_adapters
+from ddpo_env.models.lora.peft_format import save_peft_adapter
 from ddpo_env.models.protocol import Conditioning, ModelAbilities, ShapeUnknownError
 from ddpo_env.validation.resolution import Resolution, height_and_width
 
@@ -186,17 +186,16 @@ class PipelineModel(ModelAbilities):
     def save_lora(self, denoiser: nn.Module, folder: Path) -> None:
         """Write a LoRA of the denoiser in diffusers' format, or in peft's if the pipeline cannot read one.
 
-        The file has peft's own key names: with diffusers' old ones, stock `load_lora_weights` loses the attention half
-        of a LoRA on attention and convolutions. The scale `alpha / rank` is 1, which diffusers assumes if a file does
-        not name it.
+        A LoRA that was merged into the model is part of it: the file is for the model without.
         """
-        name = self.watched.denoiser_name
-        if not hasattr(self.pipeline, "save_lora_weights"):
+        if hasattr(self.pipeline, "save_lora_weights"):
+            save_adapters(self.pipeline, self.watched.denoiser_name, denoiser, self.merged_lora, folder)
+        else:
             save_peft_adapter(denoiser, folder)
-            return
-        weights = adapter_weights(denoiser)
-        self.pipeline.save_lora_weights(folder, **{f"{name}_lora_layers": weights})
-        check_saved_adapter(folder / LORA_WEIGHT_NAME_SAFE, weights, self.denoiser, f"{name}.")
+
+    def lora_adapters(self, file: Path) -> Mapping[str, Tensor]:
+        """Return the adapters of the denoiser in a LoRA file of diffusers, kohya or peft; see `ModelAbilities`."""
+        return denoiser_adapters(self.pipeline, self.watched.denoiser_name, file, self.source)
 
     def pipeline_call(self, guidance_scale: float) -> dict[str, Any]:
         """Return the arguments with which the pipeline's own call makes such samples, guided in its own way.

@@ -25,7 +25,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from ddpo_env.models.families.parity import record_steps
-from ddpo_env.models.pipelines import DENOISERS, TEXT_ENCODERS
+from ddpo_env.models.files.pipelines import DENOISERS, TEXT_ENCODERS
 
 _PREPARED = 16
 """For so many sizes of batches it is kept what a pipeline prepares beside its latents: positions, encoded images."""

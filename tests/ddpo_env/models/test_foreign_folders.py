@@ -223,14 +223,29 @@ def test_a_folder_of_every_family_gives_the_pipelines_weights(name: str, tmp_pat
     assert outline_model(tmp_path / "model") is not None
 
 
-def test_a_variant_alone_and_a_single_file_name_the_remedy(micro_pipeline_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_files_of_a_variant_alone_are_taken(micro_pipeline_folder: Path, tmp_path: Path, sharded: bool) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(micro_pipeline_folder, safety_checker=None)
-    pipeline.save_pretrained(tmp_path / "half", variant="fp16")
-    with pytest.raises(ValueError, match=r"only 'fp16'.*from_pretrained\('.*', variant='fp16'\)\.save_pretrained"):
-        check_source(tmp_path / "half")
-    save_file(pipeline.unet.state_dict(), tmp_path / "one.safetensors")
-    with pytest.raises(ValueError, match=r"single file .*from_single_file\('.*one\.safetensors'\)\.save_pretrained"):
-        check_source(tmp_path / "one.safetensors")
+    size = {"max_shard_size": "20KB"} if sharded else {}
+    pipeline.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16", **size)
+    assert all(".fp16" in file.name for file in (tmp_path / "half").rglob("*.safetensors"))
+    assert (len(list((tmp_path / "half" / "unet").glob("*.safetensors"))) > 1) == sharded
+    check_source(tmp_path / "half")
+    loaded = load_model(tmp_path / "half", "cpu")
+    for name, value in pipeline.unet.state_dict().items():
+        assert torch.equal(loaded.denoiser.state_dict()[name], value.float()), name
+
+
+def test_full_files_beside_a_variant_are_taken_and_two_variants_alone_refused(folder: Path) -> None:
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    halved = {name: value.half() for name, value in load_file(unet).items()}
+    save_file(halved, unet.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+    expected = load_file(unet)
+    found = load_model(folder, "cpu").denoiser.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    unet.rename(unet.with_suffix(".ema.safetensors"))
+    with pytest.raises(ValueError, match="without a variant, or of one; unet has ema, fp16"):
+        check_source(folder)
 
 
 def test_fingerprint_follows_the_content_and_not_the_place(folder: Path, micro_pipeline_folder: Path) -> None:

@@ -22,8 +22,8 @@ from agents.training.preparation import prepare_run
 from ddpo_env.initial_states import InitialStates
 from ddpo_env.models import loading as models
 from ddpo_env.models.families.pipeline_model import PipelineModel
+from ddpo_env.models.files.pipelines import TEXT_ENCODERS, place_pipeline
 from ddpo_env.models.loading import load_model
-from ddpo_env.models.pipelines import TEXT_ENCODERS, place_pipeline
 from ddpo_env.prompts.distributions import load_prompts
 
 ENCODERS = {

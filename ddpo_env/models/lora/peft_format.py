@@ -14,7 +14,8 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ddpo_env.models.pipelines import unwrapped
+from ddpo_env.models.files.pipelines import unwrapped
+from ddpo_env.models.lora.lora_file import PREFIX
 
 _COMPILED = "_orig_mod."
 """What `torch.compile` puts into the names of a module inside a network."""
@@ -26,25 +27,27 @@ def adapter_weights(denoiser: nn.Module) -> dict[str, Tensor]:
     return {name.replace(_COMPILED, ""): value.contiguous() for name, value in weights.items()}
 
 
-def check_saved_adapter(file: Path, weights: Mapping[str, Tensor], network: nn.Module, prefix: str) -> None:
-    """Read a saved LoRA back: it must hold all adapters, for layers that the network has.
+def check_saved_adapter(file: Path, parts: Mapping[str, tuple[Mapping[str, Tensor], nn.Module]]) -> None:
+    """Read a saved LoRA back: it must hold all adapters, for layers that the networks have.
 
     Args:
         file: what was written.
-        weights: what `adapter_weights` returned.
-        network: the pretrained network that is going to read it.
-        prefix: of every key in the file.
+        parts: by the prefix of their keys in the file: adapters by name, and the pretrained network that is going to
+            read them.
 
     Raises:
         ValueError: for a file that is missing or differs.
     """
     saved = load_file(file) if file.is_file() else {}
-    layers = {name.replace(_COMPILED, "") for name, _ in unwrapped(network).named_modules()}
-    unknown = [name for name in weights if name.partition(".lora_")[0] not in layers]
-    different = [name for name, value in weights.items() if not _equal(saved.pop(prefix + name, None), value)]
-    if unknown or different or saved or not weights:
+    unknown, different, count = [], [], 0
+    for prefix, (weights, network) in parts.items():
+        layers = {name.replace(_COMPILED, "") for name, _ in unwrapped(network).named_modules()}
+        unknown += [name for name in weights if name.partition(".lora_")[0] not in layers]
+        different += [name for name, value in weights.items() if not _equal(saved.pop(prefix + name, None), value)]
+        count += len(weights)
+    if unknown or different or saved or not count:
         raise ValueError(
-            f"LoRA {str(file)!r} must hold the {len(weights)} adapters that were trained, for layers of the pretrained "
+            f"LoRA {str(file)!r} must hold the {count} adapters that were trained, for layers of the pretrained "
             f"network; missing or different {different[:3]}, of unknown layers {unknown[:3]}, unexpected "
             f"{sorted(saved)[:3]}"
         )
@@ -59,9 +62,9 @@ def save_peft_adapter(denoiser: nn.Module, folder: Path) -> None:
     """
     carrier: Any = unwrapped(denoiser)
     carrier.peft_config["default"].save_pretrained(folder)
-    weights, prefix, file = adapter_weights(denoiser), "base_model.model.", folder / "adapter_model.safetensors"
-    save_file({prefix + name: value for name, value in weights.items()}, file, metadata={"format": "pt"})
-    check_saved_adapter(file, weights, carrier, prefix)
+    weights, file = adapter_weights(denoiser), folder / "adapter_model.safetensors"
+    save_file({PREFIX + name: value for name, value in weights.items()}, file, metadata={"format": "pt"})
+    check_saved_adapter(file, {PREFIX: (weights, carrier)})
 
 
 def _equal(saved: Tensor | None, value: Tensor) -> bool:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from agents.evaluation.lora_file import lora_tensors
 from agents.evaluation.sample import SampleArguments, generate
+from ddpo_env.models.lora.lora_file import lora_tensors
 
 
 def write(folder: Path, **settings: Any) -> Path:
@@ -44,7 +44,6 @@ def model(micro_pipeline_folder: Path, tmp_path: Path) -> Path:
     "settings",
     [
         {"megatron_core": "megatron.bomb"},
-        {"lora_alpha": 4, "r": 2},
         {"lora_alpha": 4},
         {"rank_pattern": {"to_q": 1_000_000_000}},
         {"use_dora": True},

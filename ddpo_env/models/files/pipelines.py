@@ -20,9 +20,10 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers.utils import logging as transformers_logging
 
-from ddpo_env.models.components import CONVERSION, check_component, load_component
+from ddpo_env.models.files.components import CONVERSION, check_component, load_component
+from ddpo_env.models.files.single_file import load_single_file
 from ddpo_env.models.protocol import DiffusionModel
-from ddpo_env.models.quantization import Quantization
+from ddpo_env.models.quantization import Quantization, quantize_network
 from rewards.pretrained import stored_tensors
 
 DENOISERS = ("transformer", "unet")
@@ -57,12 +58,14 @@ class PipelineIndex:
         class_name: of the pipeline.
         components: `[library, class]` of what is loaded, by name.
         settings: all other arguments of the pipeline's class.
+        weights: the single file that holds the weights, if they are not in the folder.
     """
 
     location: str
     class_name: str
     components: Mapping[str, Any]
     settings: Mapping[str, Any]
+    weights: str | None = None
 
     def check(self, with_weights: bool = True) -> None:
         """Check every component, see `check_component`; nothing is loaded."""
@@ -86,6 +89,8 @@ class PipelineIndex:
                 if file.suffix in (".json", ".safetensors"):
                     digest.update(f"{name}/{file.name} {file.stat().st_size}".encode())
                     _add_samples(file, digest)
+        if self.weights is not None:
+            digest.update(file_fingerprint(Path(self.weights)).encode())
         return digest.hexdigest()
 
 
@@ -187,6 +192,13 @@ def weights_fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def file_fingerprint(file: Path) -> str:
+    """Return a hash of the size and of samples of a weight file: the whole of a file below 4 MiB."""
+    digest = hashlib.sha256(str(file.stat().st_size).encode())
+    _add_samples(file, digest)
+    return digest.hexdigest()
+
+
 def _add_samples(file: Path, digest: Any) -> None:
     """Add parts of a file to a hash: the whole of a small file, a hundredth of a large one."""
     size = file.stat().st_size
@@ -199,7 +211,13 @@ def _add_samples(file: Path, digest: Any) -> None:
 def load_pipeline(
     index: PipelineIndex, device: torch.device, dtype: torch.dtype, quantization: Quantization | None = None
 ) -> DiffusionPipeline:
-    """Load a pipeline's safetensors from its folder, onto a device, with a quantized denoiser if that is asked for.
+    """Load a pipeline's safetensors from its folder or its single file, onto a device.
+
+    Args:
+        index: of the pipeline.
+        device: where its networks go.
+        dtype: of their weights.
+        quantization: of the denoiser's linear layers.
 
     Raises:
         ValueError: for a component that is missing or not valid, see `load_component`, or has non-finite weights.
@@ -209,8 +227,15 @@ def load_pipeline(
         own = quantization if name in DENOISERS else None
         return load_component(index.location, name, place, dtype, own)
 
-    with _without_progress_bars():
-        pipeline = index.assemble(load)
+    with without_progress_bars():
+        if index.weights is None:
+            pipeline = index.assemble(load)
+        else:
+            described = index.location, index.class_name, index.components, index.settings
+            pipeline = load_single_file(index.weights, *described, dtype)
+            for name in DENOISERS if quantization is not None else ():
+                if pipeline.components.get(name) is not None:
+                    quantize_network(pipeline.components[name], quantization, str(index.weights))
     pipeline.to(device)
     return pipeline
 
@@ -228,7 +253,7 @@ def download_pipeline(location: str, options: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """Progress bars are for downloads; a folder is read in a moment."""
     libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     for library in libraries:

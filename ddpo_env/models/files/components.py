@@ -110,9 +110,33 @@ def load_component(
     if quantization is not None:
         options["quantization_config"] = diffusers_config(quantization)
     with reading(location, name):
-        loaded, report = component.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+        loaded, report = component.from_pretrained(
+            folder,
+            use_safetensors=True,
+            output_loading_info=True,
+            variant=weights_variant(location, name),
+            **options,
+        )
     check_network(loaded, report, f"component {name} of model {location!r}")
     return loaded
+
+
+def weights_variant(location: str, name: str) -> str | None:
+    """Return the variant of a component's weights, such as `fp16`, where a folder holds only that one; else `None`.
+
+    Raises:
+        ValueError: for weights in several variants, and none without.
+    """
+    files = [path.name.split(".") for path in (Path(location) / name).glob("*.safetensors")]
+    variants = sorted({parts[1].partition("-")[0] for parts in files if len(parts) == 3})
+    if not variants or any(len(parts) == 2 for parts in files):
+        return None
+    if len(variants) > 1:
+        raise ValueError(
+            f"model folder {location!r} must hold weights without a variant, or of one; {name} has "
+            f"{', '.join(variants)}. Delete all but one of them"
+        )
+    return variants[0]
 
 
 @contextmanager
@@ -156,20 +180,14 @@ def _check_configuration(location: str, name: str, file: Path) -> None:
 
 
 def _check_weight_files(location: str, name: str, folder: Path) -> None:
-    """Refuse weights that can only be read by unpickling, variants alone, and an index that names other files."""
+    """Refuse weights that can only be read by unpickling, several variants, and an index that names other files."""
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     pickled = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
     if not names:
         has = f"only {pickled[0]}, a pickle, which is not loaded. {CONVERSION}" if pickled else "none"
         raise ValueError(f"model folder {location!r} must hold safetensors; {name} has {has}")
-    variants = sorted({part[1] for one in names if len(part := one.split(".")) == 3})
-    if variants and not any(len(one.split(".")) == 2 for one in names):
-        variant = variants[0].partition("-")[0]
-        raise ValueError(
-            f"model folder {location!r} must hold weights without a variant; {name} has only {variant!r}. Write them: "
-            f"DiffusionPipeline.from_pretrained({location!r}, variant={variant!r}).save_pretrained(folder)"
-        )
-    for index in folder.glob("*.safetensors.index.json"):
+    weights_variant(location, name)
+    for index in folder.glob("*.safetensors.index*.json"):
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
