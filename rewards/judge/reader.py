@@ -32,7 +32,7 @@ class Reading(NamedTuple):
     """An animal or an object; None: an image that shows none."""
     activity: str | None = None
     """Such as "riding a bike"; None: the word alone."""
-    count: str | None = None
+    count: str | None = None  # type: ignore[assignment]  # a tuple has a method of this name, which nobody calls here
     """"two", "three" or "four"; None: one."""
 
 

@@ -57,17 +57,27 @@ def test_evaluations_stand_in_the_row_of_their_iteration(micro_pipeline_folder, 
         ("evaluations", [[2, 0.5]]),
         ("evaluations", [[0, float("inf")]]),
         ("evaluations", [[0]]),
+        ("holdout_evaluations", [[2, 0.5]]),
+        ("holdout_evaluations", [[0, float("nan")]]),
+        ("stopped_early", 3),
         ("pretrained_std", -1.0),
         ("pretrained_std", float("nan")),
     ],
 )
 def test_state_that_no_run_has_is_refused_and_changes_nothing(micro_pipeline_folder, name, value):
     run = prepare_run(micro_config(micro_pipeline_folder, None))
-    state = {"iteration": 1, "training_rewards": [0.5], "evaluations": [[0, 0.25]], "pretrained_std": 0.1}
+    state = {
+        "iteration": 1,
+        "training_rewards": [0.5],
+        "evaluations": [[0, 0.25]],
+        "holdout_evaluations": [],
+        "stopped_early": None,
+        "pretrained_std": 0.1,
+    }
     run.load_state_dict(state)
     before = run.state_dict()
     with pytest.raises(
-        (ValueError, TypeError), match=r"(iteration|training_rewards|evaluations|pretrained_std).* must"
+        (ValueError, TypeError), match=r"(iteration|training_rewards|evaluations|stopped_early|pretrained_std).* must"
     ):
         run.load_state_dict({**state, "iteration": 1, name: value})
     assert run.state_dict() == before
