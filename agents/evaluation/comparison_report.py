@@ -47,7 +47,7 @@ def strength_label(strength: float) -> str:
     """Return what a model is called in tables and images."""
     if strength == BASE:
         return "base"
-    return "tuned" if strength == 1 else f"tuned × {strength:g}"
+    return "tuned" if strength == 1 else f"tuned at {strength:g}"
 
 
 def tables(results: Sequence[Result]) -> str:
@@ -106,7 +106,7 @@ def write_comparison_figure(path: Path, results: Sequence[Result]) -> None:
         axes.set_title(reward, fontsize=10)
         axes.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("mean, 95 % interval")
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(strengths), fontsize=8)
     write_figure(path, figure)
 
 
@@ -125,7 +125,7 @@ def comparison_grid(
     for start in range(0, len(prompts), _COLUMNS):
         band = slice(start, start + _COLUMNS)
         for strength, shown in images.items():
-            read = [f"“{text}”" if text else "" for text in texts[strength][band]]
+            read = [f'"{text}"' if text else "" for text in texts[strength][band]]
             asked = prompts[band] if strength == last else [""] * len(read)
             rows.append(shown[band])
             labels.append(strength_label(strength))
