@@ -18,7 +18,7 @@ from agents.algorithms.advantages import (
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.algorithms.ppo import PPO
 from agents.algorithms.reinforce import REINFORCE
-from agents.algorithms.rwr import RWR
+from agents.algorithms.rwr import RWR, Weighting
 from agents.config.train_config import TrainConfig
 from agents.distributed import Processes
 from agents.policy.diffusion_policy import DiffusionPolicy
@@ -54,7 +54,7 @@ def build_algorithm(config: TrainConfig, env: VectorEnvAdapter, processes: Proce
         common |= {"batch_size": batch_size, "n_epochs": training.epochs}
         return PPO(DiffusionPolicy, env, clip_range=training.clip_range, **common)
     is_sparse = config.algorithm == "rwr_sparse"
-    exponential = "exponential_per_prompt" if training.rwr_per_prompt else "exponential"
+    exponential: Weighting = "exponential_per_prompt" if training.rwr_per_prompt else "exponential"
     return RWR(
         DiffusionPolicy,
         env,

@@ -233,9 +233,9 @@ def load_pipeline(
         else:
             described = index.location, index.class_name, index.components, index.settings
             pipeline = load_single_file(index.weights, *described, dtype)
-            for name in DENOISERS if quantization is not None else ():
-                if pipeline.components.get(name) is not None:
-                    quantize_network(pipeline.components[name], quantization, str(index.weights))
+            if quantization is not None:
+                denoiser = next(name for name in DENOISERS if pipeline.components.get(name) is not None)
+                quantize_network(pipeline.components[denoiser], quantization, str(index.weights))
     pipeline.to(device)
     return pipeline
 
