@@ -1,6 +1,8 @@
 """Wrong values for a setting, made from its annotation, and what a clear error is."""
 
+import functools
 import math
+import operator
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -32,7 +34,7 @@ def wrong_values(hint: Any) -> Iterator[Any]:
         ranges += [extra for extra in extras if isinstance(extra, Range)]
     optional = get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint)
     if optional:
-        (hint,) = (one for one in get_args(hint) if one is not NoneType)
+        hint = functools.reduce(operator.or_, (one for one in get_args(hint) if one is not NoneType))
     else:
         yield None
     yield from OBJECTS
@@ -42,6 +44,8 @@ def wrong_values(hint: Any) -> Iterator[Any]:
         yield from ("text", 5, *_wrong_tuples(get_args(hint)))
     elif hint is bool:
         yield from ("yes", "no", "False", 1, 0, 0.5)
+    elif hint == int | str:  # a resolution
+        yield from ("", "many", "8x", "x8", "0x8", "8 x 8", "8x8x8", "70000x8", 0, -1, 1.5, True, 10**12, b"bytes")
     elif hint is int:
         yield from ("3", "many", 1.5, 2.0, True, *NOT_FINITE, 10**12, 10**400, -1, *_beyond(ranges))
     elif hint is float:
@@ -115,6 +119,8 @@ def wrong_texts(hint: Any) -> Iterator[str]:
         return
     if get_origin(hint) is Literal:
         yield from ("nonsense", "", "[red]", "--")
+    elif hint == int | str:  # a resolution
+        yield from ("", "many", "8x", "x8", "0x8", "8 x 8", "8x8x8", "70000x8", 0, -1, 1.5, True, 10**12, b"bytes")
     elif hint is int:
         yield from ("many", "1.5", "nan", "inf", "", str(10**12), "1e3", *map(_text, _beyond(ranges)))
     elif hint is float:

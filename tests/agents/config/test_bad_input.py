@@ -52,7 +52,7 @@ BAD_MODELS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"model": Path("no/such")},
-        r"model must be a bundled name \(tiny, points, sd14-random\), a folder that exists.*no/such",
+        r"model must be a bundled name \(tiny, .*\), a folder or a .safetensors file that exists.*no/such",
     ),
     ({"model": 5}, r"model must be a bundled name \(tiny, points, sd14-random\).*got a int, 5"),
     ({"model": torch.nn.Linear(1, 1)}, r"model must be a bundled name \(tiny, points, sd14-random\).*got a Linear"),

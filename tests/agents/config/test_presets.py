@@ -233,8 +233,9 @@ def test_dry_run_loads_nothing_and_leaves_nothing(nothing_happens, monkeypatch, 
     shown = capsys.readouterr()
     assert shown.err == ""
     config = preset_config(name).changed(device="cpu").resolved()
-    *plan, time = shown.out.splitlines()
+    *plan, weights, time = shown.out.splitlines()
     assert plan == describe_plan(config)
+    assert weights.startswith("weights    3.44 GB unet, 335 MB vae, 492 MB text_encoder; ")  # in float32
     assert time.startswith("time       about ")
     assert list(nothing_happens.iterdir()) == []
 
@@ -311,7 +312,8 @@ def test_dry_run_as_a_user_starts_it(tmp_path):
     environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=200)
     assert (done.returncode, done.stderr) == (0, "")
-    *plan, time = done.stdout.splitlines()
+    *plan, weights, time = done.stdout.splitlines()
     assert plan == AESTHETIC
+    assert weights.startswith("weights    3.44 GB unet")
     assert time.startswith("time       about ")
     assert list(tmp_path.iterdir()) == []

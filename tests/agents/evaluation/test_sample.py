@@ -40,7 +40,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--output", "grid.txt"], "output must end in .png"),
         (["--output", "folder.png"], "output must be a file in a folder"),
         (["--output", "file/grid.png"], "output must be a file in a folder"),
-        (["--lora", "none"], "lora must be a folder with"),
+        (["--lora", "none"], "lora must be a .safetensors file, or a folder with"),
         (["--lora", "damaged"], "is no complete safetensors file"),
         (["--lora", "empty"], "holds no weights"),
         (["--lora", "other"], "was trained for another model than"),

@@ -32,10 +32,14 @@ def test_latents_are_real_numbers(values: Any) -> None:
         validation.as_float(values, "actions")
 
 
-@pytest.mark.parametrize("resolution", [7, 0, -8, 10**12, True])
-def test_a_resolution_is_checked_without_loading(micro_pipeline_folder: Path, resolution: Any) -> None:
+MULTIPLE = r"resolution must be a multiple of 8 pixels \(at most 16384\) .*; got 7"
+SIZE = "resolution must be None, a number of pixels .*, or width x height such as '832x1216', .*; got "
+
+
+@pytest.mark.parametrize(("resolution", "message"), [(7, MULTIPLE), *((one, SIZE) for one in (0, -8, 10**12, True))])
+def test_a_resolution_is_checked_without_loading(micro_pipeline_folder: Path, resolution: Any, message: str) -> None:
     for model in (micro_pipeline_folder, "tiny"):
-        with pytest.raises(ValueError, match=r"resolution must be a multiple of 8 pixels \(at most 16384\) .*; got "):
+        with pytest.raises(ValueError, match=message):
             check_source(model, resolution=resolution)
     with pytest.raises(ValueError, match="resolution must be None with model 'points'"):
         check_source("points", resolution=64)
