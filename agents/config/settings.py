@@ -141,7 +141,7 @@ class RunSettings(_Checked):
     """Of the file of `base_lora`."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.base_lora, str):
+        if isinstance(self.base_lora, str) and self.base_lora:
             object.__setattr__(self, "base_lora", Path(self.base_lora))
         super().__post_init__()
         object.__setattr__(self, "resolution", plain_resolution(self.resolution))

@@ -58,7 +58,7 @@ class PolicyOptions:
     """Dtype in which the denoiser computes; what learns stays float32. Default: the dtype of the frozen weights."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.lora, str):
+        if isinstance(self.lora, str) and self.lora:
             object.__setattr__(self, "lora", Path(self.lora))
         check_fields(self)
         if self.lora is not None and self.lora_rank == 0:
