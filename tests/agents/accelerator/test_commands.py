@@ -21,6 +21,7 @@ from rewards.judge.bert_score import BertScoreRecall
 pytestmark = pytest.mark.usefixtures("accelerator")
 
 
+@pytest.mark.slow
 def test_sample_command_generates_on_the_device(micro_pipeline_folder: Path, tmp_path: Path) -> None:
     env = micro_env(micro_pipeline_folder, device="cuda", dtype="float32")
     stir(micro_policy(env)).save_lora(tmp_path)

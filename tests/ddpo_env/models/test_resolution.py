@@ -123,7 +123,7 @@ def test_a_size_of_another_form_is_refused(micro_pipeline_folder, resolution):
 
 @pytest.mark.parametrize("family", ["stable_diffusion_2", "stable_diffusion_3", "flux_dev"])
 def test_a_sample_of_3_to_2_is_the_stock_pipelines(family):
-    """From the same noise, the means of our steps lead where the pipeline's own deterministic call ends."""
+    """The denoiser's output at the first step, and the image that is decoded from the last latents."""
     pipeline = micro_family(family)
     model = load_model(pipeline, "cpu", resolution="48x32")
     assert model.size == (32, 48)
@@ -163,6 +163,7 @@ def test_the_form_of_a_size_does_not_matter(micro_pipeline_folder, tmp_path):
     assert outline_model(micro_pipeline_folder, "48x32").latent_shape == (4, 8, 12)
 
 
+@pytest.mark.slow
 def test_a_policy_keeps_a_size_of_3_to_2(micro_pipeline_folder, tmp_path):
     env = micro_env(micro_pipeline_folder, num_envs=1, num_inference_steps=1, resolution="48x32")
     policy = micro_policy(env)
