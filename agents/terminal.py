@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from io import TextIOWrapper
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
+
+BAD_ARGUMENTS, INTERRUPTED = 2, 130
+"""Exit codes of commands."""
 
 
 def tolerate_encodings() -> None:
@@ -45,3 +50,25 @@ def print_error(message: object) -> None:
     """Print an error to standard error, escaped and without markup."""
     line = Text.assemble(("error:", "red"), " ", escaped(message))
     Console(stderr=True).print(line, highlight=False, soft_wrap=True)
+
+
+def run_command(work: Callable[[], None], output: Path) -> int:
+    """Do the work of a command that writes something, and say where; an error is one line.
+
+    Args:
+        work: what the command does.
+        output: what it writes.
+
+    Returns:
+        The exit code: 0, 2 after an error, 130 after Ctrl-C.
+    """
+    try:
+        work()
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+        print_error(error)
+        return BAD_ARGUMENTS
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    print_line(f"wrote {output}")
+    return 0

@@ -15,9 +15,9 @@ from pathlib import Path
 import tyro
 
 from agents.config.command_line import SettingsLine, parse_settings_line
-from agents.terminal import print_error, print_line, tolerate_encodings
+from agents.terminal import BAD_ARGUMENTS, INTERRUPTED, print_error, print_line, tolerate_encodings
 
-HEALTHY, RED, BAD_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
+HEALTHY, RED = 0, 1
 
 
 @dataclass(frozen=True, kw_only=True)

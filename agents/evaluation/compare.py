@@ -39,7 +39,7 @@ from agents.evaluation.generation import (
 from agents.evaluation.image_grid import write_image
 from agents.evaluation.intervals import RESAMPLES
 from agents.files import write_file
-from agents.terminal import print_error, print_line, tolerate_encodings
+from agents.terminal import print_line, run_command, tolerate_encodings
 from ddpo_env.prompts import PromptSet, load_prompts
 from ddpo_env.validation.options import Range
 from rewards import (
@@ -53,7 +53,6 @@ from rewards import (
     parse_options,
 )
 
-BAD_ARGUMENTS, INTERRUPTED = 2, 130
 _IN_GRID = 24
 """Prompts of a set whose first image is in the grid."""
 
@@ -106,16 +105,7 @@ def main() -> int:
     """
     tolerate_encodings()
     arguments = tyro.cli(Annotated[EvaluateArguments, tyro.conf.arg(name="")], description=__doc__)
-    try:
-        print_line(evaluate_models(arguments))
-    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-        print_error(error)
-        return BAD_ARGUMENTS
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return INTERRUPTED
-    print_line(f"wrote {arguments.output}")
-    return 0
+    return run_command(lambda: print_line(evaluate_models(arguments)), arguments.output)
 
 
 def evaluate_models(arguments: EvaluateArguments) -> str:

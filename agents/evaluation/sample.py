@@ -17,9 +17,7 @@ import tyro
 from numpy.typing import NDArray
 
 from agents.evaluation.generation import SEED, SEEDS_APART, GenerationArguments, check_model, stock_images
-from agents.terminal import print_error, print_line, tolerate_encodings
-
-BAD_ARGUMENTS, INTERRUPTED = 2, 130
+from agents.terminal import run_command, tolerate_encodings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,22 +57,23 @@ def main() -> int:
     """
     tolerate_encodings()
     arguments = tyro.cli(Annotated[SampleArguments, tyro.conf.arg(name="")], description=__doc__)
-    try:
-        arguments.check()
-        check_model(arguments)
-        rows, labels = generate(arguments)
-        from agents.evaluation.image_grid import image_grid
+    return run_command(lambda: write_grid(arguments), arguments.output)
 
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        image_grid(rows, labels, arguments.prompts).save(arguments.output)
-    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-        print_error(error)
-        return BAD_ARGUMENTS
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return INTERRUPTED
-    print_line(f"wrote {arguments.output}")
-    return 0
+
+def write_grid(arguments: SampleArguments) -> None:
+    """Check the arguments, generate the images and write them to the grid `output`.
+
+    Raises:
+        ValueError: as `generate`; or for an argument that is not valid, before any image is generated.
+        OSError: as `generate`; or for a file that cannot be written.
+    """
+    arguments.check()
+    check_model(arguments)
+    rows, labels = generate(arguments)
+    from agents.evaluation.image_grid import image_grid
+
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    image_grid(rows, labels, arguments.prompts).save(arguments.output)
 
 
 def generate(arguments: SampleArguments) -> tuple[list[NDArray[np.uint8]], list[str]]:

@@ -12,7 +12,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from agents.terminal import print_error, print_line, quoted, tolerate_encodings
+from agents.terminal import BAD_ARGUMENTS, INTERRUPTED, print_error, print_line, quoted, tolerate_encodings
 
 if TYPE_CHECKING:  # imports that take seconds are in `prepare`, where Ctrl-C is handled
     from agents.config.train_config import TrainConfig
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # imports that take seconds are in `prepare`, where Ctrl-C is
     from agents.training.run import Run, RunResult
 
 STARTED = time.perf_counter()
-FAILED, BAD_ARGUMENTS, INTERRUPTED, SIGNALLED = 1, 2, 130, 128
+FAILED, SIGNALLED = 1, 128
 _EXPECTED = (ValueError, TypeError, ImportError, OSError, RuntimeError)
 
 
