@@ -177,7 +177,7 @@ class PipelineModel(ModelAbilities):
             arguments = self._arguments | self._unprompted(len(chunk)) | {"output_type": "pt"}
             parts.append(self.watched.decoded(chunk, **arguments))
         samples = torch.cat(parts)
-        return samples if self.sample_kind == "audio" else samples_of(samples)
+        return samples.float() if self.sample_kind == "audio" else samples_of(samples)
 
     def render(self, latents: Tensor) -> Tensor:
         """Return uint8 images `(batch, height, width, 3)`: of a video three frames, of a sound its waveform."""

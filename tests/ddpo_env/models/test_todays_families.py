@@ -236,6 +236,15 @@ def test_run_trains_a_video_model_and_shows_three_frames(tmp_path: Path) -> None
         micro_env(policy.model, reward="clip_score")
 
 
+def test_sounds_of_a_model_in_half_precision_are_float32() -> None:
+    """NumPy, and so a reward, has no bfloat16."""
+    arguments = CASES["stable_audio_3"].arguments
+    model = load_model(build("stable_audio_3"), "cpu", "bfloat16", pipeline_arguments=arguments)
+    sounds = model.decode(torch.zeros(1, *model.latent_shape))
+    assert sounds.dtype == torch.float32
+    assert sounds.isfinite().all()
+
+
 def test_rewards_of_sounds_know_the_rate_and_a_waveform_is_shown() -> None:
     told: list[Any] = []
 
