@@ -31,7 +31,7 @@ def test_healthy_model_is_green_in_every_check(device: str, dtype: str, tmp_path
     assert list(findings) == list(CHECKS)
     assert findings["model"].numbers["offloaded"] == ["text_encoder"]
     assert findings["model"].numbers["allocated_gb"] > 0
-    assert findings["speed and memory"].numbers["peak_gb"].keys() == {1, 4, 5}
+    assert findings["speed and memory"].numbers["peak_gb"].keys() >= {1, 5}  # a slow machine tries no size between
 
 
 @pytest.mark.usefixtures("accelerator")
