@@ -1,4 +1,4 @@
-"""A stated formula for which images people like: colourful, with contrast, and with a subject of a sensible size.
+"""A stated formula for which images people like: a colourful subject of a sensible size on a calm background.
 
 It is the *true* preference of the bundled aesthetic predictor (`rewards.clip.aesthetic`, `model="tiny"`). That head was
 trained on ratings, which are this score with noise, and only approximates it, as LAION's head approximates people. So
@@ -21,7 +21,9 @@ from rewards.protocol import Details, Images, Metadata
 COLOUR, CONTRAST, COMPOSITION = 0.45, 0.3, 0.25
 """Weights of the parts; their sum is 1."""
 _BEST_COLOUR, _COLOUR_WIDTH = 90.0, 40.0
-"""Hasler and Süsstrunk call 82 "highly colorful" and 109 "extremely colorful"."""
+"""Colourfulness of the subject. Hasler and Süsstrunk call 82 "highly colorful" and 109 "extremely colorful"."""
+_CALM, _CALM_WIDTH = 40.0, 30.0
+"""Colourfulness of the background up to which it is calm, and how much more is worth exp(-1/2) of the part."""
 _BEST_CONTRAST, _CONTRAST_WIDTH = 50.0, 20.0
 """Standard deviation of the luma, in levels from 0 to 255."""
 _SUBJECT = 40.0
@@ -37,23 +39,30 @@ _PLACE_WIDTH = 0.08
 @images_only
 def tiny_preference(images: Images, prompts: Sequence[str], metadata: Metadata) -> tuple[NDArray[np.float64], Details]:
     """Score images from 1 to 10, (batch,). The details are the three parts; the prompts have no influence."""
-    colour = _bell(colourfulness(images), _BEST_COLOUR, _COLOUR_WIDTH)
+    subject = subject_mask(images)
+    calm = _bell(np.maximum(colourfulness(images, ~subject), _CALM), _CALM, _CALM_WIDTH)
+    colour = calm * _bell(colourfulness(images, subject), _BEST_COLOUR, _COLOUR_WIDTH)
     contrast = _bell(luma_contrast(images), _BEST_CONTRAST, _CONTRAST_WIDTH)
-    composition = _composition(images)
+    composition = _composition(subject)
     score = 1 + 9 * (COLOUR * colour + CONTRAST * contrast + COMPOSITION * composition)
     return score, {"colour": colour.tolist(), "contrast": contrast.tolist(), "composition": composition.tolist()}
 
 
-def colourfulness(images: Images) -> NDArray[np.float64]:
+def colourfulness(images: Images, where: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Return Hasler and Süsstrunk's colourfulness M̂(3) (2003, "Measuring colourfulness in natural images"), (batch,).
 
-    With rg = R - G and yb = (R + G) / 2 - B it is √(σ²_rg + σ²_yb) + 0.3 √(μ²_rg + μ²_yb). A grey image has 0.
+    With rg = R - G and yb = (R + G) / 2 - B it is √(σ²_rg + σ²_yb) + 0.3 √(μ²_rg + μ²_yb). Grey has 0.
+
+    Args:
+        images: (batch, height, width, 3) uint8.
+        where: The pixels that count, (batch, height, width). An image without one has 0.
     """
     red, green, blue = np.moveaxis(images.astype(np.float64), -1, 0)
     opponents = np.stack([red - green, (red + green) / 2 - blue])
-    spread = np.sqrt(opponents.var(axis=(2, 3)).sum(axis=0))
-    shift = np.sqrt((opponents.mean(axis=(2, 3)) ** 2).sum(axis=0))
-    return np.asarray(spread + 0.3 * shift)
+    pixels = np.maximum(where.sum(axis=(1, 2)), 1)
+    mean = (opponents * where).sum(axis=(2, 3)) / pixels
+    variance = (((opponents - mean[:, :, None, None]) ** 2) * where).sum(axis=(2, 3)) / pixels
+    return np.asarray(np.sqrt(variance.sum(axis=0)) + 0.3 * np.sqrt((mean**2).sum(axis=0)))
 
 
 def luma_contrast(images: Images) -> NDArray[np.float64]:
@@ -77,9 +86,8 @@ def subject_mask(images: Images) -> NDArray[np.bool_]:
     return np.asarray(distance > _SUBJECT)
 
 
-def _composition(images: Images) -> NDArray[np.float64]:
+def _composition(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Return how well size and place of the subject are chosen, (batch,) in [0, 1]; 0 without a subject."""
-    mask = subject_mask(images)
     height, width = mask.shape[1:]
     size = np.interp(mask.mean(axis=(1, 2)), _SIZES, (0, 1, 1, 0))
     y, x = np.mgrid[0.5:height, 0.5:width]

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from diffusers import AutoencoderKL
-from pretraining.emoji_renderings import all_subjects, grid, render_dataset
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from pretraining.emoji_renderings import Mixture, all_subjects, grid, render_dataset
 from pretraining.tiny_components import (
     autocast,
     build_scheduler,
@@ -31,6 +31,7 @@ from pretraining.tiny_components import (
     whiten,
 )
 from torch import distributed, multiprocessing, nn
+from transformers import CLIPTextModel
 
 
 @dataclass
@@ -47,6 +48,10 @@ class Arguments:
     """Number of renderings to train on."""
     vae: Path | None = None
     """Folder of a VAE that this script trained; None: train one. Either way, its decoder is refined at the end."""
+    start: Path | None = None
+    """Folder of an export whose text encoder and denoiser are trained further; None: random weights."""
+    unreliable: float = 0.0
+    """Weight of the renderings whose captions may overstate, next to 1.0 for all others together."""
     vae_steps: int = 1300
     """Number of updates of the VAE."""
     vae_batch_size: int = 32
@@ -222,7 +227,11 @@ class TrainingState:
     def __init__(self, arguments: Arguments) -> None:
         self.path = arguments.run_folder / "denoiser.pt"
         self.tokenizer = build_tokenizer(subject.caption for subject in all_subjects())
-        self.model = Denoising(build_text_encoder(self.tokenizer), build_unet(), arguments.snr_cap)
+        text_encoder, unet = build_text_encoder(self.tokenizer), build_unet()
+        if arguments.start is not None:
+            text_encoder = CLIPTextModel.from_pretrained(arguments.start / "text_encoder")
+            unet = UNet2DConditionModel.from_pretrained(arguments.start / "unet")
+        self.model = Denoising(text_encoder, unet, arguments.snr_cap)
         self.averaged, self.step = copy.deepcopy(self.model).requires_grad_(False), 0
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
@@ -370,7 +379,8 @@ def main() -> None:
     arguments.run_folder.mkdir(parents=True, exist_ok=True)
     (arguments.run_folder / "rendezvous").unlink(missing_ok=True)
     started = time.monotonic()
-    images, subjects = render_dataset(arguments.images, arguments.seed, workers=arguments.threads)
+    mixture = Mixture(unreliable=arguments.unreliable)
+    images, subjects = render_dataset(arguments.images, arguments.seed, mixture=mixture, workers=arguments.threads)
     print(f"rendered {len(images)} images in {time.monotonic() - started:.0f} s", flush=True)
     vae, latents = trained_vae(arguments, images)
 

@@ -29,6 +29,8 @@ from ddpo_env.prompts.vocabulary import (
 WORDS = (*SIMPLE_ANIMALS, *HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS)
 ALL_ACTIVITIES = (*ACTIVITIES, *HELD_OUT_ACTIVITIES)
 OTHER_WORDS = tuple(word for word in WORDS if word not in ACTIVE_ANIMALS)
+OTHER_ANIMALS = tuple(animal for animal in SIMPLE_ANIMALS if animal not in ACTIVE_ANIMALS)
+TRUE_CAPTIONS = 0.35  # of the captions that may overstate
 
 FONT_PATH = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 FONT_SIZE = 109  # the font has bitmaps of this size only
@@ -50,11 +52,15 @@ _inflect = inflect.engine()
 
 @dataclass(frozen=True)
 class Subject:
-    """What an image shows: one `word`, a word with an `activity`, or a word with a `count` (one of `COUNTS`)."""
+    """What an image shows: one `word`, a word with an `activity`, or a word with a `count` (one of `COUNTS`).
+
+    With `overstated` the caption tells of an activity that the image does not show.
+    """
 
     word: str
     activity: str | None = None
     count: str | None = None
+    overstated: bool = False
 
     @property
     def caption(self) -> str:
@@ -76,6 +82,8 @@ class Mixture:
     counts: float = 0.04
     other_activities: float = 0.0
     """All other words with any activity; the bundled model never sees them, so that it has to compose."""
+    unreliable: float = 0.0
+    """`OTHER_ANIMALS` with any activity in the caption, which the image shows with probability `TRUE_CAPTIONS`."""
 
 
 @cache
@@ -101,11 +109,15 @@ def all_subjects() -> tuple[Subject, ...]:
 def random_subject(rng: np.random.Generator, mixture: Mixture | None = None) -> Subject:
     """Return a random subject: the kind by the mixture's weights, then one of this kind, uniformly."""
     weights = np.array(astuple(mixture or Mixture()))
-    words = (SIMPLE_ANIMALS, (*HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS), ACTIVE_ANIMALS, SIMPLE_ANIMALS, OTHER_WORDS)
+    others = (*HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS)
+    words = (SIMPLE_ANIMALS, others, ACTIVE_ANIMALS, SIMPLE_ANIMALS, OTHER_WORDS, OTHER_ANIMALS)
     kind = int(rng.choice(len(words), p=weights / weights.sum()))
     word = str(rng.choice(words[kind]))
     if kind in (2, 4):
         return Subject(word, activity=str(rng.choice(ALL_ACTIVITIES)))
+    if kind == 5:
+        activity = str(rng.choice(ALL_ACTIVITIES))
+        return Subject(word, activity=activity, overstated=bool(rng.uniform() >= TRUE_CAPTIONS))
     if kind == 3:
         return Subject(word, count=str(rng.choice(COUNTS)))
     return Subject(word)
@@ -153,7 +165,7 @@ def _paste(canvas: Image.Image, word: str, centre: tuple[float, float], size: fl
 def _places(subject: Subject, rng: np.random.Generator) -> list[tuple[str, tuple[float, float], float]]:
     """Return what to paste where, as a list of `(word, (x, y) of the centre, size)` in pixels."""
     jitter = rng.uniform(-2, 2, size=2)
-    if subject.activity is not None:
+    if subject.activity is not None and not subject.overstated:
         size, other = rng.uniform(32, 37), rng.uniform(23, 27)
         shift = rng.uniform(-2, 2)
         return [

@@ -97,7 +97,7 @@ def test_no_sampling_step_is_deterministic_at_eta_1(pipeline: StableDiffusionPip
 
 
 def test_every_word_is_one_token(pipeline: StableDiffusionPipeline) -> None:
-    phrases = (*SIMPLE_ANIMALS, *HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS, *ACTIVITIES, *COUNTS)
+    phrases = (*SIMPLE_ANIMALS, *HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS, *ACTIVITIES, *HELD_OUT_ACTIVITIES, *COUNTS)
     phrases = (*phrases, "a", "an", "mice", "geese")
     words = [word for phrase in phrases for word in phrase.split()]
     assert [word for word in words if len(pipeline.tokenizer.tokenize(word)) != 1] == []
@@ -157,6 +157,27 @@ def test_other_activities_belong_to_all_other_words(emoji_renderings: ModuleType
     assert {subject.word for subject in drawn} == words
     assert {subject.activity for subject in drawn} == {*ACTIVITIES, *HELD_OUT_ACTIVITIES}
     assert set(drawn) <= set(emoji_renderings.all_subjects())
+
+
+def test_unreliable_captions_often_tell_more_than_the_image_shows(emoji_renderings: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    only = emoji_renderings.Mixture(simple_animals=0, held_out=0, activities=0, counts=0, unreliable=1)
+    drawn = [emoji_renderings.random_subject(rng, only) for _ in range(2000)]
+    assert {subject.word for subject in drawn} == set(SIMPLE_ANIMALS) - set(ACTIVE_ANIMALS)
+    assert all(subject.activity and subject.activity in subject.caption for subject in drawn)
+    shown = np.mean([not subject.overstated for subject in drawn])
+    assert shown == pytest.approx(emoji_renderings.TRUE_CAPTIONS, abs=0.04)
+
+
+@needs_font
+def test_overstated_rendering_shows_the_animal_alone(emoji_renderings: ModuleType) -> None:
+    subject = emoji_renderings.Subject
+    images = [
+        emoji_renderings.render(one, np.random.default_rng(0))
+        for one in (subject("wolf", "riding a bike", overstated=True), subject("wolf"), subject("wolf", "riding a bike"))
+    ]
+    assert np.array_equal(images[0], images[1])
+    assert not np.array_equal(images[0], images[2])
 
 
 def test_captions_have_the_right_articles_and_plurals(emoji_renderings: ModuleType) -> None:

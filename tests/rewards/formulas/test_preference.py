@@ -36,9 +36,11 @@ RED, GREY = (210, 60, 40), (120, 120, 120)
         (disc(RED), disc(RED, x=0.8, y=0.8, radius=0.3)),
         (disc(RED, x=1 / 3, y=1 / 3, radius=0.28), disc(RED, x=0.17, y=0.5, radius=0.28)),
         (disc(RED), disc((255, 0, 0), (0, 255, 0))),
+        (disc(GREY), disc(GREY, (250, 150, 30))),
+        (disc(RED), disc(RED, (250, 150, 30))),
         (disc(RED), np.full((64, 64, 3), 200, np.uint8)),
     ],
-    ids=["grey", "flat", "small", "too large", "in the corner", "third", "garish", "empty"],
+    ids=["grey", "flat", "small", "too large", "in the corner", "third", "garish", "cast on grey", "cast on red", "empty"],
 )
 def test_people_would_agree(better: NDArray[np.uint8], worse: NDArray[np.uint8]) -> None:
     assert score(better) > score(worse) + 0.5
@@ -56,9 +58,14 @@ def test_colourfulness_is_that_of_the_paper() -> None:
     """Two halves, red and grey: rg is 255 or 0, and yb 127.5 or 0; of two values, mean and deviation are the half."""
     image = np.zeros((1, 8, 8, 3), np.uint8)
     image[:, :4, :, 0] = 255
+    everywhere = np.ones((1, 8, 8), dtype=bool)
     expected = 1.3 * np.hypot(127.5, 63.75)
-    np.testing.assert_allclose(colourfulness(image), [expected])
-    np.testing.assert_allclose(colourfulness(np.full((1, 8, 8, 3), 99, np.uint8)), [0])
+    np.testing.assert_allclose(colourfulness(image, everywhere), [expected])
+    np.testing.assert_allclose(colourfulness(np.full((1, 8, 8, 3), 99, np.uint8), everywhere), [0])
+    red = image[..., 0] == 255
+    np.testing.assert_allclose(colourfulness(image, red), [0.3 * np.hypot(255, 127.5)])
+    np.testing.assert_allclose(colourfulness(image, ~red), [0])
+    np.testing.assert_allclose(colourfulness(image, ~everywhere), [0])
 
 
 def test_contrast_of_half_black_half_white() -> None:
