@@ -7,7 +7,7 @@ the width and the height in pixels of the prompts' images, on which the shape of
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def with_prompt_images(
         ValueError: for a set of which only some prompts have an image, or one that cannot be read; or if the arguments
             have one image for all prompts.
     """
-    if not have_images(prompts) or IMAGE not in _parameters(model, download):
+    if not have_images(prompts) or not takes_image(model, download):
         return arguments
     assert isinstance(prompts, PromptSet)
     known = find_object(model)
@@ -70,17 +70,22 @@ def with_prompt_images(
     return {**own, IMAGE: "prompt:{}x{}".format(*sizes[0])}
 
 
-def _parameters(model: str | Path | DiffusionPipeline | DiffusionModel, download: bool) -> Collection[str]:
-    """Return the names of the arguments of a pipeline's call; none for another model, or one that is not known yet."""
+def takes_image(model: str | Path | DiffusionPipeline | DiffusionModel, download: bool = True) -> bool | None:
+    """Return whether a model has a pipeline whose call takes an image; `None` if that is not known without a download.
+
+    The arguments are those of `with_prompt_images`.
+    """
     known = find_object(model)
     if isinstance(known, PipelineModel):
-        return known.watched.parameters
-    if isinstance(known, DiffusionPipeline):
-        return inspect.signature(type(known).__call__).parameters
-    if not isinstance(known, str | Path):
-        return ()
-    location = resolve_source(known)
-    if location in BUNDLED_MODELS or not (download or Path(location).exists()):
-        return ()
-    pipeline_class: Any = getattr(diffusers, family_in(location, with_weights=False)[1].class_name)
-    return inspect.signature(pipeline_class.__call__).parameters
+        return IMAGE in known.watched.parameters
+    pipeline_class: Any = type(known)
+    if isinstance(known, str | Path):
+        location = resolve_source(known)
+        if location in BUNDLED_MODELS:
+            return False
+        if not (download or Path(location).exists()):
+            return None
+        pipeline_class = getattr(diffusers, family_in(location, with_weights=False)[1].class_name)
+    elif not isinstance(known, DiffusionPipeline):
+        return False
+    return IMAGE in inspect.signature(pipeline_class.__call__).parameters

@@ -31,3 +31,9 @@ def prompt_file(folder: Path, prompts: list[tuple[str, int]], **fields: Any) -> 
     path = folder / "edits.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def likeness(samples: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+    """A reward: how close a sample is to the image of its prompt."""
+    given = np.stack([np.asarray(Image.open(one["image"])) for one in metadata])
+    return np.asarray(-np.abs(samples.astype(float) - given).mean((1, 2, 3)))
