@@ -210,12 +210,35 @@ def watched_scheduler(scheduler_class: Any) -> type[Any]:
 
 @cache
 def watched_processor(processor_class: Any) -> type[Any]:
-    """Return a class of image processors that leave infinite values visible, which they would clamp to a color."""
+    """Return a class of image processors that process the same image once for all denoiser calls.
+
+    They leave infinite values visible, which they would clamp to a color.
+    """
 
     class Watched(processor_class):
+        known: dict[Any, tuple[Any, Any]] | None = None
+
+        def resize(self, image: Any, *arguments: Any, **options: Any) -> Any:
+            return self.once("resize", image, arguments, options)
+
+        def preprocess(self, image: Any, *arguments: Any, **options: Any) -> Any:
+            return self.once("preprocess", image, arguments, options)
+
+        def once(self, name: str, image: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            method = getattr(processor_class, name)
+            if self.known is None:
+                return method(self, image, *arguments, **options)
+            key = name, repr(arguments), repr(options)
+            if key not in self.known or self.known[key][0] is not image:
+                self.known[key] = image, method(self, image, *arguments, **options)
+            return self.known[key][1]
+
         def postprocess(self, image: Tensor, *arguments: Any, **options: Any) -> Any:
             visible = torch.where(image.isfinite(), image, torch.nan)
             return processor_class.postprocess(self, visible, *arguments, **options)
 
+    for name in ("resize", "preprocess"):
+        if not hasattr(processor_class, name):
+            delattr(Watched, name)
     Watched.__name__ = Watched.__qualname__ = processor_class.__name__
     return Watched

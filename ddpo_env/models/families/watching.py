@@ -65,6 +65,7 @@ class WatchedPipeline:
         scheduler_class: Any = type(self._scheduler)
         self._scheduler.__class__ = watched_scheduler(scheduler_class)
         self._prepared: dict[Any, Any] = {}
+        self._processed: dict[Any, Any] = {}
         self._takes_prepared_latents = False
         self._decodes_without_steps = True
 
@@ -205,6 +206,7 @@ class WatchedPipeline:
             processor = copy.copy(vars(watched)[name])
             processor_class: Any = type(processor)
             processor.__class__ = watched_processor(processor_class)
+            processor.known = self._processed if batch else None
             vars(watched)[name] = processor
         return watched
 

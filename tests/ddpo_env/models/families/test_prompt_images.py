@@ -185,6 +185,18 @@ def test_image_is_encoded_once_for_each_content(tmp_path: Path, monkeypatch: pyt
     assert not torch.equal(second["image_latents"][1], first["image_latents"][1])
 
 
+@torch.no_grad()
+def test_nothing_of_an_image_is_computed_at_a_denoiser_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the call needs of the example image is prepared once, however often the denoiser is called."""
+    model = with_images("flux_2_klein")
+    conditioning = encode(model, edits("flux_2_klein"))
+    latents, timestep = torch.randn(3, *model.latent_shape), torch.full((3,), 500.0)
+    first = model.predict(model.denoiser, latents, timestep, conditioning)
+    for owner, method in ((type(model.pipeline.image_processor), "preprocess"), (model.pipeline.vae, "encode")):
+        monkeypatch.setattr(owner, method, None)
+    assert torch.equal(model.predict(model.denoiser, latents, timestep, conditioning), first)
+
+
 def test_environment_gives_prompts_and_images_to_the_pipeline_and_fields_to_the_reward(tmp_path: Path) -> None:
     told: list[dict[str, Any]] = []
 
