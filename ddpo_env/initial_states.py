@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,8 +11,9 @@ import torch
 from gymnasium.utils import seeding
 from torch import Tensor
 
-from ddpo_env.models.protocol import DiffusionModel, abilities_of
+from ddpo_env.models.protocol import DiffusionModel, abilities_of, encode, prepare
 from ddpo_env.prompts.distributions import Prompt, PromptDistribution, PromptSet
+from ddpo_env.prompts.images import IMAGE, describe_image
 
 UNKNOWN_SEED = -1
 """Gymnasium's mark for a generator whose seed is not known."""
@@ -63,7 +64,7 @@ class InitialStates:
         self._rank = first_index % samples_per_prompt
         self._leader = np.random.default_rng() if self._rank else None
         if isinstance(prompts, PromptSet):
-            abilities_of(model).prepare_prompts(prompts.prompts)
+            prepare(model, list(prompts))
 
     def seed(self, seeds: Sequence[int | None], mask: npt.NDArray[np.bool_]) -> None:
         """Seed the generators in `mask`; a generator whose seed is `None` goes on as it is."""
@@ -107,18 +108,77 @@ class InitialStates:
             else:  # whole groups are sampled, so the row above belongs to the same group
                 sampled.append(sampled[-1])
         initial = torch.as_tensor(noise) if latents is None else latents[torch.as_tensor(indices)]
-        conditioning = self.model.encode_prompts([prompt for prompt, _ in sampled]) if sampled else {}
+        conditioning = encode(self.model, sampled) if sampled else {}
         return InitialState(indices, sampled, initial, conditioning)
 
-    def state(self) -> list[dict[str, Any]]:
-        """Return the states of the generators."""
-        return [dict(generator.bit_generator.state) for generator in self.generators]
+    def info(self, prompt: Prompt) -> dict[str, Any]:
+        """Return what the info of a reset says about an episode: its prompt.
 
-    def load_state(self, states: Sequence[dict[str, Any]]) -> None:
-        """Continue from the states of all generators of the whole batch."""
+        If the model takes more than the text, `context` tells prompts of the same text from each other.
+        """
+        text, metadata = prompt
+        if not abilities_of(self.model).prompt_fields:
+            return {"prompt": text}
+        return {"prompt": text, "context": f"{text} [{', '.join(self._fields(text, metadata))}]"}
+
+    def _fields(self, text: str, metadata: Mapping[str, Any]) -> Iterator[str]:
+        for name in abilities_of(self.model).prompt_fields:
+            value = metadata[name]
+            shown = describe_image(value, f"{name} of prompt {text!r}").digest[:16] if name == IMAGE else repr(value)
+            yield f"{name} {shown}"
+
+    def encode(self, prompts: Sequence[Prompt | None], device: torch.device) -> dict[str, Tensor]:
+        """Return the conditioning of prompts `(batch, ...)` on a device, and zeros for `None`."""
+        shapes = self.model.conditioning_shapes
+        conditioning = {name: torch.zeros((len(prompts), *shape), device=device) for name, shape in shapes.items()}
+        rows = [row for row, prompt in enumerate(prompts) if prompt is not None]
+        begun = [prompt for prompt in prompts if prompt is not None]
+        for name, value in encode(self.model, begun).items() if rows else ():
+            conditioning[name][rows] = value
+        return conditioning
+
+    def state(self, prompts: Sequence[Prompt | None]) -> dict[str, list[Any]]:
+        """Return the states of the generators and the prompts of the episodes, `None` for one that has not begun."""
+        begun = [prompt or (None, {}) for prompt in prompts]
+        state: dict[str, list[Any]] = {
+            "prompts": [text for text, _ in begun],
+            "metadata": [metadata for _, metadata in begun],
+            "generators": [dict(generator.bit_generator.state) for generator in self.generators],
+        }
+        if abilities_of(self.model).prompt_fields:
+            state["contexts"] = [None if prompt is None else self.info(prompt)["context"] for prompt in prompts]
+        return state
+
+    def load_state(self, state: Mapping[str, list[Any]]) -> list[Prompt | None]:
+        """Continue from a state of the whole batch, and return the prompts of this part.
+
+        An image may lie in another folder now, if it is one of a finite set of prompts.
+
+        Raises:
+            ValueError: for an image that has changed or is gone.
+        """
+        states = state["generators"]
         for index, generator in enumerate(self.generators):
             generator.bit_generator.state = states[self.first_index + index]
         if self._leader is not None:
             self._leader = np.random.default_rng()
             self._leader.bit_generator.state = states[self.first_index - self._rank]
         self.seeds = [UNKNOWN_SEED] * len(self.generators)
+        own = slice(self.first_index, self.first_index + len(self.generators))
+        pairs = zip(state["prompts"][own], state["metadata"][own], strict=True)
+        prompts = [None if text is None else (text, metadata) for text, metadata in pairs]
+        if not abilities_of(self.model).prompt_fields:
+            return prompts
+        return [self._found(*one) for one in zip(prompts, state["contexts"][own], strict=True)]
+
+    def _found(self, prompt: Prompt | None, context: str | None) -> Prompt | None:
+        """Return a prompt of a state as it is found now."""
+        if prompt is None:
+            return None
+        if isinstance(self.prompts, PromptSet):
+            for known in self.prompts:
+                if known[0] == prompt[0] and self.info(known)["context"] == context:
+                    return known
+        if self.info(prompt)["context"] != context:
+            raise ValueError(f"state must be of prompts that are the same now; {context!r} has changed")
+        return prompt

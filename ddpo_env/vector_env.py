@@ -25,9 +25,10 @@ from ddpo_env.deferred_reward import RewardCaller
 from ddpo_env.initial_states import InitialState, InitialStates
 from ddpo_env.models.image_decoding import decode_samples
 from ddpo_env.models.loading import load_model, with_plain_values
+from ddpo_env.models.prompt_images import with_prompt_images
 from ddpo_env.models.protocol import DiffusionModel, abilities_of
 from ddpo_env.models.quantization import Quantization
-from ddpo_env.prompts.distributions import load_prompts
+from ddpo_env.prompts.distributions import Prompt, load_prompts
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 from ddpo_env.sampler.scheduler_table import SMALLEST_STD
 from ddpo_env.spaces import DenoisingObservationSpace, action_box
@@ -89,7 +90,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
     | `model` | `"tiny"` | bundled name, folder, Hub id, diffusers pipeline or `DiffusionModel` |
     | `reward` | `"jpeg_compressibility"` | built-in name, `"module:function"` or callable |
     | `reward_options` | `None` | arguments of the class that `reward` names; for a weighted sum, by its terms' names |
-    | `prompts` | `"simple_animals"` | named set, file, strings or callable |
+    | `prompts` | `"simple_animals"` | named set, file, strings or callable; each may have an `image` for the pipeline |
     | `num_inference_steps` | 20 | number of actions in an episode |
     | `max_episode_steps` | `None` | must be `None`: an episode always has `num_inference_steps` |
     | `device`, `dtype` | `"auto"` | of the frozen weights: float32 on a CPU, bfloat16 on an accelerator |
@@ -176,6 +177,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         if part[1] > 1:
             check_shareable(self.reward)
         self.prompts = load_prompts(prompts)
+        pipeline_arguments = with_prompt_images(model, self.prompts, pipeline_arguments)
         self.model = load_model(model, device, dtype, resolution, pipeline_arguments, quantization)
         validation.check_reward_and_rendering(self.model, self.reward, render_mode)
         self.device = next(self.model.denoiser.parameters()).device
@@ -197,13 +199,9 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._step_index = np.full(num_envs, -1)
-        self._prompts = np.full(num_envs, None, dtype=object)
-        self._prompt_metadata: list[dict[str, Any]] = [{} for _ in range(num_envs)]
+        self._prompts: list[Prompt | None] = [None] * num_envs
         self._latents = torch.zeros((num_envs, *self.model.latent_shape), device=self.device)
-        self._conditioning = {
-            name: torch.zeros((num_envs, *shape), device=self.device)
-            for name, shape in self.model.conditioning_shapes.items()
-        }
+        self._conditioning = self._starts.encode(self._prompts, self.device)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -288,12 +286,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return everything that the next step depends on: tensors, and plain values for JSON."""
         self.wait_for_rewards()
-        return {"latents": self._latents}, {
-            "prompts": self._prompts.tolist(),
-            "metadata": self._prompt_metadata,
-            "step_index": self._step_index.tolist(),
-            "generators": self._starts.state(),
-        }
+        state = self._starts.state(self._prompts)
+        return {"latents": self._latents}, {"step_index": self._step_index.tolist(), **state}
 
     def load_state_dict(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Continue from the `state_dict` of an environment with the same arguments; of all parts, one after another."""
@@ -303,11 +297,13 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         self._caller.discard()
         own = slice(self.first_index, self.first_index + self.num_envs)
         self._latents = tensors["latents"][own].to(self.device)
-        self._prompts = np.array(state["prompts"][own], dtype=object)
-        self._prompt_metadata = list(state["metadata"][own])
         self._step_index = np.array(state["step_index"][own])
-        self._starts.load_state(state["generators"])
-        self._conditioning = self.model.encode_prompts([prompt or "" for prompt in self._prompts])
+        self._prompts = self._starts.load_state(state)
+        self._conditioning = self._starts.encode(self._prompts, self.device)
+
+    def reset_infos(self) -> list[dict[str, Any]]:
+        """Return what the infos of the resets said about the current episodes, one dictionary per sub-environment."""
+        return [{} if prompt is None else self._starts.info(prompt) for prompt in self._prompts]
 
     @property
     def first_index(self) -> int:
@@ -346,24 +342,25 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         for name, embeds in start.conditioning.items():
             self._conditioning[name] = self._conditioning[name].index_copy(0, rows, embeds)
         self._step_index[start.indices] = 0
-        for index, (prompt, metadata) in zip(start.indices, start.prompts, strict=True):
-            self._prompts[index], self._prompt_metadata[index] = prompt, metadata
-            infos = self._add_info(infos, {"prompt": prompt}, int(index))
+        for index, prompt in zip(start.indices, start.prompts, strict=True):
+            self._prompts[index] = prompt
+            infos = self._add_info(infos, self._starts.info(prompt), int(index))
         return infos
 
     def _score(self, indices: npt.NDArray[np.intp], latents: Tensor) -> tuple[npt.NDArray[np.float64], dict[str, Any]]:
         """Decode the last latents and ask the reward; return scores and infos of the sub-environments `indices`."""
         if not bool(torch.isfinite(finals := latents[copied_to(indices, self.device)]).all()):
             raise ValueError("actions must be finite; the last latents of an episode have NaN or infinite values")
-        samples, finite = decode_samples(self.model, finals, self._prompts[indices].tolist(), self.non_finite_rewards)
-        scored = indices[finite]
-        prompts, own = [self._prompts[i] for i in scored], abilities_of(self.model).sample_metadata
-        metadata = [{**own, **self._prompt_metadata[i]} for i in scored]
+        started = [prompt for index in indices if (prompt := self._prompts[index]) is not None]
+        texts, own = [text for text, _ in started], abilities_of(self.model).sample_metadata
+        samples, finite = decode_samples(self.model, finals, texts, self.non_finite_rewards)
+        prompts = [text for text, is_finite in zip(texts, finite, strict=True) if is_finite]
+        metadata = [{**own, **given} for (_, given), is_finite in zip(started, finite, strict=True) if is_finite]
         answers = iter(self._caller.submit(self.reward, samples[finite], prompts, metadata) if finite.any() else ())
         scores = np.zeros(len(indices))
         infos: dict[str, Any] = {}
         for row, index in enumerate(indices):
-            info = {"prompt": self._prompts[index], "image" if are_images(samples) else "sample": samples[row]}
+            info = {"prompt": texts[row], "image" if are_images(samples) else "sample": samples[row]}
             if not finite[row]:
                 scores[row], info["reward_details"] = np.nan, {"non_finite": True}
             elif (answer := next(answers)).is_measured or self.deferred_rewards:

@@ -134,7 +134,7 @@ def _check_content(own: TrainConfig, name: str, is_moved: bool) -> None:
     before, place = getattr(own.run, f"{name}_sha256"), place_of(own, name)
     if is_moved or before is None:
         return
-    now = fingerprint(place) if place is not None else None
+    now = fingerprint(place, name) if place is not None else None
     if now != before:
         what = "no longer exists" if now is None else "has changed since the run began"
         raise ValueError(

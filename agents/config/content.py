@@ -10,7 +10,9 @@ from agents.config.train_config import TrainConfig
 from ddpo_env.models import BUNDLED_MODELS
 from ddpo_env.models.files.pipelines import file_fingerprint
 from ddpo_env.models.lora.lora_file import find_lora
-from ddpo_env.prompts import PROMPT_SETS
+from ddpo_env.models.prompt_images import with_prompt_images
+from ddpo_env.prompts import PROMPT_SETS, load_prompts
+from ddpo_env.prompts.files import prompt_file_fingerprint
 
 _MOST_BYTES = 2**20
 _KINDS = (".json", ".txt", ".model", ".safetensors")
@@ -41,15 +43,17 @@ def place_of(config: TrainConfig, name: str) -> Path | None:
     return Path(os.path.abspath(path)) if is_path else None
 
 
-def fingerprint(place: Path) -> str | None:
-    """Return the SHA-256 of a file, or of a model folder: of its pipeline's configurations and weights.
+def fingerprint(place: Path, name: str) -> str | None:
+    """Return the SHA-256 of what a setting names: a file, or a model folder's configurations and weights.
 
-    Of a file of weights, samples count (all of it below 4 MiB). Of each file of a folder the name, the size and the
-    first MiB count, which holds the shapes of the weights, so that large weights need not be read twice. `None` for a
-    place that does not exist.
+    Of a prompt file its images count too. Of a file of weights, samples count (all of it below 4 MiB). Of each file of
+    a folder the name, the size and the first MiB count, which holds the shapes of the weights, so that large weights
+    need not be read twice. `None` for a place that does not exist.
     """
     if place.is_file() and place.suffix == ".safetensors":
         return file_fingerprint(place)
+    if place.is_file() and name == "prompts":
+        return prompt_file_fingerprint(place)
     if place.is_file():
         return hashlib.sha256(place.read_bytes()).hexdigest()
     files = sorted(path for path in place.glob("*/*") if path.suffix in _KINDS) if place.is_dir() else []
@@ -68,5 +72,24 @@ def with_content(config: TrainConfig) -> TrainConfig:
     found: dict[str, str | None] = {}
     for name in PLACES:
         if (place := place_of(config, name)) is not None and place.exists():
-            found |= {name: str(place), f"{name}_sha256": fingerprint(place)}
+            found |= {name: str(place), f"{name}_sha256": fingerprint(place, name)}
     return config.changed(**found).with_given(config._given)
+
+
+def with_images(config: TrainConfig) -> TrainConfig:
+    """Return settings in which the pipeline gets the image of each prompt, if prompts have one and its call takes it.
+
+    Nothing is downloaded: of a pipeline on the Hub this is found out when it is loaded.
+
+    Raises:
+        ValueError: for prompts that are not valid, or images that the pipeline cannot get.
+    """
+    if config.prompts in PROMPT_SETS:
+        return config
+    before = config.run.size[1]
+    after = with_prompt_images(config.model, load_prompts(config.prompts), before, download=False)
+    if after == before:
+        return config
+    assert after is not None
+    added = [f"{name}={value}" for name, value in after.items() if name not in before]
+    return config.changed(pipeline_arguments=(*config.run.pipeline_arguments, *added)).with_given(config._given)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from agents.config.authority import resumed
-from agents.config.content import with_content
+from agents.config.content import with_content, with_images
 from agents.config.presets import check_preset, preset_config
 from agents.config.train_config import TrainConfig
 from ddpo_env.validation.options import shown
@@ -17,7 +17,8 @@ def resolve(config: TrainConfig, processes: int = 1) -> TrainConfig:
     """Return the complete settings of a run that a number of processes train together.
 
     A run to be resumed has its own settings; see `agents.config.authority` for what may change. A model folder and a
-    prompt file are stored with absolute paths and hashes of their content. The learning rate goes on as
+    prompt file are stored with absolute paths and hashes of their content; if its prompts have images and the pipeline
+    takes one, `pipeline_arguments` say so. The learning rate goes on as
     planned at first, so more iterations do not raise it again.
 
     Raises:
@@ -32,7 +33,7 @@ def resolve(config: TrainConfig, processes: int = 1) -> TrainConfig:
         return with_content(resumed(own, config)).resolved(processes)
     reward = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in config.reward)
     run_dir = config.run_dir or Path("runs") / f"{reward}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return with_content(config.changed(run_dir=run_dir)).resolved(processes)
+    return with_images(with_content(config.changed(run_dir=run_dir))).resolved(processes)
 
 
 def _check_adapters(config: TrainConfig) -> None:

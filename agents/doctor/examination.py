@@ -36,6 +36,7 @@ from agents.training.build import build_algorithm
 from agents.training.preparation import CheckedRun, load_configured_model, training_env
 from ddpo_env.models import DiffusionModel, abilities_of
 from ddpo_env.models.image_decoding import decode_samples
+from ddpo_env.models.protocol import encode
 from ddpo_env.prompts import Prompt
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 from ddpo_env.sampler.scheduler_table import SMALLEST_STD, ddim_of
@@ -145,7 +146,7 @@ class Examination:
     @property
     def model(self) -> DiffusionModel:
         """The model of the run, with its dtype and on its device."""
-        return self.once("model", lambda: load_configured_model(self.config, self.processes))
+        return self.once("model", lambda: load_configured_model(self._checked, self.processes))
 
     @property
     def algorithm(self) -> TensorOnPolicyAlgorithm:
@@ -207,18 +208,22 @@ class Examination:
 
     @torch.no_grad()
     def denoise(
-        self, sampler: GaussianSampler, prompts: Sequence[str], noise: Tensor, generator: torch.Generator | None = None
+        self,
+        sampler: GaussianSampler,
+        prompts: Sequence[Prompt],
+        noise: Tensor,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return finished latents of the policy, `(batch, *latent_shape)`.
 
         Args:
             sampler: the table of steps.
-            prompts: one for each row.
+            prompts: one for each row, with its metadata.
             noise: where the steps begin, `(batch, *latent_shape)`.
             generator: of the steps' noise; `None`: each step goes to its mean.
         """
         policy, latents = self.policy, noise
-        sampler, conditioning = sampler.to(policy.device), self.model.encode_prompts(prompts)
+        sampler, conditioning = sampler.to(policy.device), encode(self.model, prompts)
         policy.set_training_mode(False)
         with policy.sampling_weights():
             for step in range(len(sampler)):
@@ -240,10 +245,16 @@ class Examination:
             return evaluate_reward(reward, samples, texts, metadata, non_finite="keep")[0]
 
     def chosen_prompts(self, count: int) -> list[Prompt]:
-        """Return prompts of the run, different ones as far as there are some."""
+        """Return prompts of the run, different ones as far as there are some.
+
+        If the model takes more than the text, such as an image, all have that of the first: a pipeline's call takes one
+        image for all rows.
+        """
         env = denoising_env_of(self.algorithm.env) if self.algorithm.env is not None else None
         assert env is not None
-        return evaluation_prompts(env, count, self.config.seed)
+        prompts = evaluation_prompts(env, count, self.config.seed)
+        shared = {name: prompts[0][1][name] for name in abilities_of(env.model).prompt_fields}
+        return [(text, {**metadata, **shared}) for text, metadata in prompts]
 
     def close(self) -> None:
         """Close the environment, whose thread calls the reward."""
@@ -271,7 +282,7 @@ class Examination:
         prompts = self.chosen_prompts(max(2, min(SAMPLES, self.config.training.sample_batch_size)))
         noise, texts = self.initial_noise(len(prompts)), [text for text, _ in prompts]
         generator = torch.Generator(policy.device).manual_seed(self.config.seed)
-        latents = self.denoise(policy.sampler, texts, noise, generator)
+        latents = self.denoise(policy.sampler, prompts, noise, generator)
         decoded, finite = decode_samples(self.model, latents, texts, "keep")
         return Samples(noise, latents, decoded, finite, prompts)
 

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import nn
 from agents.doctor.examination import Examination
 from agents.doctor.finding import Finding, Level
 from ddpo_env.models.files.pipelines import pipeline_of
+from ddpo_env.models.protocol import encode
 from ddpo_env.models.quantization import quantization_of, stored_bytes
+from ddpo_env.prompts import Prompt
 from rewards.devices import has_bfloat16, resolve_device, resolve_dtype
 from rewards.pretrained import stored_tensors
 
@@ -109,14 +112,15 @@ def check_prompts(examination: Examination) -> Finding:
     model = examination.model
     if not model.conditioning_shapes:
         return Finding("prompts", "green", {}, "The model takes no prompt.")
-    texts = list(dict.fromkeys([*(text for text, _ in examination.chosen_prompts(8)), "a red apple"]))[:8]
+    chosen = examination.chosen_prompts(8)
+    prompts = list({text: (text, metadata) for text, metadata in [*chosen, ("a red apple", chosen[0][1])]}.values())[:8]
     start = time.perf_counter()
-    encoded = model.encode_prompts(texts)
-    seconds = (time.perf_counter() - start) / len(texts)
+    encoded = encode(model, prompts)
+    seconds = (time.perf_counter() - start) / len(prompts)
     shapes = {name: tuple(tensor.shape[1:]) for name, tensor in encoded.items()}
     finite = all(bool(tensor.isfinite().all()) for tensor in encoded.values())
     apart = max(float((tensor[:1] - tensor[1:]).abs().max()) for tensor in encoded.values())
-    effect = _effect_of_prompts(examination, texts[0], texts[1])
+    effect = _effect_of_prompts(examination, prompts[:2])
     numbers = {
         "seconds_per_prompt": round(seconds, 4),
         "shapes": {name: list(shape) for name, shape in shapes.items()},
@@ -134,14 +138,14 @@ def check_prompts(examination: Examination) -> Finding:
 
 
 @torch.no_grad()
-def _effect_of_prompts(examination: Examination, first: str, second: str) -> float:
+def _effect_of_prompts(examination: Examination, prompts: Sequence[Prompt]) -> float:
     """Return the relative difference of the denoiser's outputs for two prompts at the same noise."""
     model = examination.model
     noise = examination.initial_noise(1).expand(2, *model.latent_shape)
     policy = examination.policy
     policy.set_training_mode(False)
     timestep = policy.sampler.timesteps[:1].to(policy.device).float().expand(2)
-    output = policy.predict_output(noise, timestep, model.encode_prompts([first, second]))
+    output = policy.predict_output(noise, timestep, encode(model, prompts))
     return float((output[0] - output[1]).norm() / output[0].norm())
 
 

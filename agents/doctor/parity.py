@@ -22,6 +22,7 @@ from agents.doctor.stock_pipeline import Watched, pipeline_of, watch, with_saved
 from agents.doctor.update import stirred
 from ddpo_env.models import DiffusionModel
 from ddpo_env.models.image_decoding import decode_samples
+from ddpo_env.models.protocol import encode
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 from ddpo_env.sampler.scheduler_table import SMALLEST_STD, ddim_of
 
@@ -152,14 +153,14 @@ def check_decoder(examination: Examination) -> Finding:
     latents = watched.latents
     if latents.shape[1:] != model.latent_shape:
         latents = examination.denoise(examination.deterministic_sampler(), watched.prompts, watched.noise)
-    images, finite = decode_samples(model, latents, watched.prompts, "keep")
+    images, finite = decode_samples(model, latents, watched.texts, "keep")
     if not finite.all() or watched.images is None:
         return _finite_finding(name, model, finite)
     return _compared_images(name, images, watched, "decode scales latents in another way than the pipeline: mend it.")
 
 
 def _image_parity(examination: Examination, watched: Watched, latents: Tensor) -> Finding:
-    images, _ = decode_samples(examination.model, latents, watched.prompts, "keep")
+    images, _ = decode_samples(examination.model, latents, watched.texts, "keep")
     return _compared_images("parity", images, watched, "predict, guidance or decode differs from the pipeline's.")
 
 
@@ -191,7 +192,7 @@ def _output(examination: Examination, watched: Watched, step: int) -> Tensor:
     policy, latents = examination.policy, watched.inputs[step]
     policy.set_training_mode(False)
     timestep = torch.full((len(latents),), watched.timesteps[step], device=policy.device)
-    conditioning = examination.model.encode_prompts(watched.prompts)
+    conditioning = encode(examination.model, watched.prompts)
     return policy.predict_output(latents, timestep, conditioning)
 
 
@@ -202,7 +203,7 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
 
 def _watched(examination: Examination) -> Watched:
     """Return the pipeline's deterministic call; it runs once."""
-    prompts = [text for text, _ in examination.chosen_prompts(_ROWS)]
+    prompts = examination.chosen_prompts(_ROWS)
     return examination.once("pipeline's own call", lambda: watch(examination, prompts))
 
 
@@ -211,7 +212,7 @@ def check_lora(examination: Examination) -> Finding:
     name, policy, model = "LoRA", examination.policy, examination.model
     if not policy.options.lora_rank:
         return Finding(name, "green", {}, "Every weight learns: there is no LoRA.")
-    prompts = [text for text, _ in examination.chosen_prompts(_ROWS)]
+    prompts = examination.chosen_prompts(_ROWS)
     with tempfile.TemporaryDirectory() as folder, stirred(examination):
         policy.save_lora(folder)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())

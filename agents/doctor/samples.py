@@ -23,7 +23,7 @@ def check_sampler(examination: Examination) -> Finding:
     """Write images of the stochastic sampler beside the deployed one's, and compare the rewards of both."""
     name, samples = "stochastic sampler", examination.samples
     pipeline = pipeline_of(examination.model)
-    deployed = None if pipeline is None else watch(examination, samples.texts, deployed=True).images
+    deployed = None if pipeline is None else watch(examination, samples.prompts, deployed=True).images
     _write(examination, deployed)
     if broken := int((~samples.finite).sum()):
         meaning = f"{broken} of {len(samples.finite)} samples are NaN or infinite."

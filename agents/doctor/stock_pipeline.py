@@ -29,6 +29,8 @@ from ddpo_env.models import DiffusionModel, abilities_of, load_model
 from ddpo_env.models.files.pipelines import pipeline_of
 from ddpo_env.models.image_decoding import decode_samples
 from ddpo_env.models.lora.adapters import quiet
+from ddpo_env.prompts import Prompt
+from ddpo_env.prompts.images import IMAGE, read_image
 from ddpo_env.sampler.scheduler_table import ddim_of
 
 
@@ -42,17 +44,22 @@ class Watched:
         outputs: the guided outputs of the denoiser, likewise.
         latents: after the last step.
         images: uint8 `(batch, height, width, 3)`; `None` if the pipeline returns something else.
-        prompts: one for each row.
+        prompts: one for each row, with its metadata.
         noise: where the call began, in the layout of the model's latents.
     """
 
-    prompts: list[str]
+    prompts: list[Prompt]
     noise: Tensor
     timesteps: list[float] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     latents: Tensor | None = None
     images: npt.NDArray[np.uint8] | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts without metadata."""
+        return [text for text, _ in self.prompts]
 
 
 class _FirstStepError(Exception):
@@ -61,7 +68,7 @@ class _FirstStepError(Exception):
 
 def watch(
     examination: Examination,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     deployed: bool = False,
     pipeline: DiffusionPipeline | None = None,
@@ -70,7 +77,7 @@ def watch(
 
     Args:
         examination: the run.
-        prompts: one for each row.
+        prompts: one for each row; fields that the model takes, such as an image, are the first one's.
         deployed: with the scheduler that the pipeline comes with; else with its deterministic one: DDIM, or Euler's
             steps of the flow.
         pipeline: another one than the model's with the LoRA that the run starts from.
@@ -106,19 +113,26 @@ def _starting_pipeline(examination: Examination) -> DiffusionPipeline:
     return pipeline if lora is None else with_starting_lora(examination.model, pipeline, lora)
 
 
-def _arguments(examination: Examination, takes: Any, prompts: list[str]) -> dict[str, Any]:
+def _arguments(examination: Examination, takes: Any, prompts: list[Prompt]) -> dict[str, Any]:
     """Return the arguments of the call, apart from the noise."""
     model, scale = examination.model, examination.config.policy.guidance_scale
-    arguments: dict[str, Any] = {"num_inference_steps": examination.config.num_inference_steps, "output_type": "np"}
+    texts, abilities = [text for text, _ in prompts], abilities_of(model)
+    arguments: dict[str, Any] = {
+        **abilities.arguments,
+        **{name: prompts[0][1][name] for name in abilities.prompt_fields},
+    }
+    if IMAGE in abilities.prompt_fields:
+        arguments[IMAGE] = read_image(arguments[IMAGE], f"{IMAGE} of prompt {texts[0]!r}")
+    arguments |= {"num_inference_steps": examination.config.num_inference_steps, "output_type": "np"}
     arguments |= {"return_dict": False}
     if "prompt" in takes:
-        arguments |= {"prompt": prompts}
+        arguments |= {"prompt": texts}
     else:
         arguments |= {"batch_size": len(prompts)}
     if "height" in takes:
-        shape = decode_samples(model, examination.initial_noise(1), prompts[:1], "keep")[0].shape
+        shape = decode_samples(model, examination.initial_noise(1), texts[:1], "keep")[0].shape
         arguments |= {"height": shape[-3], "width": shape[-2]}
-    if "true_cfg_scale" in takes and not abilities_of(model).guidance_embeds:
+    if "true_cfg_scale" in takes and not abilities.guidance_embeds:
         if scale != 1:
             arguments |= {"true_cfg_scale": scale, "negative_prompt": [""] * len(prompts)}
     elif "guidance_scale" in takes:

@@ -35,6 +35,7 @@ from agents.evaluation.generation import (
     StockImages,
     check_model,
     stock_images,
+    with_images,
 )
 from agents.evaluation.image_grid import write_image
 from agents.evaluation.intervals import RESAMPLES
@@ -121,6 +122,7 @@ def evaluate_models(arguments: EvaluateArguments) -> str:
     """
     arguments.check()
     sets = prompt_sets(arguments.prompts)
+    arguments = with_images(arguments, sets.values())
     rewards = named_rewards(arguments.rewards, arguments.reward_options)
     check_model(arguments)
     for reward in rewards.values():
@@ -235,7 +237,7 @@ def _scored_images(
         batch = places[start : start + arguments.batch_size]
         texts, metadata = zip(*(prompts[index] for _, index in batch), strict=True)
         seeds = [arguments.seed + sample + SEEDS_APART * index for sample, index in batch]
-        pixels = images(texts, seeds, strength)
+        pixels = images(texts, seeds, strength, metadata)
         answers = {key: evaluate_reward(reward, pixels, texts, metadata) for key, reward in rewards.items()}
         for row, (sample, index) in enumerate(batch):
             scores = {key: float(values[row]) for key, (values, _) in answers.items()}

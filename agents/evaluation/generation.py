@@ -6,15 +6,17 @@ and generate with `stock_images`. Everybody who loads the LoRA with diffusers ge
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpo_env.prompts import PromptSet
+from ddpo_env.prompts.images import IMAGE, read_image
 from ddpo_env.validation.options import Range, check_fields
 from ddpo_env.validation.resolution import plain_resolution
 
@@ -62,6 +64,9 @@ class GenerationArguments:
             find_lora(self.lora)
 
 
+_Arguments = TypeVar("_Arguments", bound=GenerationArguments)
+
+
 def check_model(arguments: GenerationArguments) -> None:
     """Check model, device, resolution, steps and LoRA against each other, without loading any weights.
 
@@ -86,22 +91,49 @@ def check_model(arguments: GenerationArguments) -> None:
         check_lora(find_lora(arguments.lora), model.denoiser, arguments.model)
 
 
+def with_images(arguments: _Arguments, sets: Iterable[PromptSet]) -> _Arguments:
+    """Return arguments with which the pipeline gets each prompt's image, if prompts have one and its call takes it.
+
+    Raises:
+        ValueError: as `with_prompt_images`.
+    """
+    from ddpo_env.models.prompt_images import with_prompt_images
+
+    before = _of_pipeline(arguments)
+    for prompts in sets:
+        after = with_prompt_images(arguments.model, prompts, before) or {}
+        if added := [f"{name}={value}" for name, value in after.items() if name not in before]:
+            return replace(arguments, pipeline_arguments=(*arguments.pipeline_arguments, *added))
+    return arguments
+
+
 class StockImages:
     """A loaded diffusers pipeline that generates images for prompts and seeds, with a LoRA at any strength."""
 
-    def __init__(self, pipeline: Any, options: dict[str, Any], has_lora: bool) -> None:
-        """Take the pipeline, the options of every call, and whether a LoRA is loaded."""
+    def __init__(self, pipeline: Any, options: dict[str, Any], has_lora: bool, takes_images: bool = False) -> None:
+        """Take the pipeline, the options of every call, whether a LoRA is loaded, and whether prompts have images."""
         self._pipeline = pipeline
         self._options = options
         self._has_lora = has_lora
+        self._takes_images = takes_images
 
-    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], strength: float) -> NDArray[np.uint8]:
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        strength: float,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+    ) -> NDArray[np.uint8]:
         """Return one image per prompt and seed, `(prompts, height, width, 3)`.
 
         Args:
             prompts: one per image.
             seeds: of the noise of each image.
             strength: by which the LoRA's change of the weights is multiplied; 0 is the base model, 1 the LoRA as it is.
+            metadata: of each prompt; of it the pipeline gets the `image`, if it takes one for each prompt.
+
+        Raises:
+            ValueError: for an image that is missing there, or that cannot be read.
         """
         import torch
 
@@ -111,11 +143,23 @@ class StockImages:
             self._pipeline.enable_lora()
             names = sorted({name for part in self._pipeline.get_list_adapters().values() for name in part})
             self._pipeline.set_adapters(names, [strength] * len(names))
-        options = dict(self._options)
+        generators = [torch.Generator(self._pipeline.device).manual_seed(seed) for seed in seeds]
+        if not self._takes_images:
+            return self._generated(list(prompts), generators, {})
+        given = metadata or [{}] * len(prompts)
+        images = [
+            {IMAGE: read_image(own.get(IMAGE), f"{IMAGE} of prompt {text!r}")}
+            for text, own in zip(prompts, given, strict=True)
+        ]
+        # One by one: for some pipelines several images are several for every prompt.
+        rows = zip(prompts, generators, images, strict=True)
+        return np.concatenate([self._generated([text], [generator], image) for text, generator, image in rows])
+
+    def _generated(self, prompts: list[str], generators: list[Any], image: dict[str, Any]) -> NDArray[np.uint8]:
+        options = self._options | image
         if "negative_prompt" in options:
             options["negative_prompt"] = [options["negative_prompt"]] * len(prompts)
-        generators = [torch.Generator(self._pipeline.device).manual_seed(seed) for seed in seeds]
-        images = self._pipeline(list(prompts), generator=generators, output_type="np", **options).images
+        images = self._pipeline(prompt=prompts, generator=generators, output_type="np", **options).images
         return np.asarray((images * 255).round().astype(np.uint8))
 
 
@@ -156,7 +200,7 @@ def stock_images(arguments: GenerationArguments) -> Iterator[StockImages]:
         pipeline.scheduler = scheduler
         if arguments.lora is not None:
             _load_lora(pipeline, arguments.lora)
-        yield StockImages(pipeline, options, arguments.lora is not None)
+        yield StockImages(pipeline, options, arguments.lora is not None, IMAGE in model.prompt_fields)
     finally:  # the model stays loaded in this process, so it is left as it was
         if arguments.lora is not None:
             pipeline.unload_lora_weights()

@@ -9,6 +9,10 @@ import torch
 
 from agents.config.presets import PRESETS, preset_config
 from agents.config.train_config import TrainConfig
+from ddpo_env.models.families.encoded_prompts import size_of_prompt_images
+from ddpo_env.models.prompt_images import have_images, takes_image
+from ddpo_env.prompts import PROMPT_SETS, load_prompts
+from ddpo_env.prompts.images import IMAGE
 from rewards.devices import resolve_device, resolve_dtype
 
 
@@ -48,6 +52,7 @@ def describe_plan(
         *_preset(config),
         f"model      {config.model}, {_count(steps, 'step', 'steps')}, {guidance}",
         *_loras(config),
+        *_images(config),
         *_reward(config),
         *_holdout(config),
         *([f"processes  {processes}, which share every batch"] if processes > 1 else []),
@@ -139,6 +144,18 @@ def _loras(config: TrainConfig) -> list[str]:
     base, lora = config.run.base_lora, config.policy.lora
     parts = [*([f"{base} is merged"] if base else []), *([f"{lora} is trained further"] if lora else [])]
     return [f"LoRA       {', '.join(parts)}"] if parts else []
+
+
+def _images(config: TrainConfig) -> list[str]:
+    """Say who gets the images of the prompts, if they have some."""
+    if config.prompts in PROMPT_SETS or not have_images(load_prompts(config.prompts)):
+        return []
+    size = size_of_prompt_images(config.run.size[1].get(IMAGE))
+    if size is not None:
+        return [f"images     one for each prompt, for the pipeline and the reward: {size[0]}x{size[1]} pixels"]
+    if takes_image(config.model, download=False) is None:
+        return ["images     one for each prompt, for the reward, and for the pipeline if its call takes an image"]
+    return ["images     one for each prompt, for the reward only: the pipeline's call takes no image"]
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:

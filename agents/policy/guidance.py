@@ -29,12 +29,16 @@ def guided_output(
         latents: `(batch, ...)`.
         timestep: `(batch,)`.
         conditioning: conditioning of the prompts, each tensor `(batch, ...)`.
-        negative: conditioning of the negative prompt, each tensor `(1, ...)`.
+        negative: conditioning of the negative prompt, each tensor `(1, ...)`; what is not in it, such as an encoded
+            image, is that of the prompts.
         guide: combines `u` and `c`, see `ModelAbilities.guide`.
         unconditional_gradient: whether `u` is differentiated. If so, both outputs come from one call with twice the
             rows. If not, there are always two calls, so that sampling and training have the same batch shape.
     """
-    unconditioned = {name: negative[name].to(value).expand_as(value) for name, value in conditioning.items()}
+    unconditioned = {
+        name: negative[name].to(value).expand_as(value) if name in negative else value
+        for name, value in conditioning.items()
+    }
     if unconditional_gradient:
         doubled = {name: torch.cat([unconditioned[name], value]) for name, value in conditioning.items()}
         unconditional, conditional = predict(torch.cat([latents] * 2), torch.cat([timestep] * 2), doubled).chunk(2)

@@ -195,5 +195,4 @@ def _load_env_state(algorithm: TensorOnPolicyAlgorithm, tensors: dict[str, Tenso
     env.load_state_dict(tensors, state)
     algorithm._last_obs = env.observe()
     algorithm._last_episode_starts = np.ones(env.num_envs, dtype=bool)
-    own = state["prompts"][env.first_index : env.first_index + env.num_envs]
-    algorithm.env.reset_infos = [{"prompt": prompt} for prompt in own]  # type: ignore[union-attr]
+    algorithm.env.reset_infos = env.reset_infos()  # type: ignore[union-attr]

@@ -23,6 +23,7 @@ from agents.config.train_config import TrainConfig
 from agents.distributed import Processes
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.vec_env import VectorEnvAdapter
+from ddpo_env.models import abilities_of
 
 
 def build_algorithm(config: TrainConfig, env: VectorEnvAdapter, processes: Processes) -> TensorOnPolicyAlgorithm:
@@ -44,6 +45,7 @@ def build_algorithm(config: TrainConfig, env: VectorEnvAdapter, processes: Proce
         "stats_window_size": total,
         "processes": processes,
         "seed": config.seed,
+        "context_key": _context_key(env),
         "device": env.denoising_env.device if env.denoising_env is not None else "auto",
         **asdict(config.update),
     }
@@ -65,6 +67,12 @@ def build_algorithm(config: TrainConfig, env: VectorEnvAdapter, processes: Proce
         percentile=training.rwr_percentile,
         **common,
     )
+
+
+def _context_key(env: VectorEnvAdapter) -> str:
+    """Return where the infos tell prompts apart: by their text, unless the model takes more than that, an image."""
+    fields = () if env.denoising_env is None else abilities_of(env.denoising_env.model).prompt_fields
+    return "context" if fields else "prompt"
 
 
 def _advantage(config: TrainConfig) -> AdvantageEstimator:

@@ -35,6 +35,7 @@ from agents.training.result import RunResult
 from agents.training.run import Run, RunListener
 from agents.training.run_folder import RunFolder
 from ddpo_env.models import DiffusionModel, abilities_of, check_source, load_model
+from ddpo_env.models.prompt_images import with_prompt_images
 from ddpo_env.prompts import PromptDistribution, load_prompts
 from ddpo_env.vector_env import DenoisingVectorEnv
 from rewards import Loadable, LogsAnswers, Reward, check_shareable, configured_reward, parse_options
@@ -155,14 +156,15 @@ def run_training(config: TrainConfig) -> RunResult:
     return prepare_run(config).train(started)
 
 
-def load_configured_model(config: TrainConfig, processes: Processes) -> DiffusionModel:
-    """Load the model of a resolved configuration, on this process's device."""
-    settings = config.run
+def load_configured_model(checked: CheckedRun, processes: Processes) -> DiffusionModel:
+    """Load the model of a run, on this process's device."""
+    config, settings = checked.config, checked.config.run
     return load_model(
         config.model,
         processes.device or config.device,
         settings.dtype,
-        *settings.size,
+        settings.resolution,
+        with_prompt_images(config.model, checked.prompts, settings.size[1]),
         settings.quantization,
         base_lora=settings.base_lora,
         offload_text_encoder=settings.offload_text_encoder,
@@ -200,7 +202,7 @@ def _env_arguments(checked: CheckedRun, model: DiffusionModel, processes: Proces
 def _load(checked: CheckedRun, processes: Processes) -> Run:
     """Load the model and make environment, algorithm and held-out images; with several processes, this one's part."""
     config = checked.config
-    model = load_configured_model(config, processes)
+    model = load_configured_model(checked, processes)
     set_random_seed(config.seed)
     env = training_env(checked, model, processes)
     eval_env: Any = gym.make_vec(

@@ -111,6 +111,11 @@ def is_object(model: str | Path) -> bool:
     return str(model) in _models or str(model) in _pipelines
 
 
+def find_object(model: Any) -> Any:
+    """Return the model or the pipeline object of this process that a name stands for, or what was given."""
+    return _models.get(model, _pipelines.get(model, model)) if isinstance(model, str) else model
+
+
 def load_model(
     model: str | Path | DiffusionPipeline | DiffusionModel,
     device: str | torch.device = "auto",
@@ -162,8 +167,7 @@ def load_model(
     resolution = plain_resolution(resolution)
     if os.getpid() != _IMPORTED_BY:
         torch.set_num_threads(1)  # a forked process has OpenMP's state without its threads, and would wait for them
-    if isinstance(model, str):
-        model = _models.get(model, _pipelines.get(model, model))
+    model = find_object(model)
     loaded = _load(model, device, dtype, pipeline_arguments or {}, quantization, base_lora)
     check_quantized(loaded.denoiser, quantization, loaded.source)
     if pipeline_arguments is None:

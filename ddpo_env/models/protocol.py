@@ -14,11 +14,14 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 from torch import Tensor, nn
 
 from ddpo_env.models.lora.lora_file import MergedLora, peft_adapters
+from ddpo_env.prompts.distributions import Prompt
 from ddpo_env.validation.resolution import Resolution
 from rewards.kinds import SampleKind
 
 Conditioning: TypeAlias = Mapping[str, Tensor]
 """Conditioning tensors by their diffusers names, each `(batch, ...)`."""
+Fields: TypeAlias = Sequence[Mapping[str, Any]]
+"""For each prompt, those entries of its metadata that the model takes."""
 
 
 @runtime_checkable
@@ -81,6 +84,9 @@ class ModelAbilities:
         guidance_problem: why `guide` is not the guidance of the model's pipeline, if it is not.
         identity: what tells this model's weights from others in any process, such as a hash; `None`: its `source`.
         merged_lora: the LoRA that is part of the frozen weights, if there is one.
+        prompt_fields: names of the entries that the metadata of every prompt must have because the conditioning depends
+            on them, such as `image`. `encode_prompts` and `prepare_prompts` then get them in the argument `fields`, one
+            dictionary for each prompt.
     """
 
     sample_kind: SampleKind = "image"
@@ -91,13 +97,17 @@ class ModelAbilities:
     guidance_problem: str | None = None
     identity: str | None = None
     merged_lora: MergedLora | None = None
+    prompt_fields: tuple[str, ...] = ()
 
     source: str
     encode_prompts: Callable[..., dict[str, Tensor]]
     decode: Callable[..., Tensor]
 
     def negative_conditioning(self) -> dict[str, Tensor]:
-        """Return what guidance leads away from, each tensor `(1, ...)`: the conditioning of the empty prompt."""
+        """Return what guidance leads away from, each tensor `(1, ...)`: the conditioning of the empty prompt.
+
+        What is not in it, such as an encoded image, is that of the prompt.
+        """
         return self.encode_prompts([""])
 
     def guide(self, negative: Tensor, positive: Tensor, scale: float) -> Tensor:
@@ -126,7 +136,7 @@ class ModelAbilities:
         """
         return peft_adapters(file)
 
-    def prepare_prompts(self, prompts: Sequence[str]) -> None:
+    def prepare_prompts(self, prompts: Sequence[str], fields: Fields | None = None) -> None:
         """Prepare for prompts that the environment knows it is going to encode: there is nothing to do."""
 
     def forget_prompts(self) -> None:
@@ -176,6 +186,32 @@ class ModelAbilities:
         raise ValueError(
             f"resolution must be None with model {self.source!r}, which has only its own; got {resolution!r}"
         )
+
+
+def encode(model: DiffusionModel, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+    """Return the conditioning `(batch, ...)` of prompts, of whose metadata the model gets the fields that it takes.
+
+    Raises:
+        ValueError: for a prompt without such a field.
+    """
+    return abilities_of(model).encode_prompts([text for text, _ in prompts], **_fields_of(model, prompts))
+
+
+def prepare(model: DiffusionModel, prompts: Sequence[Prompt]) -> None:
+    """Let a model prepare for prompts, see `ModelAbilities.prepare_prompts`; errors as `encode`."""
+    abilities_of(model).prepare_prompts([text for text, _ in prompts], **_fields_of(model, prompts))
+
+
+def _fields_of(model: DiffusionModel, prompts: Sequence[Prompt]) -> dict[str, Fields]:
+    """Return the argument `fields`, if the model takes any."""
+    names = abilities_of(model).prompt_fields
+    for text, metadata in prompts:
+        if missing := [name for name in names if name not in metadata]:
+            raise ValueError(
+                f"prompts must have {' and '.join(missing)} with model {model.source!r}, which takes one for each "
+                f"prompt; got {text!r} with {', '.join(metadata) or 'no metadata'}"
+            )
+    return {"fields": [{name: metadata[name] for name in names} for _, metadata in prompts]} if names else {}
 
 
 _ABILITIES = tuple(name for name in vars(ModelAbilities) if not name.startswith("_"))

@@ -1,18 +1,23 @@
 """Reads prompt files: text with one prompt per line, JSON, JSON Lines, and tables with a header.
 
 A file comes in, and pairs of a prompt and its metadata go out. The suffix says what the format is; a file whose content
-is another format than its suffix says is refused, because its lines would become nonsense prompts.
+is another format than its suffix says is refused, because its lines would become nonsense prompts. An entry `image`
+names an image file, relative to the folder of the prompt file.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from ddpo_env.prompts.images import IMAGE, describe_image
 
 _LARGEST = 64 * 2**20
 """Bytes of a file that is read."""
@@ -24,10 +29,12 @@ _SUFFIXES = (".txt", "", ".jsonl", ".json", ".csv", ".tsv")
 def read_prompt_file(path: Path) -> list[tuple[str, Any]]:
     """Return `(where, prompt)` for every prompt of a file; `where` names file and line for messages.
 
-    A prompt of an object or of a table's row is a mapping, see `split_prompt`. The caller checks the prompts.
+    A prompt of an object or of a table's row is a mapping, see `split_prompt`. The caller checks the prompts. Images
+    are checked here; their paths become absolute.
 
     Raises:
-        ValueError: The file is too large, no UTF-8 text, of another format than its suffix says, or it has no prompts.
+        ValueError: The file is too large, no UTF-8 text, of another format than its suffix says, or it has no prompts;
+            some prompts have an image and others none, or an image cannot be read.
     """
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
@@ -48,7 +55,20 @@ def read_prompt_file(path: Path) -> list[tuple[str, Any]]:
         found = list(_in_text(path, text))
     if not found:
         raise ValueError(f"prompts {str(path)!r} must hold at least one prompt; it holds none")
-    return found
+    return _with_images(path.parent, found)
+
+
+def prompt_file_fingerprint(path: Path) -> str:
+    """Return the SHA-256 of a prompt file and of its images.
+
+    Raises:
+        ValueError: as `read_prompt_file`.
+    """
+    digest = hashlib.sha256(path.read_bytes())
+    for where, entry in read_prompt_file(path):
+        if isinstance(entry, Mapping) and IMAGE in entry:
+            digest.update(describe_image(entry[IMAGE], f"{where}: {IMAGE}").digest.encode())
+    return digest.hexdigest()
 
 
 def split_prompt(entry: Mapping[Any, Any], where: str) -> tuple[Any, dict[str, Any]]:
@@ -62,6 +82,25 @@ def split_prompt(entry: Mapping[Any, Any], where: str) -> tuple[Any, dict[str, A
         if name in names:
             return entry[names[name]], {str(key): value for key, value in entry.items() if key != names[name]}
     raise ValueError(f"{where} must have an entry {' or '.join(_NAMES)}; it has {', '.join(map(str, entry)) or 'none'}")
+
+
+def _with_images(folder: Path, found: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Return prompts whose images have absolute paths; all of them have an image that can be read, or none has one."""
+    has_image = [isinstance(entry, Mapping) and IMAGE in entry for _, entry in found]
+    if not any(has_image):
+        return found
+    if not all(has_image):
+        raise ValueError(
+            f"{found[has_image.index(False)][0]} must have an {IMAGE}, because {found[has_image.index(True)][0]} has "
+            "one: all prompts of a file have an image, or none has one"
+        )
+    complete = []
+    for where, entry in found:
+        given = entry[IMAGE]
+        image = os.path.abspath(folder / given) if isinstance(given, str) and given else given
+        describe_image(image, f"{where}: {IMAGE}")
+        complete.append((where, {**entry, IMAGE: image}))
+    return complete
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ddpo_env.models.protocol import DiffusionModel, abilities_of
 from ddpo_env.prompts.distributions import Prompt, PromptDistribution, PromptSet, load_prompts
+from ddpo_env.prompts.images import IMAGE
 from rewards import NonFinite, Reward, reward_name
 from rewards.kinds import KINDS, described, kinds_of
 
@@ -143,7 +145,11 @@ def reset_mask(mask: Any, num_envs: int, samples_per_prompt: int, first_index: i
 
 
 def given_prompts(prompts: Any, num_envs: int, own: PromptDistribution) -> list[Prompt] | None:
-    """Return one prompt per sub-environment; a prompt of the environment's `own` set keeps its metadata."""
+    """Return one prompt per sub-environment; a prompt of the environment's `own` set keeps its metadata.
+
+    Raises:
+        ValueError: for other values, or for a text that several prompts of the set have with different images.
+    """
     if prompts is None:
         return None
     valid = f"options['prompts'] must be a string or one per sub-environment ({num_envs})"
@@ -155,7 +161,18 @@ def given_prompts(prompts: Any, num_envs: int, own: PromptDistribution) -> list[
     except (TypeError, ValueError) as error:
         raise ValueError(f"{valid}: {error}") from error
     assert isinstance(given, PromptSet)
-    known = dict(own) if isinstance(own, PromptSet) else {}
+    known: dict[str, dict[str, Any]] = {}
+    ambiguous = set()
+    for text, metadata in own if isinstance(own, PromptSet) else ():
+        before, image = known.get(text, metadata).get(IMAGE), metadata.get(IMAGE)
+        if before is not image and not (isinstance(image, str | Path) and before == image):
+            ambiguous.add(text)
+        known[text] = metadata
+    if unclear := [text for text, metadata in given if text in ambiguous and not metadata]:
+        raise ValueError(
+            f"{valid}; several prompts are {unclear[0]!r}: say which {IMAGE} it has, as the pair "
+            f"({unclear[0]!r}, {{{IMAGE!r}: ...}})"
+        )
     return [(prompt, metadata or known.get(prompt, {})) for prompt, metadata in given]
 
 

@@ -107,9 +107,11 @@ def _outputs(model: Any, guided: dict[str, Any] | None) -> tuple[Tensor, Tensor]
     with model.text_encoders_on_device():
         latents, timestep, expected = model.watched.recorded(**given)
     embedded = {"guidance": torch.ones(len(latents))} if model.guidance_embeds else {}
+    fields = {"fields": [{name: given[name] for name in model.prompt_fields}]} if model.prompt_fields else {}
+    encoded = model.encode_prompts([_PROMPT], **fields)
     positive, negative = (
         {name: value.expand(len(latents), *value.shape[1:]) for name, value in one.items()} | embedded
-        for one in (model.encode_prompts([_PROMPT]), model.negative_conditioning())
+        for one in (encoded, encoded | model.negative_conditioning())
     )
     output = model.predict(model.denoiser, latents, timestep, positive)
     if guided is not None:

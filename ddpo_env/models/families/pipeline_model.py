@@ -7,8 +7,7 @@ needs no adapter of its own. `table` holds the few things that a pipeline does n
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,30 +17,38 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ddpo_env.models.families.batching import Batching, find_batching, in_batches
-from ddpo_env.models.families.conditioning import ConditioningLayout, Encoded, conditioning_in
+from ddpo_env.models.families.conditioning import (
+    ConditioningLayout,
+    conditioning_in,
+    find_images,
+    guidance_in,
+)
+from ddpo_env.models.families.encoded_prompts import (
+    EncodedPrompts,
+    PipelinePrompt,
+    example_images,
+    pipeline_prompts,
+    size_of_prompt_images,
+)
 from ddpo_env.models.families.parity import TESTED, compare_with_pipeline
 from ddpo_env.models.families.resolution import check_resolution
-from ddpo_env.models.families.table import GUIDES, sample_kind_of, sampling_rate_of
+from ddpo_env.models.families.table import (
+    GUIDES,
+    check_arguments,
+    fixed_arguments,
+    sample_kind_of,
+    sampling_rate_of,
+)
 from ddpo_env.models.families.watching import WatchedPipeline
 from ddpo_env.models.files.pipelines import TEXT_ENCODERS
 from ddpo_env.models.image_decoding import check_scaling, picture_of, samples_of
 from ddpo_env.models.lora.adapters import denoiser_adapters, save_adapters
 from ddpo_env.models.lora.peft_format import save_peft_adapter
-from ddpo_env.models.protocol import Conditioning, ModelAbilities, ShapeUnknownError
-from ddpo_env.validation.resolution import Resolution, height_and_width
+from ddpo_env.models.protocol import Conditioning, Fields, ModelAbilities, ShapeUnknownError
+from ddpo_env.prompts.images import IMAGE
+from ddpo_env.validation.resolution import Resolution
 
-_CACHED_BYTES = 2**30
-_PREPARED_PROMPTS = 1000
-"""A larger set of prompts is not encoded completely beforehand: that would take longer than it saves."""
 _PIXELS_PER_CALL = 8 * 512 * 512
-_STEPS = 4  # of a watched call, which ends at its first one: some schedules are not defined for fewer
-_LONGER_PROMPT = "a cat"
-_NOT_FREE = (
-    *("prompt", "negative_prompt", "latents", "generator", "output_type", "return_dict"),
-    *("num_inference_steps", "timesteps", "sigmas", "guidance_scale", "true_cfg_scale"),
-    *("callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs"),
-)
-"""Arguments of a pipeline's call that are not the user's: the environment and the policy give them."""
 _SCALES = ("true_cfg_scale", "guidance_scale")
 
 
@@ -61,7 +68,8 @@ class PipelineModel(ModelAbilities):
             pipeline: is not changed otherwise.
             source: name of the model.
             resolution: of the images in pixels, `512` or `"832x1216"` (width x height); default: the pipeline's own.
-            arguments: of every call of the pipeline, such as `num_frames` or `max_sequence_length`.
+            arguments: of every call of the pipeline, such as `num_frames` or `max_sequence_length`. The `image`
+                `prompt:64x48` says that every prompt has its own, of such a width and height.
 
         Raises:
             ValueError: for a pipeline of another form, or an argument that its call does not take.
@@ -85,45 +93,48 @@ class PipelineModel(ModelAbilities):
         self.guidance_embeds = bool(self._config.get("guidance_embeds", False))
         self.offload_text_encoder = self._is_accelerated()
         self.arguments: dict[str, Any] = dict(arguments or {})
-        taken = [name for name in self.watched.parameters if name not in _NOT_FREE]
-        if wrong := [str(name) for name in self.arguments if name not in taken]:
-            raise ValueError(
-                f"pipeline_arguments must be among {', '.join(taken)} with model {source!r}; got {', '.join(wrong)}"
-            )
-        if resolution is not None and {"height", "width"} & self.arguments.keys():
-            raise ValueError(f"resolution must be None if height or width is in pipeline_arguments; got {resolution!r}")
+        check_arguments(self.arguments, self.watched.parameters, resolution, source)
+        image_size = size_of_prompt_images(self.arguments.get(IMAGE))
+        self._examples = [] if image_size is None else example_images(image_size)
+        self.prompt_fields = (IMAGE,) if self._examples else ()
+        self._empty = PipelinePrompt.of("", self._examples[0]) if self._examples else PipelinePrompt("")
         self._arguments = self._fixed_arguments(resolution)
-        self._encoded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._encoded = EncodedPrompts()
         self._watch_once()
         self._is_checked = type(pipeline).__name__ in TESTED
         self._batching: Batching | None = "any" if self._is_checked else None
 
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def encode_prompts(self, prompts: Sequence[str], fields: Fields | None = None) -> dict[str, Tensor]:
         """Return float32 conditioning `(batch, ...)` by name; each distinct prompt is encoded once.
 
         Prompts are encoded one by one, so that a prompt's conditioning does not depend on the rest of the batch.
+
+        Args:
+            prompts: one for each row.
+            fields: with the `image` of each prompt, if `prompt_fields` asks for it.
+
+        Raises:
+            ValueError: for an image that is missing, cannot be read, or is encoded to another shape than the others.
         """
-        self._remember(prompts)
-        encoded = [self._encoded[prompt] for prompt in prompts]
-        bytes_each = sum(tensor.nbytes for tensor in encoded[0].values())
-        while len(self._encoded) * bytes_each > _CACHED_BYTES:
-            self._encoded.popitem(last=False)
-        return {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}
+        return self._encoded.conditioning(pipeline_prompts(prompts, fields, bool(self.prompt_fields)), self._encode)
 
     def negative_conditioning(self) -> dict[str, Tensor]:
         """Return what the pipeline itself guides away from if it is not told, each tensor `(1, ...)`.
 
         That is an empty prompt, or zeros. Some pipelines do not guide without a negative prompt; theirs is empty too.
+        The image is that of the prompt.
         """
         scales = [name for name in _SCALES if name in self.watched.parameters]
         has_negative_prompt = "negative_prompt" in self.watched.parameters
         for negative_prompt in ({}, *([{"negative_prompt": ""}] * has_negative_prompt)) if scales else ():
             with self.text_encoders_on_device():
                 seen = self._before_denoiser({"prompt": "", scales[0]: 2.0, **negative_prompt})
-            negative = {name: seen.get(f"negative_{name}") for name in self._layout.dtypes}
+            names = [name for name in self._layout.dtypes if name not in self._layout.images]
+            negative = {name: seen.get(f"negative_{name}") for name in names}
             if all(value is not None or name in self._layout.masks.values() for name, value in negative.items()):
                 return self._layout.pack({name: value for name, value in negative.items() if value is not None})
-        return self.encode_prompts([""])
+        encoded = self._encoded.conditioning([self._empty], self._encode)
+        return {name: value for name, value in encoded.items() if name not in self._layout.images}
 
     def guide(self, negative: Tensor, positive: Tensor, scale: float) -> Tensor:
         """Return the guided output as the pipeline computes it."""
@@ -149,8 +160,9 @@ class PipelineModel(ModelAbilities):
         def call(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
             arguments = self._arguments | self._layout.arguments(conditioning, dtype)
             if self.guidance_embeds:
-                arguments["guidance_scale"] = self._guidance(conditioning, len(latents))
-            return self.watched.output(denoiser, latents.to(dtype), timestep, dtype, **arguments)
+                arguments["guidance_scale"] = guidance_in(conditioning, len(latents))
+            images = self._layout.prepared_images(conditioning, dtype)
+            return self.watched.output(denoiser, latents.to(dtype), timestep, dtype, images, **arguments)
 
         if self._batching is None:
             first = {name: value[:1] for name, value in conditioning.items()}
@@ -175,7 +187,8 @@ class PipelineModel(ModelAbilities):
         parts = []
         for chunk in latents.to(self.device, dtype).split(rows):
             arguments = self._arguments | self._unprompted(len(chunk)) | {"output_type": "pt"}
-            parts.append(self.watched.decoded(chunk, **arguments))
+            images = self._layout.prepared_images(self._layout.zeros(len(chunk), self.device), dtype)
+            parts.append(self.watched.decoded(chunk, images, **arguments))
         samples = torch.cat(parts)
         return samples.float() if self.sample_kind == "audio" else samples_of(samples)
 
@@ -208,15 +221,15 @@ class PipelineModel(ModelAbilities):
             return arguments | {"guidance_scale": guidance_scale}
         return arguments if guidance_scale == 1 else arguments | (self.guided_call(guidance_scale) or {})
 
-    def prepare_prompts(self, prompts: Sequence[str]) -> None:
+    def prepare_prompts(self, prompts: Sequence[str], fields: Fields | None = None) -> None:
         """Encode prompts beforehand, if encoding each one later would move the text encoders to the device and back.
 
-        At most 1000 prompts are encoded, and only as many as the cache of 1 GiB keeps.
+        At most 1000 prompts are encoded, and only as many as the cache of 1 GiB keeps. Of prompts with images, one for
+        each size of images is encoded in any case, so that errors are early.
         """
-        if self.offload_text_encoder:
-            bytes_each = 4 * sum(math.prod(shape) for shape in self.conditioning_shapes.values())
-            most = min(_PREPARED_PROMPTS, _CACHED_BYTES // bytes_each - len(self._encoded))
-            self._remember(list(dict.fromkeys(prompts))[: max(0, most)])
+        if self.offload_text_encoder or self.prompt_fields:
+            inputs = pipeline_prompts(prompts, fields, bool(self.prompt_fields))
+            self._encoded.prepare(inputs, self.conditioning_shapes, self._encode, self.offload_text_encoder)
 
     def forget_prompts(self) -> None:
         """Encode every prompt again, for all resolutions."""
@@ -261,7 +274,8 @@ class PipelineModel(ModelAbilities):
         most = None if places is None else places * self._config.patch_size
         check_resolution(resolution, self.source, scale, most, self._accepts)
         resized = type(self)(self.pipeline, self.source, resolution, self.arguments)
-        resized._encoded = self._encoded
+        if not self.prompt_fields:  # an image may be brought to the size of the samples
+            resized._encoded = self._encoded
         return resized
 
     def _accepts(self, height: int, width: int) -> bool:
@@ -278,19 +292,11 @@ class PipelineModel(ModelAbilities):
         return next(self.denoiser.parameters()).device
 
     def _fixed_arguments(self, resolution: Resolution | None) -> dict[str, Any]:
-        """Return the arguments of every call: its size, and no guidance, which is the policy's."""
-        parameters = self.watched.parameters
-        fixed: dict[str, Any] = {"num_inference_steps": _STEPS, "output_type": "latent"}
-        if "true_cfg_scale" in parameters:
-            fixed["true_cfg_scale"] = 1.0
-        elif not self.guidance_embeds:
-            fixed["guidance_scale"] = 1.0
+        """Return the arguments of every call: its size, no guidance, which is the policy's, and the user's own."""
         if resolution is None and "sample_size" not in self._config and "vae" in self.pipeline.components:
             resolution = self.pipeline.vae.config.get("sample_size")  # that of the images in pretraining
-        if resolution is not None:
-            fixed |= dict(zip(("height", "width"), height_and_width(resolution), strict=True))
-        fixed |= {"prompt": None, "use_resolution_binning": False, "min_guidance_scale": 1.0, "max_guidance_scale": 1.0}
-        return {name: value for name, value in fixed.items() if name in parameters} | self.arguments
+        own = {**self.arguments, IMAGE: self._examples[0]} if self._examples else self.arguments
+        return fixed_arguments(self.watched.parameters, self.guidance_embeds, resolution) | own
 
     @torch.no_grad()
     def _watch_once(self) -> None:
@@ -309,15 +315,22 @@ class PipelineModel(ModelAbilities):
             what = f"its call ended with {type(error).__name__}: {error}"
             raise ValueError(f"model {self.source!r} must be a pipeline that can be watched; {what}") from error
         encoded = [conditioning_in(one, self.watched.parameters, self._arguments) for one in seen]
-        self._layout = ConditioningLayout.of(encoded, self.watched.parameters | self._arguments, self.source)
+        images: frozenset[str] = frozenset()
+        if self._examples:
+            encoded, images, self.guidance_problem = find_images(
+                [one["self"].made for one in seen], encoded, self.source
+            )
+        self._layout = ConditioningLayout.of(encoded, self.watched.parameters | self._arguments, self.source, images)
         self.conditioning_shapes = self._layout.shapes
         self.latent_shape: tuple[int, ...] = tuple(seen[0]["latents"].shape[1:])
         self.size: tuple[int, int] = (seen[0].get("height") or 1, seen[0].get("width") or 1)
-        self._encoded[""] = self._layout.pack(encoded[0])
+        self._encoded[self._empty] = self._layout.pack(encoded[0])
 
     def _watch_prompts(self) -> list[dict[str, Any]]:
+        """Return what is seen for a short and a long prompt; with images, last for the short one and another image."""
+        given = [{"prompt": ""}, {"prompt": "a cat"}] + [{"prompt": "", IMAGE: one} for one in self._examples[1:]]
         with self.text_encoders_on_device():
-            return [self._before_denoiser({"prompt": prompt}) for prompt in ("", _LONGER_PROMPT)]
+            return [self._before_denoiser(one) for one in given]
 
     @torch.no_grad()
     def check_outputs(self) -> None:
@@ -331,7 +344,8 @@ class PipelineModel(ModelAbilities):
         if self._is_checked:
             return
         self._is_checked = True
-        without, self.guidance_problem = compare_with_pipeline(self)
+        without, problem = compare_with_pipeline(self)
+        self.guidance_problem = self.guidance_problem or problem
         if without is not None:
             name = type(self.pipeline).__name__
             raise ValueError(f"model {self.source!r} must give the outputs of its {name} when it is watched; {without}")
@@ -354,30 +368,16 @@ class PipelineModel(ModelAbilities):
         """Return a conditioning for calls in which the prompt has no effect."""
         return self._layout.arguments(self._layout.zeros(rows, self.device), next(self.denoiser.parameters()).dtype)
 
-    def _guidance(self, conditioning: Conditioning, rows: int) -> float:
-        scales = conditioning.get("guidance")
-        if scales is None or len(set(scales.tolist())) != 1:
-            given = ", ".join(conditioning) if scales is None else scales.tolist()
-            raise ValueError(
-                f"conditioning must have guidance, one scale for all of the {rows} latents (3.5 is FLUX.1-dev's "
-                f"default), because this denoiser takes it as an input; got {given}"
-            )
-        return float(scales[0])
-
     @torch.no_grad()
-    def _remember(self, prompts: Sequence[str]) -> None:
-        """Encode the prompts that are not in the cache, all at once, and mark all prompts as used."""
-        unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
-        if unknown:
-            with self.text_encoders_on_device():
-                for prompt in unknown:
-                    self._encoded[prompt] = self._layout.pack(self._encode(prompt))
-        for prompt in prompts:
-            self._encoded.move_to_end(prompt)
-
-    def _encode(self, prompt: str) -> Encoded:
-        seen = self._before_denoiser({"prompt": prompt})
-        return conditioning_in(seen, self.watched.parameters, self._arguments)
+    def _encode(self, prompts: Iterable[PipelinePrompt]) -> Iterator[dict[str, Tensor]]:
+        """Yield the conditioning of prompts, each tensor `(1, ...)`."""
+        with self.text_encoders_on_device():
+            for prompt in prompts:
+                seen = self._before_denoiser(prompt.arguments())
+                made = {name: seen["self"].made.get(name) for name in self._layout.images}
+                packed = self._layout.pack({**conditioning_in(seen, self.watched.parameters, self._arguments), **made})
+                self._layout.check_images(packed, prompt.description, self.source)
+                yield packed
 
     def _is_accelerated(self) -> bool:
         return self.device.type not in ("cpu", "meta")

@@ -1,15 +1,27 @@
-"""What a pipeline does not show when it is watched: a guidance of its own form, and what kind of samples it makes."""
+"""What a pipeline does not show when it is watched.
+
+A guidance of its own form, what kind of samples it makes, and which arguments of its call are whose.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ddpo_env.validation.resolution import Resolution, height_and_width
 from rewards.kinds import SampleKind
+
+_STEPS = 4  # of a watched call, which ends at its first one: some schedules are not defined for fewer
+_NOT_FREE = (
+    *("prompt", "negative_prompt", "latents", "generator", "output_type", "return_dict"),
+    *("num_inference_steps", "timesteps", "sigmas", "guidance_scale", "true_cfg_scale"),
+    *("callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs"),
+)
+"""Arguments of a pipeline's call that are not the user's: the environment and the policy give them."""
 
 Guide: TypeAlias = Callable[[Tensor, Tensor, float], Tensor]
 """Output for the negative prompt, output for the prompt and the scale → the guided output."""
@@ -57,3 +69,35 @@ def sampling_rate_of(pipeline: Any) -> int | None:
                 if setting in component.config:
                     return int(component.config[setting])
     return None
+
+
+def check_arguments(
+    arguments: Mapping[str, Any], parameters: Mapping[str, Any], resolution: Resolution | None, source: str
+) -> None:
+    """Refuse arguments of the user that a pipeline's call does not take, or that are not the user's.
+
+    Raises:
+        ValueError: naming the arguments.
+    """
+    taken = [name for name in parameters if name not in _NOT_FREE]
+    if wrong := [str(name) for name in arguments if name not in taken]:
+        raise ValueError(
+            f"pipeline_arguments must be among {', '.join(taken)} with model {source!r}; got {', '.join(wrong)}"
+        )
+    if resolution is not None and {"height", "width"} & arguments.keys():
+        raise ValueError(f"resolution must be None if height or width is in pipeline_arguments; got {resolution!r}")
+
+
+def fixed_arguments(
+    parameters: Mapping[str, Any], guidance_embeds: bool, resolution: Resolution | None
+) -> dict[str, Any]:
+    """Return the arguments of every watched call, among those that it takes: its size, and no guidance."""
+    fixed: dict[str, Any] = {"num_inference_steps": _STEPS, "output_type": "latent"}
+    if "true_cfg_scale" in parameters:
+        fixed["true_cfg_scale"] = 1.0
+    elif not guidance_embeds:
+        fixed["guidance_scale"] = 1.0
+    if resolution is not None:
+        fixed |= dict(zip(("height", "width"), height_and_width(resolution), strict=True))
+    fixed |= {"prompt": None, "use_resolution_binning": False, "min_guidance_scale": 1.0, "max_guidance_scale": 1.0}
+    return {name: value for name, value in fixed.items() if name in parameters}

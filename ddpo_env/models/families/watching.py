@@ -7,33 +7,32 @@ and its `step` takes the denoiser's output and ends the call. Weights are shared
 
 from __future__ import annotations
 
-import ast
 import copy
 import inspect
 import sys
-import textwrap
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cache, partial, wraps
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from accelerate.utils import recursively_apply
 from diffusers import DiffusionPipeline
-from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from ddpo_env.models.families.parity import record_steps
+from ddpo_env.models.families.stand_ins import (
+    Ended,
+    WithDtype,
+    is_call_of,
+    watched_pipeline,
+    watched_processor,
+    watched_scheduler,
+)
 from ddpo_env.models.files.pipelines import DENOISERS, TEXT_ENCODERS
 
-_PREPARED = 16
-"""For so many sizes of batches it is kept what a pipeline prepares beside its latents: positions, encoded images."""
 _PROCESSORS = {"image_processor", "video_processor"}
-
-
-class _Ended(BaseException):
-    """The watched call has shown what was asked for. It is no error, so no pipeline handles it."""
+_NO_IMAGES: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class WatchedPipeline:
@@ -64,26 +63,28 @@ class WatchedPipeline:
         self.parameters = _parameters(self.call)
         self._scheduler: Any = copy.copy(vars(pipeline)["scheduler"])
         scheduler_class: Any = type(self._scheduler)
-        self._scheduler.__class__ = _watched_scheduler(scheduler_class)
+        self._scheduler.__class__ = watched_scheduler(scheduler_class)
         self._prepared: dict[Any, Any] = {}
+        self._processed: dict[Any, Any] = {}
         self._takes_prepared_latents = False
         self._decodes_without_steps = True
 
     def before_denoiser(self, **arguments: Any) -> dict[str, Any]:
         """Return the local variables of the pipeline's call when it calls the denoiser for the first time.
 
-        Those that `encode_prompt` returned have the values that it returned.
+        Those that `encode_prompt` returned have the values that it returned. The attribute `made` of its `self` has, by
+        name, what the pipeline's methods `prepare_...` returned, without the latents.
         """
         found: dict[str, Any] = {}
         watched = self._copy(None)
 
         def look(*_: Any) -> None:
             frame = sys._getframe(1)
-            while frame is not None and not _is_call_of(frame, watched):
+            while frame is not None and not is_call_of(frame, watched):
                 frame = frame.f_back  # type: ignore[assignment]
             found.update(frame.f_locals)
             found.update(watched.encoded)
-            raise _Ended
+            raise Ended
 
         denoiser: nn.Module = getattr(self.pipeline, self.denoiser_name)
         hook = denoiser.register_forward_pre_hook(look)
@@ -114,7 +115,13 @@ class WatchedPipeline:
         return dict(watched.scheduler.asked)
 
     def output(
-        self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, dtype: torch.dtype, **arguments: Any
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        timestep: Tensor,
+        dtype: torch.dtype,
+        given_images: Mapping[str, Tensor] = _NO_IMAGES,
+        **arguments: Any,
     ) -> Tensor:
         """Return what the pipeline hands to its scheduler's `step`, when each row has its own timestep `(batch,)`.
 
@@ -123,13 +130,14 @@ class WatchedPipeline:
             latents: `(batch, ...)`, as the pipeline has them when it calls the denoiser.
             timestep: of each row.
             dtype: of the denoiser's inputs.
+            given_images: what the pipeline prepares of the rows' own images, `(batch, ...)`, by its name in the call.
             **arguments: of the pipeline's call.
         """
-        watched = self._copy(timestep[None], latents, arguments)
+        watched = self._copy(timestep[None], latents, arguments, given_images)
         vars(watched)[self.denoiser_name] = denoiser
         arguments |= self._same_noise()
         for name in TEXT_ENCODERS & vars(watched).keys():  # pipelines give the prompt's conditioning their dtype
-            vars(watched)[name] = _WithDtype(vars(watched)[name], dtype)
+            vars(watched)[name] = WithDtype(vars(watched)[name], dtype)
         self._run(watched, arguments)
         if watched.scheduler.output is None:
             raise ValueError("it must hand the output of its denoiser to its scheduler's step")
@@ -142,14 +150,15 @@ class WatchedPipeline:
         vars(watched)["scheduler"] = self.pipeline.scheduler
         return record_steps(watched, self.call, **arguments)
 
-    def decoded(self, latents: Tensor, **arguments: Any) -> Any:
+    def decoded(self, latents: Tensor, given_images: Mapping[str, Tensor] = _NO_IMAGES, **arguments: Any) -> Any:
         """Return the samples that the pipeline makes of latents.
 
         The denoiser is not called, except for a pipeline that needs a step: it makes one, whose result is replaced.
+        `given_images` are as for `output`.
         """
         for steps in (0, 1) if self._decodes_without_steps else (1,):
             given = arguments | self._same_noise() | {"return_dict": False}
-            watched = self._copy(torch.zeros(steps, device=latents.device), latents, given)
+            watched = self._copy(torch.zeros(steps, device=latents.device), latents, given, given_images)
             watched.scheduler.last_latents = latents
             try:
                 return self._run(watched, given)[0]
@@ -163,7 +172,11 @@ class WatchedPipeline:
         return {"generator": torch.Generator().manual_seed(0)} if "generator" in self.parameters else {}
 
     def _copy(
-        self, timesteps: Tensor | None, latents: Tensor | None = None, arguments: dict[str, Any] | None = None
+        self,
+        timesteps: Tensor | None,
+        latents: Tensor | None = None,
+        arguments: dict[str, Any] | None = None,
+        given_images: Mapping[str, Tensor] = _NO_IMAGES,
     ) -> Any:
         """Return a pipeline with the same components, and a scheduler with these timesteps: `None` is its own.
 
@@ -171,15 +184,19 @@ class WatchedPipeline:
         """
         watched = copy.copy(self.pipeline)
         own_class: Any = type(self.pipeline)
-        watched.__class__ = _watched_pipeline(own_class)
+        watched.__class__ = watched_pipeline(own_class)
         scheduler = copy.copy(self._scheduler)
         scheduler.given_timesteps = timesteps
+        batch = () if latents is None else (len(latents), latents.dtype, latents.device)
         if latents is not None and arguments is not None and not self._takes_prepared_latents:
             arguments["latents"] = latents
             latents = None
         vars(watched).update(
             scheduler=scheduler,
             given_latents=latents,
+            given_images=given_images,
+            batch=batch,
+            made={},
             made_latents=None,
             encoded={},
             prepared=self._prepared,
@@ -188,14 +205,15 @@ class WatchedPipeline:
         for name in _PROCESSORS & vars(watched).keys():
             processor = copy.copy(vars(watched)[name])
             processor_class: Any = type(processor)
-            processor.__class__ = _watched_processor(processor_class)
+            processor.__class__ = watched_processor(processor_class)
+            processor.known = self._processed if batch else None
             vars(watched)[name] = processor
         return watched
 
     def _run(self, watched: Any, arguments: Mapping[str, Any]) -> Any:
         try:
             return self.call(watched, **arguments)
-        except _Ended:
+        except Ended:
             return None
 
 
@@ -232,166 +250,8 @@ def _parameters(call: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
-def _is_call_of(frame: Any, pipeline: Any) -> bool:
-    return frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipeline
-
-
 def _device(network: nn.Module) -> torch.device:
     """Return where a network takes its inputs: at its weights, or where a hook of accelerate says."""
     hook = vars(network).get("_hf_hook")
     place = None if hook is None else vars(hook).get("execution_device")
     return next(network.parameters()).device if place is None else torch.device(place)
-
-
-class _WithDtype:
-    """A network that says it has another dtype."""
-
-    def __init__(self, network: Any, dtype: torch.dtype) -> None:
-        self._network = network
-        self.dtype = dtype
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._network, name)
-
-
-@dataclass
-class _SchedulerStep(BaseOutput):
-    """What a step of a scheduler returns."""
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
-
-
-class _Silent:
-    """A progress bar that shows nothing."""
-
-    def update(self, steps: int = 1) -> None:
-        """Show nothing."""
-
-
-@cache
-def _watched_pipeline(pipeline_class: Any) -> type[Any]:
-    """Return a class of pipelines that run where their denoiser is, whatever else was offloaded, and are silent."""
-
-    class Watched(pipeline_class):
-        @property
-        def _execution_device(self) -> Any:
-            return self.denoiser_device
-
-        @property
-        def device(self) -> Any:
-            return self.denoiser_device
-
-        def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
-            return iterable if iterable is not None else nullcontext(_Silent())
-
-        def maybe_free_model_hooks(self) -> None:
-            pass
-
-        def encode_prompt(self, *arguments: Any, **options: Any) -> Any:
-            encoded = pipeline_class.encode_prompt(self, *arguments, **options)
-            frame = sys._getframe(1)
-            names = _assigned_at(frame.f_code, frame.f_lineno)
-            self.encoded |= zip(names, encoded if isinstance(encoded, tuple) else [encoded], strict=False)
-            return encoded
-
-        def prepare_latents(self, *arguments: Any, **options: Any) -> Any:
-            prepare = pipeline_class.prepare_latents
-            if self.given_latents is None:
-                made = prepare(self, *arguments, **options)
-                self.made_latents = made[0] if isinstance(made, tuple) else made
-                return made
-            latents = self.given_latents
-            key = (len(latents), latents.dtype, latents.device)
-            if key not in self.prepared:
-                bound = inspect.signature(prepare).bind(self, *arguments, **options)
-                bound.arguments["generator"] = torch.Generator().manual_seed(0)
-                bound.arguments |= {"latents": None} if "latents" in parameters else {}
-                made = prepare(*bound.args, **bound.kwargs)
-                if len(self.prepared) == _PREPARED:
-                    self.prepared.clear()
-                self.prepared[key] = made[1:] if isinstance(made, tuple) else None
-            others = self.prepared[key]
-            return latents if others is None else (latents, *others)
-
-    if not hasattr(pipeline_class, "encode_prompt"):
-        del Watched.encode_prompt
-    parameters = inspect.signature(getattr(pipeline_class, "prepare_latents", _nothing)).parameters
-    if "generator" not in parameters:
-        del Watched.prepare_latents
-    Watched.__name__ = Watched.__qualname__ = pipeline_class.__name__
-    return Watched
-
-
-@cache
-def _assigned_at(code: Any, line: int) -> list[str]:
-    """Return the names of the variables to which code assigns the result of the call in one of its lines."""
-    try:
-        lines, first = inspect.getsourcelines(code)
-    except OSError:
-        return []
-    line += 1 - first
-    for node in ast.walk(ast.parse(textwrap.dedent("".join(lines)))):
-        if isinstance(node, ast.Assign) and node.lineno <= line <= (node.end_lineno or node.lineno):
-            target = node.targets[0]
-            return [ast.unparse(name) for name in (target.elts if isinstance(target, ast.Tuple) else [target])]
-    return []
-
-
-def _nothing() -> None:
-    """Stand for a method that a pipeline does not have."""
-
-
-@cache
-def _watched_scheduler(scheduler_class: Any) -> type[Any]:
-    """Return a class of schedulers that have the timesteps that they are given, and end the call at the first step."""
-
-    class Watched(scheduler_class):
-        init_noise_sigma = 1.0
-        order = 1
-        given_timesteps: Tensor | None = None
-        ends_when_asked = False
-        was_set = False
-        last_latents: Tensor | None = None
-        output: Tensor | None = None
-
-        @wraps(scheduler_class.set_timesteps)
-        def set_timesteps(self, *arguments: Any, **options: Any) -> None:
-            bound = inspect.signature(scheduler_class.set_timesteps).bind(self, *arguments, **options)
-            self.asked = {name: value for name, value in bound.arguments.items() if name != "self"}
-            if self.ends_when_asked:
-                raise _Ended
-            if str(bound.arguments.get("device")) == "meta":  # schedulers copy their tables to the CPU
-                bound.arguments["device"] = "cpu"
-            if self.given_timesteps is None or not self.was_set:  # once, as its tables are copied to the device
-                scheduler_class.set_timesteps(*bound.args, **bound.kwargs)
-                self.was_set = True
-            if self.given_timesteps is not None:
-                self.timesteps = self.given_timesteps
-                self.num_inference_steps = len(self.timesteps)
-
-        def scale_model_input(self, sample: Tensor, *_: Any, **__: Any) -> Tensor:
-            return sample
-
-        def step(self, model_output: Tensor, *_: Any, **options: Any) -> Any:
-            self.output = model_output
-            if self.last_latents is not None:
-                last = _SchedulerStep(prev_sample=self.last_latents, pred_original_sample=self.last_latents)
-                return last if options.get("return_dict", True) else last.to_tuple()
-            raise _Ended
-
-    Watched.__name__ = Watched.__qualname__ = scheduler_class.__name__
-    return Watched
-
-
-@cache
-def _watched_processor(processor_class: Any) -> type[Any]:
-    """Return a class of image processors that leave infinite values visible, which they would clamp to a color."""
-
-    class Watched(processor_class):
-        def postprocess(self, image: Tensor, *arguments: Any, **options: Any) -> Any:
-            visible = torch.where(image.isfinite(), image, torch.nan)
-            return processor_class.postprocess(self, visible, *arguments, **options)
-
-    Watched.__name__ = Watched.__qualname__ = processor_class.__name__
-    return Watched

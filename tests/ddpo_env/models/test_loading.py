@@ -274,9 +274,10 @@ def test_cached_prompts_have_a_limit_in_bytes(micro_pipeline_folder: Path, monke
     model = load_model(micro_pipeline_folder)
     prompts = ["a cat", "an ant", "a dog", "a fox"]
     expected = model.encode_prompts(prompts)["prompt_embeds"]
-    monkeypatch.setattr("ddpo_env.models.families.pipeline_model._CACHED_BYTES", 3 * expected[0].nbytes)
+    monkeypatch.setattr("ddpo_env.models.families.encoded_prompts.CACHED_BYTES", 3 * expected[0].nbytes)
     assert torch.equal(model.encode_prompts(prompts)["prompt_embeds"], expected)
-    assert list(model._encoded) == prompts[1:], "the ones that were used last"  # type: ignore[attr-defined]
+    kept = [prompt.text for prompt in model._encoded]  # type: ignore[attr-defined]
+    assert kept == prompts[1:], "the ones that were used last"
     assert torch.equal(model.encode_prompts(prompts[:1])["prompt_embeds"][0], expected[0])
 
 

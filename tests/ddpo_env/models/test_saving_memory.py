@@ -155,7 +155,7 @@ def test_finite_set_of_prompts_is_encoded_in_one_visit(monkeypatch: pytest.Monke
         starts.sample(np.arange(8))
     assert pretended.moved() == [[]]
     monkeypatch.setattr(
-        "ddpo_env.models.families.pipeline_model._CACHED_BYTES", (len(model._encoded) + 3) * 4 * 12 * 16
+        "ddpo_env.models.families.encoded_prompts.CACHED_BYTES", (len(model._encoded) + 3) * 4 * 12 * 16
     )
     InitialStates(model, load_prompts([f"animal {number}" for number in range(9)]), 1)
     assert len(pretended.encoded) == 3, "no more than what is kept"
