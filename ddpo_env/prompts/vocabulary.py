@@ -24,8 +24,8 @@ ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
 # An activity that the bundled model knows and that reinforcement learning never uses.
 HELD_OUT_ACTIVITIES = ("reading a book",)
 
-# The animals that the pretraining shows with activities, of every kind of animal. With the other 30 animals, and with
-# held-out animals and objects, the bundled model has to combine what it knows.
+# The animals that the pretraining always shows with the activity of the caption, of every kind of animal. With the
+# other 30 it often leaves the activity out, and held-out animals and objects have none.
 ACTIVE_ANIMALS = (
     *("cat", "horse", "cow", "monkey", "lion", "fox", "mouse"),
     *("bird", "duck", "frog", "turtle", "ant", "bee", "fish", "dolphin"),

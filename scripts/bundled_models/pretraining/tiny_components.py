@@ -165,6 +165,8 @@ def export(
         shutil.rmtree(fresh, ignore_errors=True)
         pipeline.save_pretrained(fresh)
         _load_as_float32(fresh / "text_encoder" / "config.json")
+        for part in ("unet", "vae"):
+            _forget_origin(fresh / part / "config.json")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
@@ -176,3 +178,10 @@ def _load_as_float32(config: Path) -> None:
     """Make transformers load in float32, as diffusers does; without this, it loads in the dtype of the weights."""
     settings = json.loads(config.read_text())
     config.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n")
+
+
+def _forget_origin(config: Path) -> None:
+    """Take out the folder that a part was loaded from."""
+    settings = json.loads(config.read_text())
+    settings.pop("_name_or_path", None)
+    config.write_text(json.dumps(settings, indent=2) + "\n")

@@ -63,6 +63,11 @@ def test_folder_holds_no_weights_but_safetensors() -> None:
     assert suffixes <= {".safetensors", ".json", ".txt"}
 
 
+def test_no_configuration_names_a_folder_of_the_machine_that_trained_it() -> None:
+    for path in FOLDER.rglob("config.json"):
+        assert "_name_or_path" not in path.read_text(), path
+
+
 def test_generates_a_finite_image_that_is_not_flat(pipeline: StableDiffusionPipeline) -> None:
     image = pipeline(
         "a fox",
@@ -174,7 +179,11 @@ def test_overstated_rendering_shows_the_animal_alone(emoji_renderings: ModuleTyp
     subject = emoji_renderings.Subject
     images = [
         emoji_renderings.render(one, np.random.default_rng(0))
-        for one in (subject("wolf", "riding a bike", overstated=True), subject("wolf"), subject("wolf", "riding a bike"))
+        for one in (
+            subject("wolf", "riding a bike", overstated=True),
+            subject("wolf"),
+            subject("wolf", "riding a bike"),
+        )
     ]
     assert np.array_equal(images[0], images[1])
     assert not np.array_equal(images[0], images[2])

@@ -40,7 +40,18 @@ RED, GREY = (210, 60, 40), (120, 120, 120)
         (disc(RED), disc(RED, (250, 150, 30))),
         (disc(RED), np.full((64, 64, 3), 200, np.uint8)),
     ],
-    ids=["grey", "flat", "small", "too large", "in the corner", "third", "garish", "cast on grey", "cast on red", "empty"],
+    ids=[
+        "grey",
+        "flat",
+        "small",
+        "too large",
+        "in the corner",
+        "third",
+        "garish",
+        "cast on grey",
+        "cast on red",
+        "empty",
+    ],
 )
 def test_people_would_agree(better: NDArray[np.uint8], worse: NDArray[np.uint8]) -> None:
     assert score(better) > score(worse) + 0.5
