@@ -15,7 +15,7 @@ from helpers.micro_agents import STEPS, micro_env, micro_policy
 from helpers.micro_families import SCHEDULE, stable_diffusion_2
 from helpers.micro_pipeline import micro_pipeline
 from helpers.more_families import CASES, build
-from helpers.prompt_images import KONTEXT, picture, prompt_file
+from helpers.prompt_images import KONTEXT, controlnet, instruct_pix2pix, picture, prompt_file
 from torch import Tensor
 
 from ddpo_env import load_model
@@ -135,6 +135,35 @@ def denoise(model: Any, prompts: list[tuple[str, dict[str, Any]]], latents: Tens
             output = model.guide(model.predict(model.denoiser, latents, rows, conditioning | negative), output, scale)
         latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
     return latents
+
+
+@pytest.mark.parametrize(("pipeline", "shape"), [(instruct_pix2pix, (4, 8, 8)), (controlnet, (3, 32, 32))])
+@torch.no_grad()
+def test_pipelines_that_no_row_of_a_table_knows_get_the_images_of_the_rows(
+    pipeline: Any, shape: tuple[int, ...]
+) -> None:
+    stock: Any = pipeline()
+    stock.set_progress_bar_config(disable=True)
+    model: Any = load_model(stock, "cpu", "float32", None, {"image": "prompt:32x32"})
+    assert [one for name, one in model.conditioning_shapes.items() if "image" in name] == [shape]
+    assert (model.guidance_problem is not None) == (pipeline is instruct_pix2pix), "its guidance has three terms"
+    prompts = [("make it red", {"image": picture(seed)}) for seed in (0, 1)]
+    latents = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(3)).repeat(2, 1, 1, 1)
+    outputs: list[Tensor] = []
+
+    def note(output: Tensor, timestep: Tensor, sample: Tensor, **_: Any) -> tuple[Tensor]:
+        outputs.append(output)
+        return (sample,)
+
+    stock.scheduler = copy.deepcopy(stock.scheduler)
+    stock.scheduler.step = note
+    for text, metadata in prompts:
+        given = metadata | {"latents": latents[:1], "guidance_scale": 1.0, "output_type": "latent"}
+        stock(text, num_inference_steps=1, **given)
+    timestep = stock.scheduler.timesteps.float().expand(2)
+    mine = model.predict(model.denoiser, latents, timestep, encode(model, prompts))
+    torch.testing.assert_close(mine, torch.cat(outputs), rtol=0, atol=2e-6)
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-3
 
 
 @torch.no_grad()
