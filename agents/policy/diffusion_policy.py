@@ -48,7 +48,6 @@ from ddpo_env.models import DiffusionModel, abilities_of, load_model
 from ddpo_env.models.loading import plain_arguments
 from ddpo_env.models.quantization import quantization_of
 from ddpo_env.sampler.denoising_loss import add_noise, draw_timesteps
-from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 from ddpo_env.spaces import DenoisingObservationSpace, action_box
 from ddpo_env.validation.options import shows_options
 
@@ -126,13 +125,7 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
         self.guidance_embeds = abilities_of(self.model).guidance_embeds
         check_spaces(self.model, observation_space, action_space, self.options.guidance_scale)
         self.share_features_extractor = True
-        self.sampler = GaussianSampler.from_model(
-            self.model,
-            self.num_inference_steps,
-            self.options.eta,
-            noise_level=self.options.noise_level,
-            min_std=self.options.min_std,
-        )
+        self.sampler = self.options.sampler_table(self.model, self.num_inference_steps)
         is_guided = self.options.guidance_scale != 1 and not self.guidance_embeds
         self.negative_conditioning = abilities_of(self.model).negative_conditioning() if is_guided else {}
         check_trainable(quantization_of(self.model.denoiser), self.options)
