@@ -45,7 +45,7 @@ def check_fit(config: TrainConfig, reward: Reward) -> None:
     abilities_of(model).save_memory(settings.offload_text_encoder, settings.vae_tiling)
     check_reward_and_rendering(model, reward, None)
     check_guidance(model, options.guidance_scale)
-    options.sampler_table(model, config.num_inference_steps)
+    config.check_noise(options.sampler_table(model, config.num_inference_steps).is_stochastic.numpy())
     if options.gradient_checkpointing and not getattr(model.denoiser, "_supports_gradient_checkpointing", False):
         raise ValueError(
             f"gradient_checkpointing must be False with model {config.model!r}, whose "

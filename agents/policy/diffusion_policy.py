@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from agents.distributed import Rows
 from agents.files import write_file, write_folder
-from agents.policy.abilities import PolicyAbilities
+from agents.policy.abilities import SamplerAbilities
 from agents.policy.compilation import compile_denoiser
 from agents.policy.critic import DenoisingCritic
 from agents.policy.distribution import DenoisingDistribution
@@ -56,7 +56,7 @@ DenoisingObservation: TypeAlias = dict[str, Tensor]
 _CONFIG_FILE = "policy.json"
 
 
-class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
+class DiffusionPolicy(SamplerAbilities, ActorCriticPolicy):
     """`π_θ(x_{t-1} | x_t, c) = N(μ_θ(x_t, t, c), σ_t² I)` around a model's denoiser (Black et al. 2023, eq. 3).
 
     Guidance stays on in training: the guided prediction defines the mean. `forward`, `evaluate_actions`,
@@ -125,7 +125,7 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
         self.guidance_embeds = abilities_of(self.model).guidance_embeds
         check_spaces(self.model, observation_space, action_space, self.options.guidance_scale)
         self.share_features_extractor = True
-        self.sampler = self.options.sampler_table(self.model, self.num_inference_steps)
+        self.use_sampler(self.options.sampler_table(self.model, self.num_inference_steps))
         is_guided = self.options.guidance_scale != 1 and not self.guidance_embeds
         self.negative_conditioning = abilities_of(self.model).negative_conditioning() if is_guided else {}
         check_trainable(quantization_of(self.model.denoiser), self.options)
@@ -228,13 +228,13 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
             denoiser: used instead of the one that learns.
         """
         latents, timestep, conditioning = self._split(obs)
-        if self.sampler.std.device != latents.device:
-            self.sampler = self.sampler.to(latents.device)
-        step_index = self.sampler.step_index_of(timestep)
+        sampler = self.sampler_on(latents.device)
+        step_index = sampler.step_index_of(timestep)
         output = self.predict_output(latents, timestep, conditioning, denoiser)
-        mean = self.sampler.mean(latents, output, step_index)
-        reduction = self.options.log_prob_reduction
-        return DenoisingDistribution(self.sampler, mean, step_index, reduction, self.rows, self.generator)
+        mean = sampler.mean(latents, output, step_index)
+        return DenoisingDistribution(
+            sampler, mean, step_index, self.options.log_prob_reduction, self.rows, self.generator
+        )
 
     def predict_output(
         self,

@@ -7,12 +7,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+import torch
 import tyro
 
 from agents.policy.lora import LoraTargets
 from ddpo_env.models import DiffusionModel
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler, Reduction
-from ddpo_env.sampler.sampler_rows import SMALLEST_STD
+from ddpo_env.sampler.sampler_rows import SMALLEST_STD, noise_by_step
 from ddpo_env.sampler.scheduler_table import SamplerName
 from ddpo_env.validation.options import Range, check_fields
 
@@ -78,6 +81,20 @@ class PolicyOptions:
                 f"lora must be None with lora_rank=0, which trains every weight; got {str(self.lora)!r}. Merge it into "
                 "the model instead: base_lora"
             )
+
+    def stochastic_steps(self, num_inference_steps: int) -> npt.NDArray[np.bool_]:
+        """Return which steps have noise as far as these options say, `(steps,)`; a model's last step may have none.
+
+        Raises:
+            ValueError: for noise by step of another number of steps.
+        """
+        has_noise = torch.full((num_inference_steps,), self.sampler != "ode")
+        for name, value in {"eta": self.eta, "noise_level": self.noise_level}.items():
+            if value is not None:
+                has_noise &= noise_by_step(name, value, num_inference_steps) > 0
+        if self.sampler == "cps" and self.min_std is None:
+            has_noise[-1] = False
+        return has_noise.numpy()
 
     def sampler_table(self, model: DiffusionModel, num_inference_steps: int) -> GaussianSampler:
         """Return the sampler that these options describe for a model.

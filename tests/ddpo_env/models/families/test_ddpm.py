@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.micro_agents import micro_config, micro_env, micro_policy, stir
+from helpers.micro_agents import STEPS, micro_config, micro_env, micro_policy, stir
 from helpers.micro_families import micro_family
 from peft import PeftModel
 
