@@ -30,7 +30,6 @@ from ddpo_env.models.protocol import DiffusionModel, abilities_of
 from ddpo_env.models.quantization import Quantization
 from ddpo_env.prompts.distributions import Prompt, load_prompts
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
-from ddpo_env.sampler.scheduler_table import SMALLEST_STD
 from ddpo_env.spaces import DenoisingObservationSpace, action_box
 from ddpo_env.validation import arguments as validation
 from ddpo_env.validation.resolution import Resolution
@@ -192,7 +191,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self._caller = RewardCaller(in_thread=deferred_rewards, measures=part[1] > 1, non_finite=non_finite_rewards)
         self._starts = InitialStates(self.model, self.prompts, num_envs, samples_per_prompt, part[0] * num_envs)
-        sampler = GaussianSampler.from_model(self.model, num_inference_steps, min_std=SMALLEST_STD)
+        sampler = GaussianSampler.from_model(self.model, num_inference_steps)
         self._timesteps = np.append(sampler.timesteps.numpy(), 0.0).astype(np.float32)
         self.single_observation_space = DenoisingObservationSpace(self.model, num_inference_steps)
         self.single_action_space = action_box(self.model.latent_shape)

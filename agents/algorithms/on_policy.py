@@ -3,6 +3,7 @@
 One iteration (`RolloutAlgorithm.iterate`):
 
     rollout = sample n_steps of every sub-environment with the current policy, and score the samples
+              (with noise in the steps of noise_window only, if there is one)
     weights = advantages of the rollout's steps
     for each epoch:
         steps = the steps inside timestep_window, a random timestep_fraction of each episode's, shuffled
@@ -21,7 +22,6 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -34,11 +34,12 @@ from stable_baselines3.common.utils import explained_variance
 from torch import Tensor
 from torch.nn import functional
 
-from agents.algorithms.options import UpdateOptions
+from agents.algorithms.options import UpdateOptions, check_noise
 from agents.algorithms.rollout_algorithm import RolloutAlgorithm
 from agents.algorithms.timesteps import choose_steps
 from agents.distributed import Maximum, Metric, Rows
-from agents.rollout.buffer import Transitions
+from agents.policy.abilities import PolicyEvaluation
+from agents.rollout.buffer import DROPPED, Transitions
 from ddpo_env.validation.options import Range, check_value, shows_options, split_options
 from rewards.devices import copied_to, read_numbers
 
@@ -46,25 +47,6 @@ Metrics = defaultdict[str, list[float]]
 
 _DRIFT_ROWS = 16
 """Transitions on which an iteration's drift is measured; few, so that it costs little."""
-
-
-@dataclass(frozen=True)
-class PolicyEvaluation:
-    """Some transitions, evaluated under the current policy.
-
-    Attributes:
-        values: the critic's values, `(batch,)`.
-        log_prob: log-probabilities of the actions, `(batch,)`.
-        log_ratio: `log_prob` minus the log-probability under the policy that sampled them, `(batch,)`.
-        entropy: `(batch,)`.
-        reference_kl: KL divergence from the pretrained policy, `(batch,)`; `None` where it was not computed.
-    """
-
-    values: Tensor
-    log_prob: Tensor
-    log_ratio: Tensor
-    entropy: Tensor
-    reference_kl: Tensor | None
 
 
 class TensorOnPolicyAlgorithm(RolloutAlgorithm):
@@ -91,6 +73,8 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
 
     compares_with_sampling: ClassVar[bool] = True
     """Whether the loss compares the policy with the one that sampled, by the rollout's log-probabilities."""
+    needs_log_probs: ClassVar[bool] = True
+    """Whether the loss trains on log-probabilities, which steps without noise do not have."""
 
     @shows_options(UpdateOptions)
     def __init__(
@@ -123,6 +107,7 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
                 f"kl_coef must be 0 for a {type(self.policy).__name__}, which has no pretrained policy to compare with "
                 f"(PolicyAbilities.knows_reference); got {self.options.kl_coef}"
             )
+        check_noise(self.options, self.abilities.stochastic_steps(), type(self).__name__, self.needs_log_probs)
         compute_dtype = self.abilities.compute_dtype
         recompute = self.options.recompute_log_probs
         is_half = compute_dtype != torch.float32
@@ -141,18 +126,26 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
     def advance_rng(self, rows: int) -> None:
         """Draw the random numbers that `loss` draws for `rows` transitions that another process computes."""
 
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Sample with noise in this iteration's window only, if there is one, inside this context."""
+        steps = self.abilities.stochastic_steps()
+        iteration = self.num_timesteps // (self.n_steps * self.n_envs * self.processes.count)
+        window = None if steps is None else self.options.noise_window_at(iteration, len(steps))
+        with super().sampling(), self.abilities.noise_within(window):
+            yield
+
     def select_steps(self) -> npt.NDArray[np.int64]:
-        """Return the flat indices of the rollout's steps that an epoch trains on."""
-        options = self.options
-        segments, rng = self.rollout_buffer.segments, self.generators.numpy
-        return choose_steps(segments, options.timestep_fraction, options.timestep_window, rng)
+        """Return the flat indices of the rollout's steps that an epoch trains on: none without a log-probability."""
+        return self._scored_steps(self.options.timestep_fraction)
 
     def random_steps(self, count: int) -> npt.NDArray[np.int64]:
-        """Return flat indices of up to `count` random steps inside `timestep_window`."""
-        rng = self.generators.numpy
-        return rng.permutation(choose_steps(self.rollout_buffer.segments, 1.0, self.options.timestep_window, rng))[
-            :count
-        ]
+        """Return flat indices of up to `count` random steps inside `timestep_window` that have a log-probability."""
+        return self.generators.numpy.permutation(self._scored_steps(1.0))[:count]
+
+    def _scored_steps(self, fraction: float) -> npt.NDArray[np.int64]:
+        rollout, window = self.rollout_buffer, self.options.timestep_window
+        return choose_steps(rollout.segments, fraction, window, self.generators.numpy, rollout.scored)
 
     def train(self) -> None:
         """Update the policy on the rollout: `n_epochs` passes in batches of `batch_size` transitions."""
@@ -224,8 +217,11 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
 
         Returns:
             `kl_to_sampling`, estimated from log-ratios (`approximate_kl`), and `kl_to_pretrained`, in closed form, if
-            the policy knows a pretrained one. Both are reduced over the latent like the log-probability.
+            the policy knows a pretrained one. Both are reduced over the latent like the log-probability. Nothing
+            without transitions, as where no step has noise.
         """
+        if not len(indices):
+            return {}
         knows_reference = self.abilities.knows_reference
         rows = self.processes.rows(len(indices))
         with self.processes.fail_together():
@@ -350,7 +346,9 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         """Compute the sampling policy's log-probabilities again, in the batches in which they will be compared."""
         groups = [self._micro_batches(batch) for batch in self._batches(indices)]
         if self.n_epochs > 1:  # later epochs may choose other steps
-            groups.append(self._micro_batches(np.setdiff1d(self.rollout_buffer.kept_steps(), indices)))
+            scored = np.flatnonzero(self.rollout_buffer.scored & (self.rollout_buffer.segments != DROPPED))
+            if len(later := np.setdiff1d(scored, indices)):
+                groups.append(self._micro_batches(later))
         rollout = self.rollout_buffer
         own = torch.zeros_like(rollout.log_probs).flatten()
         with self.processes.fail_together():

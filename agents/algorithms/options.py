@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ddpo_env.validation.options import DECAY, POSITIVE, Range, check_fields, check_value
@@ -46,6 +48,13 @@ class UpdateOptions:
     """Start and end of the steps that are trained on, as fractions of each trajectory."""
     timestep_fraction: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Fraction of each trajectory's steps that is trained on, chosen at random inside the window."""
+    noise_window: Annotated[int | None, _COUNT] = None
+    """Number of steps that have noise and are trained on, one after another; the others are deterministic (MixGRPO).
+    They move on inside timestep_window, from its start to its end and then from its start again. Default: all."""
+    noise_window_iterations: Annotated[int, _COUNT] = 25
+    """Iterations after which the steps with noise move on."""
+    noise_window_stride: Annotated[int, _COUNT] = 1
+    """Number of steps by which they move on."""
     target_kl: Annotated[float | None, Range(above=0, at_most=1e12)] = None
     """An iteration's updates end when the estimated KL from the sampling policy exceeds 1.5 times this."""
     kl_coef: Annotated[float, Range(at_least=0, at_most=1e6)] = 0.0
@@ -62,6 +71,79 @@ class UpdateOptions:
             raise ValueError(
                 f"timestep_window must be two fractions, 0 <= start < end <= 1; got {self.timestep_window}"
             )
+
+    def trained_range(self, steps: int) -> tuple[int, int]:
+        """Return the first step inside `timestep_window` and one past its last, of a trajectory of so many steps."""
+        start, end = (round(edge * steps) for edge in self.timestep_window)
+        return start, end
+
+    def noise_window_at(self, iteration: int, steps: int) -> tuple[int, int] | None:
+        """Return the first step with noise in an iteration, and one past the last; `None`: every step may have noise.
+
+        Where the window stands follows from the iteration alone (MixGRPO, arXiv 2507.21802, "progressive" with
+        "roll_back" in its code), so a resumed run needs no state for it. It is always whole: its last place is the
+        last one inside `timestep_window`.
+
+        Args:
+            iteration: from 0.
+            steps: of a trajectory.
+
+        Raises:
+            ValueError: if the window does not fit.
+        """
+        if self.noise_window is None:
+            return None
+        start, end = self.trained_range(steps)
+        room = end - start - self.noise_window
+        if room < 0:
+            raise ValueError(
+                f"noise_window must be at most {end - start}, the number of steps inside "
+                f"timestep_window={self.timestep_window} of {steps}; got {self.noise_window}"
+            )
+        places = room // self.noise_window_stride + 1
+        first = start + iteration // self.noise_window_iterations % places * self.noise_window_stride
+        return first, first + self.noise_window
+
+
+def check_noise(
+    options: UpdateOptions, stochastic: npt.NDArray[np.bool_] | None, algorithm: str, needs_log_probs: bool
+) -> None:
+    """Refuse a window that does not fit, and options that need noise where there is none.
+
+    Args:
+        options: of the update.
+        stochastic: which steps of an episode have noise, `(steps,)`; `None`: the policy has no such steps.
+        algorithm: its name, for the error.
+        needs_log_probs: whether the loss trains on log-probabilities, which steps without noise do not have.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if stochastic is None:
+        if options.noise_window is not None:
+            raise ValueError(
+                "noise_window must be None with a policy that does not say which of its steps have noise "
+                f"(PolicyAbilities.stochastic_steps); got {options.noise_window}"
+            )
+        return
+    steps, places = len(stochastic), 1 if options.noise_window is None else len(stochastic)
+    for place in range(places):
+        iteration = place * options.noise_window_iterations
+        start, end = options.noise_window_at(iteration, steps) or options.trained_range(steps)
+        if stochastic[start:end].any():
+            continue
+        for name, needs_noise in {
+            "algorithm": needs_log_probs,
+            "kl_coef": options.kl_coef > 0,
+            "target_kl": options.target_kl is not None,
+        }.items():
+            if needs_noise:
+                what = f"be {algorithm}" if name == "algorithm" else f"be {getattr(options, name)}"
+                raise ValueError(
+                    f"{name} must not {what} with a sampler without noise in the steps that are trained on, {start} to "
+                    f"{end - 1} of {steps}: such steps have no log-probability. Choose a sampler with noise there, "
+                    "another timestep_window, or an algorithm without log-probabilities such as rwr"
+                )
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:

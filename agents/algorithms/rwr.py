@@ -57,7 +57,7 @@ class RWR(TensorOnPolicyAlgorithm):
         ValueError: for an argument that is not valid.
     """
 
-    compares_with_sampling = False
+    compares_with_sampling = needs_log_probs = False
 
     def __init__(
         self,

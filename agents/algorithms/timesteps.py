@@ -9,9 +9,13 @@ import numpy.typing as npt
 
 
 def choose_steps(
-    segments: npt.NDArray[np.int64], fraction: float, window: tuple[float, float], rng: np.random.Generator
+    segments: npt.NDArray[np.int64],
+    fraction: float,
+    window: tuple[float, float],
+    rng: np.random.Generator,
+    scored: npt.NDArray[np.bool_] | None = None,
 ) -> npt.NDArray[np.int64]:
-    """Draw `fraction` of each episode's steps, at least one, from those inside `window`.
+    """Draw `fraction` of each episode's steps, at least one, from those inside `window` that are scored.
 
     Args:
         segments: number of the episode, or of the part of one, that each step belongs to, in the order of time:
@@ -19,6 +23,7 @@ def choose_steps(
         fraction: of the episode's length.
         window: start and end as fractions of the episode's length.
         rng: draws the steps.
+        scored: whether each step has a log-probability, `(steps, n_envs)`; default: all have one.
 
     Returns:
         Flat indices into `segments`, ascending.
@@ -28,7 +33,8 @@ def choose_steps(
     lengths = np.bincount(flat)
     start, end = (np.round(edge * lengths)[flat] for edge in window)
     position = _rank_within(flat, np.arange(len(flat)))
-    candidates = np.flatnonzero((start <= position) & (position < end))
+    inside = (start <= position) & (position < end)
+    candidates = np.flatnonzero(inside if scored is None else inside & scored.ravel()[kept])
     quota = np.maximum(1, np.round(fraction * lengths))[flat[candidates]]
     draw = rng.random(len(candidates))
     return kept[candidates[_rank_within(flat[candidates], draw) < quota]]

@@ -12,7 +12,10 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-from agents.algorithms.options import UpdateOptions
+import numpy as np
+import numpy.typing as npt
+
+from agents.algorithms.options import UpdateOptions, check_noise
 from agents.config.config_file import read_plain_yaml
 from agents.config.settings import MOST, SEED, Algorithm, OptimizerSettings, RunSettings, TrainingSettings
 from agents.config.sizes import largest_divisor, must_divide
@@ -32,13 +35,15 @@ class AlgorithmDefaults(NamedTuple):
     learning_rate: float
     epochs: int
     updates_per_iteration: int
+    needs_log_probs: bool = True
+    """Whether the loss trains on log-probabilities, which steps without noise do not have."""
 
 
 ALGORITHMS: dict[str, AlgorithmDefaults] = {
     "ppo": AlgorithmDefaults(5e-3, 1, 4),
     "reinforce": AlgorithmDefaults(1e-2, 1, 1),
-    "rwr": AlgorithmDefaults(2e-3, 5, 1),
-    "rwr_sparse": AlgorithmDefaults(5e-4, 50, 1),
+    "rwr": AlgorithmDefaults(2e-3, 5, 1, needs_log_probs=False),
+    "rwr_sparse": AlgorithmDefaults(5e-4, 50, 1, needs_log_probs=False),
 }
 """Learning rates from the search of `scripts/experiments/algorithms.py` on the bundled model; epochs from the paper."""
 
@@ -187,10 +192,19 @@ class TrainConfig:
 
     @property
     def trained_steps(self) -> int:
-        """Steps of each trajectory that are trained on."""
-        steps = self.num_inference_steps
-        start, end = (round(edge * steps) for edge in self.update.timestep_window)
-        return min(max(1, round(self.update.timestep_fraction * steps)), end - start)
+        """Steps of each trajectory that are trained on, if the model's last step has noise."""
+        return self.count_trained_steps(self.policy.stochastic_steps(self.num_inference_steps))
+
+    def count_trained_steps(self, stochastic: npt.NDArray[np.bool_]) -> int:
+        """Return how many steps of each trajectory are trained on in the first iteration, at least 1.
+
+        Args:
+            stochastic: which steps have noise, `(steps,)`.
+        """
+        steps = len(stochastic)
+        start, end = self.update.noise_window_at(0, steps) or self.update.trained_range(steps)
+        candidates = int(stochastic[start:end].sum())
+        return max(1, min(round(self.update.timestep_fraction * steps), candidates))
 
     @property
     def eval_batch_size(self) -> int:
@@ -249,6 +263,17 @@ class TrainConfig:
             flat[name] = tuple(value) if isinstance(value, list) else value
         return train_config(**flat)
 
+    def check_noise(self, stochastic: npt.NDArray[np.bool_]) -> None:
+        """Refuse settings that need noise where there is none.
+
+        Args:
+            stochastic: which steps have noise, `(steps,)`.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        check_noise(self.update, stochastic, self.algorithm, ALGORITHMS[self.algorithm].needs_log_probs)
+
     def _check_algorithm(self) -> None:
         training, algorithm = self.training, self.algorithm
         check_trainable(self.run.quantization, self.policy)
@@ -280,11 +305,13 @@ class TrainConfig:
         must_divide("sample_batch_size", training.sample_batch_size, "samples_per_iteration", total)
         must_divide("samples_per_prompt", training.samples_per_prompt, "sample_batch_size", training.sample_batch_size)
         must_divide("updates_per_iteration", training.updates_per_iteration, "samples_per_iteration", total)
-        if self.trained_steps < 1:
+        start, end = self.update.trained_range(self.num_inference_steps)
+        if start == end:
             raise ValueError(
                 f"timestep_window must contain at least one of the {self.num_inference_steps} steps; "
                 f"got {self.update.timestep_window}"
             )
+        self.check_noise(self.policy.stochastic_steps(self.num_inference_steps))
         for name, value in (
             ("samples_per_iteration", total),
             ("sample_batch_size", training.sample_batch_size),

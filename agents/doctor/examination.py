@@ -39,7 +39,7 @@ from ddpo_env.models.image_decoding import decode_samples
 from ddpo_env.models.protocol import encode
 from ddpo_env.prompts import Prompt
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
-from ddpo_env.sampler.scheduler_table import SMALLEST_STD, ddim_of
+from ddpo_env.sampler.scheduler_table import ddim_of
 from rewards import Freezable, Loadable, LogsAnswers, Reward, StatefulReward, evaluate_reward, is_stateful
 
 Check = Callable[["Examination"], Finding]
@@ -48,8 +48,6 @@ SAMPLES = 8
 """Samples whose images and scores are looked at."""
 _LEAST_ROLLOUT, _MOST_ROLLOUT = 16, 24
 """Samples in the rollout of the examination, as far as the run has so many."""
-_NO_NOISE = 1e-6
-"""Of a sampler whose means are those of the deterministic one: its square is below float64's precision."""
 _SMALLER = (
     "The memory does not suffice: take --dtype bfloat16, a smaller --sample-batch-size and --train-batch-size, "
     "--vae-tiling or --gradient-checkpointing, or a device with more memory."
@@ -194,8 +192,8 @@ class Examination:
         """Return the table of the run's steps without noise: DDIM with η = 0, or Euler's steps of the flow."""
         model, steps = self.model, self.config.num_inference_steps
         if isinstance(model.scheduler, FlowMatchEulerDiscreteScheduler):
-            return GaussianSampler.from_model(model, steps, noise_level=_NO_NOISE, min_std=SMALLEST_STD)
-        return GaussianSampler.from_scheduler(ddim_of(model.scheduler), steps, _NO_NOISE, min_std=SMALLEST_STD)
+            return GaussianSampler.from_model(model, steps, sampler="ode")
+        return GaussianSampler.from_scheduler(ddim_of(model.scheduler), steps, sampler="ode")
 
     def initial_noise(self, rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return `(rows, *latent_shape)` float32 on the policy's device: what a pipeline draws with `generator`."""

@@ -24,7 +24,8 @@ from ddpo_env.models import DiffusionModel
 from ddpo_env.models.image_decoding import decode_samples
 from ddpo_env.models.protocol import encode
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
-from ddpo_env.sampler.scheduler_table import SMALLEST_STD, ddim_of
+from ddpo_env.sampler.sampler_rows import SMALLEST_STD, noise_by_step
+from ddpo_env.sampler.scheduler_table import ddim_of
 
 _ROWS = 2
 _STEPS = 4
@@ -82,15 +83,17 @@ def _ddim_difference(sampler: GaussianSampler, scheduler: DDIMScheduler, examina
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     scheduler.final_alpha_cumprod = scheduler.final_alpha_cumprod.double()
     table, options = sampler.to("cpu"), examination.config.policy
+    etas = noise_by_step("eta", 0.0 if options.sampler == "ode" else options.eta, len(table)).tolist()
     differences = []
-    for step, timestep in enumerate(table.timesteps):
+    for step, (timestep, eta) in enumerate(zip(table.timesteps, etas, strict=True)):
         index = torch.tensor([step])
         mean = table.mean(latents, output, index)
         pair = [
-            scheduler.step(output, timestep, latents, eta=options.eta, variance_noise=scale * noise).prev_sample
+            scheduler.step(output, timestep, latents, eta=eta, variance_noise=scale * noise).prev_sample
             for scale in (0.0, 1.0)
         ]
-        std = max(float((pair[1] - pair[0]).norm() / noise.norm()), options.min_std or SMALLEST_STD)
+        std = max(float((pair[1] - pair[0]).norm() / noise.norm()), (options.min_std or 0.0) if eta > 0 else 0.0)
+        std = 0.0 if std < SMALLEST_STD else std
         differences += [float((mean - pair[0]).abs().max() / mean.abs().max()), abs(float(table.std[step]) - std)]
     return max(differences)
 

@@ -138,6 +138,8 @@ def check_timesteps(examination: Examination) -> Finding:
     name, algorithm, config = "timesteps", examination.rollout, examination.config
     if not algorithm.compares_with_sampling:
         return Finding(name, "green", {}, f"{config.algorithm} does not train on single timesteps.")
+    if config.update.noise_window is not None:
+        return Finding(name, "green", {}, "The steps with noise move (noise_window): timesteps are not compared.")
     rows = _timestep_gradients(examination)
     if not any(row.norm for row in rows):
         meaning = "The policy gradient is 0 at every timestep: all advantages are 0."
@@ -185,11 +187,14 @@ def _timestep_gradients(examination: Examination) -> list[_Timestep]:
     algorithm, policy = examination.rollout, examination.policy
     rollout, length = algorithm.rollout_buffer, examination.config.num_inference_steps
     kept = rollout.kept_steps()
+    kept = kept[rollout.scored.ravel()[kept]]
     position = kept // rollout.n_envs % length
+    steps = np.unique(position)
     learning = [weight for weight in policy.trainable_parameters() if weight.requires_grad]
     policy.set_training_mode(True)
     rows = []
-    for step in sorted({round(one) for one in np.linspace(0, length - 1, min(length, _MOST_TIMESTEPS))}):
+    chosen = {round(one) for one in np.linspace(0, len(steps) - 1, min(len(steps), _MOST_TIMESTEPS))}
+    for step in steps[sorted(chosen)].tolist():
         indices = kept[position == step][:_MOST_SAMPLES]
         groups = [group for group in np.array_split(indices, min(_GROUPS, len(indices))) if len(group)]
         total, squares = [torch.zeros_like(weight) for weight in learning], 0.0

@@ -23,7 +23,8 @@ class PretrainedComparison:
 
     Attributes:
         kl: KL divergence of the next latent's distribution from the pretrained policy's, in nats, reduced over the
-            latent's dimensions like the log-probability (by default their mean): `(transitions,)` float64.
+            latent's dimensions like the log-probability (by default their mean): `(transitions,)` float64; NaN where
+            the step has no noise, and so no divergence.
         output_norm: Euclidean norm of the denoiser's output, guidance included: `(transitions,)` float64.
         pretrained_norm: the same of the pretrained denoiser.
     """
@@ -37,6 +38,12 @@ class PretrainedComparison:
         """Root mean square of the outputs' norms over that of the pretrained ones; `None` if those are 0."""
         squares = float(np.square(self.pretrained_norm).sum())
         return float(np.sqrt(np.square(self.output_norm).sum() / squares)) if squares > 0 else None
+
+    @property
+    def mean_kl(self) -> float | None:
+        """Mean divergence of the transitions with noise; `None` if there is none."""
+        known = self.kl[~np.isnan(self.kl)]
+        return float(known.mean()) if len(known) else None
 
     @classmethod
     def joined(cls, parts: Sequence[PretrainedComparison]) -> PretrainedComparison:
@@ -74,12 +81,15 @@ def compare_with_pretrained(
         pretrained = policy.predict_output(latents, timestep, conditioning, policy.model.denoiser)
         mean, pretrained_mean = (sampler.mean(latents, one, index) for one in (output, pretrained))
         kl = sampler.kl_divergence(mean, pretrained_mean, index, policy.options.log_prob_reduction)
+        kl = torch.where(sampler.is_stochastic[index], kl, torch.nan)
         numbers = torch.stack([kl, *(one.flatten(1).norm(dim=1) for one in (output, pretrained))])
         parts.append(PretrainedComparison(*numbers.double().cpu().numpy()))
     return PretrainedComparison.joined(parts)
 
 
-def chosen_transitions(samples: int, steps: int, window: tuple[float, float]) -> list[tuple[int, int]]:
+def chosen_transitions(
+    samples: int, steps: int, window: tuple[float, float], stochastic: npt.NDArray[np.bool_] | None = None
+) -> list[tuple[int, int]]:
     """Choose a few transitions, evenly over the samples and over the steps in a window: one in a hundred, at least 16.
 
     If the window has fewer steps than 16, one of each is enough.
@@ -88,14 +98,17 @@ def chosen_transitions(samples: int, steps: int, window: tuple[float, float]) ->
         samples: number of samples.
         steps: of each.
         window: first and last step as fractions of the steps: those that a run trains on (`timestep_window`).
+        stochastic: which steps have noise, `(steps,)`; the others are left out where some in the window have noise.
+            Default: all have.
 
     Returns:
         Pairs (sample, step), numbers from 0.
     """
     first, last = (round(edge * steps) for edge in window)
-    count = max(min(last - first, _LEAST), samples * steps // _FRACTION)
+    compared = [step for step in range(first, last) if stochastic is None or stochastic[step]] or range(first, last)
+    count = max(min(len(compared), _LEAST), samples * steps // _FRACTION)
 
     def spread(number: int, total: int) -> int:
         return (2 * number + 1) * total // (2 * count)
 
-    return [(spread(one, samples), first + spread(one, last - first)) for one in range(count)]
+    return [(spread(one, samples), compared[spread(one, len(compared))]) for one in range(count)]

@@ -15,7 +15,6 @@ from ddpo_env.models.loading import is_object
 from ddpo_env.models.lora.adapters import check_mergeable
 from ddpo_env.models.lora.lora_file import find_lora
 from ddpo_env.models.outline import outline_model
-from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 from ddpo_env.validation.arguments import check_reward_and_rendering
 from rewards import Reward
 from rewards.devices import resolve_device, resolve_dtype
@@ -46,9 +45,7 @@ def check_fit(config: TrainConfig, reward: Reward) -> None:
     abilities_of(model).save_memory(settings.offload_text_encoder, settings.vae_tiling)
     check_reward_and_rendering(model, reward, None)
     check_guidance(model, options.guidance_scale)
-    GaussianSampler.from_model(
-        model, config.num_inference_steps, options.eta, noise_level=options.noise_level, min_std=options.min_std
-    )
+    config.check_noise(options.sampler_table(model, config.num_inference_steps).is_stochastic.numpy())
     if options.gradient_checkpointing and not getattr(model.denoiser, "_supports_gradient_checkpointing", False):
         raise ValueError(
             f"gradient_checkpointing must be False with model {config.model!r}, whose "

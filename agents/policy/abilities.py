@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,27 @@ from torch import Tensor
 
 from agents.distributed import Rows
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
+from ddpo_env.models import DiffusionModel
+from ddpo_env.sampler.gaussian_sampler import GaussianSampler
+
+
+@dataclass(frozen=True)
+class PolicyEvaluation:
+    """Some transitions, evaluated under the current policy.
+
+    Attributes:
+        values: the critic's values, `(batch,)`.
+        log_prob: log-probabilities of the actions, `(batch,)`.
+        log_ratio: `log_prob` minus the log-probability under the policy that sampled them, `(batch,)`.
+        entropy: `(batch,)`.
+        reference_kl: KL divergence from the pretrained policy, `(batch,)`; `None` where it was not computed.
+    """
+
+    values: Tensor
+    log_prob: Tensor
+    log_ratio: Tensor
+    entropy: Tensor
+    reference_kl: Tensor | None
 
 
 class PolicyAbilities:
@@ -54,6 +76,22 @@ class PolicyAbilities:
         finally:
             self.rows = self.generator = None
 
+    def stochastic_steps(self) -> npt.NDArray[np.bool_] | None:
+        """Return which steps of an episode have noise, `(steps,)` on the host; `None`: all, however many there are."""
+        return None
+
+    def scored(self, obs: Any) -> Tensor | None:
+        """Return whether the actions of an observation have log-probabilities, `(batch,)` bool; `None`: all have."""
+        return None
+
+    @contextmanager
+    def noise_within(self, window: tuple[int, int] | None) -> Iterator[None]:
+        """Act without noise outside of `window`, the first step and one past the last, inside this context.
+
+        Only for a policy with `stochastic_steps`. `None` changes nothing.
+        """
+        yield
+
     def evaluate_with_reference(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return what `evaluate_actions` returns, and the KL divergence from the pretrained policy.
 
@@ -71,6 +109,59 @@ class PolicyAbilities:
 
     def advance_rng(self, rows: int) -> None:
         """Draw the random numbers that `regression_loss` draws for `rows` transitions: none."""
+
+
+class SamplerAbilities(PolicyAbilities):
+    """Abilities of a policy whose actions are the steps of a sampler, some of which may have no noise.
+
+    Attributes:
+        model: whose steps they are.
+        num_inference_steps: of an episode.
+        sampler: the table of the steps that the policy takes now.
+    """
+
+    model: DiffusionModel
+    num_inference_steps: int
+    sampler: GaussianSampler
+    _host_sampler: GaussianSampler
+    _stochastic_steps: npt.NDArray[np.bool_]
+
+    def use_sampler(self, table: GaussianSampler) -> None:
+        """Take the steps of a table on the host, which moves to the device when it is used."""
+        self.sampler = self._host_sampler = table
+        self._stochastic_steps = table.is_stochastic.numpy()
+
+    def sampler_on(self, device: torch.device) -> GaussianSampler:
+        """Return the table on a device."""
+        if self.sampler.std.device != device:
+            self.sampler = self.sampler.to(device)
+        return self.sampler
+
+    def stochastic_steps(self) -> npt.NDArray[np.bool_]:
+        """Return which steps have noise, `(steps,)` on the host."""
+        return self._stochastic_steps
+
+    def scored(self, obs: Any) -> Tensor | None:
+        """Return whether the actions of an observation have log-probabilities, `(batch,)` bool; `None`: all have."""
+        if self._stochastic_steps.all():
+            return None
+        timestep = obs["timestep"].flatten()
+        sampler = self.sampler_on(timestep.device)
+        return sampler.is_stochastic[sampler.step_index_of(timestep)]
+
+    @contextmanager
+    def noise_within(self, window: tuple[int, int] | None) -> Iterator[None]:
+        """Take the sampler's steps inside `window` and deterministic ones outside, inside this context."""
+        if window is None:
+            yield
+            return
+        whole = self._host_sampler
+        ode = GaussianSampler.from_model(self.model, self.num_inference_steps, sampler="ode")
+        self.use_sampler(whole.windowed(*window, ode))
+        try:
+            yield
+        finally:
+            self.use_sampler(whole)
 
 
 class _StockAbilities(PolicyAbilities):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from agents.distributed import Rows
 from agents.files import write_file, write_folder
-from agents.policy.abilities import PolicyAbilities
+from agents.policy.abilities import SamplerAbilities
 from agents.policy.compilation import compile_denoiser
 from agents.policy.critic import DenoisingCritic
 from agents.policy.distribution import DenoisingDistribution
@@ -48,7 +48,6 @@ from ddpo_env.models import DiffusionModel, abilities_of, load_model
 from ddpo_env.models.loading import plain_arguments
 from ddpo_env.models.quantization import quantization_of
 from ddpo_env.sampler.denoising_loss import add_noise, draw_timesteps
-from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 from ddpo_env.spaces import DenoisingObservationSpace, action_box
 from ddpo_env.validation.options import shows_options
 
@@ -57,7 +56,7 @@ DenoisingObservation: TypeAlias = dict[str, Tensor]
 _CONFIG_FILE = "policy.json"
 
 
-class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
+class DiffusionPolicy(SamplerAbilities, ActorCriticPolicy):
     """`π_θ(x_{t-1} | x_t, c) = N(μ_θ(x_t, t, c), σ_t² I)` around a model's denoiser (Black et al. 2023, eq. 3).
 
     Guidance stays on in training: the guided prediction defines the mean. `forward`, `evaluate_actions`,
@@ -126,13 +125,7 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
         self.guidance_embeds = abilities_of(self.model).guidance_embeds
         check_spaces(self.model, observation_space, action_space, self.options.guidance_scale)
         self.share_features_extractor = True
-        self.sampler = GaussianSampler.from_model(
-            self.model,
-            self.num_inference_steps,
-            self.options.eta,
-            noise_level=self.options.noise_level,
-            min_std=self.options.min_std,
-        )
+        self.use_sampler(self.options.sampler_table(self.model, self.num_inference_steps))
         is_guided = self.options.guidance_scale != 1 and not self.guidance_embeds
         self.negative_conditioning = abilities_of(self.model).negative_conditioning() if is_guided else {}
         check_trainable(quantization_of(self.model.denoiser), self.options)
@@ -235,13 +228,13 @@ class DiffusionPolicy(PolicyAbilities, ActorCriticPolicy):
             denoiser: used instead of the one that learns.
         """
         latents, timestep, conditioning = self._split(obs)
-        if self.sampler.std.device != latents.device:
-            self.sampler = self.sampler.to(latents.device)
-        step_index = self.sampler.step_index_of(timestep)
+        sampler = self.sampler_on(latents.device)
+        step_index = sampler.step_index_of(timestep)
         output = self.predict_output(latents, timestep, conditioning, denoiser)
-        mean = self.sampler.mean(latents, output, step_index)
-        reduction = self.options.log_prob_reduction
-        return DenoisingDistribution(self.sampler, mean, step_index, reduction, self.rows, self.generator)
+        mean = sampler.mean(latents, output, step_index)
+        return DenoisingDistribution(
+            sampler, mean, step_index, self.options.log_prob_reduction, self.rows, self.generator
+        )
 
     def predict_output(
         self,

@@ -20,6 +20,7 @@ class DenoisingDistribution(Distribution):
 
     Attributes:
         distribution: the same Gaussian as a torch distribution, one per dimension, for code that wants closed forms.
+            Its scale is 0 where the step is deterministic.
     """
 
     def __init__(
@@ -53,10 +54,11 @@ class DenoisingDistribution(Distribution):
     def entropy(self) -> Tensor:
         """Return the differential entropy, reduced like the log-probability: `(batch,)`.
 
-        It depends on the timestep only.
+        It depends on the timestep only. Like the log-probability it is 0 where the step is deterministic.
         """
         entropy = self.distribution.entropy().flatten(1)
-        return entropy.mean(1) if self.reduction == "mean" else entropy.sum(1)
+        reduced = entropy.mean(1) if self.reduction == "mean" else entropy.sum(1)
+        return torch.where(self.sampler.is_stochastic[self.step_index], reduced, 0.0)
 
     def sample(self) -> Tensor:
         """Return next latents `(batch, *latent_shape)`."""

@@ -7,12 +7,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+import torch
 import tyro
 
 from agents.policy.lora import LoraTargets
-from ddpo_env.sampler.gaussian_sampler import Reduction
-from ddpo_env.sampler.scheduler_table import SMALLEST_STD
+from ddpo_env.models import DiffusionModel
+from ddpo_env.sampler.gaussian_sampler import GaussianSampler, Reduction
+from ddpo_env.sampler.sampler_rows import SMALLEST_STD, noise_by_step
+from ddpo_env.sampler.scheduler_table import SamplerName
 from ddpo_env.validation.options import Range, check_fields
+
+_BY_STEP = tyro.conf.arg(metavar="FLOAT [FLOAT ...]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +37,17 @@ class PolicyOptions:
     unconditional_gradient: Annotated[bool, tyro.conf.Suppress] = True
     """Differentiate both halves of guidance. Without it an update costs about a fifth less, and its gradient is that of
     the conditional half, times the guidance scale."""
-    eta: Annotated[float, Range(above=0, at_most=10)] = 1.0
-    """Noise of the DDIM steps; 1 is as noisy as DDPM."""
-    noise_level: Annotated[float | None, Range(above=0, at_most=10)] = None
-    """Noise of the flow-matching steps (SD 3, FLUX), not valid for other samplers. Default: 0.7, as in Flow-GRPO."""
+    sampler: SamplerName | None = None
+    """How a step adds noise: flow-sde (Flow-GRPO), dance (DanceGRPO) or cps (Flow-CPS) for flow matching, ddim or ddpm
+    for diffusion, ode for none at all. Default: flow-sde, ddim or ddpm, whichever fits the model."""
+    eta: Annotated[float | tuple[float, ...], Range(at_least=0, at_most=10), _BY_STEP] = 1.0
+    """Noise of the DDIM steps, one number or one for each step; 1 is as noisy as DDPM, 0 is none."""
+    noise_level: Annotated[float | tuple[float, ...] | None, Range(at_least=0, at_most=10), _BY_STEP] = None
+    """Noise of the flow-matching steps (SD 3, FLUX), one number or one for each step; 0 is none. Default: the
+    sampler's, 0.7 for flow-sde, 0.3 for dance, 0.8 for cps."""
     min_std: Annotated[float | None, Range(at_least=SMALLEST_STD, at_most=10)] = None
-    """Lower bound of a step's standard deviation, for samplers whose last step is deterministic."""
+    """Lower bound of the standard deviation of a step that has noise, also of a last step that would have none. Steps
+    without noise are not trained on."""
     lora_rank: Annotated[int, Range(at_least=0, at_most=4096)] = 4
     """Rank of the LoRA adapters; 0 trains every weight."""
     lora_targets: LoraTargets = "attention"
@@ -60,12 +72,44 @@ class PolicyOptions:
     def __post_init__(self) -> None:
         if isinstance(self.lora, str) and self.lora:
             object.__setattr__(self, "lora", Path(self.lora))
+        for name in ("eta", "noise_level"):
+            if isinstance(value := getattr(self, name), list):  # as files have it
+                object.__setattr__(self, name, tuple(value))
         check_fields(self)
         if self.lora is not None and self.lora_rank == 0:
             raise ValueError(
                 f"lora must be None with lora_rank=0, which trains every weight; got {str(self.lora)!r}. Merge it into "
                 "the model instead: base_lora"
             )
+
+    def stochastic_steps(self, num_inference_steps: int) -> npt.NDArray[np.bool_]:
+        """Return which steps have noise as far as these options say, `(steps,)`; a model's last step may have none.
+
+        Raises:
+            ValueError: for noise by step of another number of steps.
+        """
+        has_noise = torch.full((num_inference_steps,), self.sampler != "ode")
+        for name, value in {"eta": self.eta, "noise_level": self.noise_level}.items():
+            if value is not None:
+                has_noise &= noise_by_step(name, value, num_inference_steps) > 0
+        if self.sampler == "cps" and self.min_std is None:
+            has_noise[-1] = False
+        return has_noise.numpy()
+
+    def sampler_table(self, model: DiffusionModel, num_inference_steps: int) -> GaussianSampler:
+        """Return the sampler that these options describe for a model.
+
+        Raises:
+            ValueError: for an option that does not fit the model or the number of steps.
+        """
+        return GaussianSampler.from_model(
+            model,
+            num_inference_steps,
+            self.eta,
+            sampler=self.sampler,
+            noise_level=self.noise_level,
+            min_std=self.min_std,
+        )
 
 
 def check_trainable(quantization: str | None, options: PolicyOptions) -> None:

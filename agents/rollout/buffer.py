@@ -56,6 +56,8 @@ class TensorRolloutBuffer:
     Attributes:
         rewards: `(buffer_size, n_envs)` float32 on the host.
         episode_starts: `(buffer_size, n_envs)` bool on the host.
+        scored: `(buffer_size, n_envs)` bool on the host: whether a step has a log-probability. A step without noise has
+            none, and an algorithm that needs one does not train on it.
         segments: `(buffer_size, n_envs)` int64 on the host: the segment that a step belongs to. A segment is an episode
             or the part of one that is in the rollout. Segments are numbered from 0; removed steps have `DROPPED`.
         contexts: per segment, the context of its episode (the prompt), or `None`.
@@ -101,6 +103,7 @@ class TensorRolloutBuffer:
         self.rewards = np.zeros(grid, np.float32)
         self.episode_starts = np.zeros(grid, np.bool_)
         self.segments = np.zeros(grid, np.int64)
+        self.scored = np.ones(grid, np.bool_)
         self.values = torch.zeros(grid, device=self.device)
         self.log_probs = torch.zeros(grid, device=self.device)
         self.advantages = torch.zeros(grid, device=self.device)
@@ -124,6 +127,8 @@ class TensorRolloutBuffer:
         self.last_dones = np.zeros(self.n_envs, np.bool_)
         self._segment_observations: dict[str, list[Tensor]] = {name: [] for name in self._segment_keys()}
         self._joined: dict[str, Tensor] = {}
+        self._scored: list[Tensor] = []
+        self.scored[:] = True
 
     def size(self) -> int:
         """Return the number of steps that are stored, as in Stable-Baselines3."""
@@ -138,6 +143,7 @@ class TensorRolloutBuffer:
         values: Tensor,
         log_probs: Tensor,
         contexts: Sequence[Any],
+        scored: Tensor | None = None,
     ) -> None:
         """Append one step of every sub-environment.
 
@@ -149,6 +155,8 @@ class TensorRolloutBuffer:
             values: `(n_envs, 1)` or `(n_envs,)`.
             log_probs: `(n_envs,)`.
             contexts: context of each sub-environment's current episode.
+            scored: whether the step has a log-probability, `(n_envs,)` bool, in all steps of a rollout or in none.
+                Default: it has one.
 
         Raises:
             ValueError: if the buffer is full.
@@ -173,6 +181,7 @@ class TensorRolloutBuffer:
         self.actions[step] = actions.reshape(self.actions[step].shape)
         self.values[step] = values.flatten()
         self.log_probs[step] = log_probs
+        self._scored += [] if scored is None else [scored]
         self.pos += 1
         self.full = self.pos == self.buffer_size
 
@@ -185,6 +194,8 @@ class TensorRolloutBuffer:
         """
         self.last_values = last_values.flatten()
         self.last_dones = np.asarray(last_dones, dtype=np.bool_)
+        if self._scored:  # read at once, because each reading makes the host wait for the device
+            self.scored, self._scored = torch.stack(self._scored).cpu().numpy(), []
         self._joined = {name: torch.cat(stored) for name, stored in self._segment_observations.items()}
         self._segment_observations = {name: [] for name in self._segment_keys()}
 
@@ -207,6 +218,7 @@ class TensorRolloutBuffer:
             "rewards": self.rewards,
             "episode_starts": self.episode_starts,
             "segments": self.segments,
+            "scored": self.scored,
             "last_dones": self.last_dones,
         }
         gathered = processes.gather_objects(own)
@@ -214,7 +226,7 @@ class TensorRolloutBuffer:
         begins = joined["begins"]
         self.n_envs = begins.shape[1]
         self.rewards, self.episode_starts = joined["rewards"], joined["episode_starts"]
-        self.last_dones = joined["last_dones"]
+        self.last_dones, self.scored = joined["last_dones"], joined["scored"]
         self.contexts = joined["contexts"][begins].tolist()
         self.segments = _numbered(begins)
         for name in ("values", "log_probs", "advantages", "returns", "actions"):
@@ -308,7 +320,7 @@ class TensorRolloutBuffer:
         tensors = [self.values, self.log_probs, self.advantages, self.returns, self.actions]
         tensors += [*self._step_observations.values(), *self._joined.values()]
         tensors += [rows for stored in self._segment_observations.values() for rows in stored]
-        arrays = (self.rewards, self.episode_starts, self.segments)
+        arrays = (self.rewards, self.episode_starts, self.segments, self.scored)
         return sum(t.nbytes for t in tensors) + sum(a.nbytes for a in arrays)
 
     def _observations(self, indices: npt.NDArray[np.int64], chosen: Tensor) -> TensorObservation:

@@ -52,7 +52,7 @@ def build_algorithm(config: TrainConfig, env: VectorEnvAdapter, processes: Proce
     if config.algorithm == "reinforce":
         return REINFORCE(DiffusionPolicy, env, **common)
     if config.algorithm == "ppo":
-        batch_size = total * config.trained_steps // training.updates_per_iteration
+        batch_size = total * _trained_steps(config, env) // training.updates_per_iteration
         common |= {"batch_size": batch_size, "n_epochs": training.epochs}
         return PPO(DiffusionPolicy, env, clip_range=training.clip_range, **common)
     is_sparse = config.algorithm == "rwr_sparse"
@@ -73,6 +73,14 @@ def _context_key(env: VectorEnvAdapter) -> str:
     """Return where the infos tell prompts apart: by their text, unless the model takes more than that, an image."""
     fields = () if env.denoising_env is None else abilities_of(env.denoising_env.model).prompt_fields
     return "context" if fields else "prompt"
+
+
+def _trained_steps(config: TrainConfig, env: VectorEnvAdapter) -> int:
+    """Return how many steps of a trajectory are trained on: without those that have no noise with this model."""
+    if env.denoising_env is None:
+        return config.trained_steps
+    table = config.policy.sampler_table(env.denoising_env.model, config.num_inference_steps)
+    return config.count_trained_steps(table.is_stochastic.numpy())
 
 
 def _advantage(config: TrainConfig) -> AdvantageEstimator:

@@ -234,6 +234,7 @@ def _listeners(config: TrainConfig, holdout: Reward | None, eval_env: DenoisingV
         metadata = dict(abilities_of(eval_env.model).sample_metadata)
         scored = HoldoutReward(holdout, str(settings.holdout_reward), config.eval_batch_size, metadata)
     seed, window = config.seed + _EVAL_SEED_OFFSET, config.update.timestep_window
-    images = HeldOutImages(eval_env, settings.eval_samples, settings.eval_interval, seed, window, scored)
+    noisy = config.policy.sampler_table(eval_env.model, config.num_inference_steps).is_stochastic.numpy()
+    images = HeldOutImages(eval_env, settings.eval_samples, settings.eval_interval, seed, window, scored, noisy)
     brake = [OverOptimisationBrake()] if settings.stop_at_overoptimisation else []
     return [images, Monitors(eval_env.model), *brake]

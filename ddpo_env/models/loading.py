@@ -52,7 +52,6 @@ from ddpo_env.models.sources import (
     resolve_source,
 )
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
-from ddpo_env.sampler.scheduler_table import SMALLEST_STD
 from ddpo_env.validation.resolution import Resolution, plain_resolution
 from rewards.devices import DTYPES, resolve_device, resolve_dtype
 
@@ -99,7 +98,7 @@ def check_source(
     if resolution is not None or num_inference_steps is not None or pipeline_arguments or quantization:
         outlined = outline_model(model, resolution, pipeline_arguments)
         if outlined is not None and num_inference_steps is not None:
-            GaussianSampler.from_model(outlined, num_inference_steps, min_std=SMALLEST_STD)
+            GaussianSampler.from_model(outlined, num_inference_steps)
         if outlined is not None and quantization is not None:
             quantize_network(outlined.denoiser, quantization, str(model))
     if location not in BUNDLED_MODELS and Path(location).exists():

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from ddpo_env.sampler.scheduler_table import rebuild_scheduler
+from ddpo_env.sampler.sampler_rows import rebuild_scheduler
 from rewards.devices import copied_to
 
 

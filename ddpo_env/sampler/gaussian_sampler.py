@@ -16,7 +16,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ddpo_env.sampler.scheduler_table import SMALLEST_STD, read_scheduler
+from ddpo_env.sampler.sampler_rows import SMALLEST_STD, Noise
+from ddpo_env.sampler.scheduler_table import SamplerName, read_scheduler
 
 Reduction = Literal["mean", "sum"]
 
@@ -48,6 +49,9 @@ class GaussianSampler:
     float32, for inputs of any dtype. Every method takes `step_index`, a LongTensor (batch,) of rows, so that one batch
     may hold different timesteps; latents are (batch, ...) of any rank.
 
+    A step whose `std` is 0 is deterministic: it goes to its mean and has no density. Nothing can be learned from its
+    log-probability, so `log_prob` and `kl_divergence` are 0 there, without a gradient, whatever the latents are.
+
     Attributes:
         timesteps: (steps,), in denoising order; int64, or float32 for flow matching.
         sample_to_x0: (steps,) float32.
@@ -55,7 +59,7 @@ class GaussianSampler:
         sample_to_mean: (steps,) float32.
         output_to_mean: (steps,) float32.
         x0_to_mean: (steps,) float32.
-        std: (steps,) float32, at least `SMALLEST_STD`, so that every step has a density.
+        std: (steps,) float32: 0 for a deterministic step, else at least `SMALLEST_STD`, so that it has a density.
         clip_sample_range: Bound on the absolute value of `x0_hat`; `None` if the scheduler does not clip.
     """
 
@@ -78,38 +82,46 @@ class GaussianSampler:
                 raise ValueError(f"{name} must be finite at every step; got {column.tolist()}")
         if self.clip_sample_range is None and self.x0_to_mean.any():
             raise ValueError(f"x0_to_mean must be 0 if the scheduler does not clip; got {self.x0_to_mean.tolist()}")
-        if self.std.min() < SMALLEST_STD:
-            raise ValueError(f"std must be at least {SMALLEST_STD} at every step; got {self.std.tolist()}")
+        if ((self.std != 0) & (self.std < SMALLEST_STD)).any():
+            raise ValueError(f"std must be 0 or at least {SMALLEST_STD} at every step; got {self.std.tolist()}")
 
     @classmethod
     def from_scheduler(
         cls,
         scheduler: Any,
         num_inference_steps: int,
-        eta: float = 1.0,
+        eta: Noise = 1.0,
         *,
-        noise_level: float | None = None,
+        sampler: SamplerName | None = None,
+        noise_level: Noise | None = None,
         min_std: float | None = None,
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
     ) -> GaussianSampler:
         """Read the table from a diffusers scheduler; the scheduler itself does not change.
 
-        `DDPMScheduler` gives its own ancestral step (DDPM, arXiv 2006.11239, eq. 6-7) and
-        `FlowMatchEulerDiscreteScheduler` the SDE of Flow-GRPO (arXiv 2505.05470). Every other scheduler of a discrete
-        variance-preserving diffusion (PNDM, Euler, DPM-Solver, ...) gives the DDIM step (arXiv 2010.02502, eq. 12, 16)
-        on its noise schedule, as DDPO did for Stable Diffusion 1.4.
+        | `sampler` | of | a step |
+        | --- | --- | --- |
+        | `ddpm` | `DDPMScheduler` | its own ancestral step (DDPM, arXiv 2006.11239, eq. 6-7) |
+        | `flow-sde` | `FlowMatchEulerDiscreteScheduler` | the SDE of Flow-GRPO (arXiv 2505.05470) |
+        | `dance` | the same | the SDE of DanceGRPO (arXiv 2505.07818) |
+        | `cps` | the same | coefficients-preserving sampling (arXiv 2509.05952) |
+        | `ddim` | any other scheduler of a discrete diffusion | DDIM on its schedule (arXiv 2010.02502, eq. 12) |
+        | `ode` | all of them | no noise: DDIM with eta 0, or Euler's step of the flow |
 
-        A deterministic step has no density. Such a step is an error unless `min_std` is given: the lower bound on the
-        standard deviation, for sampling and scoring alike. For `DDPMScheduler` the last step is deterministic, except
-        with `fixed_large` variance and a timestep above 0; for `DDIMScheduler` a step whose next latent has no noise.
+        Some steps are deterministic whatever the noise: the last one of `DDPMScheduler` (except with `fixed_large`
+        variance and a timestep above 0) and of `cps`, and a DDIM step whose next latent has no noise. `min_std` gives
+        them noise.
 
         Args:
             scheduler: A diffusers scheduler; only its `config` is read.
             num_inference_steps: Number of rows of the table, at least 1.
-            eta: Noise of the DDIM step: 1 is as noisy as DDPM; 0 would be deterministic and is an error.
-            noise_level: Noise of the flow-matching SDE, default 0.7; an error for other schedulers.
-            min_std: Lower bound on the standard deviation, at least `SMALLEST_STD`; the means stay as they are.
+            eta: Noise of the DDIM step: 1 is as noisy as DDPM, 0 is deterministic; one value, or one for each step.
+            sampler: How noise is added. Default: the first of the table that fits the scheduler.
+            noise_level: Noise of a flow's step, one value, or one for each step: 0 is deterministic. Default: the
+                sampler's own, `flow_steps.NOISE_LEVELS`.
+            min_std: Lower bound on the standard deviation of the steps that are to have noise, at least
+                `SMALLEST_STD`; the means stay as they are.
             sigmas: Flow times for `FlowMatchEulerDiscreteScheduler.set_timesteps`; default: the scheduler's own.
             mu: Shift of the flow times, if the scheduler uses dynamic shifting.
 
@@ -121,6 +133,7 @@ class GaussianSampler:
             scheduler,
             num_inference_steps,
             eta,
+            sampler=sampler,
             noise_level=noise_level,
             min_std=min_std,
             sigmas=sigmas,
@@ -134,9 +147,10 @@ class GaussianSampler:
         cls,
         model: HasScheduler,
         num_inference_steps: int,
-        eta: float = 1.0,
+        eta: Noise = 1.0,
         *,
-        noise_level: float | None = None,
+        sampler: SamplerName | None = None,
+        noise_level: Noise | None = None,
         min_std: float | None = None,
     ) -> GaussianSampler:
         """Read the table from a model's scheduler, with the model's own `sampler_options` if it has them.
@@ -146,11 +160,41 @@ class GaussianSampler:
         """
         options = model.sampler_options(num_inference_steps) if isinstance(model, ChoosesSamplerOptions) else {}
         return cls.from_scheduler(
-            model.scheduler, num_inference_steps, eta, noise_level=noise_level, min_std=min_std, **options
+            model.scheduler,
+            num_inference_steps,
+            eta,
+            sampler=sampler,
+            noise_level=noise_level,
+            min_std=min_std,
+            **options,
         )
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def is_stochastic(self) -> Tensor:
+        """Which steps have noise, (steps,) bool."""
+        return self.std > 0
+
+    def windowed(self, start: int, stop: int, outside: GaussianSampler) -> GaussianSampler:
+        """Return this table's rows from `start` to before `stop`, and those of another one elsewhere.
+
+        Args:
+            start: First row of the window.
+            stop: One past its last row.
+            outside: A table of the same steps, such as the one without noise.
+        """
+        if not torch.equal(self.timesteps, outside.timesteps) or self.clip_sample_range != outside.clip_sample_range:
+            raise ValueError("outside must be a table of the same timesteps, with the same clip_sample_range")
+        rows = torch.arange(len(self), device=self.std.device)
+        inside = (start <= rows) & (rows < stop)
+        chosen: dict[str, Any] = {
+            name: torch.where(inside, value, getattr(outside, name))
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(self, **chosen)
 
     def to(self, device: torch.device | str) -> GaussianSampler:
         """Return the same table on `device`."""
@@ -198,7 +242,7 @@ class GaussianSampler:
         return mean + _row(self.std, step_index, mean) * noise.float(), mean
 
     def log_prob(self, next_latents: Tensor, mean: Tensor, step_index: Tensor, reduction: Reduction = "mean") -> Tensor:
-        """Return the log-probability of `next_latents`, (batch,) float32.
+        """Return the log-probability of `next_latents`, (batch,) float32; 0 where the step is deterministic.
 
         Args:
             next_latents: (batch, ...), exactly as stored.
@@ -207,15 +251,17 @@ class GaussianSampler:
             reduction: `"mean"` over the elements of a latent, as in DDPO, keeps the importance ratio in the range of
                 floats; `"sum"` is the joint log-probability.
         """
-        std = self.std[step_index]
-        z = (next_latents.float() - mean.float()) / _row(self.std, step_index, mean)
+        std = self._divisor[step_index]
+        z = (next_latents.float() - mean.float()) / _row(self._divisor, step_index, mean)
         average = -0.5 * z.square().reshape(len(z), -1).mean(dim=1) - std.log() - 0.5 * math.log(2 * math.pi)
-        return average * _scale(reduction, mean)
+        return self._scored(average * _scale(reduction, mean), step_index)
 
     def kl_divergence(
         self, mean: Tensor, reference_mean: Tensor, step_index: Tensor, reduction: Reduction = "mean"
     ) -> Tensor:
         """Return KL(policy, reference), (batch,) float32: both have the same `std`, so it is a squared distance.
+
+        It is 0 where the step is deterministic: two deterministic steps have no divergence that is finite.
 
         Args:
             mean: (batch, ...), the policy's.
@@ -223,8 +269,18 @@ class GaussianSampler:
             step_index: (batch,).
             reduction: Over the elements of a latent, as in `log_prob`.
         """
-        z = (mean.float() - reference_mean.float()) / _row(self.std, step_index, mean)
-        return 0.5 * z.square().reshape(len(z), -1).mean(dim=1) * _scale(reduction, mean)
+        z = (mean.float() - reference_mean.float()) / _row(self._divisor, step_index, mean)
+        divergence = 0.5 * z.square().reshape(len(z), -1).mean(dim=1) * _scale(reduction, mean)
+        return self._scored(divergence, step_index)
+
+    @property
+    def _divisor(self) -> Tensor:
+        """`std`, and 1 for a deterministic step, so that neither a value nor a gradient is NaN there; (steps,)."""
+        return torch.where(self.is_stochastic, self.std, 1.0)
+
+    def _scored(self, values: Tensor, step_index: Tensor) -> Tensor:
+        """Return values (batch,), and 0 where the step is deterministic."""
+        return torch.where(self.is_stochastic[step_index], values, 0.0)
 
 
 def _row(column: Tensor, step_index: Tensor, like: Tensor) -> Tensor:

@@ -101,9 +101,11 @@ def check_value(name: str, value: Any, hint: Any) -> None:
     if value is None and NoneType in choices:
         return
     kinds = [one for one in choices if one is not NoneType]
-    if len(kinds) == 1 and get_origin(kinds[0]) is tuple:
-        _check_tuple(name, value, get_args(kinds[0]))
-    elif all(expected := [_expected(value, kind) for kind in kinds]):
+    tuples = [one for one in kinds if get_origin(one) is tuple]
+    if tuples and (len(kinds) == 1 or isinstance(value, tuple)):
+        _check_tuple(name, value, get_args(tuples[0]), ranges)
+        return
+    if all(expected := [_expected(value, kind) for kind in kinds]):
         optional = "None or " if NoneType in choices else ""
         raise ValueError(f"{name} must be {optional}{' or '.join(map(str, expected))}; got {shown(value)}")
     if float in kinds and not ranges:
@@ -157,6 +159,8 @@ def _expected(value: Any, hint: Any) -> str | None:
     if get_origin(hint) is Literal:
         is_one = any(type(value) is type(one) and value == one for one in get_args(hint))
         return None if is_one else f"one of {', '.join(map(str, get_args(hint)))}"
+    if get_origin(hint) is tuple:
+        return None if isinstance(value, tuple) else "a tuple"
     if hint is str and isinstance(value, str):
         return _expected_text(value)
     valid: dict[Any, tuple[type | tuple[type, ...], str]] = {
@@ -191,10 +195,12 @@ def _expected_text(value: str) -> str | None:
     return None if is_storable else "valid Unicode text without NUL"
 
 
-def _check_tuple(name: str, value: Any, element_hints: tuple[Any, ...]) -> None:
+def _check_tuple(name: str, value: Any, element_hints: tuple[Any, ...], ranges: list[Range]) -> None:
+    """Check a tuple and its elements; the ranges of the whole are those of every element."""
     is_open = len(element_hints) == 2 and element_hints[1] is Ellipsis
     if not isinstance(value, tuple) or not (is_open or len(value) == len(element_hints)):
         length = "" if is_open else f" of {len(element_hints)} values"
         raise ValueError(f"{name} must be a tuple{length}; got {shown(value)}")
     for index, element in enumerate(value):
-        check_value(f"{name}[{index}]", element, element_hints[0 if is_open else index])
+        hint = element_hints[0 if is_open else index]
+        check_value(f"{name}[{index}]", element, Annotated[hint, *ranges] if ranges else hint)

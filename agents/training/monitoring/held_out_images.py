@@ -42,6 +42,7 @@ class HeldOutImages(RunListener):
         window: the steps that the run trains on, as fractions of them, at which the policy is compared with the
             pretrained one.
         holdout: scores the samples too, in the main process.
+        stochastic: which steps have noise, `(steps,)`; default: all.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class HeldOutImages(RunListener):
         seed: int,
         window: tuple[float, float] = (0.0, 1.0),
         holdout: HoldoutReward | None = None,
+        stochastic: npt.NDArray[np.bool_] | None = None,
     ) -> None:
         """Choose the prompts; see the class docstring for the arguments."""
         self.env = env
@@ -59,7 +61,7 @@ class HeldOutImages(RunListener):
         self.seed = seed
         self.holdout = holdout
         self.prompts = _repeated(evaluation_prompts(env, samples, seed))
-        self.compared = chosen_transitions(samples, env.num_inference_steps, window)
+        self.compared = chosen_transitions(samples, env.num_inference_steps, window, stochastic)
         self.columns = min(_COLUMNS, samples)
         self._draws = abilities_of(env.model).can_render
         self._shown: list[tuple[int, float]] = []

@@ -47,7 +47,7 @@ class Monitors(RunListener):
         """Return the measures of an evaluation by name."""
         values: dict[str, float | None] = {"diversity": prompt_diversity(evaluation.images, evaluation.prompts)}
         if evaluation.comparison is not None:
-            values["kl_to_pretrained"] = float(evaluation.comparison.kl.mean())
+            values["kl_to_pretrained"] = evaluation.comparison.mean_kl
             values["output_norm_ratio"] = evaluation.comparison.norm_ratio
         period = grid_period(evaluation.images.shape[1:], self._latent_shape)
         if period is not None:
@@ -55,7 +55,9 @@ class Monitors(RunListener):
         return {name: value for name, value in values.items() if value is not None}
 
     def on_end(self, run: Run) -> None:
-        """Draw `reward_against_kl.png`."""
+        """Draw `reward_against_kl.png`, unless no step has noise, and so no divergence."""
+        if not self._divergences:
+            return
         curves = {run.config.reward: [mean for _, mean in run.evaluations]}
         if run.holdout_evaluations:
             curves[f"{run.config.run.holdout_reward} (held out)"] = [mean for _, mean in run.holdout_evaluations]

@@ -112,8 +112,8 @@ def test_other_arguments_of_an_estimator(kind, arguments):
     ("name", "values"),
     [
         ("guidance_scale", [math.nan, math.inf, -1.0, 1e9]),
-        ("eta", [math.nan, math.inf, 0, 1e9]),
-        ("noise_level", [math.nan, math.inf, 0, 1e9]),
+        ("eta", [math.nan, math.inf, -1, 1e9, "1"]),
+        ("noise_level", [math.nan, math.inf, -1, 1e9, "1"]),
         ("min_std", [math.nan, math.inf, 0, 1e9]),
         ("lora_rank", [-1, 1.5, 10**12]),
         ("log_prob_reduction", ["max"]),

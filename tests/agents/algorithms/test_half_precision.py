@@ -54,6 +54,13 @@ def stirred(model):
     return model
 
 
+def test_log_probabilities_of_two_epochs_on_all_steps_are_recomputed(micro_pipeline_folder):
+    model = collected(denoising_ppo(micro_pipeline_folder, n_epochs=2, recompute_log_probs=True))
+    model.train()
+    assert model._n_updates == 2
+    assert logged(model)["train/ratio_deviation"] <= 1e-5
+
+
 def test_every_epoch_is_compared_with_recomputed_log_probabilities(micro_pipeline_folder):
     """Later epochs choose other steps: all of them are computed again, by the policy that sampled."""
     model = denoising_ppo(micro_pipeline_folder, n_epochs=2, timestep_fraction=0.4, recompute_log_probs=True)

@@ -35,7 +35,7 @@ NUMBERS = [
         "seed",
         "learning_rate",
         "lora_rank",
-        "eta",
+        "guidance_scale",
         "epochs",
         "weight_decay",
         "eval_samples",

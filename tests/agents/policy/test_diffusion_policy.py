@@ -250,7 +250,10 @@ def test_loading_what_does_not_fit_is_a_clear_error(env, tmp_path):
     ("arguments", "message"),
     [
         ({"use_sde": True}, "use_sde must be False"),
-        ({"eta": 0.0}, "eta"),
+        ({"eta": -0.1}, r"eta must be in \[0, 10\]; got -0.1"),
+        ({"eta": (1.0, 0.0)}, "eta must be one number, or one for each of the num_inference_steps=5 steps; got 2"),
+        ({"sampler": "dpm"}, "sampler must be None or one of ddim, ddpm, flow-sde, dance, cps, ode; got 'dpm'"),
+        ({"sampler": "cps"}, "sampler must be one of ddim, ode for a model with DDIMScheduler; got 'cps'"),
         ({"guidance_scale": -1.0}, r"guidance_scale must be in \[0, 100\]; got -1.0"),
         ({"guidance_scale": float("nan")}, r"guidance_scale must be in \[0, 100\]"),
         ({"lora_targets": "everything"}, r"lora_targets must be one of attention, .*; got 'everything'"),

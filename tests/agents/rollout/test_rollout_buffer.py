@@ -164,9 +164,9 @@ def test_trajectory_is_stored_as_t_plus_1_latents_and_one_conditioning():
     steps, num_envs, latents, conditioning = 6, 5, (4, 8, 8), (7, 16)
     buffer = filled(steps, num_envs, latents, conditioning, "cpu")
     numbers = num_envs * ((steps + 1) * 256 + 7 * 16)
-    # Besides: timestep, value, log-probability, advantage, return and reward (4 bytes each), start flag (1), and the
-    # number of the segment (8).
-    small = num_envs * steps * (6 * 4 + 1 + 8)
+    # Besides: timestep, value, log-probability, advantage, return and reward (4 bytes each), start flag (1), whether
+    # it is scored (1), and the number of the segment (8).
+    small = num_envs * steps * (6 * 4 + 1 + 1 + 8)
     assert buffer.nbytes == 4 * numbers + small
     assert tensor_bytes(vars(buffer)) - buffer.nbytes <= num_envs * (4 + 1), "last values and flags alone are uncounted"
 

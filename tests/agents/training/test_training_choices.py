@@ -34,6 +34,7 @@ def config_of(model, folder, algorithm="ppo", **settings):
         ("rwr", {"ema_decay": 0.5, "rwr_per_prompt": True}),
         pytest.param("rwr_sparse", {"rwr_percentile": 50.0}, marks=pytest.mark.slow),
         ("ppo", {"advantage": "leave_one_out", "target_kl": 1.0, "recompute_log_probs": True}),
+        ("ppo", {"noise_window": 1, "noise_window_iterations": 1, "ema_decay": 0.5, "kl_coef": 0.1, "epochs": 2}),
     ],
 )
 def test_stopped_and_resumed_run_equals_one_that_was_not(
@@ -62,7 +63,8 @@ def test_configuration_names_the_algorithm(micro_pipeline_folder, tmp_path, algo
 def test_sizes_and_learning_rate_left_open_are_the_algorithms():
     for algorithm, defaults in ALGORITHMS.items():
         config = train_config(algorithm=algorithm).resolved()
-        assert (config.training.epochs, config.training.updates_per_iteration) == defaults[1:]
+        assert config.training.epochs == defaults.epochs
+        assert config.training.updates_per_iteration == defaults.updates_per_iteration
         assert config.learning_rate == defaults.learning_rate
         assert train_config(algorithm=algorithm, learning_rate=0.125).resolved().learning_rate == 0.125
 

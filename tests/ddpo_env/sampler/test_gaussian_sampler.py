@@ -114,8 +114,9 @@ def test_moved_table_is_the_same_table(sampler):
 
 def test_hand_made_table_is_checked():
     column = torch.ones(3)
-    with pytest.raises(ValueError, match="std must be at least"):
-        GaussianSampler(torch.arange(3), column, column, column, column, column, torch.zeros(3), 1.0)
+    for std in (-column, 1e-6 * column):
+        with pytest.raises(ValueError, match="std must be 0 or at least"):
+            GaussianSampler(torch.arange(3), column, column, column, column, column, std, 1.0)
     with pytest.raises(ValueError, match="x0_to_mean must be finite"):
         GaussianSampler(torch.arange(3), column, column, column, column, column * math.nan, column, 1.0)
     with pytest.raises(ValueError, match=r"std must have one value per step, \(3,\); got \(2,\)"):

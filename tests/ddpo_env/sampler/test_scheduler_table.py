@@ -268,10 +268,13 @@ def test_flow_times_can_be_given_and_shifted():
     ],
     ids=["alpha_one", "no_offset", "linspace", "ddpm", "ddpm_trailing", "ddpm_large"],
 )
-def test_deterministic_last_step_is_refused_or_floored_but_never_nan(scheduler):
-    with pytest.raises(ValueError, match=r"less at step 9 \(timestep \d+\) of 10. Pass min_std"):
-        GaussianSampler.from_scheduler(scheduler, 10)
+def test_last_step_without_noise_stays_so_or_gets_the_least_noise_but_is_never_nan(scheduler):
+    deterministic = GaussianSampler.from_scheduler(scheduler, 10)
+    assert deterministic.is_stochastic.tolist() == [True] * 9 + [False]
+    assert deterministic.std[-1] == 0
     sampler = GaussianSampler.from_scheduler(scheduler, 10, min_std=0.02)
+    for name in ("sample_to_mean", "output_to_mean", "x0_to_mean"):
+        assert torch.equal(getattr(sampler, name), getattr(deterministic, name))
     assert sampler.std.min().item() == pytest.approx(0.02)
     latents, output, noise = normals(14, 3, batch=10)
     rows = torch.arange(10)
@@ -286,12 +289,15 @@ def test_deterministic_last_step_is_refused_or_floored_but_never_nan(scheduler):
         ({"num_inference_steps": 0}, r"num_inference_steps must be between 1 and 1000 .*got 0"),
         ({"num_inference_steps": 1001}, r"num_inference_steps must be between 1 and 1000 .*got 1001"),
         ({"num_inference_steps": 1000}, r"num_inference_steps=1000 with steps_offset=1 asks for timestep 1000"),
-        ({"eta": 0.0}, "eta must be above 0 .*no density.*got 0.0"),
-        ({"eta": -0.5}, "eta must be above 0 .*got -0.5"),
-        ({"eta": math.nan}, "eta must be above 0 .*got nan"),
-        ({"eta": math.inf}, "eta must be above 0 .*got inf"),
+        ({"eta": -0.5}, "eta must be at least 0 and finite at every step; got -0.5"),
+        ({"eta": math.nan}, "eta must be at least 0 and finite at every step; got nan"),
+        ({"eta": [1.0] * 9 + [math.inf]}, "eta must be at least 0 and finite at every step; got inf"),
+        ({"eta": (1.0, 0.0)}, "eta must be one number, or one for each of the num_inference_steps=10 steps; got 2"),
         ({"eta": 5.0}, r"eta must be at most 1\.\d+ for this schedule and 10 steps.*got 5.0"),
-        ({"eta": 1e-6}, "std must be at least 1e-05 at every step"),
+        ({"eta": [0.0] * 9 + [5.0]}, r"eta must be at most [\d.]+ for this schedule and 10 steps.*got 5.0"),
+        ({"sampler": "cps"}, "sampler must be one of ddim, ode for a model with DDIMScheduler; got 'cps'"),
+        ({"sampler": "ode", "eta": 0.5}, "eta must be left out with sampler ode, which has no noise; got 0.5"),
+        ({"sampler": "ode", "min_std": 0.1}, "min_std must be left out with sampler ode"),
         ({"min_std": 0.0}, "min_std must be at least 1e-05; got 0.0"),
         ({"min_std": math.nan}, "min_std must be at least 1e-05; got nan"),
         ({"noise_level": 0.7}, "noise_level applies to FlowMatchEulerDiscreteScheduler only, not to DDIMScheduler"),
@@ -329,7 +335,18 @@ def test_largest_eta_of_the_message_is_valid():
         (DDPMScheduler(variance_type="learned_range"), {}, "variance_type must be one of fixed_small, .*learned_range"),
         (DDPMScheduler(), {"eta": 0.5}, "eta must be 1 with DDPMScheduler .*got 0.5"),
         (FlowMatchEulerDiscreteScheduler(), {"eta": 0.5}, "eta must be 1 with FlowMatch.*noise_level.*got 0.5"),
-        (FlowMatchEulerDiscreteScheduler(), {"noise_level": 0.0}, "noise_level must be above 0 .*got 0.0"),
+        (DDPMScheduler(), {"sampler": "ddim"}, "sampler must be one of ddpm, ode for a model with DDPMSch.*got 'ddim'"),
+        (
+            FlowMatchEulerDiscreteScheduler(),
+            {"sampler": "ddim"},
+            "sampler must be one of flow-sde, dance, cps, ode for a model with FlowMatchEuler.*; got 'ddim'",
+        ),
+        (FlowMatchEulerDiscreteScheduler(), {"noise_level": -0.1}, "noise_level must be at least 0 .*got -0.1"),
+        (
+            FlowMatchEulerDiscreteScheduler(),
+            {"sampler": "cps", "noise_level": 1.2},
+            "noise_level must be at most 1 with sampler cps.*got 1.2",
+        ),
         (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), {}, "invert_sigmas must be False"),
         (
             DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),

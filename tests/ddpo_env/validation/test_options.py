@@ -22,6 +22,7 @@ class Options:
     kind: Literal["a", "b"] = "a"
     window: tuple[Annotated[float, Range(at_least=0)], float] = (0.0, 1.0)
     names: tuple[str, ...] = ()
+    levels: Annotated[float | tuple[float, ...] | None, Range(at_least=0, at_most=1)] = None
     folder: Path | None = None
     flag: bool = False
 
@@ -39,6 +40,8 @@ class Options:
         {"fraction": 1.0},
         {"window": (0, 2)},
         {"names": ("x", "y")},
+        {"levels": 0.5},
+        {"levels": (0, 0.5, 1.0)},
         {"folder": Path("x")},
     ],
 )
@@ -67,6 +70,10 @@ def test_valid_values_are_accepted(settings):
         ({"window": (-1.0, 1.0)}, r"window\[0\] must be at least 0; got -1.0"),
         ({"names": "xy"}, "names must be a tuple; got 'xy'"),
         ({"names": (1,)}, r"names\[0\] must be a string; got 1"),
+        ({"levels": 1.5}, r"levels must be in \[0, 1\]; got 1.5"),
+        ({"levels": (0.5, 1.5)}, r"levels\[1\] must be in \[0, 1\]; got 1.5"),
+        ({"levels": (0.5, "1")}, r"levels\[1\] must be a number; got '1'"),
+        ({"levels": "0.5"}, "levels must be None or a number or a tuple; got '0.5'"),
         ({"folder": "x"}, "folder must be None or a path; got 'x'"),
         ({"flag": "no"}, "flag must be True or False; got 'no'"),
     ],

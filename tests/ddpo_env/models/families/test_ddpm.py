@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.micro_agents import micro_config, micro_env, micro_policy, stir
+from helpers.micro_agents import STEPS, micro_config, micro_env, micro_policy, stir
 from helpers.micro_families import micro_family
 from peft import PeftModel
 
@@ -42,8 +42,13 @@ def test_nothing_conditions_it() -> None:
     assert list(infos["prompt"]) == ["a cat", "a dog"], "prompts are names for the rewards and the advantages alone"
     with pytest.raises(ValueError, match=r"guidance_scale must be 1 with model .* no conditioning for guidance; got 2"):
         micro_policy(env, **SETTINGS | {"guidance_scale": 2.0})
-    with pytest.raises(ValueError, match="Pass min_std"):
-        micro_policy(env, guidance_scale=1.0)
+
+
+def test_its_last_step_has_no_noise_unless_it_is_given_some() -> None:
+    env = micro_env(micro_family("ddpm"), num_envs=2)
+    plain, noisy = (micro_policy(env, guidance_scale=1.0, min_std=least) for least in (None, 0.02))
+    assert plain.sampler.is_stochastic.tolist() == [True] * (STEPS - 1) + [False]
+    assert noisy.sampler.is_stochastic.all()
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -15,7 +15,7 @@ from helpers.paths import LORA_FILE
 from agents.training.preparation import run_training
 from ddpo_env import GaussianSampler
 from ddpo_env.models.loading import load_model
-from ddpo_env.sampler.scheduler_table import DEFAULT_NOISE_LEVEL
+from ddpo_env.sampler.flow_steps import NOISE_LEVELS
 
 PROMPTS = ["a cat", "a blue horse"]
 
@@ -67,11 +67,11 @@ def test_without_noise_a_step_is_the_schedulers_euler_step(pipeline: StableDiffu
 
 def test_noise_level_is_the_policys_and_scales_the_noise(pipeline: StableDiffusion3Pipeline) -> None:
     env = micro_env(pipeline)
-    default, half = (micro_policy(env, noise_level=level).sampler for level in (None, DEFAULT_NOISE_LEVEL / 2))
+    default, half = (micro_policy(env, noise_level=level).sampler for level in (None, NOISE_LEVELS["flow-sde"] / 2))
     torch.testing.assert_close(half.std * 2, default.std)
     assert torch.equal(half.timesteps, default.timesteps)
-    with pytest.raises(ValueError, match=r"noise_level must be in \(0, 10\]"):
-        micro_policy(env, noise_level=0.0)
+    with pytest.raises(ValueError, match=r"noise_level must be in \[0, 10\]; got -0.1"):
+        micro_policy(env, noise_level=-0.1)
 
 
 def test_times_are_shifted_by_the_images_size_where_the_scheduler_says_so() -> None:
@@ -106,5 +106,5 @@ def test_run_trains_it_with_a_noise_level(tmp_path: Path) -> None:
     fresh = micro_family("stable_diffusion_3")
     fresh.load_lora_weights(tmp_path / "run" / "lora", weight_name=LORA_FILE)
     assert fresh.get_active_adapters()
-    with pytest.raises(ValueError, match=r"noise_level must be in \(0, 10\]; got -0.4"):
+    with pytest.raises(ValueError, match=r"noise_level must be in \[0, 10\]; got -0.4"):
         micro_config(folder, tmp_path / "no", noise_level=-0.4)
