@@ -21,7 +21,6 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -36,9 +35,11 @@ from torch.nn import functional
 
 from agents.algorithms.options import UpdateOptions
 from agents.algorithms.rollout_algorithm import RolloutAlgorithm
-from agents.algorithms.timesteps import choose_steps
 from agents.distributed import Maximum, Metric, Rows
+from agents.policy.abilities import PolicyEvaluation
+from agents.policy.weight_copies import AVERAGE, using_weights
 from agents.rollout.buffer import Transitions
+from agents.rollout.timesteps import choose_steps
 from ddpo_env.validation.options import Range, check_value, shows_options, split_options
 from rewards.devices import copied_to, read_numbers
 
@@ -46,25 +47,6 @@ Metrics = defaultdict[str, list[float]]
 
 _DRIFT_ROWS = 16
 """Transitions on which an iteration's drift is measured; few, so that it costs little."""
-
-
-@dataclass(frozen=True)
-class PolicyEvaluation:
-    """Some transitions, evaluated under the current policy.
-
-    Attributes:
-        values: the critic's values, `(batch,)`.
-        log_prob: log-probabilities of the actions, `(batch,)`.
-        log_ratio: `log_prob` minus the log-probability under the policy that sampled them, `(batch,)`.
-        entropy: `(batch,)`.
-        reference_kl: KL divergence from the pretrained policy, `(batch,)`; `None` where it was not computed.
-    """
-
-    values: Tensor
-    log_prob: Tensor
-    log_ratio: Tensor
-    entropy: Tensor
-    reference_kl: Tensor | None
 
 
 class TensorOnPolicyAlgorithm(RolloutAlgorithm):
@@ -91,6 +73,8 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
 
     compares_with_sampling: ClassVar[bool] = True
     """Whether the loss compares the policy with the one that sampled, by the rollout's log-probabilities."""
+    needs_log_probs: ClassVar[bool] = True
+    """Whether the loss trains on log-probabilities, which steps without noise do not have."""
 
     @shows_options(UpdateOptions)
     def __init__(
@@ -244,15 +228,17 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Use the averaged weights inside this context, if there are any (`ema_decay`)."""
-        if self.ema is None:
+        average = None if self.ema is None else self.ema.shadow_params
+        with using_weights(self._learning_parameters(), average):
             yield
-            return
-        self.ema.store(self._learning_parameters())
-        self.ema.copy_to(self._learning_parameters())
-        try:
-            yield
-        finally:
-            self.ema.restore(self._learning_parameters())
+
+    def averages(self) -> dict[str, EMAModel]:
+        """Return the averages of the weights that a checkpoint must contain, by their names in `weight_copies`."""
+        return {} if self.ema is None else {AVERAGE: self.ema}
+
+    def transitions(self, indices: npt.NDArray[np.int64]) -> Transitions:
+        """Return what `loss` is given for the chosen steps: the rollout's transitions at flat indices."""
+        return self.rollout_buffer[indices]
 
     def _pass(self, indices: npt.NDArray[np.int64], metrics: Metrics) -> bool:
         """Run one epoch; return False if the KL target stopped it."""
@@ -296,7 +282,7 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
                 continue
             weight = rows.count / len(indices)
             with self.abilities.computing(rows, self.generators.noise):
-                loss, metrics = self.loss(self.rollout_buffer[rows.of(micro_batch)])
+                loss, metrics = self.loss(self.transitions(rows.of(micro_batch)))
             self.scaler.scale(loss * weight).backward()
             for name, metric in metrics.items():
                 if isinstance(metric, Maximum):

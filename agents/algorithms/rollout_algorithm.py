@@ -35,7 +35,7 @@ from agents.policy.abilities import PolicyAbilities, abilities_of
 from agents.rollout.buffer import TensorRolloutBuffer
 from agents.rollout.latents_check import LatentsCheck
 from agents.rollout.scores import PendingScores, details_by_name, score_measured
-from agents.rollout.vec_env import VectorEnvAdapter, denoising_env_of
+from agents.rollout.vec_env import denoising_env_of, pending_scores_of
 from ddpo_env.spaces import DenoisingObservationSpace
 
 _Algorithm = TypeVar("_Algorithm", bound="RolloutAlgorithm")
@@ -153,6 +153,10 @@ class RolloutAlgorithm(SavableAlgorithm):
         """What the policy can do beyond Stable-Baselines3's interface."""
         return abilities_of(self.policy)
 
+    def sampling(self) -> AbstractContextManager[None]:
+        """Return the context in which a rollout is sampled."""
+        return self.abilities.sampling_weights()
+
     def broadcast_weights(self) -> None:
         """Give the weights of all processes the main one's values, before the first iteration."""
         self.processes.broadcast_weights([p for p in self.policy.parameters() if p.requires_grad])
@@ -256,7 +260,7 @@ class RolloutAlgorithm(SavableAlgorithm):
         pending = PendingScores(rollout_buffer)
         complete = False
         try:
-            with self.processes.fail_together(), self.abilities.sampling_weights(), _pending_scores(env):
+            with self.processes.fail_together(), self.sampling(), pending_scores_of(env):
                 complete = self._sample(env, callback, rollout_buffer, n_rollout_steps, pending)
         finally:
             if not complete:  # the next rollout begins new episodes, so that no part of one is trained on
@@ -390,8 +394,3 @@ class RolloutAlgorithm(SavableAlgorithm):
         for name, values in details.items():
             if name != "non_finite" and all(isinstance(value, numbers.Real) for value in values):
                 self.logger.record(f"reward/{name}", float(np.mean(values)))
-
-
-def _pending_scores(env: VecEnv) -> AbstractContextManager[None]:
-    """Leave scores pending, unless a wrapper around the adapter must see them."""
-    return env.pending_scores() if isinstance(env, VectorEnvAdapter) else nullcontext()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,26 @@ from torch import Tensor
 
 from agents.distributed import Rows
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
+from ddpo_env.sampler.denoising_loss import NoisedSamples
+
+
+@dataclass(frozen=True)
+class PolicyEvaluation:
+    """Some transitions, evaluated under the current policy.
+
+    Attributes:
+        values: the critic's values, `(batch,)`.
+        log_prob: log-probabilities of the actions, `(batch,)`.
+        log_ratio: `log_prob` minus the log-probability under the policy that sampled them, `(batch,)`.
+        entropy: `(batch,)`.
+        reference_kl: KL divergence from the pretrained policy, `(batch,)`; `None` where it was not computed.
+    """
+
+    values: Tensor
+    log_prob: Tensor
+    log_ratio: Tensor
+    entropy: Tensor
+    reference_kl: Tensor | None
 
 
 class PolicyAbilities:
@@ -23,6 +44,7 @@ class PolicyAbilities:
     Attributes:
         knows_reference: whether there is a pretrained policy (`evaluate_with_reference`), which a KL penalty needs.
         shares_batches: whether several processes can compute the rows of one batch (`computing`).
+        has_forward_process: whether the policy is a denoiser, whose samples can be noised again (`noised`).
         draws_from_generator: whether all noise comes from `generator`. Otherwise the algorithm puts its own states in
             the place of torch's global generators while it calls the policy.
         rows: the rows that are computed now, inside `computing`.
@@ -31,6 +53,7 @@ class PolicyAbilities:
 
     knows_reference: bool = False
     shares_batches: bool = False
+    has_forward_process: bool = False
     draws_from_generator: bool = False
     rows: Rows | None = None
     generator: torch.Generator | None = None
@@ -68,6 +91,14 @@ class PolicyAbilities:
     def regression_loss(self, batch: Transitions) -> Tensor:
         """Return the loss of imitating a batch, `(batch,)`: the negative log-likelihood of its actions."""
         return -self.evaluate_actions(batch.observations, batch.actions)[1]
+
+    def noised(self, batch: Transitions, noise: Tensor) -> NoisedSamples:
+        """Return the samples in a batch's actions with noise of its timesteps; only with `has_forward_process`."""
+        raise TypeError(f"{type(self).__name__} has no denoiser, so it cannot noise samples (has_forward_process)")
+
+    def noised_output(self, noised: NoisedSamples, pretrained: bool = False) -> Tensor:
+        """Return the output of the denoiser for noised samples, or the pretrained one's; latent-shaped, float32."""
+        raise TypeError(f"{type(self).__name__} has no denoiser, so it has no output (has_forward_process)")
 
     def advance_rng(self, rows: int) -> None:
         """Draw the random numbers that `regression_loss` draws for `rows` transitions: none."""

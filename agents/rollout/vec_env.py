@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import gymnasium as gym
@@ -200,3 +200,8 @@ def denoising_env_of(env: VecEnv) -> DenoisingVectorEnv | None:
     """Return the denoising environment below all wrappers of a `VecEnv`; `None` for any other environment."""
     adapter = env.unwrapped
     return adapter.denoising_env if isinstance(adapter, VectorEnvAdapter) else None
+
+
+def pending_scores_of(env: VecEnv) -> AbstractContextManager[None]:
+    """Leave scores pending inside the context, unless a wrapper around the adapter must see them."""
+    return env.pending_scores() if isinstance(env, VectorEnvAdapter) else nullcontext()
