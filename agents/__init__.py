@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         PerPromptAdvantage,
         RawReturn,
     )
+    from agents.algorithms.forward.nft import NFT
     from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
     from agents.algorithms.options import UpdateOptions
     from agents.algorithms.ppo import PPO
@@ -45,6 +46,7 @@ _MODULES = {
         "PerPromptAdvantage",
         "RawReturn",
     ),
+    "agents.algorithms.forward.nft": ("NFT",),
     "agents.algorithms.on_policy": ("TensorOnPolicyAlgorithm",),
     "agents.algorithms.options": ("UpdateOptions",),
     "agents.algorithms.ppo": ("PPO",),
@@ -66,6 +68,7 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "NFT",
     "PPO",
     "REINFORCE",
     "RWR",

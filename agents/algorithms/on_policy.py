@@ -12,7 +12,6 @@ One iteration (`RolloutAlgorithm.iterate`):
                 loss(micro_batch).backward()
             clip the gradient; optimizer.step(); update the averaged weights
         stop early if the estimated KL from the sampling policy exceeds target_kl
-    log the metrics of the rollout and of the update
 """
 
 from __future__ import annotations
@@ -36,10 +35,11 @@ from torch.nn import functional
 
 from agents.algorithms.options import UpdateOptions, check_noise
 from agents.algorithms.rollout_algorithm import RolloutAlgorithm
-from agents.algorithms.timesteps import choose_steps
 from agents.distributed import Maximum, Metric, Rows
 from agents.policy.abilities import PolicyEvaluation
+from agents.policy.weight_copies import AVERAGE, using_weights
 from agents.rollout.buffer import DROPPED, Transitions
+from agents.rollout.timesteps import choose_steps
 from ddpo_env.validation.options import Range, check_value, shows_options, split_options
 from rewards.devices import copied_to, read_numbers
 
@@ -240,15 +240,17 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Use the averaged weights inside this context, if there are any (`ema_decay`)."""
-        if self.ema is None:
+        average = None if self.ema is None else self.ema.shadow_params
+        with using_weights(self._learning_parameters(), average):
             yield
-            return
-        self.ema.store(self._learning_parameters())
-        self.ema.copy_to(self._learning_parameters())
-        try:
-            yield
-        finally:
-            self.ema.restore(self._learning_parameters())
+
+    def averages(self) -> dict[str, EMAModel]:
+        """Return the averages of the weights that a checkpoint must contain, by their names in `weight_copies`."""
+        return {} if self.ema is None else {AVERAGE: self.ema}
+
+    def transitions(self, indices: npt.NDArray[np.int64]) -> Transitions:
+        """Return what `loss` is given for the chosen steps: the rollout's transitions at flat indices."""
+        return self.rollout_buffer[indices]
 
     def _pass(self, indices: npt.NDArray[np.int64], metrics: Metrics) -> bool:
         """Run one epoch; return False if the KL target stopped it."""
@@ -292,7 +294,7 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
                 continue
             weight = rows.count / len(indices)
             with self.abilities.computing(rows, self.generators.noise):
-                loss, metrics = self.loss(self.rollout_buffer[rows.of(micro_batch)])
+                loss, metrics = self.loss(self.transitions(rows.of(micro_batch)))
             self.scaler.scale(loss * weight).backward()
             for name, metric in metrics.items():
                 if isinstance(metric, Maximum):

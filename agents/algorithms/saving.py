@@ -124,8 +124,9 @@ def save_algorithm(algorithm: Any, path: SavePath) -> None:
     tensors = {f"policy.{name}": value for name, value in algorithm.policy.state_dict().items()}
     for index, values in optimizer["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
-    averages = algorithm.ema.state_dict() if algorithm.ema is not None else {}
-    tensors |= {f"average.{index}": value for index, value in enumerate(averages.pop("shadow_params", []))}
+    averages = {name: one.state_dict() for name, one in algorithm.averages().items()}
+    for name, one in averages.items():
+        tensors |= {f"{name}.{index}": value for index, value in enumerate(one.pop("shadow_params"))}
     estimator = algorithm.advantage
     data = {
         "class": type(algorithm).__name__,
@@ -137,7 +138,7 @@ def save_algorithm(algorithm: Any, path: SavePath) -> None:
         "counters": {name: getattr(algorithm, name) for name in _COUNTERS},
         "generators": algorithm.generator_state(),
         "optimizer": optimizer["param_groups"],
-        "average": averages,
+        "averages": averages,
         "scaler": algorithm.scaler.state_dict(),
         "advantage": estimator.state_dict() if isinstance(estimator, advantages.PerPromptAdvantage) else None,
     }
@@ -212,10 +213,10 @@ def _read(path: SavePath) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _load_state(algorithm: Any, data: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     algorithm.policy.load_state_dict(_below("policy.", tensors))
     algorithm.policy.optimizer.load_state_dict(_optimizer_state(data, tensors))
-    if algorithm.ema is not None:
-        shadow = _below("average.", tensors)
+    for name, average in algorithm.averages().items():
+        shadow = _below(f"{name}.", tensors)
         parameters = [shadow[str(index)].to(algorithm.device) for index in range(len(shadow))]
-        algorithm.ema.load_state_dict({**data["average"], "shadow_params": parameters})
+        average.load_state_dict({**data["averages"][name], "shadow_params": parameters})
     if data["scaler"]:
         algorithm.scaler.load_state_dict(data["scaler"])
     for name in _COUNTERS:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from agents.algorithms.forward.nft import BETA
 from agents.algorithms.rollout_algorithm import NonFiniteRewards
 from agents.algorithms.rwr import PERCENTILE
 from ddpo_env.models.quantization import Quantization
@@ -28,7 +29,7 @@ LEAST_PAIRS = 8
 _SIZE = Range(above=0, at_most=1e6)
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
-Algorithm = Literal["ppo", "reinforce", "rwr", "rwr_sparse"]
+Algorithm = Literal["ppo", "reinforce", "rwr", "rwr_sparse", "nft"]
 Advantage = Literal["per_prompt", "batch", "group", "leave_one_out", "gae"]
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -59,7 +60,8 @@ class TrainingSettings(_Checked):
     advantage: Advantage | None = None
     """How a sample is rated. Default: per_prompt (statistics of its prompt), or gae with a critic."""
     advantage_clip: Annotated[float, _SIZE] = 5.0
-    """Standardised advantages (per_prompt, batch, group) are clipped to plus/minus this."""
+    """Standardised advantages (per_prompt, batch, group) are clipped to plus/minus this. With nft it is the advantage
+    from which a sample is good for sure."""
     stat_buffer_size: Annotated[int, MOST] = 32
     """Rewards kept per prompt, for its mean and standard deviation."""
     stat_min_count: Annotated[int, Range(at_least=2, at_most=1_000_000)] = 8
@@ -70,6 +72,8 @@ class TrainingSettings(_Checked):
     """Weights of rwr have mean 1 within each prompt, as in the paper's aesthetic experiment, not over all samples."""
     rwr_percentile: Annotated[float, PERCENTILE] = 90.0
     """Sparse reward-weighted regression imitates the samples from this percentile of the rewards on."""
+    nft_beta: Annotated[float, BETA] = 1.0
+    """How far nft's better and worse policies are from the one that samples; its paper has 0.1 for text rendering."""
     non_finite_rewards: NonFiniteRewards = "raise"
     """A reward that is NaN or infinite is an error (raise), or its sample is dropped and counted (drop)."""
 

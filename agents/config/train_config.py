@@ -44,8 +44,11 @@ ALGORITHMS: dict[str, AlgorithmDefaults] = {
     "reinforce": AlgorithmDefaults(1e-2, 1, 1),
     "rwr": AlgorithmDefaults(2e-3, 5, 1, needs_log_probs=False),
     "rwr_sparse": AlgorithmDefaults(5e-4, 50, 1, needs_log_probs=False),
+    "nft": AlgorithmDefaults(5e-3, 1, 1, needs_log_probs=False),
 }
-"""Learning rates from the search of `scripts/experiments/algorithms.py` on the bundled model; epochs from the paper."""
+"""Epochs and updates from the papers. The learning rates of ppo, reinforce and rwr are from the search of
+`scripts/experiments/algorithms.py` on the bundled model. Nobody has searched for the others: they have ppo's, because
+their papers have that of DDPO."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,8 @@ class TrainConfig:
     num_inference_steps: Annotated[int, MOST] = 10
     """Denoising steps, the length of an episode."""
     algorithm: Algorithm = "ppo"
-    """ppo (DDPO-IS), reinforce (DDPO-SF), or reward-weighted regression: rwr (exponential weights), rwr_sparse."""
+    """ppo (DDPO-IS), reinforce (DDPO-SF), reward-weighted regression: rwr (exponential weights), rwr_sparse; or nft
+    (DiffusionNFT)."""
     iterations: Annotated[int | None, MOST] = None
     """Rounds of sampling and training in total. Default: 20; for a resumed run, the number that it started with."""
     samples_per_iteration: Annotated[int, MOST] = 72

@@ -98,7 +98,7 @@ def _on_policy(algorithm: TensorOnPolicyAlgorithm) -> Transitions:
     rollout = algorithm.rollout_buffer
     steps = algorithm.abilities.regression_steps(rollout) if not algorithm.compares_with_sampling else None
     chosen = algorithm.random_steps(_ROWS) if steps is None else steps[:_ROWS]
-    batch = rollout[chosen]
+    batch = algorithm.transitions(chosen)
     with torch.no_grad():
         log_probs = algorithm.evaluate(batch, with_reference=False).log_prob
     return replace(batch, log_probs=log_probs, advantages=torch.ones_like(batch.advantages))

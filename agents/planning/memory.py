@@ -68,7 +68,7 @@ def _training_call(algorithm: TensorOnPolicyAlgorithm, policy: DiffusionPolicy, 
     learning = policy.trainable_parameters()
     steps = algorithm.n_steps * algorithm.n_envs * algorithm.processes.count
     observation = _zeros(policy, rows)
-    held = [torch.empty_like(weight) for weight in learning for _ in range(2 + bool(algorithm.options.ema_decay))]
+    held = [torch.empty_like(weight) for weight in learning for _ in range(2 + len(algorithm.averages()))]
     held += _zeros(policy, -(-steps // policy.num_inference_steps)).values()
     for weight in learning:
         weight.grad = torch.zeros_like(weight)

@@ -23,8 +23,8 @@ class DenoiserRows(NamedTuple):
         sampling: to generate the samples that are trained on.
         training: forward and backward, in the updates.
         held_out: to generate the held-out images.
-        measuring: without gradients, to compute log-probabilities again in half precision, and those of the pretrained
-            policy for a KL penalty.
+        measuring: without gradients, to compute log-probabilities again in half precision, and outputs of the
+            pretrained policy for a KL penalty, or of an older policy that an algorithm compares with.
     """
 
     sampling: int
@@ -81,7 +81,7 @@ def denoiser_rows(config: TrainConfig) -> DenoiserRows:
     else:
         trained = rows * training.epochs * total * config.trained_steps
         measuring = rows * total * (config.trained_steps if training.epochs == 1 else steps) * _recomputes(config)
-    measuring += trained if config.update.kl_coef else 0
+    measuring += trained * (bool(config.update.kl_coef) + _older_policies(config))
     return DenoiserRows(
         sampling=config.total_iterations * rows * total * steps,
         training=config.total_iterations * trained,
@@ -123,7 +123,8 @@ def _call(config: TrainConfig, size: int, unit: str) -> str:
 
 def _denoiser(config: TrainConfig) -> str:
     rows = denoiser_rows(config)
-    measuring = f", {rows.measuring:,} to compute log-probabilities again" if rows.measuring else ""
+    what = "to compute log-probabilities again" if _recomputes(config) else "of policies to compare with"
+    measuring = f", {rows.measuring:,} {what}" if rows.measuring else ""
     return (
         f"denoiser   {sum(rows):,} rows: {rows.sampling:,} to sample, {rows.training:,} to train, {rows.held_out:,} "
         f"for held-out images{measuring}"
@@ -190,6 +191,11 @@ def _imitated(config: TrainConfig) -> int:
     total = config.samples_per_iteration
     fraction = config.training.rwr_percentile / 100 if config.algorithm == "rwr_sparse" else 0
     return total - math.ceil(fraction * (total - 1))
+
+
+def _older_policies(config: TrainConfig) -> int:
+    """Return how many older policies every pair is computed with too."""
+    return {"nft": 1}.get(config.algorithm, 0)
 
 
 def _recomputes(config: TrainConfig) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from agents.distributed import Rows
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
 from ddpo_env.models import DiffusionModel
+from ddpo_env.sampler.denoising_loss import NoisedSamples
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 
 
@@ -45,6 +46,7 @@ class PolicyAbilities:
     Attributes:
         knows_reference: whether there is a pretrained policy (`evaluate_with_reference`), which a KL penalty needs.
         shares_batches: whether several processes can compute the rows of one batch (`computing`).
+        has_forward_process: whether the policy is a denoiser, whose samples can be noised again (`noised`).
         draws_from_generator: whether all noise comes from `generator`. Otherwise the algorithm puts its own states in
             the place of torch's global generators while it calls the policy.
         rows: the rows that are computed now, inside `computing`.
@@ -53,6 +55,7 @@ class PolicyAbilities:
 
     knows_reference: bool = False
     shares_batches: bool = False
+    has_forward_process: bool = False
     draws_from_generator: bool = False
     rows: Rows | None = None
     generator: torch.Generator | None = None
@@ -106,6 +109,14 @@ class PolicyAbilities:
     def regression_loss(self, batch: Transitions) -> Tensor:
         """Return the loss of imitating a batch, `(batch,)`: the negative log-likelihood of its actions."""
         return -self.evaluate_actions(batch.observations, batch.actions)[1]
+
+    def noised(self, batch: Transitions, noise: Tensor) -> NoisedSamples:
+        """Return the samples in a batch's actions with noise of its timesteps; only with `has_forward_process`."""
+        raise TypeError(f"{type(self).__name__} has no denoiser, so it cannot noise samples (has_forward_process)")
+
+    def noised_output(self, noised: NoisedSamples, pretrained: bool = False) -> Tensor:
+        """Return the output of the denoiser for noised samples, or the pretrained one's; latent-shaped, float32."""
+        raise TypeError(f"{type(self).__name__} has no denoiser, so it has no output (has_forward_process)")
 
     def advance_rng(self, rows: int) -> None:
         """Draw the random numbers that `regression_loss` draws for `rows` transitions: none."""

@@ -47,7 +47,7 @@ from agents.rollout.buffer import TensorRolloutBuffer, Transitions
 from ddpo_env.models import DiffusionModel, abilities_of, load_model
 from ddpo_env.models.loading import plain_arguments
 from ddpo_env.models.quantization import quantization_of
-from ddpo_env.sampler.denoising_loss import add_noise, draw_timesteps
+from ddpo_env.sampler.denoising_loss import NoisedSamples, add_noise, draw_timesteps
 from ddpo_env.spaces import DenoisingObservationSpace, action_box
 from ddpo_env.validation.options import shows_options
 
@@ -88,6 +88,7 @@ class DiffusionPolicy(SamplerAbilities, ActorCriticPolicy):
 
     knows_reference = True
     shares_batches = True
+    has_forward_process = True
     draws_from_generator = True
 
     @shows_options(PolicyOptions)
@@ -207,9 +208,18 @@ class DiffusionPolicy(SamplerAbilities, ActorCriticPolicy):
         latents = batch.actions
         rows = self.rows or Rows.of_process(len(latents), 0, 1)
         timestep, noise = (drawn[rows.start : rows.stop] for drawn in self._draw_regression(rows.total))
-        noisy, target = add_noise(self.model.scheduler, latents, noise, timestep)
-        output = self.predict_output(noisy, timestep, conditioning)
-        return (output - target).square().flatten(1).mean(1)
+        noised = add_noise(self.model.scheduler, latents, noise, timestep, conditioning)
+        return noised.denoising_loss(self.noised_output(noised))
+
+    def noised(self, batch: Transitions, noise: Tensor) -> NoisedSamples:
+        """Return the clean latents in a batch's actions with noise of its timesteps."""
+        _, timestep, conditioning = self._split(batch.observations)
+        return add_noise(self.model.scheduler, batch.actions, noise, timestep, conditioning)
+
+    def noised_output(self, noised: NoisedSamples, pretrained: bool = False) -> Tensor:
+        """Return the denoiser's guided output for noised samples, or the pretrained one's; see `predict_output`."""
+        denoiser = self.model.denoiser if pretrained else None
+        return self.predict_output(noised.latents, noised.timestep, dict(noised.conditioning), denoiser)
 
     def advance_rng(self, rows: int) -> None:
         """Draw the random numbers that `regression_loss` draws for `rows` transitions."""

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
+from agents.policy.weight_copies import AVERAGE, LAGGING
 from agents.rollout.vec_env import denoising_env_of
 from agents.training.stored_values import check_like, restore, store
 from ddpo_env.vector_env import DenoisingVectorEnv
 
 _COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining")
-_LEARNED = ("policy.", "optimizer.", "average.")
+_WEIGHTS = ("policy.", f"{AVERAGE}.", f"{LAGGING}.")
+_LEARNED = (*_WEIGHTS, "optimizer.")
 
 
 @runtime_checkable
@@ -41,8 +43,7 @@ def algorithm_state(algorithm: TensorOnPolicyAlgorithm) -> tuple[dict[str, Tenso
     tensors = _learned(algorithm)
     check_finite(tensors)
     optimizer = algorithm.policy.optimizer.state_dict()
-    averages = algorithm.ema.state_dict() if algorithm.ema is not None else {}
-    averages.pop("shadow_params", None)
+    averages, _ = _averages(algorithm)
     tensors["random.torch"] = torch.get_rng_state()
     if algorithm.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(algorithm.device)
@@ -53,7 +54,7 @@ def algorithm_state(algorithm: TensorOnPolicyAlgorithm) -> tuple[dict[str, Tenso
         "episodes": list(algorithm.ep_info_buffer or []),
         "successes": list(algorithm.ep_success_buffer or []),
         "optimizer": optimizer["param_groups"],
-        "average": averages,
+        "averages": averages,
         "scaler": algorithm.scaler.state_dict(),
         "advantage": store(advantage.state_dict(), "advantage", tensors) if isinstance(advantage, Stateful) else {},
         "generators": algorithm.generator_state(),
@@ -76,8 +77,14 @@ def _learned(algorithm: TensorOnPolicyAlgorithm) -> dict[str, Tensor]:
     for index, values in algorithm.policy.optimizer.state_dict()["state"].items():
         for name, value in values.items():
             tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
-    averages = algorithm.ema.state_dict()["shadow_params"] if algorithm.ema is not None else []
-    return tensors | {f"average.{index}": value for index, value in enumerate(averages)}
+    return tensors | _averages(algorithm)[1]
+
+
+def _averages(algorithm: TensorOnPolicyAlgorithm) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """Return the settings and counters of the averages of the weights, and their tensors."""
+    states = {name: one.state_dict() for name, one in algorithm.averages().items()}
+    shadows = {name: one.pop("shadow_params") for name, one in states.items()}
+    return states, {f"{name}.{index}": value for name, one in shadows.items() for index, value in enumerate(one)}
 
 
 def check_finite(tensors: dict[str, Tensor]) -> None:
@@ -111,10 +118,10 @@ def load_algorithm_state(algorithm: TensorOnPolicyAlgorithm, tensors: dict[str, 
         index, key = name.split(".", 1)
         optimizer_state.setdefault(int(index), {})[key] = value
     algorithm.policy.optimizer.load_state_dict({"state": optimizer_state, "param_groups": state["optimizer"]})
-    if algorithm.ema is not None:
-        shadow = below("average.")
+    for name, average in algorithm.averages().items():
+        shadow = below(f"{name}.")
         parameters = [shadow[str(index)].to(algorithm.device) for index in range(len(shadow))]
-        algorithm.ema.load_state_dict({**state["average"], "shadow_params": parameters})
+        average.load_state_dict({**state["averages"][name], "shadow_params": parameters})
     algorithm.scaler.load_state_dict(state["scaler"])
     for name in _COUNTERS:
         setattr(algorithm, name, state["counters"][name])
@@ -134,8 +141,8 @@ def load_algorithm_state(algorithm: TensorOnPolicyAlgorithm, tensors: dict[str, 
 
 def _check_fits(algorithm: TensorOnPolicyAlgorithm, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     own = {f"policy.{name}": value for name, value in algorithm.policy.state_dict().items()}
-    averages = algorithm.ema.state_dict() if algorithm.ema is not None else {}
-    own |= {f"average.{index}": value for index, value in enumerate(averages.pop("shadow_params", []))}
+    averages, shadows = _averages(algorithm)
+    own |= shadows
     for name, value in own.items():
         if name not in tensors:
             raise ValueError(f"it has no tensor {name!r}")
@@ -151,7 +158,7 @@ def _check_fits(algorithm: TensorOnPolicyAlgorithm, tensors: dict[str, Tensor], 
             shape = parameters[index].shape if index < len(parameters) else None
             if value.shape not in (shape, torch.Size()) or not value.is_floating_point():
                 raise ValueError(f"{name} does not fit the optimizer: {value.dtype} {tuple(value.shape)}")
-        elif name.startswith(("policy.", "average.")) and name not in own:
+        elif name.startswith(_WEIGHTS) and name not in own:
             raise ValueError(f"{name} is no tensor of this run")
     check_finite(tensors)
     groups = [
@@ -163,7 +170,7 @@ def _check_fits(algorithm: TensorOnPolicyAlgorithm, tensors: dict[str, Tensor], 
         {str(i): one for i, one in enumerate(saved_groups)}, {str(i): one for i, one in enumerate(groups)}, "optimizer"
     )
     check_like(state["counters"], {name: getattr(algorithm, name) for name in _COUNTERS}, "counters")
-    check_like(state["average"], averages, "average")
+    check_like(state["averages"], averages, "averages")
     check_like(state["scaler"], algorithm.scaler.state_dict(), "scaler")
     for episode in (*state["episodes"], *state["successes"]):
         if isinstance(episode, dict) and not all(isinstance(value, int | float) for value in episode.values()):

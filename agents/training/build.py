@@ -15,6 +15,7 @@ from agents.algorithms.advantages import (
     LeaveOneOutAdvantage,
     PerPromptAdvantage,
 )
+from agents.algorithms.forward.nft import NFT
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.algorithms.ppo import PPO
 from agents.algorithms.reinforce import REINFORCE
@@ -51,17 +52,23 @@ def build_algorithm(config: TrainConfig, env: VectorEnvAdapter, processes: Proce
     }
     if config.algorithm == "reinforce":
         return REINFORCE(DiffusionPolicy, env, **common)
-    if config.algorithm == "ppo":
-        batch_size = total * _trained_steps(config, env) // training.updates_per_iteration
-        common |= {"batch_size": batch_size, "n_epochs": training.epochs}
-        return PPO(DiffusionPolicy, env, clip_range=training.clip_range, **common)
+    common["n_epochs"] = training.epochs
+    if config.algorithm.startswith("rwr"):
+        return _regression(config, env, common)
+    common["batch_size"] = total * _trained_steps(config, env) // training.updates_per_iteration
+    if config.algorithm == "nft":
+        return NFT(DiffusionPolicy, env, beta=training.nft_beta, advantage_clip=training.advantage_clip, **common)
+    return PPO(DiffusionPolicy, env, clip_range=training.clip_range, **common)
+
+
+def _regression(config: TrainConfig, env: VectorEnvAdapter, common: dict[str, Any]) -> RWR:
+    training = config.training
     is_sparse = config.algorithm == "rwr_sparse"
     exponential: Weighting = "exponential_per_prompt" if training.rwr_per_prompt else "exponential"
     return RWR(
         DiffusionPolicy,
         env,
-        batch_size=None if is_sparse else total // training.updates_per_iteration,
-        n_epochs=training.epochs,
+        batch_size=None if is_sparse else config.samples_per_iteration // training.updates_per_iteration,
         weighting="percentile" if is_sparse else exponential,
         beta=training.rwr_beta,
         percentile=training.rwr_percentile,

@@ -5,6 +5,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from agents.algorithms.advantages import BatchAdvantage, RawReturn
+from agents.algorithms.forward.nft import NFT
 from agents.algorithms.ppo import PPO
 from agents.algorithms.reinforce import REINFORCE
 from agents.algorithms.rwr import RWR
@@ -14,6 +15,26 @@ from ddpo_env.vector_env import DenoisingVectorEnv
 from helpers.micro_agents import STEPS, micro_env, weights
 
 POLICY = {"lora_rank": 2, "lora_targets": "attention+convolutions", "guidance_scale": 3.0}
+
+
+def denoising(kind, model, num_envs=6, policy=None, **arguments):
+    """An algorithm of a class on the denoising MDP of a model."""
+    settings = {
+        "n_steps": STEPS,
+        "gamma": 1.0,
+        "learning_rate": 1e-2,
+        "advantage": BatchAdvantage(),
+        "policy_kwargs": POLICY | (policy or {}),
+        "seed": 0,
+        "device": "cpu",
+    }
+    env = VectorEnvAdapter(micro_env(model, num_envs, samples_per_prompt=2))
+    return kind(DiffusionPolicy, env, **settings | arguments)
+
+
+def denoising_nft(model, num_envs=6, policy=None, **arguments):
+    """DiffusionNFT on the denoising MDP."""
+    return denoising(NFT, model, num_envs, policy, **arguments)
 
 
 def denoising_ppo(model, num_envs=6, policy=None, **arguments):
@@ -64,31 +85,9 @@ def mean_cartpole_return(model, episodes):
 
 def denoising_reinforce(model, num_envs=6, policy=None, **arguments):
     """REINFORCE on the denoising MDP, as DDPO-SF has it."""
-    settings = {
-        "n_steps": STEPS,
-        "gamma": 1.0,
-        "learning_rate": 1e-2,
-        "advantage": BatchAdvantage(),
-        "policy_kwargs": {"lora_rank": 2, "lora_targets": "attention+convolutions", "guidance_scale": 3.0}
-        | (policy or {}),
-        "seed": 0,
-        "device": "cpu",
-    }
-    env = VectorEnvAdapter(micro_env(model, num_envs, samples_per_prompt=2))
-    return REINFORCE(DiffusionPolicy, env, **settings | arguments)
+    return denoising(REINFORCE, model, num_envs, policy, **arguments)
 
 
 def denoising_rwr(model, num_envs=6, policy=None, **arguments):
     """RWR on the denoising MDP, as the paper has it."""
-    settings = {
-        "n_steps": STEPS,
-        "gamma": 1.0,
-        "learning_rate": 1e-2,
-        "advantage": RawReturn(),
-        "policy_kwargs": {"lora_rank": 2, "lora_targets": "attention+convolutions", "guidance_scale": 3.0}
-        | (policy or {}),
-        "seed": 0,
-        "device": "cpu",
-    }
-    env = VectorEnvAdapter(micro_env(model, num_envs, samples_per_prompt=2))
-    return RWR(DiffusionPolicy, env, **settings | arguments)
+    return denoising(RWR, model, num_envs, policy, **{"advantage": RawReturn()} | arguments)

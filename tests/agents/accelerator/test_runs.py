@@ -28,6 +28,7 @@ SECOND: dict[str, Any] = {"reward": "clip_score", "iterations": 1, "num_inferenc
         {"kl_coef": 0.1, "ema_decay": 0.9} | SHORT,
         slow({"algorithm": "reinforce", "updates_per_iteration": 1, "gradient_checkpointing": True}),
         slow({"algorithm": "rwr", "epochs": 2}),
+        slow({"algorithm": "nft", "kl_coef": 0.1}),
         slow({"lora_rank": 0, "critic": True}),
     ],
     ids=lambda settings: "-".join(settings),

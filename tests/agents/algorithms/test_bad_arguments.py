@@ -11,6 +11,7 @@ from agents.algorithms.advantages import (
     LeaveOneOutAdvantage,
     PerPromptAdvantage,
 )
+from agents.algorithms.forward.nft import NFT
 from agents.algorithms.options import check_timesteps
 from agents.algorithms.ppo import PPO
 from agents.algorithms.reinforce import REINFORCE
@@ -51,6 +52,13 @@ OWN = {
         "beta": [*NUMBER, 0, 1e12],
         "percentile": [math.nan, 100, -1],
         "weighting": ["linear"],
+        "n_epochs": [0, 10**12],
+    },
+    NFT: {
+        "beta": [*NUMBER, 0, 1e12],
+        "advantage_clip": [*NUMBER, 0],
+        "lag_rate": [*NUMBER, 2],
+        "lag_limit": [*NUMBER, 1],
         "n_epochs": [0, 10**12],
     },
 }

@@ -168,7 +168,7 @@ def test_dtype_in_which_the_device_is_slow(tmp_path):
     assert finding.settings == {"dtype": "float32"}
 
 
-@pytest.mark.parametrize("algorithm", ["reinforce", "rwr", "rwr_sparse"])
+@pytest.mark.parametrize("algorithm", ["reinforce", "rwr", "rwr_sparse", "nft"])
 def test_other_algorithms_are_healthy(algorithm, tmp_path):
     settings = {"updates_per_iteration": 1, "epochs": 1 if algorithm == "reinforce" else 2}
     findings = findings_of(

@@ -47,7 +47,7 @@ def test_operations_of_stable_diffusion_are_the_published_ones():
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("algorithm", ["ppo", "rwr", "rwr_sparse"])
+@pytest.mark.parametrize("algorithm", ["ppo", "rwr", "rwr_sparse", "nft"])
 def test_rows_are_those_that_a_run_computes(micro_pipeline_folder, tmp_path, monkeypatch, guidance, algorithm):
     # Standardised in pairs, half of the advantages would be 1 and none the single best.
     choice = {"algorithm": algorithm, "updates_per_iteration": 1, "timestep_fraction": 0.5, "advantage": "batch"}

@@ -48,6 +48,8 @@ def test_plan_of_sparse_regression():
         ({"autocast": "float16"}, 2 * 8 * 2),
         ({"guidance_scale": 1.0, "autocast": "float16"}, 8 * 2),
         ({"kl_coef": 0.1}, 2 * 8 * 2),
+        ({"algorithm": "nft"}, 2 * 8 * 2),
+        ({"algorithm": "nft", "kl_coef": 0.1, "epochs": 2, "dtype": "bfloat16"}, 2 * (2 * 2 * 8 * 2)),
     ],
 )
 def test_rows_without_gradients(settings, measuring):

@@ -9,7 +9,7 @@ from helpers import micro_agents
 from helpers.micro_agents import InterruptedReward, brightness, micro_config, resume_config
 from helpers.run_comparison import assert_same_run, rows
 
-from agents import PPO, REINFORCE, RWR
+from agents import NFT, PPO, REINFORCE, RWR
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.config.train_config import ALGORITHMS, train_config
 from agents.training.preparation import prepare_run, run_training
@@ -33,6 +33,7 @@ def config_of(model, folder, algorithm="ppo", **settings):
         ("reinforce", {"kl_coef": 0.1, "advantage": "group"}),
         ("rwr", {"ema_decay": 0.5, "rwr_per_prompt": True}),
         pytest.param("rwr_sparse", {"rwr_percentile": 50.0}, marks=pytest.mark.slow),
+        ("nft", {"ema_decay": 0.5, "kl_coef": 0.1, "updates_per_iteration": 2}),
         ("ppo", {"advantage": "leave_one_out", "target_kl": 1.0, "recompute_log_probs": True}),
         ("ppo", {"noise_window": 1, "noise_window_iterations": 1, "ema_decay": 0.5, "kl_coef": 0.1, "epochs": 2}),
     ],
@@ -50,7 +51,7 @@ def test_stopped_and_resumed_run_equals_one_that_was_not(
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "kind"), [("ppo", PPO), ("reinforce", REINFORCE), ("rwr", RWR), ("rwr_sparse", RWR)]
+    ("algorithm", "kind"), [("ppo", PPO), ("reinforce", REINFORCE), ("rwr", RWR), ("rwr_sparse", RWR), ("nft", NFT)]
 )
 def test_configuration_names_the_algorithm(micro_pipeline_folder, tmp_path, algorithm, kind):
     config = config_of(micro_pipeline_folder, tmp_path, algorithm, kl_coef=0.25, ema_decay=0.5)
@@ -116,7 +117,7 @@ def test_details_of_a_reward_are_logged(micro_pipeline_folder, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"algorithm": "sac"}, "algorithm must be one of ppo, reinforce, rwr, rwr_sparse; got 'sac'"),
+        ({"algorithm": "sac"}, "algorithm must be one of ppo, reinforce, rwr, rwr_sparse, nft; got 'sac'"),
         (
             {"advantage": "best"},
             "advantage must be None or one of per_prompt, batch, group, leave_one_out, gae; got 'best'",
