@@ -26,7 +26,7 @@ _REASONS = {
     rf"{_THING}[`' ].*(must|has to|need|Cannot|Please|provide)|(either|Must|Cannot|Please) (provide|`)": (
         "Its call does not take an encoded prompt in place of the text, or takes other things only together with it"
     ),
-    r"_WithDtype": "Its call encodes the text again",
+    r"WithDtype": "Its call encodes the text again",
     r"fixed length|take a mask|has shape": "Its encoded prompts have no fixed shape and no mask",
     r"no attribute '(asked|output)'|output has shape": (
         "Its scheduler steps on a part of the latents, or there are several schedulers"

@@ -1,5 +1,7 @@
 """Abilities of a model: declared by deriving from `ModelAbilities`, and defaults for every other model."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -83,3 +85,30 @@ def test_own_abilities_are_used() -> None:
     env.reset(seed=0)
     assert np.stack(env.render() or ()).shape == (2, 4, 4, 3)
     assert ModelAbilities().can_render
+
+
+class ToGoals(ConstantModel):
+    """A model of one's own whose conditioning is a field of the prompt."""
+
+    conditioning_shapes = {"goal": (2,)}  # noqa: RUF012
+    prompt_fields = ("goal",)
+
+    def encode_prompts(self, prompts: Any, fields: Any = None) -> dict[str, torch.Tensor]:
+        return {"goal": torch.tensor([one["goal"] for one in fields]).float()}
+
+
+def test_model_gets_the_fields_of_prompts_that_it_names() -> None:
+    prompts = [("go", {"goal": [1, 2], "answer": "yes"}), ("go", {"goal": [3, 4]})]
+    env = ddpo_env.DenoisingVectorEnv(
+        4, model=ToGoals(), prompts=prompts, reward=lambda samples, *_: [0.0] * len(samples), num_inference_steps=1
+    )
+    observation, infos = env.reset(options={"prompts": [*prompts, *prompts[::-1]]})
+    assert observation["goal"].tolist() == [[1, 2], [3, 4], [3, 4], [1, 2]]
+    assert infos["prompt"].tolist() == ["go"] * 4
+    assert infos["context"].tolist() == [f"go [goal [{numbers}]]" for numbers in ("1, 2", "3, 4", "3, 4", "1, 2")]
+    tensors, state = env.state_dict()
+    env.reset(seed=0)
+    env.load_state_dict(tensors, state)
+    assert np.array_equal(env.observe()["goal"], observation["goal"])
+    with pytest.raises(ValueError, match=r"prompts must have goal with model 'constant-\d+', .* got 'go' with answer"):
+        env.reset(options={"prompts": [("go", {"answer": "no"})] * 4})

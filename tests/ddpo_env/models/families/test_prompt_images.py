@@ -253,6 +253,20 @@ def test_environment_gives_prompts_and_images_to_the_pipeline_and_fields_to_the_
     assert [contexts[seed] for seed in seeds] == infos["context"].tolist()
 
 
+def test_function_may_sample_prompts_with_images_of_a_size_that_is_said() -> None:
+    def sample(rng: np.random.Generator) -> tuple[str, dict[str, Any]]:
+        return "make it red", {"image": picture(int(rng.integers(1000)))}
+
+    arguments = KONTEXT | {"image": "prompt:32x32"}
+    env = micro_env(build("flux_kontext"), 4, prompts=sample, pipeline_arguments=arguments)
+    images = env.reset(seed=0)[0]["image_latents"]
+    assert len({tuple(row.flatten().tolist()) for row in images}) == 4
+    assert torch.equal(env.reset(seed=0)[0]["image_latents"], images)
+    env = micro_env(build("flux_kontext"), 1, prompts=lambda rng: "a cat", pipeline_arguments=arguments)
+    with pytest.raises(ValueError, match="prompts must have image with model .*; got 'a cat' with no metadata"):
+        env.reset(seed=0)
+
+
 def states(env: Any) -> Iterator[dict[str, Tensor]]:
     for _ in range(2 * STEPS):
         observation, *_ = env.step(0.9 * env.observe()["latents"])
