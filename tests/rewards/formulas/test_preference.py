@@ -33,7 +33,7 @@ RED, GREY = (210, 60, 40), (120, 120, 120)
         (disc(RED), disc((190, 200, 190))),
         (disc(RED), disc(RED, radius=0.05)),
         (disc(RED), disc(RED, radius=0.7)),
-        (disc(RED), disc(RED, x=0.8, y=0.8, radius=0.3)),
+        (disc(RED, radius=0.2), disc(RED, x=0.8, y=0.8, radius=0.18)),
         (disc(RED, x=1 / 3, y=1 / 3, radius=0.28), disc(RED, x=0.17, y=0.5, radius=0.28)),
         (disc(RED), disc((255, 0, 0), (0, 255, 0))),
         (disc(GREY), disc(GREY, (250, 150, 30))),
