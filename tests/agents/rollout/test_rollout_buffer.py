@@ -181,7 +181,7 @@ def test_stable_diffusion_rollout_of_256_episodes_and_50_steps_is_below_1_gib():
 
 
 def filled_bytes(steps, num_envs, latents, conditioning):
-    return num_envs * (4 * ((steps + 1) * np.prod(latents) + np.prod(conditioning)) + 33 * steps)
+    return num_envs * (4 * ((steps + 1) * np.prod(latents) + np.prod(conditioning)) + 34 * steps)
 
 
 BOX = spaces.Box(-1, 1, (2, 3), np.float32)
