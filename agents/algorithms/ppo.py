@@ -89,6 +89,8 @@ class PPO(TensorOnPolicyAlgorithm):
         super()._setup_model()
         steps = self.n_steps * self.n_envs * self.processes.count
         whole = self.options.timestep_window == (0.0, 1.0) and self.options.timestep_fraction == 1
+        stochastic = self.abilities.stochastic_steps()
+        whole &= self.options.noise_window is None and (stochastic is None or bool(stochastic.all()))
         if whole and self.batch_size is not None and steps % self.batch_size:
             warnings.warn(
                 f"batch_size={self.batch_size} does not divide the {steps} steps of a rollout: the last update of each "

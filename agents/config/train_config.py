@@ -206,8 +206,11 @@ class TrainConfig:
             stochastic: which steps have noise, `(steps,)`.
         """
         steps = len(stochastic)
-        start, end = self.update.noise_window_at(0, steps) or self.update.trained_range(steps)
-        candidates = int(stochastic[start:end].sum())
+        start, end = self.update.trained_range(steps)
+        candidates = end - start
+        if ALGORITHMS[self.algorithm].needs_log_probs:  # the others train on steps without noise too
+            start, end = self.update.noise_window_at(0, steps) or (start, end)
+            candidates = int(stochastic[start:end].sum())
         return max(1, min(round(self.update.timestep_fraction * steps), candidates))
 
     @property

@@ -7,6 +7,7 @@ with one row per step, read once from the pipeline's own scheduler (DDPO, arXiv 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -198,10 +199,11 @@ class GaussianSampler:
 
     def to(self, device: torch.device | str) -> GaussianSampler:
         """Return the same table on `device`."""
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+        moved = copy.copy(self)  # without checking it again, for which the host would wait for the device
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                object.__setattr__(moved, name, value.to(device))
+        return moved
 
     def step_index_of(self, timestep: Tensor) -> Tensor:
         """Map values of `timesteps`, (batch,), to rows, (batch,) int64, without waiting for an accelerator.

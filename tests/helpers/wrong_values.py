@@ -50,6 +50,8 @@ def wrong_values(hint: Any) -> Iterator[Any]:
         yield from ("3", "many", 1.5, 2.0, True, *NOT_FINITE, 10**12, 10**400, -1, *_beyond(ranges))
     elif hint is float:
         yield from ("0.1", "much", True, *NOT_FINITE, 1j, 1e39, *_beyond(ranges))
+    elif hint == float | tuple[float, ...]:  # of all steps, or of each
+        yield from ("0.1", "much", True, *NOT_FINITE, 1j, ("1",), (math.nan,), *_beyond(ranges))
     elif hint is str:
         yield from ("", " ", 5, 0.5, True, b"bytes", "null\0byte")
     elif hint is Path:
@@ -123,7 +125,7 @@ def wrong_texts(hint: Any) -> Iterator[str]:
         yield from ("", "many", "8x", "x8", "0x8", "8 x 8", "8x8x8", "70000x8", "0", "-1", "1.5", "nan", str(10**12))
     elif hint is int:
         yield from ("many", "1.5", "nan", "inf", "", str(10**12), "1e3", *map(_text, _beyond(ranges)))
-    elif hint is float:
+    elif hint in (float, float | tuple[float, ...]):
         yield from ("much", "nan", "inf", "-inf", "", "1e39", "1j", *map(_text, _beyond(ranges)))
     elif hint in (str, Path):
         yield ""

@@ -116,3 +116,17 @@ def test_empty_arguments_are_refused(capsys):
                 parse_command_line(arguments)
             assert caught.value.code == 2
             assert f"{flag} must not be empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({}, 5),
+        ({"noise_window": 3}, 3),
+        ({"eta": (1.0, 0.0) * 5, "timestep_window": (0.0, 0.4)}, 2),
+        ({"algorithm": "nft", "sampler": "ode"}, 5),
+        ({"algorithm": "nft", "noise_window": 3}, 5),
+    ],
+)
+def test_steps_without_noise_are_trained_on_only_without_log_probabilities(settings, steps):
+    assert train_config(**settings).resolved().trained_steps == steps
