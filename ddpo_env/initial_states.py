@@ -37,6 +37,7 @@ class InitialStates:
         num_envs: number of sub-environments in this part.
         samples_per_prompt: number of consecutive sub-environments that share a prompt, counted in the whole batch.
         first_index: index of this part's first sub-environment in the whole batch.
+        shared_noise: whether those that share a prompt start from the same noise, that of the first of them.
 
     Attributes:
         generators: one per sub-environment.
@@ -50,12 +51,14 @@ class InitialStates:
         num_envs: int,
         samples_per_prompt: int = 1,
         first_index: int = 0,
+        shared_noise: bool = False,
     ) -> None:
         """Seed the generators from the operating system, and let the model prepare for a finite set of prompts."""
         self.model = model
         self.prompts = prompts
         self.samples_per_prompt = samples_per_prompt
         self.first_index = first_index
+        self.shared_noise = shared_noise
         pairs = [seeding.np_random() for _ in range(num_envs)]
         self.generators = [generator for generator, _ in pairs]
         self.seeds = [seed for _, seed in pairs]
@@ -97,11 +100,13 @@ class InitialStates:
         for row, index in enumerate(indices):
             noise[row] = self.generators[index].standard_normal(shape, np.float32)
             leader = self._leader if index == 0 else None
-            if leader is not None:
-                leader.standard_normal(shape, np.float32)
+            of_first = noise[row - 1] if leader is None else leader.standard_normal(shape, np.float32)
+            is_first = (self.first_index + index) % self.samples_per_prompt == 0
+            if self.shared_noise and not is_first:
+                noise[row] = of_first
             if prompts is not None:
                 sampled.append(prompts[index])
-            elif (self.first_index + index) % self.samples_per_prompt == 0:
+            elif is_first:
                 sampled.append(self.prompts.sample(self.generators[index]))
             elif leader is not None:
                 sampled.append(self.prompts.sample(leader))

@@ -71,7 +71,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
     ## Starting State
     `x_T ~ N(0, I)`, and then a prompt from `prompts`. Each sub-environment has a generator: with `seed=s`,
     sub-environment `i` starts as a single environment that is reset with `seed=s + i`, and the noise does not depend on
-    the prompt. With `samples_per_prompt=k`, the first of every `k` consecutive sub-environments samples their prompt.
+    the prompt. With `samples_per_prompt=k`, the first of every `k` consecutive sub-environments samples their prompt,
+    and with `shared_noise` their noise too.
     `reset(options={"prompts": ..., "latents": ...})` fixes them: `prompts` is a string or one string per
     sub-environment, `latents` an array of one latent or of one per sub-environment. `options={"reset_mask": mask}`
     resets only the sub-environments for which `mask` is true.
@@ -99,6 +100,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
     | `pipeline_arguments` | `None` | arguments of every call of the model's pipeline, such as `{"num_frames": 17}` |
     | `quantization` | `None` | of the frozen denoiser: `"int8"`, or `"nf4"` (4 bits) |
     | `samples_per_prompt` | 1 | number of consecutive sub-environments that share a prompt |
+    | `shared_noise` | `False` | they start from the same noise too |
     | `part` | `(0, 1)` | `(i, n)`: part `i` of the `n` equal parts of a larger batch; see below |
     | `deferred_rewards` | `False` | compute rewards in a thread while the environment continues; see below |
     | `non_finite_rewards` | `"raise"` | `"keep"`: NaN and infinite scores are rewards, and not an error |
@@ -163,6 +165,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         backend: str = "numpy",
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         samples_per_prompt: int = 1,
+        shared_noise: bool = False,
         part: tuple[int, int] = (0, 1),
         deferred_rewards: bool = False,
         non_finite_rewards: NonFinite = "raise",
@@ -171,6 +174,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         """Check the arguments, then load the model; see the class docstring for each argument."""
         validation.check_counts(num_envs, samples_per_prompt, num_inference_steps, part, max_episode_steps)
         validation.check_settings(backend, deferred_rewards, non_finite_rewards, render_mode)
+        validation.check_shared_noise(shared_noise, samples_per_prompt)
         self.autoreset_mode = validation.autoreset_mode_of(autoreset_mode)
         self.reward: Reward = configured_reward(reward, reward_options or {})
         if part[1] > 1:
@@ -183,21 +187,22 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         self.num_envs = num_envs
         self.num_inference_steps = num_inference_steps
         self.backend = backend
-        self.samples_per_prompt = samples_per_prompt
+        self.samples_per_prompt, self.shared_noise = samples_per_prompt, shared_noise
         self.part = part
         self.deferred_rewards = deferred_rewards
         self.non_finite_rewards: NonFinite = non_finite_rewards
         self.render_mode = render_mode
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self._caller = RewardCaller(in_thread=deferred_rewards, measures=part[1] > 1, non_finite=non_finite_rewards)
-        self._starts = InitialStates(self.model, self.prompts, num_envs, samples_per_prompt, part[0] * num_envs)
+        first = part[0] * num_envs
+        self._starts = InitialStates(self.model, self.prompts, num_envs, samples_per_prompt, first, shared_noise)
         sampler = GaussianSampler.from_model(self.model, num_inference_steps)
         self._timesteps = np.append(sampler.timesteps.numpy(), 0.0).astype(np.float32)
         self.single_observation_space = DenoisingObservationSpace(self.model, num_inference_steps)
         self.single_action_space = action_box(self.model.latent_shape)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._step_index = np.full(num_envs, -1)
+        self.step_index = np.full(num_envs, -1)
         self._prompts: list[Prompt | None] = [None] * num_envs
         self._latents = torch.zeros((num_envs, *self.model.latent_shape), device=self.device)
         self._conditioning = self._starts.encode(self._prompts, self.device)
@@ -240,8 +245,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         self._require_reset()
         shape = (self.num_envs, *self.model.latent_shape)
         latents = validation.checked_actions(actions, shape, self.device, stalls=self.backend == "numpy")
-        over = self._step_index == self.num_inference_steps  # only in next-step mode, where they are reset now
-        ending = self._step_index == self.num_inference_steps - 1
+        over = self.step_index == self.num_inference_steps  # only in next-step mode, where they are reset now
+        ending = self.step_index == self.num_inference_steps - 1
         same_step = self.autoreset_mode is AutoresetMode.SAME_STEP
         rewards = np.zeros(self.num_envs)
         infos: dict[str, Any] = {}
@@ -249,7 +254,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
             rewards[ending], infos = self._score(np.flatnonzero(ending), latents)
         start = self._starts.sample(np.flatnonzero(ending if same_step else over))
         self._latents = latents  # nothing has changed before this line, and nothing fails after it
-        self._step_index += 1
+        self.step_index += 1
         if same_step and ending.any():
             infos = self._as_final(infos, ending)
         infos = self._begin(start, infos)
@@ -264,7 +269,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
 
     def observe(self) -> Observation:
         """Return the batched observation of the current state."""
-        timestep = torch.as_tensor(self._timesteps[self._step_index][:, None])
+        timestep = torch.as_tensor(self._timesteps[self.step_index][:, None])
         state = {"latents": self._latents, "timestep": timestep, **self._conditioning}
         if self.backend == "torch":  # no tensor is ever written in place, so the caller can have it
             return {name: copied_to(tensor, self.device) for name, tensor in state.items()}
@@ -286,7 +291,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         """Return everything that the next step depends on: tensors, and plain values for JSON."""
         self.wait_for_rewards()
         state = self._starts.state(self._prompts)
-        return {"latents": self._latents}, {"step_index": self._step_index.tolist(), **state}
+        return {"latents": self._latents}, {"step_index": self.step_index.tolist(), **state}
 
     def load_state_dict(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Continue from the `state_dict` of an environment with the same arguments; of all parts, one after another."""
@@ -296,7 +301,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         self._caller.discard()
         own = slice(self.first_index, self.first_index + self.num_envs)
         self._latents = tensors["latents"][own].to(self.device)
-        self._step_index = np.array(state["step_index"][own])
+        self.step_index = np.array(state["step_index"][own])
         self._prompts = self._starts.load_state(state)
         self._conditioning = self._starts.encode(self._prompts, self.device)
 
@@ -340,7 +345,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         self._latents = self._latents.index_copy(0, rows, copied_to(start.latents, self.device))
         for name, embeds in start.conditioning.items():
             self._conditioning[name] = self._conditioning[name].index_copy(0, rows, embeds)
-        self._step_index[start.indices] = 0
+        self.step_index[start.indices] = 0
         for index, prompt in zip(start.indices, start.prompts, strict=True):
             self._prompts[index] = prompt
             infos = self._add_info(infos, self._starts.info(prompt), int(index))
@@ -380,9 +385,9 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         return final
 
     def _require_reset(self, ended_is_fine: bool = False) -> None:
-        if (self._step_index < 0).any():
+        if (self.step_index < 0).any():
             raise ResetNeeded("call reset() before step() or render()")
-        ended = self._step_index == self.num_inference_steps
+        ended = self.step_index == self.num_inference_steps
         if ended.any() and self.autoreset_mode is AutoresetMode.DISABLED and not ended_is_fine:
             raise ResetNeeded(
                 f"the episodes of sub-environments {np.flatnonzero(ended).tolist()} have ended and autoreset is "

@@ -35,7 +35,8 @@ from agents.policy.abilities import PolicyAbilities, abilities_of
 from agents.rollout.buffer import TensorRolloutBuffer
 from agents.rollout.latents_check import LatentsCheck
 from agents.rollout.scores import PendingScores, details_by_name, score_measured
-from agents.rollout.vec_env import denoising_env_of, pending_scores_of
+from agents.rollout.shared_prefix import EqualRows, SharedPrefix, shared_prefix_of
+from agents.rollout.vec_env import denoising_env_of, env_actions, pending_scores_of
 from ddpo_env.spaces import DenoisingObservationSpace
 
 _Algorithm = TypeVar("_Algorithm", bound="RolloutAlgorithm")
@@ -297,15 +298,17 @@ class RolloutAlgorithm(SavableAlgorithm):
         dones = np.zeros(env.num_envs, np.bool_)
         rows = self.processes.rows(env.num_envs * self.processes.count)
         latents = LatentsCheck() if isinstance(self.observation_space, DenoisingObservationSpace) else None
+        prefix = self.shared_prefix(env)
         for n_steps in range(n_rollout_steps):  # callbacks know the local variables by Stable-Baselines3's names
             self.processes.raise_interrupt()
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
             starts = np.asarray(self._last_episode_starts, dtype=np.bool_)
             reset_infos = getattr(env.unwrapped, "reset_infos", None) or [{}] * env.num_envs  # wrappers do not have it
             contexts = [info.get(self.context_key) for info in reset_infos]
-            actions, values, log_probs = self._act(obs_tensor, rows)
+            equal_rows = None if prefix is None else prefix.equal_rows(obs_tensor)  # type: ignore[arg-type]
+            actions, values, log_probs = self._act(obs_tensor, rows, equal_rows)
             scored = self.abilities.scored(obs_tensor)
-            clipped_actions = self._env_actions(actions)
+            clipped_actions = env_actions(self.policy, actions, self._last_obs)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             # All of this changes before callbacks run, so that a callback that stops leaves a consistent state.
             self._last_obs = new_obs  # type: ignore[assignment]
@@ -324,17 +327,23 @@ class RolloutAlgorithm(SavableAlgorithm):
             pending.collect()
         if latents is not None:
             latents.raise_if_changed()
+        if prefix is not None:
+            prefix.raise_if_different()
         with torch.no_grad():
             last_values = self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
         rollout_buffer.finish(last_values, dones)
         pending.collect(wait=True)
         return True
 
-    def _act(self, observation: Any, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    def shared_prefix(self, env: VecEnv) -> SharedPrefix | None:
+        """Return what samples of a prompt have in common, which is computed once; `None` if they do not start alike."""
+        return shared_prefix_of(denoising_env_of(env), self.abilities.stochastic_steps(), self.device)
+
+    def _act(self, observation: Any, rows: Rows, equal_rows: EqualRows | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return actions, values and log-probabilities, with noise from this algorithm's generators only."""
         abilities = self.abilities
         scope = nullcontext() if abilities.draws_from_generator else self.generators.as_global()
-        with torch.no_grad(), scope, abilities.computing(rows, self.generators.noise):
+        with torch.no_grad(), scope, abilities.computing(rows, self.generators.noise, equal_rows):
             return self.policy(observation)
 
     def _note_episodes(self, infos: list[dict[str, Any]]) -> None:
@@ -359,19 +368,6 @@ class RolloutAlgorithm(SavableAlgorithm):
     def step_weights(self, rollout: TensorRolloutBuffer) -> Tensor:
         """Return the factor of each step in the loss, `(buffer_size, n_envs)`: its advantage."""
         return self.advantage(rollout)
-
-    def _env_actions(self, actions: Tensor) -> Any:
-        """Return the actions for the environment: tensors if it takes them, else arrays inside the action space."""
-        if isinstance(self.observation_space, DenoisingObservationSpace):
-            # Latents are never clipped: the buffer relies on the next latent being exactly this action.
-            last = self._last_obs["latents"]  # type: ignore[index]
-            return actions if isinstance(last, Tensor) else actions.cpu().numpy()
-        array = actions.cpu().numpy()
-        if not isinstance(self.action_space, spaces.Box):
-            return array
-        if self.policy.squash_output:
-            return self.policy.unscale_action(array)
-        return np.clip(array, self.action_space.low, self.action_space.high)
 
     def _bootstrap_time_limits(
         self, rewards: npt.NDArray[np.floating], dones: npt.NDArray[np.bool_], infos: list[dict[str, Any]]

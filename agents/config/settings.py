@@ -47,6 +47,9 @@ class TrainingSettings(_Checked):
 
     samples_per_prompt: Annotated[int, MOST_OR_0] = 0
     """Consecutive samples that share a prompt. 0: the largest divisor of the sample batch size, up to 8."""
+    shared_noise: bool = False
+    """Samples in a row that share a prompt start from the same noise. What they have in common, until the first step
+    with noise, is computed once: with noise_window this saves a part of the sampling (MixGRPO)."""
     sample_batch_size: Annotated[int, MOST_OR_0] = 0
     """Samples generated at once. 0: the largest divisor of the samples per iteration, up to 72."""
     train_batch_size: Annotated[int, MOST_OR_0] = 45

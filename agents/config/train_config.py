@@ -318,7 +318,18 @@ class TrainConfig:
                 f"timestep_window must contain at least one of the {self.num_inference_steps} steps; "
                 f"got {self.update.timestep_window}"
             )
-        self.check_noise(self.policy.stochastic_steps(self.num_inference_steps))
+        stochastic = self.policy.stochastic_steps(self.num_inference_steps)
+        self.check_noise(stochastic)
+        if training.shared_noise and not stochastic.any():
+            raise ValueError(
+                "shared_noise must be False with a sampler without noise, which would make all samples of a prompt the "
+                "same; got True"
+            )
+        if training.shared_noise and training.samples_per_prompt < 2:
+            raise ValueError(
+                "samples_per_prompt must be at least 2 with shared_noise, which is noise that samples of a prompt "
+                f"share; got {training.samples_per_prompt}"
+            )
         for name, value in (
             ("samples_per_iteration", total),
             ("sample_batch_size", training.sample_batch_size),

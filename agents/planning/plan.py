@@ -59,6 +59,7 @@ def describe_plan(
         f"sampling   {total:,} samples of {steps} steps per iteration: {_count(batches, 'batch', 'batches')} of "
         f"{training.sample_batch_size}, {_count(groups, 'prompt', 'prompts')} with "
         f"{_count(training.samples_per_prompt, 'sample', 'samples')} each",
+        *_noise(config),
         _training(config),
         f"total      {_count(config.total_iterations, 'iteration', 'iterations')}, "
         f"{config.total_iterations * total:,} reward queries, at most {updates:,} updates",
@@ -80,14 +81,28 @@ def denoiser_rows(config: TrainConfig) -> DenoiserRows:
         measuring = 0
     else:
         trained = rows * training.epochs * total * config.trained_steps
-        measuring = rows * total * (config.trained_steps if training.epochs == 1 else steps) * _recomputes(config)
+        scored = config.update.noise_window or int(config.policy.stochastic_steps(steps).sum())
+        measuring = rows * total * (config.trained_steps if training.epochs == 1 else scored) * _recomputes(config)
     measuring += trained * (bool(config.update.kl_coef) + _older_policies(config))
     return DenoiserRows(
-        sampling=config.total_iterations * rows * total * steps,
+        sampling=rows * _sampled_rows(config),
         training=config.total_iterations * trained,
         held_out=evaluations * rows * math.ceil(run.eval_samples / batch) * batch * steps,
         measuring=config.total_iterations * measuring,
     )
+
+
+def _sampled_rows(config: TrainConfig) -> int:
+    """Count the rows that generate a run's samples, without guidance: what samples of a prompt share counts once."""
+    training, total, steps = config.training, config.samples_per_iteration, config.num_inference_steps
+    if not training.shared_noise:
+        return config.total_iterations * total * steps
+    stochastic, rows = config.policy.stochastic_steps(steps), 0
+    for iteration in range(config.total_iterations):
+        start, _ = config.update.noise_window_at(iteration, steps) or (0, steps)
+        shared = 1 + start + int(stochastic[start:].argmax())  # the first step with noise branches after its call
+        rows += total // training.samples_per_prompt * shared + total * (steps - shared)
+    return rows
 
 
 def pairs_per_update(config: TrainConfig) -> int:
@@ -113,6 +128,22 @@ def _training(config: TrainConfig) -> str:
         f"{config.num_inference_steps} steps = {_count(pairs_per_update(config), 'pair', 'pairs')}, "
         f"{_call(config, training.train_batch_size, 'pair')}"
     )
+
+
+def _noise(config: TrainConfig) -> list[str]:
+    """Say which steps have noise, and whether samples of a prompt start from the same one."""
+    update = config.update
+    notes: list[str] = []
+    if config.policy.sampler is not None:
+        notes.append(config.policy.sampler)
+    if update.noise_window is not None:
+        notes.append(
+            f"in {update.noise_window} of {config.num_inference_steps} steps, which move on by "
+            f"{update.noise_window_stride} every {_count(update.noise_window_iterations, 'iteration', 'iterations')}"
+        )
+    if config.training.shared_noise:
+        notes.append("samples of a prompt start from the same noise")
+    return [f"noise      {', '.join(notes)}"] if notes else []
 
 
 def _call(config: TrainConfig, size: int, unit: str) -> str:

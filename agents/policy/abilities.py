@@ -16,6 +16,7 @@ from torch import Tensor
 
 from agents.distributed import Rows
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
+from agents.rollout.shared_prefix import EqualRows
 from ddpo_env.models import DiffusionModel
 from ddpo_env.sampler.denoising_loss import NoisedSamples
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
@@ -51,6 +52,8 @@ class PolicyAbilities:
             the place of torch's global generators while it calls the policy.
         rows: the rows that are computed now, inside `computing`.
         generator: what noise is drawn from, inside `computing`; `None`: torch's global generator.
+        equal_rows: groups of rows that are equal, which may be computed once each, inside `computing`; `None`: there
+            are none. The noise of actions is drawn for every row.
     """
 
     knows_reference: bool = False
@@ -59,6 +62,7 @@ class PolicyAbilities:
     draws_from_generator: bool = False
     rows: Rows | None = None
     generator: torch.Generator | None = None
+    equal_rows: EqualRows | None = None
     evaluate_actions: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 
     @property
@@ -71,13 +75,15 @@ class PolicyAbilities:
         return nullcontext()
 
     @contextmanager
-    def computing(self, rows: Rows, generator: torch.Generator | None = None) -> Iterator[None]:
+    def computing(
+        self, rows: Rows, generator: torch.Generator | None = None, equal_rows: EqualRows | None = None
+    ) -> Iterator[None]:
         """Compute some rows of a batch inside this context, and draw noise for all of them from `generator`."""
-        self.rows, self.generator = rows, generator
+        self.rows, self.generator, self.equal_rows = rows, generator, equal_rows
         try:
             yield
         finally:
-            self.rows = self.generator = None
+            self.rows = self.generator = self.equal_rows = None
 
     def stochastic_steps(self) -> npt.NDArray[np.bool_] | None:
         """Return which steps of an episode have noise, `(steps,)` on the host; `None`: all, however many there are."""

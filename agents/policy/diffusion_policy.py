@@ -233,6 +233,8 @@ class DiffusionPolicy(SamplerAbilities, ActorCriticPolicy):
     def get_distribution(self, obs: PyTorchObs, denoiser: nn.Module | None = None) -> DenoisingDistribution:
         """Run the denoiser, with guidance, and return the Gaussian over the next latent.
 
+        Rows that are equal (`equal_rows`) are computed once.
+
         Args:
             obs: observation, batched.
             denoiser: used instead of the one that learns.
@@ -240,7 +242,12 @@ class DiffusionPolicy(SamplerAbilities, ActorCriticPolicy):
         latents, timestep, conditioning = self._split(obs)
         sampler = self.sampler_on(latents.device)
         step_index = sampler.step_index_of(timestep)
-        output = self.predict_output(latents, timestep, conditioning, denoiser)
+        if (equal := self.equal_rows) is None:
+            output = self.predict_output(latents, timestep, conditioning, denoiser)
+        else:
+            once = {name: equal.reduce(values) for name, values in conditioning.items()}
+            output = self.predict_output(equal.reduce(latents), equal.reduce(timestep), once, denoiser)
+            output = equal.expand(output)
         mean = sampler.mean(latents, output, step_index)
         return DenoisingDistribution(
             sampler, mean, step_index, self.options.log_prob_reduction, self.rows, self.generator

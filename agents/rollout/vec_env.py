@@ -13,9 +13,13 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs, VecEnvStepReturn
+from torch import Tensor
 
+from ddpo_env.spaces import DenoisingObservationSpace
 from ddpo_env.vector_env import DenoisingVectorEnv
 
 
@@ -205,3 +209,22 @@ def denoising_env_of(env: VecEnv) -> DenoisingVectorEnv | None:
 def pending_scores_of(env: VecEnv) -> AbstractContextManager[None]:
     """Leave scores pending inside the context, unless a wrapper around the adapter must see them."""
     return env.pending_scores() if isinstance(env, VectorEnvAdapter) else nullcontext()
+
+
+def env_actions(policy: BasePolicy, actions: Tensor, last_observation: Any) -> Any:
+    """Return a policy's actions for the environment: tensors if it takes them, else arrays inside the action space.
+
+    Args:
+        policy: whose spaces are the environment's.
+        actions: `(n_envs, *action_shape)`.
+        last_observation: what the environment returned last; it tells whether it works with tensors.
+    """
+    if isinstance(policy.observation_space, DenoisingObservationSpace):
+        # Latents are never clipped: the buffer relies on the next latent being exactly this action.
+        return actions if isinstance(last_observation["latents"], Tensor) else actions.cpu().numpy()
+    array = actions.cpu().numpy()
+    if not isinstance(policy.action_space, spaces.Box):
+        return array
+    if policy.squash_output:
+        return policy.unscale_action(array)
+    return np.clip(array, policy.action_space.low, policy.action_space.high)

@@ -180,6 +180,7 @@ def training_env(checked: CheckedRun, model: DiffusionModel, processes: Processe
         num_envs=training.sample_batch_size // processes.count,
         autoreset_mode=AutoresetMode.SAME_STEP,
         samples_per_prompt=training.samples_per_prompt,
+        shared_noise=training.shared_noise,
         deferred_rewards=True,
         **_env_arguments(checked, model, processes),
     )

@@ -73,6 +73,17 @@ def check_settings(backend: str, deferred_rewards: bool, non_finite_rewards: str
         raise ValueError(f"render_mode must be None or 'rgb_array'; got {render_mode!r}")
 
 
+def check_shared_noise(shared_noise: bool, samples_per_prompt: int) -> None:
+    """Refuse what is no flag, and noise to share where no sub-environments share a prompt."""
+    if not isinstance(shared_noise, bool):
+        raise ValueError(f"shared_noise must be True or False; got {shared_noise!r}")
+    if shared_noise and samples_per_prompt == 1:
+        raise ValueError(
+            "samples_per_prompt must be at least 2 with shared_noise, which is noise that samples of a prompt share; "
+            "got 1"
+        )
+
+
 def autoreset_mode_of(mode: str | AutoresetMode) -> AutoresetMode:
     """Return the mode that a value such as `"SameStep"` stands for."""
     try:

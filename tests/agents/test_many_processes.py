@@ -101,6 +101,7 @@ CHOICES = {
     "rwr": {"algorithm": "rwr", "epochs": 2, "updates_per_iteration": 2, "kl_coef": 0.1},
     "averaged": {"ema_decay": 0.9, "target_kl": 1e-5, "epochs": 3},
     "window": {"noise_window": 2, "noise_window_iterations": 1, "ema_decay": 0.9, "kl_coef": 0.1},
+    "shared noise": {"noise_window": 1, "noise_window_iterations": 1, "shared_noise": True, "samples_per_prompt": 4},
     "groups that processes share": {"samples_per_prompt": 4, "train_batch_size": 3},
     "one call is for one of them": {"train_batch_size": 1, "updates_per_iteration": 4},
     "nft": {"algorithm": "nft", "updates_per_iteration": 2, "epochs": 2, "kl_coef": 0.1, "ema_decay": 0.5},

@@ -28,7 +28,14 @@ IN_TRAINING = 3
 
 def algorithm(kind: Any, folder: Path, steps: int = 3, dtype: str = "float32", **arguments: Any) -> Any:
     env = micro_env(
-        folder, 4, num_inference_steps=steps, samples_per_prompt=2, prompts=["a cat"], device="cuda", dtype=dtype
+        folder,
+        4,
+        num_inference_steps=steps,
+        samples_per_prompt=2,
+        shared_noise=arguments.pop("shared_noise", False),
+        prompts=["a cat"],
+        device="cuda",
+        dtype=dtype,
     )
     policy = {"lora_rank": 2, "guidance_scale": 3.0} | arguments.pop("policy", {})
     settings: dict[str, Any] = {
@@ -68,6 +75,17 @@ def test_longer_episode_makes_the_host_wait_no_more_often(
         with accelerator.counted_waits() as waits:
             collected(model)
         assert waits.total() <= IN_A_ROLLOUT, waits
+
+
+def test_window_of_noise_and_a_shared_prefix_are_read_once_a_rollout(
+    accelerator: Accelerator, micro_pipeline_folder: Path
+) -> None:
+    for steps in (3, 5):
+        sizes = {"batch_size": 8, "n_epochs": 1, "noise_window": 2}
+        model = collected(algorithm(PPO, micro_pipeline_folder, steps, shared_noise=True, **sizes))
+        with accelerator.counted_waits() as waits:
+            collected(model)
+        assert waits.total() <= IN_A_ROLLOUT + 2, waits
 
 
 @pytest.mark.parametrize(

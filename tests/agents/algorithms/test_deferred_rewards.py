@@ -118,11 +118,11 @@ def test_exception_is_raised_by_the_next_step_once_with_its_traceback(make: Any,
     env.reset(seed=0)
     env.step(actions(0))
     env.wait_for_rewards()
-    before = env._step_index.copy()
+    before = env.step_index.copy()
     with pytest.raises(KeyError, match="no judge") as caught:
         env.step(actions(1))
     assert "broken" in [frame.name for frame in traceback.extract_tb(caught.tb)]
-    assert env._step_index.tolist() == before.tolist(), "the step can be repeated"
+    assert env.step_index.tolist() == before.tolist(), "the step can be repeated"
     with pytest.raises(ResetNeeded) if mode is AutoresetMode.DISABLED else nullcontext():
         env.step(actions(1))
 

@@ -58,6 +58,23 @@ def test_rows_without_gradients(settings, measuring):
     assert rows.measuring == 3 * measuring
 
 
+def test_rows_and_words_of_a_window_with_shared_noise():
+    window = {"noise_window": 1, "noise_window_iterations": 1, "epochs": 2, "recompute_log_probs": True}
+    config = micro_config("tiny", None, sampler="ddim", shared_noise=True, **window).resolved()
+    rows = denoiser_rows(config)
+    # The window is at steps 0, 1, 2 of 3. Up to its first step 4 prompts are sampled, and then 8 samples.
+    assert rows.sampling == 2 * ((4 + 16) + (8 + 8) + 12)
+    assert rows.training == 2 * 3 * 2 * 8
+    assert rows.measuring == 2 * 3 * 8
+    assert denoiser_rows(config.changed(shared_noise=False)).sampling == 2 * 3 * 24
+    assert denoiser_rows(config.changed(noise_window=None)).sampling == 2 * 3 * (4 + 16)
+    (noise,) = [line for line in describe_plan(config) if line.startswith("noise")]
+    assert noise == (
+        "noise      ddim, in 1 of 3 steps, which move on by 1 every 1 iteration, samples of a prompt start from the "
+        "same noise"
+    )
+
+
 def test_held_out_images_are_generated_in_whole_batches():
     config = train_config(
         iterations=10,

@@ -252,6 +252,11 @@ def no_model(monkeypatch):
         ),
         ({"eta": (0.0, 1.0)}, "eta must be one number, or one for each of the num_inference_steps=3 steps; got 2"),
         ({"noise_window": 4}, r"noise_window must be at most 3, .*timestep_window=\(0.0, 0.9\) of 3; got 4"),
+        ({"shared_noise": True, "samples_per_prompt": 1}, "samples_per_prompt must be at least 2 with shared_noise"),
+        (
+            {"shared_noise": True, "algorithm": "rwr", "sampler": "ode"},
+            "shared_noise must be False with a sampler with",
+        ),
         ({"guidance_scale": -2.0}, r"guidance_scale must be in \[0, 100\]; got -2.0"),
         ({"lora_rank": -1}, r"lora_rank must be in \[0, 4096\]; got -1"),
         ({"lora_targets": "everything"}, "lora_targets must be one of attention, .*; got 'everything'"),

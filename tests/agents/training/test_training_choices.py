@@ -35,7 +35,7 @@ def config_of(model, folder, algorithm="ppo", **settings):
         pytest.param("rwr_sparse", {"rwr_percentile": 50.0}, marks=pytest.mark.slow),
         ("nft", {"ema_decay": 0.5, "kl_coef": 0.1, "updates_per_iteration": 2}),
         ("ppo", {"advantage": "leave_one_out", "target_kl": 1.0, "recompute_log_probs": True}),
-        ("ppo", {"noise_window": 1, "noise_window_iterations": 1, "ema_decay": 0.5, "kl_coef": 0.1, "epochs": 2}),
+        ("ppo", {"noise_window": 1, "noise_window_iterations": 1, "shared_noise": True, "ema_decay": 0.5, "epochs": 2}),
     ],
 )
 def test_stopped_and_resumed_run_equals_one_that_was_not(
