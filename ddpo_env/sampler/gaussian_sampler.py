@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ddpo_env.sampler.sampler_rows import SMALLEST_STD, Noise
 from ddpo_env.sampler.scheduler_table import SamplerName, read_scheduler
+from rewards.devices import copied_to
 
 Reduction = Literal["mean", "sum"]
 
@@ -199,10 +200,11 @@ class GaussianSampler:
 
     def to(self, device: torch.device | str) -> GaussianSampler:
         """Return the same table on `device`."""
-        moved = copy.copy(self)  # without checking it again, for which the host would wait for the device
+        moved = copy.copy(self)  # without checking or waiting, because a window of noise moves a table every rollout
+        is_host = torch.device(device).type == "cpu"  # whose numbers must have arrived
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
-                object.__setattr__(moved, name, value.to(device))
+                object.__setattr__(moved, name, value.to(device) if is_host else copied_to(value, device))
         return moved
 
     def step_index_of(self, timestep: Tensor) -> Tensor:
