@@ -155,3 +155,12 @@ def test_an_algorithm_is_its_loss():
 
     with pytest.raises(TypeError, match="abstract .*loss"):
         Nothing("MlpPolicy", "CartPole-v1", n_steps=4, learning_rate=1e-3)
+
+
+@pytest.mark.parametrize("algorithm", ["rwr", "nft"])
+def test_run_without_noise_ends_without_a_divergence(micro_pipeline_folder, tmp_path, algorithm):
+    run_training(config_of(micro_pipeline_folder, tmp_path, algorithm, sampler="ode", **ONE))
+    logged = rows(tmp_path)[1]
+    assert float(logged["eval/output_norm_ratio"]) > 0
+    assert not any("kl_to" in name for name in logged), "steps without noise have none"
+    assert not (tmp_path / "reward_against_kl.png").exists()
