@@ -107,10 +107,10 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
                 f"kl_coef must be 0 for a {type(self.policy).__name__}, which has no pretrained policy to compare with "
                 f"(PolicyAbilities.knows_reference); got {self.options.kl_coef}"
             )
-        check_noise(self.options, self.abilities.stochastic_steps(), type(self).__name__, self.needs_log_probs)
+        needs = self.needs_log_probs, self.penalises_steps
+        check_noise(self.options, self.abilities.stochastic_steps(), type(self).__name__, *needs)
         compute_dtype = self.abilities.compute_dtype
-        recompute = self.options.recompute_log_probs
-        is_half = compute_dtype != torch.float32
+        recompute, is_half = self.options.recompute_log_probs, compute_dtype != torch.float32
         self.recomputes_log_probs = self.compares_with_sampling and is_half if recompute is None else recompute
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=compute_dtype == torch.float16)
         if self.options.ema_decay and self.ema is None:

@@ -107,7 +107,11 @@ class UpdateOptions:
 
 
 def check_noise(
-    options: UpdateOptions, stochastic: npt.NDArray[np.bool_] | None, algorithm: str, needs_log_probs: bool
+    options: UpdateOptions,
+    stochastic: npt.NDArray[np.bool_] | None,
+    algorithm: str,
+    needs_log_probs: bool,
+    penalises_steps: bool = True,
 ) -> None:
     """Refuse a window that does not fit, and options that need noise where there is none.
 
@@ -116,6 +120,7 @@ def check_noise(
         stochastic: which steps of an episode have noise, `(steps,)`; `None`: the policy has no such steps.
         algorithm: its name, for the error.
         needs_log_probs: whether the loss trains on log-probabilities, which steps without noise do not have.
+        penalises_steps: whether `kl_coef` is the weight of the divergence of the sampler's steps.
 
     Raises:
         ValueError: naming the option.
@@ -135,7 +140,7 @@ def check_noise(
             continue
         for name, needs_noise in {
             "algorithm": needs_log_probs,
-            "kl_coef": options.kl_coef > 0,
+            "kl_coef": options.kl_coef > 0 and penalises_steps,
             "target_kl": options.target_kl is not None,
         }.items():
             if needs_noise:

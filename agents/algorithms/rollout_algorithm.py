@@ -81,6 +81,8 @@ class RolloutAlgorithm(SavableAlgorithm):
         "CnnPolicy": ActorCriticCnnPolicy,
         "MultiInputPolicy": MultiInputActorCriticPolicy,
     }
+    penalises_steps: ClassVar[bool] = True
+    """Whether `kl_coef` is the weight of the divergence of the sampler's steps, which needs noise in them."""
     rollout_buffer: TensorRolloutBuffer  # type: ignore[assignment]
 
     def __init__(

@@ -37,14 +37,18 @@ class AlgorithmDefaults(NamedTuple):
     updates_per_iteration: int
     needs_log_probs: bool = True
     """Whether the loss trains on log-probabilities, which steps without noise do not have."""
+    is_forward_process: bool = False
+    """Whether it trains on noised samples, so that neither its steps nor its penalty need noise."""
 
+
+_FORWARD_PROCESS = AlgorithmDefaults(5e-3, 1, 1, needs_log_probs=False, is_forward_process=True)
 
 ALGORITHMS: dict[str, AlgorithmDefaults] = {
     "ppo": AlgorithmDefaults(5e-3, 1, 4),
     "reinforce": AlgorithmDefaults(1e-2, 1, 1),
     "rwr": AlgorithmDefaults(2e-3, 5, 1, needs_log_probs=False),
     "rwr_sparse": AlgorithmDefaults(5e-4, 50, 1, needs_log_probs=False),
-    "nft": AlgorithmDefaults(5e-3, 1, 1, needs_log_probs=False),
+    "nft": _FORWARD_PROCESS,
 }
 """Epochs and updates from the papers. The learning rates of ppo, reinforce and rwr are from the search of
 `scripts/experiments/algorithms.py` on the bundled model. Nobody has searched for the others: they have ppo's, because
@@ -203,7 +207,7 @@ class TrainConfig:
         """Return how many steps of each trajectory are trained on in the first iteration, at least 1.
 
         Args:
-            stochastic: which steps have noise, `(steps,)`.
+            stochastic: which steps have noise, `(steps,)`. An algorithm of the forward process trains on others too.
         """
         steps = len(stochastic)
         start, end = self.update.trained_range(steps)
@@ -279,7 +283,9 @@ class TrainConfig:
         Raises:
             ValueError: naming the setting.
         """
-        check_noise(self.update, stochastic, self.algorithm, ALGORITHMS[self.algorithm].needs_log_probs)
+        algorithm = ALGORITHMS[self.algorithm]
+        penalty = not algorithm.is_forward_process
+        check_noise(self.update, stochastic, self.algorithm, algorithm.needs_log_probs, penalty)
 
     def _check_algorithm(self) -> None:
         training, algorithm = self.training, self.algorithm

@@ -42,6 +42,7 @@ class ForwardProcessAlgorithm(TensorOnPolicyAlgorithm):
 
     compares_with_sampling = False
     needs_log_probs = False
+    penalises_steps = False
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -89,8 +90,12 @@ class ForwardProcessAlgorithm(TensorOnPolicyAlgorithm):
 
     def noised(self, batch: Transitions) -> NoisedSamples:
         """Return the finished samples of a batch with new noise of its timesteps."""
-        rows = self.abilities.rows or Rows.of_process(len(batch.actions), 0, 1)
-        return self.abilities.noised(batch, rows.draw(self._noise))
+        return self.abilities.noised(batch, self.new_noise(len(batch.actions)))
+
+    def new_noise(self, count: int) -> Tensor:
+        """Return standard normal noise for the samples that this process computes, `(count, *action_shape)`."""
+        rows = self.abilities.rows or Rows.of_process(count, 0, 1)
+        return rows.draw(self._noise)
 
     def advance_rng(self, rows: int) -> None:
         """Draw the noise of `rows` samples."""

@@ -9,6 +9,7 @@ from helpers.algorithms import collected, denoising_nft, logged
 from helpers.micro_agents import STEPS, stir, weights
 
 from agents import NFT
+from agents.config.train_config import train_config
 from agents.policy.weight_copies import LaggingWeights, using_weights
 
 KINDS = [denoising_nft]
@@ -48,6 +49,31 @@ def test_rollout_that_cuts_trajectories_is_refused(micro_pipeline_folder):
     model = denoising_nft(micro_pipeline_folder, n_steps=STEPS + 2, advantage=lambda rollout: torch.ones(STEPS + 2, 6))
     with pytest.raises(ValueError, match=f"n_steps={STEPS + 2} cuts episodes, and NFT trains on finished samples"):
         collected(model).train()
+
+
+def test_dropped_samples_are_not_trained_on(micro_pipeline_folder):
+    model = collected(denoising_nft(micro_pipeline_folder))
+    model.rollout_buffer.rewards[-1, 2] = np.nan
+    model.rollout_buffer.drop_non_finite()
+    indices = model.select_steps()
+    assert set(indices % 6) == {0, 1, 3, 4, 5}
+    assert (model.finished_by(indices) == (STEPS - 1) * 6 + indices % 6).all()
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_sampler_without_noise_will_do_and_so_will_a_penalty(micro_pipeline_folder, make):
+    model = make(micro_pipeline_folder, kl_coef=0.1, policy={"sampler": "ode"}, timestep_window=(0.0, 0.8))
+    collected(model).train()
+    assert len(model.select_steps()) == 4 * 6
+    assert logged(model)["train/kl_penalty"] >= 0
+    assert "train/kl_to_sampling" not in logged(model)
+
+
+def test_sizes_of_a_run_count_steps_without_noise():
+    settings = {"algorithm": "nft", "kl_coef": 0.1, "timestep_window": (0.0, 0.8), "timestep_fraction": 1.0}
+    for noise in ({"sampler": "ode"}, {"noise_window": 2}, {}):
+        assert train_config(**settings, **noise).resolved().trained_steps == 8
+    assert train_config(**settings | {"algorithm": "ppo"}, noise_window=2).resolved().trained_steps == 2
 
 
 def test_copy_follows_by_hand():
