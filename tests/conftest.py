@@ -1,11 +1,13 @@
 """Fixtures of many test files: offline libraries, a tiny Stable Diffusion, a finished run, counted operations."""
 
 import gc
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test reaches for the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: on a busy machine threads wait for each other
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +53,23 @@ def learner(request: pytest.FixtureRequest) -> str:
     return "points" if request.param == "points" else str(request.getfixturevalue("micro_pipeline_folder"))
 
 
+@pytest.fixture(autouse=True)
+def undrawn_figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leave the drawing of curves, half of the time of a run on points, to the slow tests and to `finished`."""
+    if "learner" not in request.fixturenames or request.getfixturevalue("learner") != "points":
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("agents.evaluation.plots.write_figure", write_numbers)
+        yield
+
+
+def write_numbers(path: Path, figure: Any) -> None:
+    """Write the numbers that a figure shows, so that figures can be compared."""
+    lines = [line.get_xydata().tolist() for axes in figure.axes for line in axes.get_lines()]
+    path.write_text(json.dumps(lines))
+
+
 @pytest.fixture(scope="session")
 def whole(learner: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> "RunResult":
     """The run of the `learner` that nothing stopped; tests only read its folder."""
@@ -61,7 +80,9 @@ def whole(learner: str, request: pytest.FixtureRequest, tmp_path_factory: pytest
 
     from agents.training.preparation import run_training
 
-    return run_training(micro_config(learner, tmp_path_factory.mktemp("runs") / "points"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("agents.evaluation.plots.write_figure", write_numbers)
+        return run_training(micro_config(learner, tmp_path_factory.mktemp("runs") / "points"))
 
 
 @pytest.fixture(scope="session")
