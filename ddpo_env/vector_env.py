@@ -27,11 +27,11 @@ from ddpo_env.models.image_decoding import decode_samples
 from ddpo_env.models.loading import load_model, with_plain_values
 from ddpo_env.models.prompt_images import with_prompt_images
 from ddpo_env.models.protocol import DiffusionModel, abilities_of
-from ddpo_env.models.quantization import Quantization
 from ddpo_env.prompts.distributions import Prompt, load_prompts
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 from ddpo_env.spaces import DenoisingObservationSpace, action_box
 from ddpo_env.validation import arguments as validation
+from ddpo_env.validation.choices import Quantization
 from ddpo_env.validation.resolution import Resolution
 from rewards import NonFinite, Reward, are_images, check_shareable, configured_reward
 from rewards.devices import copied_to

@@ -1,33 +1,34 @@
 """Fixtures of many test files: offline libraries, a tiny Stable Diffusion, a finished run, counted operations."""
 
+import gc
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test reaches for the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: on a busy machine threads wait for each other
 
-import multiprocessing.forkserver
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from helpers.micro_pipeline import micro_pipeline
 from helpers.paths import SCRIPTS
 
-if TYPE_CHECKING:  # a test of `rewards` alone does not import a training run
+if TYPE_CHECKING:  # the process that hands out the tests does not import torch, nor a test of `rewards` a training run
     from agents.training.run import RunResult
 
 
-@pytest.fixture(scope="session", autouse=True)
-def forkserver(request: pytest.FixtureRequest) -> None:
-    """Start the server of `helpers.many_processes` at once if a test needs it, so that none waits for its imports."""
-    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    if any(hasattr(item.module, "run_processes") for item in items):
-        multiprocessing.forkserver.ensure_running()
+def pytest_collection_finish() -> None:
+    """Leave what the imports have made, a million objects, out of every later search for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def micro_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random micro `StableDiffusionPipeline`, as `save_pretrained` writes it."""
+    from helpers.micro_pipeline import micro_pipeline
+
     folder = tmp_path_factory.mktemp("models") / "micro"
     micro_pipeline().save_pretrained(folder)
     return folder
@@ -41,6 +42,47 @@ def finished(micro_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFacto
     from agents.training.preparation import run_training
 
     return run_training(micro_config(micro_pipeline_folder, tmp_path_factory.mktemp("runs") / "finished"))
+
+
+@pytest.fixture(scope="session", params=["points", pytest.param("images", marks=pytest.mark.slow)])
+def learner(request: pytest.FixtureRequest) -> str:
+    """The model of a `micro_config` whose run stops, fails or goes on, none of which depends on what it generates.
+
+    So the quick tests train points in the plane, and the slow ones also LoRA on the micro pipeline.
+    """
+    return "points" if request.param == "points" else str(request.getfixturevalue("micro_pipeline_folder"))
+
+
+@pytest.fixture(autouse=True)
+def undrawn_figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leave the drawing of curves, half of the time of a run on points, to the slow tests and to `finished`."""
+    if "learner" not in request.fixturenames or request.getfixturevalue("learner") != "points":
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("agents.evaluation.plots.write_figure", write_numbers)
+        yield
+
+
+def write_numbers(path: Path, figure: Any) -> None:
+    """Write the numbers that a figure shows, so that figures can be compared."""
+    lines = [line.get_xydata().tolist() for axes in figure.axes for line in axes.get_lines()]
+    path.write_text(json.dumps(lines))
+
+
+@pytest.fixture(scope="session")
+def whole(learner: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> "RunResult":
+    """The run of the `learner` that nothing stopped; tests only read its folder."""
+    if learner != "points":
+        finished: RunResult = request.getfixturevalue("finished")
+        return finished
+    from helpers.micro_agents import micro_config
+
+    from agents.training.preparation import run_training
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("agents.evaluation.plots.write_figure", write_numbers)
+        return run_training(micro_config(learner, tmp_path_factory.mktemp("runs") / "points"))
 
 
 @pytest.fixture(scope="session")

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ddpo_env.validation.options import DECAY, POSITIVE, Range, check_fields, check_value
+
+if TYPE_CHECKING:
+    import torch
 
 NonFiniteRewards = Literal["raise", "drop"]
 _FRACTION = Range(at_least=0, at_most=1)
 _COUNT = Range(at_least=1, at_most=10**7)
 _WEIGHT = Range(at_least=0, at_most=1e6)
 RATE = Range(at_least=0, at_most=1e6)
+PERCENTILE = Range(at_least=0, below=100)
+"""Of the rewards, for reward-weighted regression."""
+BETA = Range(above=0, at_most=100)
+"""Distance of NFT's implicit policies from the one that samples."""
 _VALID_ARGUMENTS: dict[str, Any] = {
     "n_steps": Annotated[int, _COUNT],
     "gamma": Annotated[float, _FRACTION],
@@ -182,6 +188,8 @@ def check_timesteps(total_timesteps: float) -> None:
 
 def _check_device(device: torch.device | str) -> None:
     """Refuse a device that torch does not know or does not have; Stable-Baselines3 would take the CPU instead."""
+    import torch  # imported here because a command line reads the options above without it
+
     try:
         chosen = None if device == "auto" else torch.device(device)
     except (RuntimeError, TypeError) as error:

@@ -25,13 +25,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
+from agents.algorithms.options import PERCENTILE
 from agents.distributed import Metric, Rows
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
 from ddpo_env.validation.options import Range, check_value
 from rewards.devices import widest_float
 
 Weighting = Literal["exponential", "exponential_per_prompt", "percentile"]
-PERCENTILE = Range(at_least=0, below=100)
 
 
 class RWR(TensorOnPolicyAlgorithm):

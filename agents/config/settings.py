@@ -11,10 +11,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from agents.algorithms.forward.nft import BETA
-from agents.algorithms.rollout_algorithm import NonFiniteRewards
-from agents.algorithms.rwr import PERCENTILE
-from ddpo_env.models.quantization import Quantization
+from agents.algorithms.options import BETA, PERCENTILE, NonFiniteRewards
+from ddpo_env.validation.choices import Quantization
 from ddpo_env.validation.options import DECAY, Range, check_fields
 from ddpo_env.validation.resolution import Resolution, plain_resolution
 from rewards import parse_options

@@ -24,8 +24,9 @@ from ddpo_env.models import DiffusionModel
 from ddpo_env.models.image_decoding import decode_samples
 from ddpo_env.models.protocol import encode
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
-from ddpo_env.sampler.sampler_rows import SMALLEST_STD, noise_by_step
+from ddpo_env.sampler.sampler_rows import noise_by_step
 from ddpo_env.sampler.scheduler_table import ddim_of
+from ddpo_env.validation.choices import SMALLEST_STD
 
 _ROWS = 2
 _STEPS = 4

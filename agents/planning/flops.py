@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agents.config.train_config import TrainConfig
 from agents.planning.plan import denoiser_rows
-from agents.policy.lora import LoraTargets, add_lora
+from agents.policy.lora import add_lora
+from agents.policy.options import LoraTargets
 from ddpo_env.models import DiffusionModel, abilities_of
 from ddpo_env.models.outline import outline_model
 from rewards.devices import resolve_device, resolve_dtype

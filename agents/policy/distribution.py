@@ -9,7 +9,8 @@ from stable_baselines3.common.distributions import Distribution
 from torch import Tensor, nn
 
 from agents.distributed import Rows
-from ddpo_env.sampler.gaussian_sampler import GaussianSampler, Reduction
+from ddpo_env.sampler.gaussian_sampler import GaussianSampler
+from ddpo_env.validation.choices import Reduction
 
 
 class DenoisingDistribution(Distribution):

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from agents.policy.frozen_convolutions import use_frozen_convolutions
+from agents.policy.options import LoraTargets
 from ddpo_env.models import DiffusionModel, abilities_of
 from ddpo_env.models.files.pipelines import unwrapped
 from ddpo_env.models.lora.lora_file import FIRST, find_lora, lora_tensors
@@ -28,8 +29,6 @@ ADAPTER = "default"
 """Name of the one adapter in peft."""
 POLICY_WEIGHTS = "policy.safetensors"
 """File in which a policy saves what learns."""
-
-LoraTargets = Literal["attention", "attention+convolutions"]
 
 _ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0"),

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import tyro
 
-from agents.policy.lora import LoraTargets
-from ddpo_env.models import DiffusionModel
-from ddpo_env.sampler.gaussian_sampler import GaussianSampler, Reduction
-from ddpo_env.sampler.sampler_rows import SMALLEST_STD, noise_by_step
-from ddpo_env.sampler.scheduler_table import SamplerName
+from ddpo_env.validation.choices import SMALLEST_STD, Reduction, SamplerName
 from ddpo_env.validation.options import Range, check_fields
+
+if TYPE_CHECKING:  # a command line is read without torch; see `ddpo_env.validation.choices`
+    from ddpo_env.models import DiffusionModel
+    from ddpo_env.sampler.gaussian_sampler import GaussianSampler
+
+LoraTargets = Literal["attention", "attention+convolutions"]
 
 _BY_STEP = tyro.conf.arg(metavar="FLOAT [FLOAT ...]")
 
@@ -88,13 +89,15 @@ class PolicyOptions:
         Raises:
             ValueError: for noise by step of another number of steps.
         """
-        has_noise = torch.full((num_inference_steps,), self.sampler != "ode")
+        from ddpo_env.sampler.sampler_rows import noise_by_step
+
+        has_noise = np.full(num_inference_steps, self.sampler != "ode")
         for name, value in {"eta": self.eta, "noise_level": self.noise_level}.items():
             if value is not None:
-                has_noise &= noise_by_step(name, value, num_inference_steps) > 0
+                has_noise &= noise_by_step(name, value, num_inference_steps).numpy() > 0
         if self.sampler == "cps" and self.min_std is None:
             has_noise[-1] = False
-        return has_noise.numpy()
+        return has_noise
 
     def sampler_table(self, model: DiffusionModel, num_inference_steps: int) -> GaussianSampler:
         """Return the sampler that these options describe for a model.
@@ -102,6 +105,8 @@ class PolicyOptions:
         Raises:
             ValueError: for an option that does not fit the model or the number of steps.
         """
+        from ddpo_env.sampler.gaussian_sampler import GaussianSampler
+
         return GaussianSampler.from_model(
             model,
             num_inference_steps,

@@ -35,7 +35,6 @@ from ddpo_env.models.lora.lora_file import find_lora
 from ddpo_env.models.outline import outline_model
 from ddpo_env.models.protocol import MEMBERS, DiffusionModel, ModelAbilities, abilities_of
 from ddpo_env.models.quantization import (
-    Quantization,
     check_quantization,
     check_quantized,
     quantization_of,
@@ -52,6 +51,7 @@ from ddpo_env.models.sources import (
     resolve_source,
 )
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
+from ddpo_env.validation.choices import Quantization
 from ddpo_env.validation.resolution import Resolution, plain_resolution
 from rewards.devices import DTYPES, resolve_device, resolve_dtype
 

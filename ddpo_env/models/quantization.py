@@ -9,17 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import torch
 from diffusers import ModelMixin, TorchAoConfig
 from torch import nn
 
+from ddpo_env.validation.choices import Quantization
 from rewards.pretrained import stored_tensors
-
-Quantization: TypeAlias = Literal["int8", "nf4"]
-"""`int8`: 8 bits, one scale per output channel. `nf4`: 4 bits in blocks of 64 weights, with quantized scales (QLoRA,
-Dettmers et al. 2023, arXiv 2305.14314)."""
 
 _TENSORS: dict[str, Quantization] = {"Int8Tensor": "int8", "NF4Tensor": "nf4"}
 """torchao's class of quantized weights → what it is called here."""

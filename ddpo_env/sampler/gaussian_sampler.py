@@ -12,16 +12,15 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ddpo_env.sampler.sampler_rows import SMALLEST_STD, Noise
-from ddpo_env.sampler.scheduler_table import SamplerName, read_scheduler
+from ddpo_env.sampler.sampler_rows import Noise
+from ddpo_env.sampler.scheduler_table import read_scheduler
+from ddpo_env.validation.choices import SMALLEST_STD, Reduction, SamplerName
 from rewards.devices import copied_to
-
-Reduction = Literal["mean", "sum"]
 
 
 class HasScheduler(Protocol):

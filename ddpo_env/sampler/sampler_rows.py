@@ -10,8 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-SMALLEST_STD = 1e-5
-"""Below this standard deviation, float32 rounding of the latent itself dominates the density."""
+from ddpo_env.validation.choices import SMALLEST_STD
 
 Noise: TypeAlias = float | Sequence[float]
 """How noisy a sampler's steps are: one value for all of them, or one for each in denoising order; 0 is no noise."""

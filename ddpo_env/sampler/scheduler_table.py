@@ -9,16 +9,14 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 
 from ddpo_env.sampler.diffusion_steps import ddim_rows, ddpm_rows
 from ddpo_env.sampler.flow_steps import NOISE_LEVELS, FlowSampler, flow_rows
-from ddpo_env.sampler.sampler_rows import SMALLEST_STD, Noise, SamplerRows, noise_by_step, rebuild_scheduler
-
-SamplerName = Literal["ddim", "ddpm", "flow-sde", "dance", "cps", "ode"]
-"""Names of the samplers; `ode` is the deterministic one of every family."""
+from ddpo_env.sampler.sampler_rows import Noise, SamplerRows, noise_by_step, rebuild_scheduler
+from ddpo_env.validation.choices import SMALLEST_STD, SamplerName
 
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 _FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")

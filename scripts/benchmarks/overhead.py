@@ -26,7 +26,8 @@ from agents import DiffusionPolicy, TensorOnPolicyAlgorithm, TrainConfig, prepar
 from agents.config.settings import Dtype
 from agents.planning.memory import fit_micro_batch_size
 from agents.planning.plan import pairs_per_update
-from agents.policy.lora import LORA_TARGETS, LoraTargets, copy_for_full_training, share_weights
+from agents.policy.lora import LORA_TARGETS, copy_for_full_training, share_weights
+from agents.policy.options import LoraTargets
 
 
 @dataclass(kw_only=True)

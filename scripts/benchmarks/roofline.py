@@ -21,7 +21,8 @@ from torch import nn
 
 from agents.config.settings import Dtype
 from agents.planning.flops import count_flops, matmul_rate
-from agents.policy.lora import LoraTargets, add_lora
+from agents.policy.lora import add_lora
+from agents.policy.options import LoraTargets
 from ddpo_env.models import DiffusionModel, abilities_of
 from ddpo_env.models.outline import outline_model
 from rewards.devices import resolve_device, resolve_dtype

@@ -1,6 +1,7 @@
 """Runs of several processes on a CPU, and the mishaps that happen to one of them; what their tests share.
 
-Processes are forked from a server that has imported everything, so that a run takes a second or two.
+Processes are forked from a server that has imported everything, so that a run takes a second or two. Its imports take
+longer, so only a worker of pytest-xdist that comes to such a test starts it.
 """
 
 import json
@@ -11,6 +12,7 @@ import socket
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +80,17 @@ class Outcome:
     seconds: float
 
 
+@cache
+def start_server():
+    """Start the server and wait for its imports, which are no part of the time that a run may take."""
+    first = PROCESSES.Process(target=int)
+    first.start()
+    first.join()
+
+
 def run_processes(count, job, limit=120):
     """Run a job in `count` processes and wait; those that are left after `limit` seconds are a failure."""
+    start_server()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

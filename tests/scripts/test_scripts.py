@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 from helpers.micro_families import micro_family
-from helpers.paths import SCRIPTS
+from helpers.paths import ROOT, SCRIPTS
 from helpers.scripts import MINIATURE, run_script
 from PIL import Image
 
@@ -35,6 +35,26 @@ def test_every_file_is_a_command_with_help(command, monkeypatch, capsys):
         runpy.run_path(str(command), run_name="__main__")
     assert stop.value.code == 0
     assert "--help" in capsys.readouterr().out
+
+
+HELP = """
+import importlib, sys
+sys.argv = ["command", "--help"]
+for module in ("training.command", "doctor.command", "evaluation.sample", "evaluation.compare"):
+    try:
+        importlib.import_module(f"agents.{module}").main()
+    except SystemExit as left:
+        assert left.code == 0
+print(sorted({"torch", "diffusers", "transformers"} & sys.modules.keys()), file=sys.stderr)
+"""
+
+
+def test_help_needs_no_torch():
+    """Its import takes seconds, in which a user waits for the help or for the error of a wrong setting."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    done = subprocess.run([sys.executable, "-c", HELP], env=environment, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert done.stdout.count("--help") >= 4
 
 
 def test_help_lists_every_promised_flag(monkeypatch, capsys):

@@ -22,11 +22,11 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import Tensor
 
 from agents.algorithms.forward.forward_process import LaggingAlgorithm
+from agents.algorithms.options import BETA
 from agents.distributed import Metric
 from agents.rollout.buffer import Transitions
-from ddpo_env.validation.options import POSITIVE, Range, check_value
+from ddpo_env.validation.options import POSITIVE, check_value
 
-BETA = Range(above=0, at_most=100)
 _SMALLEST_WEIGHT = 1e-5
 
 

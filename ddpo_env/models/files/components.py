@@ -22,7 +22,8 @@ from torch import nn
 from transformers import ImageProcessingMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
-from ddpo_env.models.quantization import Quantization, diffusers_config
+from ddpo_env.models.quantization import diffusers_config
+from ddpo_env.validation.choices import Quantization
 from rewards.pretrained import check_network, check_settings, shortened
 
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}

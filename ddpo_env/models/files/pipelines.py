@@ -23,7 +23,8 @@ from transformers.utils import logging as transformers_logging
 from ddpo_env.models.files.components import CONVERSION, check_component, load_component
 from ddpo_env.models.files.single_file import load_single_file
 from ddpo_env.models.protocol import DiffusionModel
-from ddpo_env.models.quantization import Quantization, quantize_network
+from ddpo_env.models.quantization import quantize_network
+from ddpo_env.validation.choices import Quantization
 from rewards.pretrained import stored_tensors
 
 DENOISERS = ("transformer", "unet")

@@ -48,6 +48,7 @@ def run_doctor(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow  # the micro pipeline goes through the same checks in test_model_faults.py
 def test_bundled_model_is_healthy_in_less_than_a_minute(tmp_path, monkeypatch, capsys):
     assert run_script("doctor", ["--output", tmp_path / "doctor", "--device=cpu"], monkeypatch) == 0
     printed = capsys.readouterr().out

@@ -53,7 +53,7 @@ def new_algorithm(folder, seed=0):
         clip_range=1e-2,
         timestep_fraction=0.5,
         advantage=PerPromptAdvantage(8, 2),
-        policy_kwargs={"lora_rank": 1, "guidance_scale": 1.0},
+        policy_kwargs={"lora_rank": 0 if folder == "points" else 1, "guidance_scale": 1.0},
         seed=seed,
         device="cpu",
     )
@@ -118,8 +118,8 @@ def test_loaded_adapter_is_the_one_that_goes_on_training(micro_pipeline_folder, 
     assert optimized == {id(parameter) for parameter in second.policy.trainable_parameters()}
 
 
-def test_nothing_in_a_checkpoint_can_execute_code(micro_pipeline_folder, tmp_path, monkeypatch):
-    model = new_algorithm(micro_pipeline_folder)
+def test_nothing_in_a_checkpoint_can_execute_code(tmp_path, monkeypatch):
+    model = new_algorithm("points")
     iterate(model, 1)
     checkpoint = save_checkpoint(tmp_path, 1, model, {"curve": Curve()}, keep=1)
     assert files_below(checkpoint) == {"tensors.safetensors", "state.json", "manifest.json"}
@@ -134,8 +134,8 @@ def test_nothing_in_a_checkpoint_can_execute_code(micro_pipeline_folder, tmp_pat
     load_checkpoint(checkpoint, model, {"curve": Curve()})
 
 
-def test_last_k_are_kept(micro_pipeline_folder, tmp_path):
-    model = new_algorithm(micro_pipeline_folder)
+def test_last_k_are_kept(tmp_path):
+    model = new_algorithm("points")
     for iteration in (1, 2, 3, 10):
         assert iterations_done(save_checkpoint(tmp_path, iteration, model, {}, keep=2)) == iteration
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iteration_000003", "iteration_000010"]
@@ -175,9 +175,9 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_kill_while_saving_leaves_a_whole_checkpoint(micro_pipeline_folder, tmp_path, monkeypatch, moment):
+def test_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, monkeypatch, moment):
     folder = tmp_path / "checkpoints"
-    model = new_algorithm(micro_pipeline_folder)
+    model = new_algorithm("points")
     iterate(model, 1)
     save_checkpoint(folder, 1, model, {}, keep=1)
     after_one = weights(model.policy)
@@ -191,7 +191,7 @@ def test_kill_while_saving_leaves_a_whole_checkpoint(micro_pipeline_folder, tmp_
     if moment == "while the old one is deleted":
         next(folder.glob(".iteration_000001.*/tensors.safetensors")).unlink()
     latest = latest_checkpoint(folder)
-    resumed = new_algorithm(micro_pipeline_folder, seed=9)
+    resumed = new_algorithm("points", seed=9)
     load_checkpoint(latest, resumed, {})
     expected = {1: after_one, 2: after_two}[iterations_done(latest)]
     assert all(torch.equal(value, expected[name]) for name, value in weights(resumed.policy).items())
@@ -201,8 +201,8 @@ def test_kill_while_saving_leaves_a_whole_checkpoint(micro_pipeline_folder, tmp_
     assert [path.name for path in folder.iterdir()] == ["iteration_000003"]
 
 
-def test_checkpoint_of_the_same_iteration_is_replaced_whole(micro_pipeline_folder, tmp_path):
-    model = new_algorithm(micro_pipeline_folder)
+def test_checkpoint_of_the_same_iteration_is_replaced_whole(tmp_path):
+    model = new_algorithm("points")
     save_checkpoint(tmp_path, 1, model, {}, keep=1)
     iterate(model, 1)
     save_checkpoint(tmp_path, 1, model, {}, keep=1)
@@ -212,8 +212,8 @@ def test_checkpoint_of_the_same_iteration_is_replaced_whole(micro_pipeline_folde
 
 
 @pytest.mark.parametrize("lost", ["scaler", "env", "components"])
-def test_checkpoint_of_an_older_version_is_a_clear_error(micro_pipeline_folder, tmp_path, lost):
-    model = new_algorithm(micro_pipeline_folder)
+def test_checkpoint_of_an_older_version_is_a_clear_error(tmp_path, lost):
+    model = new_algorithm("points")
     file = save_checkpoint(tmp_path, 0, model, {"curve": Curve()}, keep=1) / "state.json"
     state = json.loads(file.read_text())
     del state[lost]
@@ -222,8 +222,8 @@ def test_checkpoint_of_an_older_version_is_a_clear_error(micro_pipeline_folder, 
         load_checkpoint(file.parent, model, {"curve": Curve()})
 
 
-def test_last_finished_iteration_is_kept_in_memory_until_it_is_needed(micro_pipeline_folder, tmp_path):
-    model, curve = new_algorithm(micro_pipeline_folder), Curve()
+def test_last_finished_iteration_is_kept_in_memory_until_it_is_needed(tmp_path):
+    model, curve = new_algorithm("points"), Curve()
     save_checkpoint(tmp_path, 0, model, {"curve": curve}, keep=1)
     checkpoints = Checkpoints(tmp_path, model, {"curve": curve}, interval=3, keep=1)
     for iteration in (1, 2):
@@ -243,14 +243,14 @@ def test_last_finished_iteration_is_kept_in_memory_until_it_is_needed(micro_pipe
     assert latest_checkpoint(tmp_path).name == "iteration_000003"
 
 
-def test_checkpoint_of_another_batch_is_refused(micro_pipeline_folder, tmp_path):
-    save_checkpoint(tmp_path, 0, new_algorithm(micro_pipeline_folder), {}, keep=1)
+def test_checkpoint_of_another_batch_is_refused(tmp_path):
+    save_checkpoint(tmp_path, 0, new_algorithm("points"), {}, keep=1)
     other = PPO(
         DiffusionPolicy,
-        VectorEnvAdapter(micro_env(micro_pipeline_folder, num_envs=2)),
+        VectorEnvAdapter(micro_env("points", num_envs=2)),
         n_steps=STEPS,
         advantage=PerPromptAdvantage(8, 2),
-        policy_kwargs={"lora_rank": 1, "guidance_scale": 1.0},
+        policy_kwargs={"lora_rank": 0, "guidance_scale": 1.0},
         device="cpu",
     )
     with pytest.raises(ValueError, match="num_envs=2"):

@@ -39,23 +39,23 @@ def finished_evaluations(finished):
 
 
 @pytest.mark.parametrize("lost", [1, 2])
-def test_run_that_was_killed_after_its_log_has_each_point_once(finished, micro_pipeline_folder, tmp_path, lost):
-    run_training(micro_config(micro_pipeline_folder, tmp_path))
+def test_run_that_was_killed_after_its_log_has_each_point_once(whole, learner, tmp_path, lost):
+    run_training(micro_config(learner, tmp_path))
     for iteration in range(4 - lost, 4):  # as if it had been killed before this checkpoint
         shutil.rmtree(tmp_path / "checkpoints" / f"iteration_{iteration:06d}")
     if lost == 2:
-        run_training(micro_config(micro_pipeline_folder, tmp_path / "short", iterations=1))
+        run_training(micro_config(learner, tmp_path / "short", iterations=1))
         source = tmp_path / "short" / "checkpoints" / "iteration_000001"
         shutil.copytree(source, tmp_path / "checkpoints" / "iteration_000001")
     run_training(resume_config(tmp_path))
-    shown = curves(tmp_path)
-    for name, curve in shown.items():
-        assert steps(curve) == steps(curves(finished.folder.path)[name]), name
+    expected = curves(whole.folder.path)
+    for name, curve in curves(tmp_path).items():
+        assert steps(curve) == steps(expected[name]), name
     assert [row["time/iterations"] for row in rows(tmp_path)] == ["0", "1", "2", "3"]
 
 
-def test_run_that_ends_sooner_than_planned_is_evaluated_in_its_own_row(micro_pipeline_folder, tmp_path):
-    run_training(micro_config(micro_pipeline_folder, tmp_path, eval_interval=0))
+def test_run_that_ends_sooner_than_planned_is_evaluated_in_its_own_row(learner, tmp_path):
+    run_training(micro_config(learner, tmp_path, eval_interval=0))
     shutil.rmtree(tmp_path / "checkpoints" / "iteration_000003")  # as if it had been killed before this checkpoint
     (tmp_path / "summary.json").unlink()
     result = run_training(resume_config(tmp_path, iterations=2))
@@ -77,7 +77,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("settings", VARIANTS)
 def test_every_logged_metric_is_documented(finished, micro_pipeline_folder, tmp_path, settings):
-    run_training(micro_config(micro_pipeline_folder, tmp_path, iterations=1, **settings))
+    run_training(micro_config(micro_pipeline_folder, tmp_path, iterations=1, eval_samples=2, **settings))
     logged = {name for folder in (tmp_path, finished.folder.path) for name in rows(folder)[0]} | set(curves(tmp_path))
     assert {name for name in logged if not name.startswith("reward/")} - DOCUMENTED == set()
 

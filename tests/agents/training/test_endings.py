@@ -58,6 +58,7 @@ def leave():
 def script(run, model, *arguments):
     return [
         *MINIATURE,
+        *(["--lora-rank=0"] if model == "points" else []),
         "--iterations=3",
         "--checkpoint-interval=0",
         "--reward=helpers.micro_agents:brightness",
@@ -72,9 +73,9 @@ def newest(run):
 
 
 # Calls of the reward: one before training, then one per iteration.
-def test_reward_that_leaves_is_an_error(micro_pipeline_folder, monkeypatch, capsys, tmp_path):
+def test_reward_that_leaves_is_an_error(learner, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(micro_agents, "brightness", ActingReward(4, leave))
-    assert run_script("train_ppo", script(tmp_path / "run", micro_pipeline_folder), monkeypatch) == 1
+    assert run_script("train_ppo", script(tmp_path / "run", learner), monkeypatch) == 1
     shown = capsys.readouterr()
     assert shown.err.startswith("error: RuntimeError: sys.exit('no API key') was raised by the reward brightness")
     assert "The run is saved after 2 iterations" in shown.out
@@ -99,38 +100,38 @@ class Leaving(RunListener):
             sys.exit(0)
 
 
-def test_listener_that_leaves_keeps_the_finished_iteration(finished, micro_pipeline_folder, tmp_path):
-    run = prepare_run(micro_config(micro_pipeline_folder, tmp_path, checkpoint_interval=0))
+def test_listener_that_leaves_keeps_the_finished_iteration(whole, learner, tmp_path):
+    run = prepare_run(micro_config(learner, tmp_path, checkpoint_interval=0))
     run.listeners.append(Leaving())
     with pytest.raises(SystemExit):
         run.train()
     assert (tmp_path / "error.txt").exists()
     assert newest(tmp_path) == "iteration_000001"
     run_training(resume_config(tmp_path))
-    assert_same_run(tmp_path, finished.folder.path)
+    assert_same_run(tmp_path, whole.folder.path)
 
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @pytest.mark.parametrize("number", STOPS)
-def test_signals_save_the_finished_iterations(micro_pipeline_folder, monkeypatch, capsys, tmp_path, number):
+def test_signals_save_the_finished_iterations(learner, monkeypatch, capsys, tmp_path, number):
     run = tmp_path / "run"
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         patch.setattr(micro_agents, "brightness", ActingReward(4, sending(number)))
-        assert run_script("train_ppo", script(run, micro_pipeline_folder), patch) == 128 + number
+        assert run_script("train_ppo", script(run, learner), patch) == 128 + number
     assert signal.getsignal(number) is before
     assert "Stopped after 2 iterations; the run is saved. To continue:" in capsys.readouterr().out
     assert newest(run) == "iteration_000002"
     assert (run / "policy" / "policy.safetensors").exists()
     assert not (run / "error.txt").exists()
-    assert run_script("train_ppo", script(tmp_path / "alone", micro_pipeline_folder), monkeypatch) == 0
+    assert run_script("train_ppo", script(tmp_path / "alone", learner), monkeypatch) == 0
     run_training(resume_config(run))
     assert_same_run(run, tmp_path / "alone")
 
 
-def test_signals_during_the_saving_are_ignored(finished, micro_pipeline_folder, monkeypatch, tmp_path):
+def test_signals_during_the_saving_are_ignored(whole, learner, monkeypatch, tmp_path):
     write = Snapshot.write
 
     def interrupted(self, *arguments, **options):
@@ -141,15 +142,15 @@ def test_signals_during_the_saving_are_ignored(finished, micro_pipeline_folder, 
 
     reward = ActingReward(6, lambda: (monkeypatch.setattr(Snapshot, "write", interrupted), sending(signal.SIGINT)()))
     monkeypatch.setattr(micro_agents, "brightness", reward)
-    stopped = run_training(micro_config(micro_pipeline_folder, tmp_path, checkpoint_interval=0))
+    stopped = run_training(micro_config(learner, tmp_path, checkpoint_interval=0))
     assert (stopped.iterations, stopped.reward_after) == (1, None)
     monkeypatch.undo()
     assert newest(tmp_path) == "iteration_000001"
     run_training(resume_config(tmp_path))
-    assert_same_run(tmp_path, finished.folder.path)
+    assert_same_run(tmp_path, whole.folder.path)
 
 
-def test_signal_while_an_iteration_is_logged_and_saved_comes_after_both(micro_pipeline_folder, monkeypatch, tmp_path):
+def test_signal_while_an_iteration_is_logged_and_saved_comes_after_both(learner, monkeypatch, tmp_path):
     write = Snapshot.write
 
     def interrupted(self, *arguments, **options):
@@ -158,12 +159,12 @@ def test_signal_while_an_iteration_is_logged_and_saved_comes_after_both(micro_pi
         return write(self, *arguments, **options)
 
     monkeypatch.setattr(Snapshot, "write", interrupted)
-    assert run_training(micro_config(micro_pipeline_folder, tmp_path)).iterations == 2
+    assert run_training(micro_config(learner, tmp_path)).iterations == 2
     assert newest(tmp_path) == "iteration_000002"
     assert [row["time/iterations"] for row in rows(tmp_path)] == ["0", "1", "2"]
 
 
-def test_signal_while_the_run_starts_leaves_a_run_that_goes_on(finished, micro_pipeline_folder, monkeypatch, tmp_path):
+def test_signal_while_the_run_starts_leaves_a_run_that_goes_on(whole, learner, monkeypatch, tmp_path):
     start = TensorBoardCurves.__init__
 
     def interrupted(self, *arguments, **options):
@@ -172,26 +173,26 @@ def test_signal_while_the_run_starts_leaves_a_run_that_goes_on(finished, micro_p
 
     with monkeypatch.context() as patch:
         patch.setattr(TensorBoardCurves, "__init__", interrupted)
-        assert run_training(micro_config(micro_pipeline_folder, tmp_path)).iterations == 0
+        assert run_training(micro_config(learner, tmp_path)).iterations == 0
     assert newest(tmp_path) == "iteration_000000"
     assert not (tmp_path / "error.txt").exists()
     run_training(resume_config(tmp_path))
-    assert_same_run(tmp_path, finished.folder.path)
+    assert_same_run(tmp_path, whole.folder.path)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
-def test_signal_that_the_program_ignores_stays_ignored(micro_pipeline_folder, monkeypatch, tmp_path):
+def test_signal_that_the_program_ignores_stays_ignored(learner, monkeypatch, tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         monkeypatch.setattr(micro_agents, "brightness", ActingReward(4, sending(signal.SIGHUP)))
-        assert run_training(micro_config(micro_pipeline_folder, tmp_path)).iterations == 3
+        assert run_training(micro_config(learner, tmp_path)).iterations == 3
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_run_in_a_thread_needs_no_signals(micro_pipeline_folder, tmp_path):
+def test_run_in_a_thread_needs_no_signals(learner, tmp_path):
     results = []
-    config = micro_config(micro_pipeline_folder, tmp_path, iterations=1, eval_interval=0, eval_samples=2)
+    config = micro_config(learner, tmp_path, iterations=1, eval_interval=0, eval_samples=2)
     thread = threading.Thread(target=lambda: results.append(run_training(config)))
     thread.start()
     thread.join()
@@ -202,13 +203,13 @@ def times(folder):
     return {name: (folder / name).stat().st_mtime_ns for name in files_below(folder)}
 
 
-def test_resuming_a_finished_run_says_so_and_changes_nothing(micro_pipeline_folder, monkeypatch, capsys, tmp_path):
+def test_resuming_a_finished_run_says_so_and_changes_nothing(learner, monkeypatch, capsys, tmp_path):
     run = tmp_path / "my run"
-    assert run_script("train_ppo", script(run, micro_pipeline_folder), monkeypatch) == 0
+    assert run_script("train_ppo", script(run, learner), monkeypatch) == 0
     capsys.readouterr()
     before = times(run)
     monkeypatch.setattr(micro_agents, "brightness", ActingReward(1, leave))
-    resume = [f"--resume={run}", "--reward=helpers.micro_agents:brightness", f"--model={micro_pipeline_folder}"]
+    resume = [f"--resume={run}", "--reward=helpers.micro_agents:brightness", f"--model={learner}"]
     assert run_script("train_ppo", resume, monkeypatch) == 0
     shown = capsys.readouterr().out
     assert "The run had finished its 3 iterations already" in shown
@@ -216,22 +217,22 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(micro_pipeline_fold
     assert times(run) == before
 
 
-def test_run_that_died_before_its_summary_is_completed(finished, micro_pipeline_folder, monkeypatch, tmp_path):
+def test_run_that_died_before_its_summary_is_completed(whole, learner, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(agents.training.run, "reward_curve", lambda *_: leave())
         with pytest.raises(SystemExit):
-            run_training(micro_config(micro_pipeline_folder, tmp_path))
-    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").exists(), "weights are saved before pictures"
-    assert (tmp_path / "policy" / "policy.safetensors").exists()
+            run_training(micro_config(learner, tmp_path))
+    assert (tmp_path / "policy" / "policy.safetensors").exists(), "weights are saved before pictures"
+    assert learner == "points" or (tmp_path / "lora" / "pytorch_lora_weights.safetensors").exists()
     assert not (tmp_path / "summary.json").exists()
     run_training(resume_config(tmp_path))
-    assert_same_run(tmp_path, finished.folder.path)
+    assert_same_run(tmp_path, whole.folder.path)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_more_iterations_than_planned_never_raise_the_learning_rate(micro_pipeline_folder, tmp_path, schedule):
+def test_more_iterations_than_planned_never_raise_the_learning_rate(learner, tmp_path, schedule):
     settings = {"learning_rate_schedule": schedule, "eval_interval": 0, "eval_samples": 2}
-    run_training(micro_config(micro_pipeline_folder, tmp_path, iterations=2, **settings))
+    run_training(micro_config(learner, tmp_path, iterations=2, **settings))
     run_training(resume_config(tmp_path, iterations=4))
     rates = [float(row["train/learning_rate"]) for row in rows(tmp_path)[1:]]
     assert len(rates) == 4
@@ -259,10 +260,10 @@ def test_samples_that_nothing_renders_need_no_pictures(monkeypatch, capsys, tmp_
     assert rows(tmp_path / "run")[1]["eval/reward_mean"]
 
 
-def test_finished_training_ends_well_where_the_terminal_lacks_letters(micro_pipeline_folder, monkeypatch, tmp_path):
+def test_finished_training_ends_well_where_the_terminal_lacks_letters(learner, monkeypatch, tmp_path):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr(sys, "stdout", terminal)
-    assert run_script("train_ppo", script(tmp_path / "run", micro_pipeline_folder), monkeypatch) == 0
+    assert run_script("train_ppo", script(tmp_path / "run", learner), monkeypatch) == 0
     terminal.seek(0)
     assert "before 0." in terminal.read()
 

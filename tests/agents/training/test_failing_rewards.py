@@ -47,11 +47,9 @@ class LosesTheThird:
 @pytest.mark.parametrize(
     ("interval", "call", "done"), [(0, 1, 0), (0, 3, 0), (0, 7, 1), (1, 6, 1), (3, 5, 1), (3, 10, 2), (0, 11, 2)]
 )
-def test_run_goes_on_from_the_last_finished_iteration(
-    finished, micro_pipeline_folder, tmp_path, monkeypatch, interval, call, done
-):
+def test_run_goes_on_from_the_last_finished_iteration(whole, learner, tmp_path, monkeypatch, interval, call, done):
     folder = tmp_path / "run"
-    config = micro_config(micro_pipeline_folder, folder, checkpoint_interval=interval)
+    config = micro_config(learner, folder, checkpoint_interval=interval)
     with monkeypatch.context() as patch:
         patch.setattr(micro_agents, "brightness", FailingReward(call))
         with pytest.raises(RuntimeError, match="has left") as caught:
@@ -62,15 +60,18 @@ def test_run_goes_on_from_the_last_finished_iteration(
     assert "the judge [at home] has left" in text
     assert latest_checkpoint(folder / "checkpoints").name == f"iteration_{done:06d}"
     run_training(resume_config(folder))
-    assert_same_run(folder, finished.folder.path)
+    assert_same_run(folder, whole.folder.path)
 
 
-def test_script_says_what_failed_and_how_to_go_on(micro_pipeline_folder, monkeypatch, capsys, tmp_path):
+def test_script_says_what_failed_and_how_to_go_on(learner, monkeypatch, capsys, tmp_path):
     run = tmp_path / "a run"
     reward = FailingReward(4)
     monkeypatch.setattr(micro_agents, "brightness", reward)
-    arguments = [*MINIATURE, "--iterations=3", "--checkpoint-interval=0", f"--model={micro_pipeline_folder}"]
-    arguments.append("--reward=helpers.micro_agents:brightness")
+    places = [] if learner == "points" else [f"--model={learner}"]
+    arguments = [*MINIATURE, "--iterations=3", "--checkpoint-interval=0"]
+    arguments += ["--model=points", "--lora-rank=0"] if learner == "points" else places
+    named = [*places, "--reward=helpers.micro_agents:brightness"]
+    arguments.append(named[-1])
     assert run_script("train_ppo", [*arguments, f"--run-dir={run}"], monkeypatch) == 1
     shown = capsys.readouterr()
     expected = (
@@ -78,10 +79,9 @@ def test_script_says_what_failed_and_how_to_go_on(micro_pipeline_folder, monkeyp
     )
     assert shown.err.splitlines() == [expected]
     assert "The run is saved after 2 iterations" in shown.out
-    again = f"--model={micro_pipeline_folder} --reward=helpers.micro_agents:brightness"
-    assert f"{sys.executable} train_ppo.py --resume '{run}' {again}" in shown.out
+    assert f"{sys.executable} train_ppo.py --resume '{run}' {' '.join(named)}" in shown.out
     assert "Traceback" not in shown.out
-    assert run_script("train_ppo", [f"--resume={run}", *arguments[-2:]], monkeypatch) == 0
+    assert run_script("train_ppo", [f"--resume={run}", *named], monkeypatch) == 0
     assert not (run / "error.txt").exists()
 
 
@@ -111,16 +111,16 @@ def test_ctrl_c_before_training_is_one_line(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().err == "Interrupted.\n"
 
 
-def test_run_that_drops_samples_is_resumed_like_any_other(micro_pipeline_folder, tmp_path, monkeypatch):
+def test_run_that_drops_samples_is_resumed_like_any_other(learner, tmp_path, monkeypatch):
     drop = {"non_finite_rewards": "drop"}
     with monkeypatch.context() as patch:
         patch.setattr(micro_agents, "brightness", LosesTheThird())
-        run_training(micro_config(micro_pipeline_folder, tmp_path / "whole", **drop))
+        run_training(micro_config(learner, tmp_path / "whole", **drop))
     stopping = InterruptedReward(6)
     stopping._reward = LosesTheThird()
     with monkeypatch.context() as patch:
         patch.setattr(micro_agents, "brightness", stopping)
-        assert run_training(micro_config(micro_pipeline_folder, tmp_path / "run", **drop)).iterations == 1
+        assert run_training(micro_config(learner, tmp_path / "run", **drop)).iterations == 1
         run_training(resume_config(tmp_path / "run"))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     table = rows(tmp_path / "whole")
@@ -130,9 +130,9 @@ def test_run_that_drops_samples_is_resumed_like_any_other(micro_pipeline_folder,
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["training"]["non_finite_rewards"] == "drop"
 
 
-def test_option_changes_nothing_where_nothing_is_dropped(finished, micro_pipeline_folder, tmp_path):
-    whole = finished.folder.path
-    run_training(micro_config(micro_pipeline_folder, tmp_path, non_finite_rewards="drop"))
+def test_option_changes_nothing_where_nothing_is_dropped(whole, learner, tmp_path):
+    whole = whole.folder.path
+    run_training(micro_config(learner, tmp_path, non_finite_rewards="drop"))
     for name in ("policy/policy.safetensors", "checkpoints/iteration_000003/tensors.safetensors"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
     extra = {"rollout/dropped_samples", "eval/dropped_samples"}
@@ -143,7 +143,7 @@ def test_option_changes_nothing_where_nothing_is_dropped(finished, micro_pipelin
         assert {mine[name] for name in extra} <= {"0", ""}
 
 
-def test_held_out_samples_without_any_score_are_an_error(micro_pipeline_folder, tmp_path, monkeypatch):
+def test_held_out_samples_without_any_score_are_an_error(learner, tmp_path, monkeypatch):
     monkeypatch.setattr(micro_agents, "brightness", lambda images, prompts, metadata: [np.nan] * len(images))
     with pytest.raises(ValueError, match="all 6 rewards of the held-out samples are NaN or infinite"):
-        run_training(micro_config(micro_pipeline_folder, tmp_path, non_finite_rewards="drop"))
+        run_training(micro_config(learner, tmp_path, non_finite_rewards="drop"))

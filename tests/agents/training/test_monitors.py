@@ -52,10 +52,8 @@ def test_divergence_of_a_run_is_that_of_its_transitions_from_the_pretrained_poli
 
 
 @pytest.mark.parametrize(("samples", "most"), [(6, 2), (5, 3), (1, 1)])
-def test_each_held_out_prompt_occurs_twice(micro_pipeline_folder, tmp_path, samples, most):
-    run = prepare_run(
-        micro_config(micro_pipeline_folder, tmp_path, eval_samples=samples, sample_batch_size=1, samples_per_prompt=1)
-    )
+def test_each_held_out_prompt_occurs_twice(tmp_path, samples, most):
+    run = prepare_run(micro_config("points", tmp_path, eval_samples=samples, sample_batch_size=1, samples_per_prompt=1))
     images = next(one for one in run.listeners if isinstance(one, HeldOutImages))
     texts = [text for text, _ in images.prompts]
     assert len(texts) == samples

@@ -29,26 +29,27 @@ def scoring(score):
 
 
 @pytest.mark.parametrize("score", [np.zeros_like, lambda x: x * 1e30, lambda x: x * 1e-30], ids=["0", "1e30", "1e-30"])
-def test_rewards_of_any_scale_train_to_the_end(micro_pipeline_folder, monkeypatch, tmp_path, score):
+def test_rewards_of_any_scale_train_to_the_end(learner, monkeypatch, tmp_path, score):
     monkeypatch.setattr(micro_agents, "brightness", scoring(score))
-    assert run_training(micro_config(micro_pipeline_folder, tmp_path)).iterations == 3
+    assert run_training(micro_config(learner, tmp_path)).iterations == 3
     assert_finite(tmp_path)
 
 
 SMALLEST = {"samples_per_iteration": 1, "sample_batch_size": 1, "samples_per_prompt": 1, "updates_per_iteration": 1}
 
 
-def test_one_sample_an_iteration_and_one_prompt_train_to_the_end(micro_pipeline_folder, tmp_path):
+def test_one_sample_an_iteration_and_one_prompt_train_to_the_end(learner, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n")
     settings = {**SMALLEST, "prompts": str(tmp_path / "prompts.txt")}
-    assert run_training(micro_config(micro_pipeline_folder, tmp_path / "run", **settings)).iterations == 3
+    assert run_training(micro_config(learner, tmp_path / "run", **settings)).iterations == 3
     assert_finite(tmp_path / "run")
 
 
 @pytest.mark.parametrize("rate", [1e3, 1e4])
-def test_absurd_learning_rate_leaves_a_finite_checkpoint(micro_pipeline_folder, monkeypatch, capsys, tmp_path, rate):
+def test_absurd_learning_rate_leaves_a_finite_checkpoint(learner, monkeypatch, capsys, tmp_path, rate):
     run = tmp_path / "run"
-    arguments = [*MINIATURE, "--iterations=3", f"--learning-rate={rate}", f"--model={micro_pipeline_folder}"]
+    arguments = [*MINIATURE, "--iterations=3", f"--learning-rate={rate}", f"--model={learner}"]
+    arguments += ["--lora-rank=0"] if learner == "points" else []
     arguments += ["--reward=helpers.micro_agents:brightness", f"--run-dir={run}"]
     code = run_script("train_ppo", arguments, monkeypatch)
     assert code in (0, 1, 2), "an end that is documented"
@@ -59,12 +60,12 @@ def test_absurd_learning_rate_leaves_a_finite_checkpoint(micro_pipeline_folder, 
         assert_finite(run)
 
 
-def test_reward_that_is_nan_once_names_the_reward(micro_pipeline_folder, monkeypatch, tmp_path):
+def test_reward_that_is_nan_once_names_the_reward(learner, monkeypatch, tmp_path):
     calls = []
     once = scoring(lambda x: calls.append(1) or (x * np.nan if len(calls) == 6 else x))
     monkeypatch.setattr(micro_agents, "brightness", once)
     with pytest.raises(ValueError, match="finite") as caught:
-        run_training(micro_config(micro_pipeline_folder, tmp_path))
+        run_training(micro_config(learner, tmp_path))
     assert "brightness" in "".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
     assert latest_checkpoint(tmp_path / "checkpoints").name == "iteration_000001"
 
@@ -93,10 +94,10 @@ class Falling:
 
 # Calls of the reward: 2 before training, then 2 per iteration.
 @pytest.mark.parametrize("stops", [True, False])
-def test_collapse_of_the_reward_stops_the_run(micro_pipeline_folder, monkeypatch, tmp_path, capsys, stops):
+def test_collapse_of_the_reward_stops_the_run(learner, monkeypatch, tmp_path, capsys, stops):
     monkeypatch.setattr(micro_agents, "brightness", Falling(4))
     settings = {"iterations": 6, "eval_interval": 0, "stop_on_divergence": stops}
-    config = micro_config(micro_pipeline_folder, tmp_path, **settings)
+    config = micro_config(learner, tmp_path, **settings)
     if not stops:
         assert run_training(config).iterations == 6
     else:
@@ -106,7 +107,7 @@ def test_collapse_of_the_reward_stops_the_run(micro_pipeline_folder, monkeypatch
     assert "warning: the mean reward of iteration 2, " in capsys.readouterr().out
 
 
-def test_best_evaluation_is_kept(micro_pipeline_folder, monkeypatch, tmp_path):
+def test_best_evaluation_is_kept(learner, monkeypatch, tmp_path):
     calls = []
 
     def peak(images, prompts, metadata):
@@ -115,16 +116,16 @@ def test_best_evaluation_is_kept(micro_pipeline_folder, monkeypatch, tmp_path):
 
     peak.__name__ = "brightness"
     monkeypatch.setattr(micro_agents, "brightness", peak)
-    run_training(micro_config(micro_pipeline_folder, tmp_path, iterations=4, eval_interval=1))
+    run_training(micro_config(learner, tmp_path, iterations=4, eval_interval=1))
     table = [float(row["eval/reward_mean"]) for row in rows(tmp_path)]
     best = table.index(max(table))
     assert 0 < best < 4
     kept = load_file(tmp_path / "best" / "policy" / "policy.safetensors")
     last = load_file(tmp_path / "policy" / "policy.safetensors")
     assert any(not torch.equal(kept[name], last[name]) for name in kept)
-    assert (tmp_path / "best" / "lora" / "pytorch_lora_weights.safetensors").exists()
+    assert learner == "points" or (tmp_path / "best" / "lora" / "pytorch_lora_weights.safetensors").exists()
 
 
-def test_same_settings_twice_give_the_same_bits(finished, micro_pipeline_folder, tmp_path):
-    run_training(micro_config(micro_pipeline_folder, tmp_path))
-    assert_same_run(tmp_path, finished.folder.path)
+def test_same_settings_twice_give_the_same_bits(whole, learner, tmp_path):
+    run_training(micro_config(learner, tmp_path))
+    assert_same_run(tmp_path, whole.folder.path)

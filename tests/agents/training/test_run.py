@@ -24,8 +24,8 @@ class Diary(RunListener):
         self.moments.append(("end", run.iteration))
 
 
-def test_listeners_are_told_of_every_iteration_before_it_is_logged(micro_pipeline_folder, tmp_path):
-    run = prepare_run(micro_config(micro_pipeline_folder, tmp_path, eval_interval=0, eval_samples=2))
+def test_listeners_are_told_of_every_iteration_before_it_is_logged(tmp_path):
+    run = prepare_run(micro_config("points", tmp_path, eval_interval=0, eval_samples=2))
     diary = Diary()
     run.listeners.append(diary)
     run.train()
@@ -34,8 +34,8 @@ def test_listeners_are_told_of_every_iteration_before_it_is_logged(micro_pipelin
     assert [row["diary/iteration"] for row in rows(tmp_path)] == ["", "1", "2", "3"], "in the iteration's own row"
 
 
-def test_evaluations_stand_in_the_row_of_their_iteration(micro_pipeline_folder, tmp_path):
-    run = prepare_run(micro_config(micro_pipeline_folder, tmp_path, eval_interval=2, eval_samples=2))
+def test_evaluations_stand_in_the_row_of_their_iteration(tmp_path):
+    run = prepare_run(micro_config("points", tmp_path, eval_interval=2, eval_samples=2))
     run.train()
     assert [iteration for iteration, _ in run.evaluations] == [0, 2, 3]
     table = {int(row["time/iterations"] or 0): row["eval/reward_mean"] for row in rows(tmp_path)}
@@ -64,8 +64,8 @@ def test_evaluations_stand_in_the_row_of_their_iteration(micro_pipeline_folder, 
         ("pretrained_std", float("nan")),
     ],
 )
-def test_state_that_no_run_has_is_refused_and_changes_nothing(micro_pipeline_folder, name, value):
-    run = prepare_run(micro_config(micro_pipeline_folder, None))
+def test_state_that_no_run_has_is_refused_and_changes_nothing(name, value):
+    run = prepare_run(micro_config("points", None))
     state = {
         "iteration": 1,
         "training_rewards": [0.5],

@@ -32,19 +32,17 @@ def config_of(model, folder, algorithm="ppo", **settings):
     [
         ("reinforce", {"kl_coef": 0.1, "advantage": "group"}),
         ("rwr", {"ema_decay": 0.5, "rwr_per_prompt": True}),
-        pytest.param("rwr_sparse", {"rwr_percentile": 50.0}, marks=pytest.mark.slow),
+        ("rwr_sparse", {"rwr_percentile": 50.0}),
         ("nft", {"ema_decay": 0.5, "kl_coef": 0.1, "updates_per_iteration": 2}),
         ("ppo", {"advantage": "leave_one_out", "target_kl": 1.0, "recompute_log_probs": True}),
         ("ppo", {"noise_window": 1, "noise_window_iterations": 1, "shared_noise": True, "ema_decay": 0.5, "epochs": 2}),
     ],
 )
-def test_stopped_and_resumed_run_equals_one_that_was_not(
-    micro_pipeline_folder, tmp_path, monkeypatch, algorithm, settings
-):
-    run_training(config_of(micro_pipeline_folder, tmp_path / "whole", algorithm, **settings))
+def test_stopped_and_resumed_run_equals_one_that_was_not(learner, tmp_path, monkeypatch, algorithm, settings):
+    run_training(config_of(learner, tmp_path / "whole", algorithm, **settings))
     with monkeypatch.context() as patch:
         patch.setattr(micro_agents, "brightness", InterruptedReward(5))
-        stopped = run_training(config_of(micro_pipeline_folder, tmp_path / "stopped", algorithm, **settings))
+        stopped = run_training(config_of(learner, tmp_path / "stopped", algorithm, **settings))
     assert stopped.iterations == 1
     run_training(resume_config(tmp_path / "stopped"))
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
@@ -53,8 +51,8 @@ def test_stopped_and_resumed_run_equals_one_that_was_not(
 @pytest.mark.parametrize(
     ("algorithm", "kind"), [("ppo", PPO), ("reinforce", REINFORCE), ("rwr", RWR), ("rwr_sparse", RWR), ("nft", NFT)]
 )
-def test_configuration_names_the_algorithm(micro_pipeline_folder, tmp_path, algorithm, kind):
-    config = config_of(micro_pipeline_folder, tmp_path, algorithm, kl_coef=0.25, ema_decay=0.5)
+def test_configuration_names_the_algorithm(tmp_path, algorithm, kind):
+    config = config_of("points", tmp_path, algorithm, kl_coef=0.25, ema_decay=0.5)
     model = prepare_run(config).algorithm
     assert type(model) is kind
     assert (model.options.kl_coef, model.options.ema_decay, model.gamma) == (0.25, 0.5, 1.0)
@@ -70,8 +68,8 @@ def test_sizes_and_learning_rate_left_open_are_the_algorithms():
         assert train_config(algorithm=algorithm, learning_rate=0.125).resolved().learning_rate == 0.125
 
 
-def test_resolved_learning_rate_is_in_the_run_folder(micro_pipeline_folder, tmp_path):
-    result = run_training(config_of(micro_pipeline_folder, tmp_path, "rwr", **ONE))
+def test_resolved_learning_rate_is_in_the_run_folder(learner, tmp_path):
+    result = run_training(config_of(learner, tmp_path, "rwr", **ONE))
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert written["learning_rate"] == result.config.learning_rate == ALGORITHMS["rwr"].learning_rate
 
@@ -92,23 +90,23 @@ def failing(images, prompts, metadata):
     return brightness(images, prompts, metadata)
 
 
-def test_error_of_a_reward_surfaces_with_its_traceback(micro_pipeline_folder, tmp_path, monkeypatch):
+def test_error_of_a_reward_surfaces_with_its_traceback(learner, tmp_path, monkeypatch):
     failing.calls = 0
     monkeypatch.setattr(micro_agents, "brightness", failing)
-    config = config_of(micro_pipeline_folder, tmp_path, eval_samples=3)
+    config = config_of(learner, tmp_path, eval_samples=3)
     with pytest.raises(RuntimeError, match="the judge has left") as caught:
         run_training(config)
     assert "failing" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
     assert (tmp_path / "checkpoints" / "iteration_000000").is_dir(), "the run can go on from its last iteration"
 
 
-def test_details_of_a_reward_are_logged(micro_pipeline_folder, tmp_path, monkeypatch):
+def test_details_of_a_reward_are_logged(learner, tmp_path, monkeypatch):
     def detailed(images, prompts, metadata):
         scores = brightness(images, prompts, metadata)
         return scores, {"doubled": 2 * scores, "said": ["bright"] * len(images)}
 
     monkeypatch.setattr(micro_agents, "brightness", detailed)
-    run_training(config_of(micro_pipeline_folder, tmp_path))
+    run_training(config_of(learner, tmp_path))
     for row in rows(tmp_path)[1:]:  # the first one is the evaluation before training
         assert float(row["reward/doubled"]) == pytest.approx(2 * float(row["rollout/reward_mean"]), rel=1e-4)
         assert "reward/said" not in row
@@ -137,12 +135,10 @@ def test_what_does_not_fit_together_is_refused_before_a_model_is_loaded(tmp_path
         prepare_run(train_config(run_dir=tmp_path, model="no-such-model", **settings))
 
 
-def test_integer_rewards_keep_their_fractions(micro_pipeline_folder, tmp_path, monkeypatch):
+def test_integer_rewards_keep_their_fractions(tmp_path, monkeypatch):
     """Rewards 1, 2, 3, 4 standardise to -1.34, -0.45, 0.45, 1.34, not to -1, 0, 0, 1."""
     monkeypatch.setattr(micro_agents, "brightness", lambda images, prompts, metadata: np.arange(1, 5))
-    model = prepare_run(
-        config_of(micro_pipeline_folder, tmp_path, advantage="batch", samples_per_iteration=4)
-    ).algorithm
+    model = prepare_run(config_of("points", tmp_path, advantage="batch", samples_per_iteration=4)).algorithm
     _, callback = model._setup_learn(1)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
     expected = (np.arange(1, 5) - 2.5) / np.std([1, 2, 3, 4])
