@@ -9,6 +9,7 @@ from agents.algorithms.forward.nft import NFT
 from agents.algorithms.ppo import PPO
 from agents.algorithms.reinforce import REINFORCE
 from agents.algorithms.rwr import RWR
+from agents.evaluation.evaluate import evaluate
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.vec_env import VectorEnvAdapter
 from ddpo_env.vector_env import DenoisingVectorEnv
@@ -91,3 +92,12 @@ def denoising_reinforce(model, num_envs=6, policy=None, **arguments):
 def denoising_rwr(model, num_envs=6, policy=None, **arguments):
     """RWR on the denoising MDP, as the paper has it."""
     return denoising(RWR, model, num_envs, policy, **{"advantage": RawReturn()} | arguments)
+
+
+def brightness_rise(model, folder, steps):
+    """Train; return the rewards of 32 held-out samples before, and by how much the same samples' rewards rise."""
+    held_out = micro_env(folder, 32, autoreset_mode="Disabled")
+    prompts = [prompt for prompt, _ in held_out.prompts][:32]
+    before = evaluate(model.policy, held_out, prompts, seed=10_000).rewards
+    model.learn(steps)
+    return before, evaluate(model.policy, held_out, prompts, seed=10_000).rewards - before

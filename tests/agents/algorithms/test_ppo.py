@@ -9,13 +9,12 @@ import stable_baselines3
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
-from helpers.algorithms import collected, denoising_ppo, logged, mean_cartpole_return
-from helpers.micro_agents import STEPS, micro_env, stir, weights
+from helpers.algorithms import brightness_rise, collected, denoising_ppo, logged, mean_cartpole_return
+from helpers.micro_agents import STEPS, stir, weights
 from stable_baselines3.common.env_util import make_vec_env
 
 from agents.algorithms.advantages import PerPromptAdvantage
 from agents.algorithms.ppo import PPO
-from agents.evaluation.evaluate import evaluate
 from agents.rollout.buffer import Transitions
 from agents.rollout.vec_env import VectorEnvAdapter
 
@@ -274,11 +273,6 @@ def test_brightness_of_sampled_images_rises(micro_pipeline_folder):
         policy={"lora_rank": 4, "guidance_scale": 1.0},
         seed=1,
     )
-    held_out = micro_env(micro_pipeline_folder, 32, autoreset_mode=AutoresetMode.DISABLED)
-    prompts = [prompt for prompt, _ in held_out.prompts][:32]
-    before = evaluate(model.policy, held_out, prompts, seed=10_000).rewards
-    model.learn(12 * 16 * STEPS)
-    after = evaluate(model.policy, held_out, prompts, seed=10_000).rewards
-    rise = after - before
+    before, rise = brightness_rise(model, micro_pipeline_folder, 12 * 16 * STEPS)
     assert rise.mean() > 0.7 * before.std()
     assert rise.mean() > 5 * rise.std() / math.sqrt(len(rise)), "same seeds, so nearly every image is brighter"

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from helpers.algorithms import collected, denoising_reinforce, logged, mean_cartpole_return
+from helpers.algorithms import brightness_rise, collected, denoising_reinforce, logged, mean_cartpole_return
 from helpers.micro_agents import STEPS, micro_env, stir, weights
 from stable_baselines3.common.env_util import make_vec_env
 
 from agents import PPO, REINFORCE, DiffusionPolicy, PerPromptAdvantage, Transitions, VectorEnvAdapter
-from agents.evaluation.evaluate import evaluate
 
 
 def gradient(model):
@@ -92,11 +91,7 @@ def test_brightness_of_sampled_images_rises(micro_pipeline_folder):
         policy={"lora_rank": 4, "guidance_scale": 1.0},
         seed=1,
     )
-    held_out = micro_env(micro_pipeline_folder, 32, autoreset_mode="Disabled")
-    prompts = [prompt for prompt, _ in held_out.prompts][:32]
-    before = evaluate(model.policy, held_out, prompts, seed=10_000).rewards
     untrained = weights(model.policy)
-    model.learn(6 * 32 * STEPS)
-    rise = evaluate(model.policy, held_out, prompts, seed=10_000).rewards - before
+    before, rise = brightness_rise(model, micro_pipeline_folder, 6 * 32 * STEPS)
     assert not all(torch.equal(value, untrained[name]) for name, value in weights(model.policy).items())
     assert rise.mean() > 0.3 * before.std()

@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from helpers.algorithms import collected, denoising_rwr, logged, mean_cartpole_return
-from helpers.micro_agents import STEPS, micro_env, stir, weights
+from helpers.algorithms import brightness_rise, collected, denoising_rwr, logged, mean_cartpole_return
+from helpers.micro_agents import STEPS, stir, weights
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from agents import RWR, BatchAdvantage, PerPromptAdvantage
-from agents.evaluation.evaluate import evaluate
 
 
 def final_weights(model):
@@ -202,9 +201,5 @@ def test_brightness_of_sampled_images_rises(micro_pipeline_folder, weighting):
         policy={"lora_rank": 4, "guidance_scale": 1.0},
         seed=2,
     )
-    held_out = micro_env(micro_pipeline_folder, 32, autoreset_mode="Disabled")
-    prompts = [prompt for prompt, _ in held_out.prompts][:32]
-    before = evaluate(model.policy, held_out, prompts, seed=10_000).rewards
-    model.learn(6 * 32 * STEPS)
-    rise = evaluate(model.policy, held_out, prompts, seed=10_000).rewards - before
+    before, rise = brightness_rise(model, micro_pipeline_folder, 6 * 32 * STEPS)
     assert rise.mean() > 0.3 * before.std(), (rise.mean(), before.std())

@@ -3,24 +3,12 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from helpers.sampler_inputs import STABLE_DIFFUSION, normals
 
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 from ddpo_env.sampler.scheduler_table import ddim_of
 
-STABLE_DIFFUSION = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
-    "clip_sample": False,
-}
 STEPS = 10
-
-
-def normals(seed, count, batch=STEPS):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, 4, 3, 2, generator=generator) for _ in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +81,7 @@ def test_least_noise_is_for_steps_that_are_to_have_noise():
 def test_step_without_noise_is_not_scored_and_has_no_gradient(reduction):
     sampler = GaussianSampler.from_scheduler(DDIMScheduler(**STABLE_DIFFUSION), STEPS, [1.0, 0.0] * 5)
     whole = GaussianSampler.from_scheduler(DDIMScheduler(**STABLE_DIFFUSION), STEPS)
-    latents, output, noise = normals(2, 3)
+    latents, output, noise = normals(2, 3, batch=STEPS)
     rows, has_noise = torch.arange(STEPS), sampler.is_stochastic
     actions, _ = sampler.sample(latents, output, rows, noise)
     output.requires_grad_()

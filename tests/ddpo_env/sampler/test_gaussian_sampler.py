@@ -5,23 +5,9 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from helpers.sampler_inputs import SHAPE, STABLE_DIFFUSION, normals
 
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
-
-STABLE_DIFFUSION = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
-    "clip_sample": False,
-}
-SHAPE = (4, 8, 8)
-
-
-def normals(seed, count, batch=1, shape=SHAPE):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, *shape, generator=generator) for _ in range(count)]
 
 
 @pytest.fixture

@@ -14,23 +14,9 @@ from diffusers import (
     LCMScheduler,
     PNDMScheduler,
 )
+from helpers.sampler_inputs import STABLE_DIFFUSION, normals
 
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
-
-STABLE_DIFFUSION = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
-    "clip_sample": False,
-}
-SHAPE = (4, 8, 8)
-
-
-def normals(seed, count, batch=1, shape=SHAPE):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, *shape, generator=generator) for _ in range(count)]
 
 
 def assert_relatively_close(actual, expected, tolerance=1e-5):

@@ -4,12 +4,10 @@ import copy
 
 import pytest
 import torch
-from helpers.algorithms import collected, denoising_nft
-from helpers.micro_agents import STEPS, micro_env, stir
+from helpers.algorithms import brightness_rise, collected, denoising_nft
+from helpers.micro_agents import STEPS, stir
 from helpers.micro_families import stable_diffusion_2, stable_diffusion_3
 from helpers.micro_pipeline import micro_pipeline
-
-from agents.evaluation.evaluate import evaluate
 
 FAMILIES = {"epsilon": micro_pipeline, "v_prediction": stable_diffusion_2, "flow": stable_diffusion_3}
 
@@ -110,9 +108,5 @@ def test_bad_argument_is_refused(micro_pipeline_folder, arguments, message):
 def test_brightness_of_sampled_images_rises(micro_pipeline_folder):
     policy = {"lora_rank": 4, "guidance_scale": 1.0}
     model = denoising_nft(micro_pipeline_folder, num_envs=32, learning_rate=2e-2, policy=policy, seed=2)
-    held_out = micro_env(micro_pipeline_folder, 32, autoreset_mode="Disabled")
-    prompts = [prompt for prompt, _ in held_out.prompts][:32]
-    before = evaluate(model.policy, held_out, prompts, seed=10_000).rewards
-    model.learn(10 * 32 * STEPS)
-    rise = evaluate(model.policy, held_out, prompts, seed=10_000).rewards - before
+    before, rise = brightness_rise(model, micro_pipeline_folder, 10 * 32 * STEPS)
     assert rise.mean() > 0.3 * before.std(), (rise.mean(), before.std())
