@@ -5,6 +5,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from agents.algorithms.advantages import BatchAdvantage, RawReturn
+from agents.algorithms.forward.awm import AWM
 from agents.algorithms.forward.nft import NFT
 from agents.algorithms.ppo import PPO
 from agents.algorithms.reinforce import REINFORCE
@@ -35,6 +36,11 @@ def denoising(kind, model, num_envs=6, policy=None, **arguments):
 def denoising_nft(model, num_envs=6, policy=None, **arguments):
     """DiffusionNFT on the denoising MDP."""
     return denoising(NFT, model, num_envs, policy, **arguments)
+
+
+def denoising_awm(model, num_envs=6, policy=None, **arguments):
+    """Advantage weighted matching on the denoising MDP."""
+    return denoising(AWM, model, num_envs, policy, **arguments)
 
 
 def denoising_ppo(model, num_envs=6, policy=None, **arguments):
@@ -91,3 +97,13 @@ def denoising_reinforce(model, num_envs=6, policy=None, **arguments):
 def denoising_rwr(model, num_envs=6, policy=None, **arguments):
     """RWR on the denoising MDP, as the paper has it."""
     return denoising(RWR, model, num_envs, policy, **{"advantage": RawReturn()} | arguments)
+
+
+MAKERS = {
+    "ppo": denoising_ppo,
+    "reinforce": denoising_reinforce,
+    "rwr": denoising_rwr,
+    "nft": denoising_nft,
+    "awm": denoising_awm,
+}
+"""Every algorithm, by its name in a configuration."""
