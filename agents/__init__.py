@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         PerPromptAdvantage,
         RawReturn,
     )
+    from agents.algorithms.forward.awm import AWM
     from agents.algorithms.forward.nft import NFT
     from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
     from agents.algorithms.options import UpdateOptions
@@ -46,6 +47,7 @@ _MODULES = {
         "PerPromptAdvantage",
         "RawReturn",
     ),
+    "agents.algorithms.forward.awm": ("AWM",),
     "agents.algorithms.forward.nft": ("NFT",),
     "agents.algorithms.on_policy": ("TensorOnPolicyAlgorithm",),
     "agents.algorithms.options": ("UpdateOptions",),
@@ -68,6 +70,7 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "AWM",
     "NFT",
     "PPO",
     "REINFORCE",

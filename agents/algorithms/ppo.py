@@ -22,6 +22,7 @@ from torch import Tensor
 from agents.algorithms.advantages import GeneralizedAdvantage
 from agents.algorithms.on_policy import Metrics, TensorOnPolicyAlgorithm
 from agents.distributed import Metric
+from agents.policy.abilities import PolicyEvaluation
 from agents.rollout.buffer import Transitions
 from ddpo_env.validation.options import POSITIVE, check_value
 from rewards.devices import copied_to
@@ -108,7 +109,6 @@ class PPO(TensorOnPolicyAlgorithm):
 
     def loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Metric]]:
         """Return the clipped surrogate objective, negative, with critic, entropy and KL terms; and metrics."""
-        clip_range = self.scheduled("clip_range", self.clip_range)
         policy = self.evaluate(batch)
         if self.clip_range_vf is not None:
             limit = self.scheduled("clip_range_vf", self.clip_range_vf)
@@ -117,13 +117,17 @@ class PPO(TensorOnPolicyAlgorithm):
         if self.normalize_advantage:
             mean, std = self._batch_moments
             advantages = (advantages - mean) / (std + 1e-8)
-        ratio = torch.exp(policy.log_ratio)
-        unclipped = advantages * ratio
-        clipped = advantages * torch.clamp(ratio, 1 - clip_range, 1 + clip_range)
-        loss, logged = self.regularized(-torch.min(unclipped, clipped).mean(), policy, batch)
-        logged["clip_fraction"] = ((ratio.detach() - 1).abs() > clip_range).float().mean()
-        logged["clip_range"] = torch.tensor(clip_range)
-        return loss, logged
+        policy_loss, own = self.surrogate(policy, advantages, batch)
+        loss, logged = self.regularized(policy_loss, policy, batch)
+        return loss, logged | own
+
+    def surrogate(
+        self, policy: PolicyEvaluation, advantages: Tensor, batch: Transitions
+    ) -> tuple[Tensor, dict[str, Metric]]:
+        """Return the clipped surrogate objective, negative, a scalar; and metrics."""
+        clip_range = self.scheduled("clip_range", self.clip_range)
+        objective, logged = clipped_surrogate(torch.exp(policy.log_ratio), advantages, clip_range)
+        return -objective.mean(), logged
 
     def _update(self, indices: npt.NDArray[np.int64], metrics: Metrics) -> bool:
         if self.normalize_advantage and len(indices) > 1:  # one transition has no spread, as in Stable-Baselines3
@@ -131,3 +135,13 @@ class PPO(TensorOnPolicyAlgorithm):
             chosen = rollout.advantages.flatten()[copied_to(indices, rollout.device)]
             self._batch_moments = chosen.mean(), chosen.std()
         return super()._update(indices, metrics)
+
+
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, dict[str, Metric]]:
+    """Return PPO's objective of ratios, `(batch,)`, and the metrics that all algorithms with such a ratio log."""
+    clipped = advantages * torch.clamp(ratio, 1 - clip_range, 1 + clip_range)
+    logged: dict[str, Metric] = {
+        "clip_fraction": ((ratio.detach() - 1).abs() > clip_range).float().mean(),
+        "clip_range": torch.tensor(clip_range),
+    }
+    return torch.min(advantages * ratio, clipped), logged

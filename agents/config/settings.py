@@ -27,7 +27,7 @@ LEAST_PAIRS = 8
 _SIZE = Range(above=0, at_most=1e6)
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
-Algorithm = Literal["ppo", "reinforce", "rwr", "rwr_sparse", "nft"]
+Algorithm = Literal["ppo", "reinforce", "rwr", "rwr_sparse", "nft", "awm"]
 Advantage = Literal["per_prompt", "batch", "group", "leave_one_out", "gae"]
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -61,8 +61,8 @@ class TrainingSettings(_Checked):
     advantage: Advantage | None = None
     """How a sample is rated. Default: per_prompt (statistics of its prompt), or gae with a critic."""
     advantage_clip: Annotated[float, _SIZE] = 5.0
-    """Standardised advantages (per_prompt, batch, group) are clipped to plus/minus this. With nft it is the advantage
-    from which a sample is good for sure."""
+    """Standardised advantages (per_prompt, batch, group) are clipped to plus/minus this. With nft and awm it is
+    the advantage with the largest effect."""
     stat_buffer_size: Annotated[int, MOST] = 32
     """Rewards kept per prompt, for its mean and standard deviation."""
     stat_min_count: Annotated[int, Range(at_least=2, at_most=1_000_000)] = 8

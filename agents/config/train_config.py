@@ -49,6 +49,7 @@ ALGORITHMS: dict[str, AlgorithmDefaults] = {
     "rwr": AlgorithmDefaults(2e-3, 5, 1, needs_log_probs=False),
     "rwr_sparse": AlgorithmDefaults(5e-4, 50, 1, needs_log_probs=False),
     "nft": _FORWARD_PROCESS,
+    "awm": _FORWARD_PROCESS,
 }
 """Epochs and updates from the papers. The learning rates of ppo, reinforce and rwr are from the search of
 `scripts/experiments/algorithms.py` on the bundled model. Nobody has searched for the others: they have ppo's, because
@@ -77,8 +78,8 @@ class TrainConfig:
     num_inference_steps: Annotated[int, MOST] = 10
     """Denoising steps, the length of an episode."""
     algorithm: Algorithm = "ppo"
-    """ppo (DDPO-IS), reinforce (DDPO-SF), reward-weighted regression: rwr (exponential weights), rwr_sparse; or nft
-    (DiffusionNFT)."""
+    """ppo (DDPO-IS), reinforce (DDPO-SF), reward-weighted regression: rwr (exponential weights), rwr_sparse; on
+    noised samples, nft (DiffusionNFT), awm (advantage weighted matching)."""
     iterations: Annotated[int | None, MOST] = None
     """Rounds of sampling and training in total. Default: 20; for a resumed run, the number that it started with."""
     samples_per_iteration: Annotated[int, MOST] = 72

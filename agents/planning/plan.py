@@ -83,7 +83,7 @@ def denoiser_rows(config: TrainConfig) -> DenoiserRows:
         trained = rows * training.epochs * total * config.trained_steps
         scored = config.update.noise_window or int(config.policy.stochastic_steps(steps).sum())
         measuring = rows * total * (config.trained_steps if training.epochs == 1 else scored) * _recomputes(config)
-    measuring += trained * (bool(config.update.kl_coef) + _older_policies(config))
+    measuring += (trained if config.update.kl_coef else 0) + _older_policies(config, trained)
     return DenoiserRows(
         sampling=rows * _sampled_rows(config),
         training=config.total_iterations * trained,
@@ -224,9 +224,11 @@ def _imitated(config: TrainConfig) -> int:
     return total - math.ceil(fraction * (total - 1))
 
 
-def _older_policies(config: TrainConfig) -> int:
-    """Return how many older policies every pair is computed with too."""
-    return {"nft": 1}.get(config.algorithm, 0)
+def _older_policies(config: TrainConfig, trained: int) -> int:
+    """Return the rows of an iteration that are computed with older policies too, out of those that are trained on."""
+    updates = config.training.epochs * config.training.updates_per_iteration
+    later = trained * (updates - 1) // updates
+    return {"nft": trained, "awm": trained + later}.get(config.algorithm, 0)
 
 
 def _recomputes(config: TrainConfig) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -67,3 +67,25 @@ class LaggingWeights(EMAModel):
         """Take the weights as they are."""
         for own, parameter in zip(self.shadow_params, parameters, strict=True):
             own.copy_(parameter)
+
+
+class WeightSnapshot:
+    """The weights as they were after a number of updates, such as those that sampled a rollout.
+
+    Args:
+        parameters: that learn; none: the snapshot always has the current weights.
+        updates: that they have had so far.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter] = (), updates: int = 0) -> None:
+        """Copy the weights as they are now."""
+        self._parameters, self._updates = parameters, updates
+        self._values = [parameter.detach().clone() for parameter in parameters]
+
+    def is_current(self, updates: int) -> bool:
+        """Return whether the weights are still the same after so many updates."""
+        return updates == self._updates
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Return a context in which the weights are those of the snapshot."""
+        return using_weights(self._parameters, self._values)

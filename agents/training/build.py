@@ -15,6 +15,7 @@ from agents.algorithms.advantages import (
     LeaveOneOutAdvantage,
     PerPromptAdvantage,
 )
+from agents.algorithms.forward.awm import AWM
 from agents.algorithms.forward.nft import NFT
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.algorithms.ppo import PPO
@@ -56,6 +57,8 @@ def build_algorithm(config: TrainConfig, env: VectorEnvAdapter, processes: Proce
     if config.algorithm.startswith("rwr"):
         return _regression(config, env, common)
     common["batch_size"] = total * _trained_steps(config, env) // training.updates_per_iteration
+    if config.algorithm == "awm":
+        return AWM(DiffusionPolicy, env, advantage_clip=training.advantage_clip, **common)
     if config.algorithm == "nft":
         return NFT(DiffusionPolicy, env, beta=training.nft_beta, advantage_clip=training.advantage_clip, **common)
     return PPO(DiffusionPolicy, env, clip_range=training.clip_range, **common)

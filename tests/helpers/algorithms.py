@@ -5,6 +5,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from agents.algorithms.advantages import BatchAdvantage, RawReturn
+from agents.algorithms.forward.awm import AWM
 from agents.algorithms.forward.nft import NFT
 from agents.algorithms.ppo import PPO
 from agents.algorithms.reinforce import REINFORCE
@@ -36,6 +37,11 @@ def denoising(kind, model, num_envs=6, policy=None, **arguments):
 def denoising_nft(model, num_envs=6, policy=None, **arguments):
     """DiffusionNFT on the denoising MDP."""
     return denoising(NFT, model, num_envs, policy, **arguments)
+
+
+def denoising_awm(model, num_envs=6, policy=None, **arguments):
+    """Advantage weighted matching on the denoising MDP."""
+    return denoising(AWM, model, num_envs, policy, **arguments)
 
 
 def denoising_ppo(model, num_envs=6, policy=None, **arguments):
@@ -101,3 +107,13 @@ def brightness_rise(model, folder, steps):
     before = evaluate(model.policy, held_out, prompts, seed=10_000).rewards
     model.learn(steps)
     return before, evaluate(model.policy, held_out, prompts, seed=10_000).rewards - before
+
+
+MAKERS = {
+    "ppo": denoising_ppo,
+    "reinforce": denoising_reinforce,
+    "rwr": denoising_rwr,
+    "nft": denoising_nft,
+    "awm": denoising_awm,
+}
+"""Every algorithm, by its name in a configuration."""

@@ -11,6 +11,7 @@ from agents.algorithms.advantages import (
     LeaveOneOutAdvantage,
     PerPromptAdvantage,
 )
+from agents.algorithms.forward.awm import AWM
 from agents.algorithms.forward.nft import NFT
 from agents.algorithms.options import check_timesteps
 from agents.algorithms.ppo import PPO
@@ -53,6 +54,14 @@ OWN = {
         "percentile": [math.nan, 100, -1],
         "weighting": ["linear"],
         "n_epochs": [0, 10**12],
+    },
+    AWM: {
+        "clip_range": [*NUMBER, 0],
+        "advantage_clip": [*NUMBER, 0],
+        "power": [*NUMBER, 0, 2],
+        "lag_coef": [*NUMBER, 1e12],
+        "lag_rate": [*NUMBER, 2],
+        "lag_limit": [*NUMBER, 1],
     },
     NFT: {
         "beta": [*NUMBER, 0, 1e12],

@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers.algorithms import denoising_nft, denoising_ppo, denoising_rwr
+from helpers.algorithms import MAKERS, denoising_ppo
 from helpers.micro_agents import STEPS, brightness, micro_env, weights
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -49,7 +49,7 @@ def meddling_reward(meddle):
 MEDDLERS = [lambda: None, seed_everything, draw_from_everything]
 
 
-@pytest.mark.parametrize("kind", [denoising_ppo, denoising_rwr, denoising_nft])
+@pytest.mark.parametrize("kind", [MAKERS[name] for name in ("ppo", "rwr", "nft", "awm")])
 @pytest.mark.parametrize("deferred", [False, True])
 def test_reward_and_callback_do_not_change_training(micro_pipeline_folder, kind, deferred):
     results = []

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers.algorithms import collected, denoising_nft, denoising_ppo, denoising_reinforce, denoising_rwr, logged
+from helpers.algorithms import MAKERS, collected, denoising_ppo, logged
 from helpers.micro_agents import STEPS, micro_env, stir
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -56,7 +56,7 @@ def test_full_training_keeps_its_reference(micro_pipeline_folder):
     assert collected(model).drift(np.arange(6 * STEPS))["kl_to_pretrained"] > 1e-6
 
 
-@pytest.mark.parametrize("make", [denoising_ppo, denoising_reinforce, denoising_rwr, denoising_nft])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_both_divergences_are_always_logged(micro_pipeline_folder, make):
     model = collected(make(micro_pipeline_folder))
     model.train()
@@ -65,7 +65,7 @@ def test_both_divergences_are_always_logged(micro_pipeline_folder, make):
     assert "train/kl_penalty" not in logged(model)
 
 
-@pytest.mark.parametrize("make", [denoising_ppo, denoising_reinforce, denoising_rwr, denoising_nft])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_penalty_holds_the_policy_back(micro_pipeline_folder, make):
     divergence = {}
     for kl_coef in (0.0, 1e3):

@@ -9,6 +9,7 @@ from helpers.patients import Patient, finding_of, findings_of
 from peft.tuners.lora import LoraLayer
 
 from agents.algorithms import on_policy
+from agents.config.train_config import ALGORITHMS
 from agents.policy import diffusion_policy
 from agents.training import build
 
@@ -168,7 +169,7 @@ def test_dtype_in_which_the_device_is_slow(tmp_path):
     assert finding.settings == {"dtype": "float32"}
 
 
-@pytest.mark.parametrize("algorithm", ["reinforce", "rwr", "rwr_sparse", "nft"])
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "ppo"])
 def test_other_algorithms_are_healthy(algorithm, tmp_path):
     settings = {"updates_per_iteration": 1, "epochs": 1 if algorithm == "reinforce" else 2}
     findings = findings_of(

@@ -10,6 +10,7 @@ from helpers.micro_pipeline import micro_pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 from agents.config.presets import preset_config
+from agents.config.train_config import ALGORITHMS
 from agents.planning import flops
 from agents.planning.flops import Flops, count_flops, describe_seconds, estimate_time
 from agents.planning.plan import denoiser_rows
@@ -47,7 +48,7 @@ def test_operations_of_stable_diffusion_are_the_published_ones():
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("algorithm", ["ppo", "rwr", "rwr_sparse", "nft"])
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "reinforce"])
 def test_rows_are_those_that_a_run_computes(micro_pipeline_folder, tmp_path, monkeypatch, guidance, algorithm):
     # Standardised in pairs, half of the advantages would be 1 and none the single best.
     choice = {"algorithm": algorithm, "updates_per_iteration": 1, "timestep_fraction": 0.5, "advantage": "batch"}

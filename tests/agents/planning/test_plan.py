@@ -49,6 +49,7 @@ def test_plan_of_sparse_regression():
         ({"guidance_scale": 1.0, "autocast": "float16"}, 8 * 2),
         ({"kl_coef": 0.1}, 2 * 8 * 2),
         ({"algorithm": "nft"}, 2 * 8 * 2),
+        ({"algorithm": "awm"}, 2 * 8 * 2 + 2 * 4 * 2),
         ({"algorithm": "nft", "kl_coef": 0.1, "epochs": 2, "dtype": "bfloat16"}, 2 * (2 * 2 * 8 * 2)),
     ],
 )

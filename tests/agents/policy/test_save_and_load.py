@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers.algorithms import collected, denoising_nft, denoising_ppo, denoising_reinforce, denoising_rwr
+from helpers.algorithms import MAKERS, collected, denoising_ppo
 from helpers.micro_agents import STEPS, micro_env, weights
 from safetensors.torch import load_file, save_file
 from stable_baselines3.common.env_util import make_vec_env
@@ -19,7 +19,7 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-@pytest.mark.parametrize("make", [denoising_ppo, denoising_reinforce, denoising_rwr, denoising_nft])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_loaded_algorithm_has_the_weights_and_settings_and_trains_on(micro_pipeline_folder, tmp_path, make):
     model = make(micro_pipeline_folder, max_grad_norm=0.7, ema_decay=0.5, timestep_window=(0.0, 0.8))
     model.learn(2 * 6 * STEPS, log_interval=None)

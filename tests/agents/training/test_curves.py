@@ -70,6 +70,7 @@ def test_run_that_ends_sooner_than_planned_is_evaluated_in_its_own_row(learner, 
 VARIANTS = [
     {"critic": True, "advantage": "gae", "kl_coef": 0.1, "non_finite_rewards": "drop"},
     {"algorithm": "rwr", "kl_coef": 0.1},
+    {"algorithm": "awm"},
     {"algorithm": "nft", "kl_coef": 0.1, "critic": True},
     {"autocast": "float16", "target_kl": 1.0},
 ]

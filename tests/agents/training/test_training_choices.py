@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import yaml
 from helpers import micro_agents
+from helpers.algorithms import MAKERS
 from helpers.micro_agents import InterruptedReward, brightness, micro_config, resume_config
 from helpers.run_comparison import assert_same_run, rows
 
-from agents import NFT, PPO, REINFORCE, RWR
+from agents import AWM, NFT, PPO, REINFORCE, RWR
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.config.train_config import ALGORITHMS, train_config
 from agents.training.preparation import prepare_run, run_training
@@ -34,6 +35,7 @@ def config_of(model, folder, algorithm="ppo", **settings):
         ("rwr", {"ema_decay": 0.5, "rwr_per_prompt": True}),
         ("rwr_sparse", {"rwr_percentile": 50.0}),
         ("nft", {"ema_decay": 0.5, "kl_coef": 0.1, "updates_per_iteration": 2}),
+        ("awm", {"updates_per_iteration": 2, "epochs": 2}),
         ("ppo", {"advantage": "leave_one_out", "target_kl": 1.0, "recompute_log_probs": True}),
         ("ppo", {"noise_window": 1, "noise_window_iterations": 1, "shared_noise": True, "ema_decay": 0.5, "epochs": 2}),
     ],
@@ -48,9 +50,14 @@ def test_stopped_and_resumed_run_equals_one_that_was_not(learner, tmp_path, monk
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "kind"), [("ppo", PPO), ("reinforce", REINFORCE), ("rwr", RWR), ("rwr_sparse", RWR), ("nft", NFT)]
-)
+CLASSES = {"ppo": PPO, "reinforce": REINFORCE, "rwr": RWR, "rwr_sparse": RWR, "nft": NFT, "awm": AWM}
+
+
+def test_every_algorithm_has_a_class_and_is_tested():
+    assert CLASSES.keys() == ALGORITHMS.keys() == MAKERS.keys() | {"rwr_sparse"}
+
+
+@pytest.mark.parametrize(("algorithm", "kind"), CLASSES.items())
 def test_configuration_names_the_algorithm(tmp_path, algorithm, kind):
     config = config_of("points", tmp_path, algorithm, kl_coef=0.25, ema_decay=0.5)
     model = prepare_run(config).algorithm
@@ -115,7 +122,7 @@ def test_details_of_a_reward_are_logged(learner, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"algorithm": "sac"}, "algorithm must be one of ppo, reinforce, rwr, rwr_sparse, nft; got 'sac'"),
+        ({"algorithm": "sac"}, f"algorithm must be one of {', '.join(ALGORITHMS)}; got 'sac'"),
         (
             {"advantage": "best"},
             "advantage must be None or one of per_prompt, batch, group, leave_one_out, gae; got 'best'",

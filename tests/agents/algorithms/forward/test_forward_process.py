@@ -5,15 +5,15 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers.algorithms import collected, denoising_nft, logged
+from helpers.algorithms import collected, denoising, denoising_awm, denoising_nft, logged
 from helpers.micro_agents import STEPS, stir, weights
 
-from agents import NFT
+from agents import AWM, NFT
 from agents.config.train_config import train_config
 from agents.policy.weight_copies import LaggingWeights, using_weights
 
-KINDS = [denoising_nft]
-CLASSES = [NFT]
+KINDS = [denoising_nft, denoising_awm]
+CLASSES = [NFT, AWM]
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -25,7 +25,7 @@ def test_policy_without_a_denoiser_is_refused_by_name(kind):
 @pytest.mark.parametrize("kind", CLASSES)
 def test_entropy_bonus_is_refused(kind, micro_pipeline_folder):
     with pytest.raises(ValueError, match=f"ent_coef must be 0 with {kind.__name__}.*got 0.1"):
-        denoising_nft(micro_pipeline_folder, ent_coef=0.1)
+        denoising(kind, micro_pipeline_folder, ent_coef=0.1)
 
 
 @pytest.mark.parametrize("make", KINDS)
@@ -127,8 +127,9 @@ def test_old_policy_samples_and_follows_at_the_end_of_an_iteration(micro_pipelin
     assert all(torch.equal(value, after[name]) for name, value in weights(model.policy).items())
 
 
-def test_distances_of_the_first_iteration_are_of_one_policy(micro_pipeline_folder):
-    model = denoising_nft(micro_pipeline_folder)
+@pytest.mark.parametrize("make", KINDS)
+def test_distances_of_the_first_iteration_are_of_one_policy(micro_pipeline_folder, make):
+    model = make(micro_pipeline_folder, lag_rate=0.2)
     stir(model.policy, 0.1)
     collected(model).train()
     assert logged(model)["train/lag_distance"] == pytest.approx(0, abs=1e-9)
