@@ -189,7 +189,10 @@ def save_sheets(
     sets: dict[str, list[Subject]],
     readings: dict[str, list[Subject]],
 ) -> None:
-    """Write the first image of every subject, of the composed activities of every second one; none is selected."""
+    """Write the first image of every subject, of the composed activities of every second one; none is selected.
+
+    "no:" stands before what the reader does not find.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     save_sheet(folder / "tiny_contact_sheet.png", generated["simple_animals"][:45], SIMPLE_ANIMALS, columns=9)
     others = [*generated["held_out_animals"][:20], *generated["everyday_objects"][:20]]
@@ -203,7 +206,7 @@ def save_sheets(
             activities = HELD_OUT_ACTIVITIES if name.startswith("held_out") else ACTIVITIES
             for index, subject in by_row(sets[name], activities, every):
                 images.append(generated[name][index])
-                labels.append(brief(subject) if readings[name][index] == subject else f"× {brief(subject)}")
+                labels.append(brief(subject) if readings[name][index] == subject else f"no: {brief(subject)}")
         save_sheet(folder / f"{file}.png", images, labels, columns=15)
     counts = [count * 45 + index for count in range(3) for index in range(0, 45, 3)]
     labels = [sets["counts"][index].caption for index in counts]
