@@ -180,7 +180,7 @@ def test_what_cannot_be_quantized_is_refused_by_name(micro_pipeline_folder: Path
     with pytest.raises(ValueError, match="merge_lora must be None or False with quantization='int8'"):
         micro_policy(env, merge_lora=True)
     with pytest.raises(ValueError, match="quantization must be None with model 'points'"):
-        check_run(micro_config("points", None, quantization="nf4"), Processes())
+        check_run(micro_config("points", None, quantization="nf4", lora_rank=2), Processes())
 
 
 def parts(network: nn.Module) -> list[torch.Tensor]:

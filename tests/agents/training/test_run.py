@@ -64,8 +64,8 @@ def test_evaluations_stand_in_the_row_of_their_iteration(tmp_path):
         ("pretrained_std", float("nan")),
     ],
 )
-def test_state_that_no_run_has_is_refused_and_changes_nothing(name, value):
-    run = prepare_run(micro_config("points", None))
+def test_state_that_no_run_has_is_refused_and_changes_nothing(tmp_path, name, value):
+    run = prepare_run(micro_config("points", tmp_path))
     state = {
         "iteration": 1,
         "training_rewards": [0.5],
