@@ -2,7 +2,7 @@
 
 import sys
 
-from agents.doctor.command import main
+from agents.commands.doctor.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

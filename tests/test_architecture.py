@@ -14,21 +14,18 @@ from helpers.paths import ROOT
 LIBRARY = ("agents", "ddpo_env", "rewards")
 LAYERS = ("scripts", *LIBRARY)
 """Each package imports only itself and those after it."""
-_BELOW_TRAINING = {
-    *("planning", "config", "algorithms", "evaluation", "policy", "rollout", "distributed", "files", "terminal")
-}
+_BELOW_TRAINING = {*("planning", "config", "algorithms", "evaluation", "policy", "rollout", "distributed", "output")}
 ROOMS = {
-    "doctor": {"training", *_BELOW_TRAINING},
+    "commands": {"training", *_BELOW_TRAINING},
     "training": _BELOW_TRAINING,
-    "planning": {"config", "algorithms", "policy", "rollout", "distributed", "terminal"},
-    "config": {"algorithms", "policy", "rollout", "distributed", "terminal"},
+    "planning": {"config", "algorithms", "policy", "rollout", "distributed", "output"},
+    "config": {"algorithms", "policy", "rollout", "distributed", "output"},
     "algorithms": {"policy", "rollout", "distributed"},
-    "evaluation": {"policy", "rollout", "distributed", "files", "terminal"},
-    "policy": {"rollout", "distributed", "files"},
+    "evaluation": {"policy", "rollout", "distributed", "output"},
+    "policy": {"rollout", "distributed", "output"},
     "rollout": {"distributed"},
     "distributed": set(),
-    "files": set(),
-    "terminal": set(),
+    "output": set(),
 }
 """The rooms of `agents`, and what each may import."""
 MOST_ENTRIES, MOST_ROOMS, MOST_LINES = 12, 12, 400

@@ -13,7 +13,7 @@ from typing import Any
 
 from agents.config.content import PLACES, fingerprint, place_of
 from agents.config.train_config import TrainConfig
-from agents.terminal import quoted
+from agents.output.terminal import quoted
 from ddpo_env.validation.options import shown
 from rewards import parse_options
 from rewards.registry import HARMLESS_TEXT_OPTIONS, user_functions

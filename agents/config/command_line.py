@@ -11,7 +11,7 @@ import tyro
 
 from agents.config.presets import PRESETS, preset_config
 from agents.config.train_config import TrainConfig
-from agents.terminal import print_error
+from agents.output.terminal import print_error
 
 
 @dataclass(frozen=True, kw_only=True)

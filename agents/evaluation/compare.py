@@ -39,8 +39,8 @@ from agents.evaluation.generation import (
 )
 from agents.evaluation.image_grid import write_image
 from agents.evaluation.intervals import RESAMPLES
-from agents.files import write_file
-from agents.terminal import print_line, run_command, tolerate_encodings
+from agents.output.files import write_file
+from agents.output.terminal import print_line, run_command, tolerate_encodings
 from ddpo_env.prompts import PromptSet, load_prompts
 from ddpo_env.validation.options import Range
 from rewards import (

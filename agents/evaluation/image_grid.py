@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from agents.files import write_file
+from agents.output.files import write_file
 
 _MARGIN = 6
 _FONT_SIZE = 12

@@ -11,7 +11,7 @@ from unittest import mock
 
 import numpy as np
 
-from agents.files import write_file
+from agents.output.files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

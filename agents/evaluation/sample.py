@@ -17,7 +17,7 @@ import tyro
 from numpy.typing import NDArray
 
 from agents.evaluation.generation import SEED, SEEDS_APART, GenerationArguments, check_model, stock_images
-from agents.terminal import run_command, tolerate_encodings
+from agents.output.terminal import run_command, tolerate_encodings
 
 
 @dataclass(frozen=True, kw_only=True)

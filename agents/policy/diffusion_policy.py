@@ -27,7 +27,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from agents.distributed import Rows
-from agents.files import write_file, write_folder
+from agents.output.files import write_file, write_folder
 from agents.policy.abilities import SamplerAbilities
 from agents.policy.compilation import compile_denoiser
 from agents.policy.critic import DenoisingCritic

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.config.train_config import TrainConfig
-from agents.files import fresh_name, remove_leftovers, sync, write_file
+from agents.output.files import fresh_name, remove_leftovers, sync, write_file
 from agents.training.algorithm_state import Stateful, algorithm_state, load_algorithm_state
 from agents.training.stored_values import read_json, restore, store
 

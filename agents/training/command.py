@@ -12,7 +12,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from agents.terminal import BAD_ARGUMENTS, INTERRUPTED, print_error, print_line, quoted, tolerate_encodings
+from agents.output.terminal import BAD_ARGUMENTS, INTERRUPTED, print_error, print_line, quoted, tolerate_encodings
 
 if TYPE_CHECKING:  # imports that take seconds are in `prepare`, where Ctrl-C is handled
     from agents.config.train_config import TrainConfig

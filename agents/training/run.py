@@ -18,7 +18,7 @@ from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.config.train_config import TrainConfig
 from agents.evaluation.evaluate import Evaluation
 from agents.evaluation.plots import reward_curve
-from agents.files import refuse_links
+from agents.output.files import refuse_links
 from agents.planning.memory import fit_micro_batch_size
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.vec_env import denoising_env_of

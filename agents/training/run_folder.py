@@ -35,7 +35,7 @@ import yaml
 from filelock import FileLock, Timeout
 from stable_baselines3.common.logger import KVWriter, filter_excluded_keys
 
-from agents.files import refuse_links, remove_leftovers, write_file
+from agents.output.files import refuse_links, remove_leftovers, write_file
 
 _FOLDERS = ("samples", "tensorboard", "lora", "policy", "best", "checkpoints", "judge")
 _ITERATION = "time/iterations"

@@ -4,7 +4,7 @@ import re
 
 from helpers.paths import ROOT
 
-from agents.doctor.checks import CHECKS
+from agents.commands.doctor.checks import CHECKS
 
 PAGE = (ROOT / "docs" / "doctor.md").read_text("utf-8")
 

@@ -2,9 +2,9 @@
 
 from itertools import count
 
+from agents.commands.doctor.checks import CHECKS
+from agents.commands.doctor.examination import Examination, examine
 from agents.distributed import Processes
-from agents.doctor.checks import CHECKS
-from agents.doctor.examination import Examination, examine
 from agents.training.preparation import check_run
 from ddpo_env.models import ModelAbilities, load_model
 from helpers.micro_agents import micro_config

@@ -9,9 +9,9 @@ from helpers.micro_pipeline import micro_pipeline
 from helpers.patients import findings_of
 from helpers.pretend_accelerator import Accelerator, pretend_accelerator
 
+from agents.commands.doctor.checks import CHECKS
+from agents.commands.doctor.examination import Examination, examine
 from agents.distributed import Processes
-from agents.doctor.checks import CHECKS
-from agents.doctor.examination import Examination, examine
 from agents.training.preparation import check_run
 
 SETTINGS: dict[str, Any] = {"device": "cuda", "dtype": "float32", "lora_targets": "attention"}

@@ -15,11 +15,11 @@ from helpers.more_families import build
 from helpers.prompt_images import KONTEXT, likeness, picture, prompt_file
 
 from agents import DiffusionPolicy
+from agents.commands.doctor.checks import CHECKS
+from agents.commands.doctor.examination import Examination
 from agents.config.resolve import resolve
 from agents.config.train_config import TrainConfig
 from agents.distributed import Processes
-from agents.doctor.checks import CHECKS
-from agents.doctor.examination import Examination
 from agents.evaluation.compare import EvaluateArguments, evaluate_models
 from agents.evaluation.sample import SampleArguments, generate
 from agents.planning.flops import estimate_time

@@ -23,7 +23,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from peft import PeftModel
 from torch import Tensor, nn
 
-from agents.doctor.examination import Examination
+from agents.commands.doctor.examination import Examination
 from agents.policy.lora import continue_lora, share_weights, starting_adapters
 from ddpo_env.models import DiffusionModel, abilities_of, load_model
 from ddpo_env.models.files.pipelines import pipeline_of

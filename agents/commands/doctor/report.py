@@ -14,10 +14,10 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
+from agents.commands.doctor.finding import LEVELS, Finding
 from agents.config.train_config import TrainConfig
-from agents.doctor.finding import LEVELS, Finding
-from agents.files import write_file
-from agents.terminal import escaped, quoted
+from agents.output.files import write_file
+from agents.output.terminal import escaped, quoted
 
 _COLOURS = {"green": "green", "amber": "yellow", "red": "red"}
 _INDENT, _WIDTH = 26, 120

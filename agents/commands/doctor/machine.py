@@ -14,8 +14,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from agents.doctor.examination import Examination
-from agents.doctor.finding import Finding, Level
+from agents.commands.doctor.examination import Examination
+from agents.commands.doctor.finding import Finding, Level
 from ddpo_env.models.files.pipelines import pipeline_of
 from ddpo_env.models.protocol import encode
 from ddpo_env.models.quantization import quantization_of, stored_bytes

@@ -11,8 +11,8 @@ from helpers.micro_pipeline import micro_pipeline
 from helpers.patients import Patient, examination_of, finding_of, findings_of
 from safetensors.torch import load_file, save_file
 
-from agents.doctor.checks import CHECKS
-from agents.doctor.examination import examine
+from agents.commands.doctor.checks import CHECKS
+from agents.commands.doctor.examination import examine
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -237,7 +237,7 @@ def test_model_that_does_not_load_is_red_and_the_machine_is_still_examined(tmp_p
     def fail(*_):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr("agents.doctor.examination.load_configured_model", partial(fail))
+    monkeypatch.setattr("agents.commands.doctor.examination.load_configured_model", partial(fail))
     findings = findings_of(Patient(), tmp_path, "machine", "model", "parity", "plan")
     assert findings["machine"].level == "green"
     assert findings["model"].level == "red"

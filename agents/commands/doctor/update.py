@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
-from agents.doctor.examination import Examination
-from agents.doctor.finding import Finding, graded
-from agents.doctor.machine import learning_names
+from agents.commands.doctor.examination import Examination
+from agents.commands.doctor.finding import Finding, graded
+from agents.commands.doctor.machine import learning_names
 from agents.rollout.buffer import Transitions
 
 _UNUSED = 0.01

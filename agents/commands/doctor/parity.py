@@ -16,10 +16,10 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from agents.doctor.examination import Examination
-from agents.doctor.finding import Finding, Level, graded
-from agents.doctor.stock_pipeline import Watched, pipeline_of, watch, with_saved_lora
-from agents.doctor.update import stirred
+from agents.commands.doctor.examination import Examination
+from agents.commands.doctor.finding import Finding, Level, graded
+from agents.commands.doctor.stock_pipeline import Watched, pipeline_of, watch, with_saved_lora
+from agents.commands.doctor.update import stirred
 from ddpo_env.models import DiffusionModel
 from ddpo_env.models.image_decoding import decode_samples
 from ddpo_env.models.protocol import encode

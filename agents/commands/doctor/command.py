@@ -15,7 +15,7 @@ from pathlib import Path
 import tyro
 
 from agents.config.command_line import SettingsLine, parse_settings_line
-from agents.terminal import BAD_ARGUMENTS, INTERRUPTED, print_error, print_line, tolerate_encodings
+from agents.output.terminal import BAD_ARGUMENTS, INTERRUPTED, print_error, print_line, tolerate_encodings
 
 HEALTHY, RED = 0, 1
 
@@ -47,9 +47,16 @@ def main() -> int:
 
 def doctor(line: DoctorLine) -> int:
     """Examine the run of a command line; return the exit code of `main`."""
+    from agents.commands.doctor.checks import examine_checked
+    from agents.commands.doctor.report import (
+        print_summary,
+        recommended,
+        show,
+        train_command,
+        write_json,
+        write_settings,
+    )
     from agents.distributed import Processes
-    from agents.doctor.checks import examine_checked
-    from agents.doctor.report import print_summary, recommended, show, train_command, write_json, write_settings
     from agents.training.command import describe
     from agents.training.preparation import check_run
 

@@ -5,8 +5,8 @@ import pytest
 from helpers.micro_agents import Remembering, brightness
 from helpers.patients import Patient, examination_of, finding_of, findings_of
 
-from agents.doctor.checks import CHECKS
-from agents.doctor.examination import examine
+from agents.commands.doctor.checks import CHECKS
+from agents.commands.doctor.examination import examine
 
 
 def swapped(prompts, images, metadata):
@@ -94,7 +94,7 @@ def test_reward_with_many_ties(tmp_path):
 
 
 def test_reward_that_takes_most_of_the_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("agents.doctor.speed._seconds_per_sample", lambda _: (0.0, 3600.0))
+    monkeypatch.setattr("agents.commands.doctor.speed._seconds_per_sample", lambda _: (0.0, 3600.0))
     finding = finding_of(Patient(), tmp_path, "plan")
     assert finding.level == "amber"
     assert "reward takes most" in finding.advice

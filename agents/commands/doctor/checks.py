@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from agents.commands.doctor.examination import Check, Examination, examine
+from agents.commands.doctor.finding import Finding
+from agents.commands.doctor.machine import check_disk, check_machine, check_model, check_policy, check_prompts
+from agents.commands.doctor.parity import check_decoder, check_denoiser, check_lora, check_path, check_table
+from agents.commands.doctor.samples import (
+    check_failing_sample,
+    check_inputs,
+    check_repeatability,
+    check_sampler,
+    check_scores,
+)
+from agents.commands.doctor.speed import check_plan, check_speed
+from agents.commands.doctor.update import check_gradient, check_ratio, check_timesteps, check_update
 from agents.config.train_config import TrainConfig
 from agents.distributed import Processes
-from agents.doctor.examination import Check, Examination, examine
-from agents.doctor.finding import Finding
-from agents.doctor.machine import check_disk, check_machine, check_model, check_policy, check_prompts
-from agents.doctor.parity import check_decoder, check_denoiser, check_lora, check_path, check_table
-from agents.doctor.samples import check_failing_sample, check_inputs, check_repeatability, check_sampler, check_scores
-from agents.doctor.speed import check_plan, check_speed
-from agents.doctor.update import check_gradient, check_ratio, check_timesteps, check_update
 from agents.training.preparation import CheckedRun, check_run
 
 CHECKS: dict[str, Check] = {

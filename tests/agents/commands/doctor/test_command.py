@@ -10,12 +10,12 @@ from helpers.micro_agents import micro_config
 from helpers.scripts import run_script
 from rich.console import Console
 
+from agents.commands.doctor.checks import CHECKS
+from agents.commands.doctor.command import main
+from agents.commands.doctor.finding import Finding, graded
+from agents.commands.doctor.report import levels, recommended, show, train_command, write_json, write_settings
 from agents.config.command_line import parse_command_line
 from agents.config.train_config import TrainConfig, train_config
-from agents.doctor.checks import CHECKS
-from agents.doctor.command import main
-from agents.doctor.finding import Finding, graded
-from agents.doctor.report import levels, recommended, show, train_command, write_json, write_settings
 
 MICRO = [
     "--reward=helpers.micro_agents:brightness",

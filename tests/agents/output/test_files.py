@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from agents.files import refuse_links, write_file, write_folder
+from agents.output.files import refuse_links, write_file, write_folder
 
 
 def names(folder):

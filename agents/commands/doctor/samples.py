@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from agents.doctor.examination import Examination, uses_images
-from agents.doctor.finding import Finding, Level
-from agents.doctor.stock_pipeline import pipeline_of, watch
+from agents.commands.doctor.examination import Examination, uses_images
+from agents.commands.doctor.finding import Finding, Level
+from agents.commands.doctor.stock_pipeline import pipeline_of, watch
 from agents.evaluation.image_grid import image_grid, write_image
 from ddpo_env.models import abilities_of
 from ddpo_env.models.image_decoding import decode_samples

@@ -24,10 +24,10 @@ from stable_baselines3.common.utils import set_random_seed
 from torch import Tensor
 
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
+from agents.commands.doctor.finding import Finding
 from agents.config.sizes import divisors
 from agents.config.train_config import TrainConfig
 from agents.distributed import Processes
-from agents.doctor.finding import Finding
 from agents.evaluation.evaluate import evaluation_prompts
 from agents.planning.memory import fit_micro_batch_size
 from agents.policy.diffusion_policy import DiffusionPolicy

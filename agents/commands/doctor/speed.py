@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-from agents.doctor.examination import Examination
-from agents.doctor.finding import Finding
+from agents.commands.doctor.examination import Examination
+from agents.commands.doctor.finding import Finding
 from agents.planning.flops import describe_seconds
 from agents.planning.plan import denoiser_rows, pairs_per_update
 from ddpo_env.models.image_decoding import decode_samples

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from agents.terminal import escaped, print_error, print_line, quoted
+from agents.output.terminal import escaped, print_error, print_line, quoted
 
 
 def test_control_characters_are_written_out(capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,7 +24,7 @@ def test_commands_are_quoted_to_be_pasted() -> None:
 
 
 def test_any_text_is_printed_in_any_encoding() -> None:
-    code = "from agents.terminal import *; tolerate_encodings(); print_line('ε → 猫'); print_error('\\udcff ε')"
+    code = "from agents.output.terminal import *; tolerate_encodings(); print_line('ε → 猫'); print_error('\\udcff ε')"
     environment = {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
     assert done.stdout == b"? ? ?\n"

@@ -1,0 +1,1 @@
+"""What leaves the process: `files` writes folders and files whole, `terminal` writes lines for people."""
