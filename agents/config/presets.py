@@ -33,12 +33,19 @@ _EXPERIMENTS: dict[str, _Experiment] = {
 _MINIATURES: dict[str, dict[str, Any]] = {
     "tiny-compressibility": {"reward": "jpeg_compressibility"},
     "tiny-incompressibility": {"reward": "jpeg_incompressibility"},
-    "tiny-aesthetic": {"reward": "aesthetic", "reward_options": ("model=tiny",)},
+    "tiny-aesthetic": {
+        "reward": "aesthetic",
+        "reward_options": ("model=tiny",),
+        # Long enough for its over-optimisation to be seen.
+        "iterations": 20,
+        "learning_rate": 5e-3,
+    },
     "tiny-alignment": {
         "reward": "vlm_alignment",
         "reward_options": ("model=tiny",),
         "prompts": "animal_activities",
         # The descriptions of a judge are a coarser signal than a file's size: larger groups of samples, smaller steps.
+        "iterations": 20,
         "num_inference_steps": 5,
         "samples_per_iteration": 144,
         "sample_batch_size": 72,

@@ -128,8 +128,8 @@ class RunSettings(_Checked):
     holdout_reward_options: tuple[str, ...] = ()
     """Arguments of the held-out reward, written like --reward-options."""
     stop_at_overoptimisation: bool = False
-    """End the run when the held-out reward is below its best by more than two standard errors of the difference on the
-    same seeds, in two evaluations in a row. It needs --holdout-reward."""
+    """End the run after three evaluations without a better held-out reward, if meanwhile the reward has risen or the
+    held-out one has fallen, by more than two standard errors. It needs --holdout-reward."""
     checkpoint_interval: Annotated[int, MOST_OR_0] = 1
     """Iterations between checkpoints; 0: only at the end. A run that Ctrl-C or an error stops writes one too."""
     stop_on_divergence: bool = True

@@ -1,9 +1,11 @@
-"""The brake: it ends a run when the held-out reward has fallen below its best, and says which policy to use.
+"""The brake: it ends a run whose held-out reward no longer rises, and says which policy to use.
 
-The rule is a paired comparison. Every evaluation samples the same prompts and seeds, so each held-out sample has a
-score now and a score at the best evaluation. Their mean difference has a standard error; seeds that are easy or hard
-for every policy do not widen it. The held-out reward counts as fallen if the difference is more than two standard
-errors. Once can be chance, and the best of several evaluations is a little lucky, so it must happen twice in a row.
+A learned reward is over-optimised from the moment at which it goes on rising and what it stands for does not; long
+before that has fallen measurably. So the run ends after three evaluations without a new best of the held-out reward, if
+in this time the reward that is trained on has risen, or the held-out one has fallen. Both are paired comparisons. Every
+evaluation samples the same prompts and seeds, so each held-out sample has a score now and a score at the best
+evaluation. Their mean difference must be more than two of its standard errors; seeds that are easy or hard for every
+policy do not widen those.
 """
 
 from __future__ import annotations
@@ -18,23 +20,23 @@ from agents.evaluation.evaluate import Evaluation
 from agents.training.run import Run, RunListener
 
 STANDARD_ERRORS = 2.0
-EVALUATIONS = 2
+EVALUATIONS = 3
 
 
-def has_fallen(best: npt.NDArray[np.float64], now: npt.NDArray[np.float64]) -> bool:
-    """Return whether scores are lower than the best ones by more than two standard errors of the paired difference.
+def is_higher(scores: npt.NDArray[np.float64], than: npt.NDArray[np.float64]) -> bool:
+    """Return whether scores are higher than others by more than two standard errors of the paired difference.
 
     Args:
-        best: scores at the best evaluation, `(samples,)`, at least two.
-        now: scores of the samples of the same seeds, `(samples,)`.
+        scores: of samples, `(samples,)`, at least two.
+        than: scores of the samples of the same seeds, `(samples,)`.
     """
-    difference = best - now
+    difference = scores - than
     standard_error = float(difference.std(ddof=1)) / math.sqrt(len(difference))
     return float(difference.mean()) > STANDARD_ERRORS * standard_error
 
 
 class OverOptimisationBrake(RunListener):
-    """Ends a run after two evaluations in a row at which the held-out reward has fallen (`has_fallen`).
+    """Ends a run after three evaluations without a better held-out reward, while the reward rises or it falls itself.
 
     The run keeps the policy of the best evaluation in `best/`. If that is the first one, the pretrained model is best.
     """
@@ -42,30 +44,37 @@ class OverOptimisationBrake(RunListener):
     def __init__(self) -> None:
         """Begin without an evaluation."""
         self._best: npt.NDArray[np.float64] = np.zeros(0)
-        self._fallen = 0
+        self._reward_at_best: npt.NDArray[np.float64] = np.zeros(0)
+        self._waited = 0
 
     def on_evaluation(self, run: Run, evaluation: Evaluation) -> None:
-        """Compare the held-out rewards with the best ones."""
-        now = evaluation.holdout_rewards
-        assert now is not None
-        if not len(self._best) or now.mean() > self._best.mean():
-            self._best, self._fallen = now, 0
+        """Compare both rewards with those of the best evaluation."""
+        holdout, reward = evaluation.holdout_rewards, evaluation.finite_rewards()
+        assert holdout is not None
+        if not len(self._best) or holdout.mean() > self._best.mean():
+            self._best, self._reward_at_best, self._waited = holdout, reward, 0
             return
-        self._fallen = self._fallen + 1 if has_fallen(self._best, now) else 0
-        if self._fallen < EVALUATIONS:
+        self._waited += 1
+        if self._waited < EVALUATIONS:
+            return
+        has_fallen, has_risen = is_higher(self._best, holdout), is_higher(reward, self._reward_at_best)
+        if not (has_fallen or has_risen):
             return
         assert run.best_evaluation is not None
-        best, (_, before), (_, reward) = run.best_evaluation[0], run.evaluations[0], run.evaluations[-1]
+        best, (_, before), (_, after) = run.best_evaluation[0], run.evaluations[0], run.evaluations[-1]
+        fallen = f", which is more than {STANDARD_ERRORS:g} standard errors lower" if has_fallen else ""
         run.stop(
-            f"over-optimisation: the held-out reward was best after iteration {best}, {self._best.mean():.4g}, and has "
-            f"been more than {STANDARD_ERRORS:g} standard errors lower in the last {EVALUATIONS} evaluations, now "
-            f"{now.mean():.4g}; the reward itself went from {before:.4g} to {reward:.4g}"
+            f"over-optimisation: the held-out reward was best after iteration {best}, {self._best.mean():.4g}, and no "
+            f"evaluation of the {self._waited} since was better; it is now {holdout.mean():.4g}{fallen}. The reward "
+            f"that is trained on went from {before:.4g} to {self._reward_at_best.mean():.4g} and then to {after:.4g}"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best scores and the number of evaluations below them, for a checkpoint."""
-        return {"best": self._best, "fallen": self._fallen}
+        """Return the scores at the best evaluation and the number of evaluations since, for a checkpoint."""
+        return {"best": self._best, "reward_at_best": self._reward_at_best, "waited": self._waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._best, self._fallen = np.asarray(state["best"], np.float64), int(state["fallen"])
+        self._best = np.asarray(state["best"], np.float64)
+        self._reward_at_best = np.asarray(state["reward_at_best"], np.float64)
+        self._waited = int(state["waited"])

@@ -166,7 +166,7 @@ def test_a_default_can_be_given_against_the_preset():
     arguments += ["--learning-rate=None", "--reward-options", "preset=x", "--iterations=None"]
     config = parse_command_line(arguments).config
     assert (config.model, config.reward) == ("tiny", "jpeg_compressibility")
-    assert (config.resolved().learning_rate, config.resolved().iterations) == (5e-3, 20)
+    assert (config.resolved().learning_rate, config.resolved().iterations) == (2e-3, 12)
     assert config.reward_options == ("preset=x",)
 
 

@@ -79,7 +79,7 @@ def test_other_files_are_refused(values):
 
 def test_resolving_fills_every_gap_once():
     config = train_config(algorithm="rwr", samples_per_iteration=40).resolved()
-    assert (config.iterations, config.learning_rate, config.training.epochs) == (20, 2e-3, 5)
+    assert (config.iterations, config.learning_rate, config.training.epochs) == (12, 2e-3, 5)
     assert (config.training.sample_batch_size, config.training.samples_per_prompt) == (40, 8)
     assert config.training.advantage == "per_prompt"
     assert config.resolved() == config

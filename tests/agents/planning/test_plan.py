@@ -14,8 +14,8 @@ def test_plan_of_the_default_run():
         "reward     jpeg_compressibility",
         "sampling   72 samples of 10 steps per iteration: 1 batch of 72, 9 prompts with 8 samples each",
         "training   ppo: 1 epoch of 4 updates with 18 samples × 5 of 10 steps = 90 pairs, in calls of up to 45 pairs",
-        "total      20 iterations, 1,440 reward queries, at most 80 updates",
-        "denoiser   28,800 rows: 14,400 to sample, 7,200 to train, 7,200 for held-out images",
+        "total      12 iterations, 864 reward queries, at most 48 updates",
+        "denoiser   18,720 rows: 8,640 to sample, 4,320 to train, 5,760 for held-out images",
     ]
 
 

@@ -80,7 +80,7 @@ def test_metrics_have_a_row_for_every_iteration_and_one_before_the_first(finishe
     assert float(table[3]["eval/reward_mean"]) == finished.reward_after
     assert [row["train/n_updates"] for row in table[1:]] == ["2", "4", "6"]
     rates = [float(row["train/learning_rate"]) for row in table[1:]]
-    assert rates == pytest.approx([5e-3, 5e-3 * 2 / 3, 5e-3 / 3])
+    assert rates == pytest.approx([2e-3, 2e-3 * 2 / 3, 2e-3 / 3])
     assert all(float(row["train/ratio_deviation"]) <= 1e-5 for row in table[1:])
     assert list(table[0]) == sorted(table[0])
 

@@ -149,7 +149,7 @@ def test_learning_rate_is_not_changed_together_with_the_window(tmp_path):
     ]
     fixed, changes = recommended(micro_config("tiny", tmp_path / "run").resolved(), findings)
     assert changes == {"timestep_window": (0.0, 0.8)}
-    assert fixed.learning_rate == 5e-3
+    assert fixed.learning_rate == 2e-3
 
 
 def test_command_has_what_the_user_gave_and_what_is_recommended():

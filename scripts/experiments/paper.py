@@ -1,0 +1,236 @@
+"""The DDPO paper in miniature: train the bundled model on its four tasks, evaluate it, and draw every figure.
+
+    python scripts/experiments/paper.py
+
+Each of the four presets tiny-* is trained with several seeds, beside a held-out reward that no training sees: whether
+an independent network reads the prompt in the image, or for the aesthetic the formula that its head approximates.
+The aesthetic is trained again with the brake. The best policies meet prompts that they were never trained on. A run or
+an evaluation that ended is not repeated, and one that was interrupted goes on. Tables are printed in Markdown;
+figures are in the folder `images`. `scripts/experiments/algorithms.py` adds the comparison of the algorithms.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tyro
+
+from agents.evaluation.plots import blank_figure, write_figure
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Task(NamedTuple):
+    """One of the paper's four tasks."""
+
+    preset: str
+    holdout_reward: str
+    unit: str
+    evaluated_on: tuple[str, ...]
+    """Prompt sets of the evaluation: those of the training first."""
+
+
+_ANIMALS = ("simple_animals", "held_out_animals", "everyday_objects")
+_ACTIVITIES = (
+    *("animal_activities", "activities_of_held_out_animals", "held_out_activities"),
+    *("held_out_activities_of_held_out_animals", "simple_animals"),
+)
+TASKS = {
+    "compressibility": Task("tiny-compressibility", "tiny_reader", "−kB", _ANIMALS),
+    "incompressibility": Task("tiny-incompressibility", "tiny_reader", "kB", _ANIMALS),
+    "aesthetic": Task("tiny-aesthetic", "tiny_preference", "score", _ANIMALS),
+    "alignment": Task("tiny-alignment", "tiny_reader", "BERTScore", _ACTIVITIES),
+}
+BRAKED = "aesthetic"
+
+
+@dataclass
+class Arguments:
+    """What to train, and where the results go."""
+
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """Some of compressibility, incompressibility, aesthetic, alignment."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the runs. The policies of the first one are evaluated."""
+    eval_interval: int = 2
+    """Iterations between two evaluations on the 90 held-out samples."""
+    output: Path = Path("runs/paper")
+    """Folder of the runs and evaluations, with the figures in `images`."""
+    only_draw: bool = False
+    """Train and evaluate nothing: draw and print what is there."""
+
+
+def main() -> None:
+    """Parse the command line; train, evaluate, draw and print."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    if unknown := set(arguments.tasks) - TASKS.keys():
+        sys.exit(f"error: tasks must be among {', '.join(TASKS)}; got {', '.join(sorted(unknown))}")
+    if not arguments.only_draw:
+        for command, folder in (*trainings(arguments), *evaluations(arguments)):
+            finish(command, folder)
+    images = arguments.output / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    draw_curves(arguments, images / "four_tasks.png")
+    if BRAKED in arguments.tasks:
+        draw_over_optimisation(arguments, images / "over_optimisation.png")
+    for task in arguments.tasks:
+        shutil.copyfile(
+            run_folder(arguments, task, 0) / "samples/before_after.png", images / f"{task}_before_after.png"
+        )
+    print("\n".join([*training_table(arguments), "", *brake_table(arguments), "", *evaluation_tables(arguments)]))
+
+
+def run_folder(arguments: Arguments, task: str, place: int, braked: bool = False) -> Path:
+    """Return the folder of a task's run with the seed at a place."""
+    return arguments.output / f"{task}{'-braked' if braked else ''}-{arguments.seeds[place]}"
+
+
+def trainings(arguments: Arguments) -> Iterator[tuple[list[str], Path]]:
+    """Yield the command and the folder of each run: all tasks with the first seed, then with the next."""
+    for place, seed in enumerate(arguments.seeds):
+        for task in arguments.tasks:
+            for braked in (False, True) if task == BRAKED else (False,):
+                folder = run_folder(arguments, task, place, braked)
+                settings = ["--preset", TASKS[task].preset, "--holdout-reward", TASKS[task].holdout_reward]
+                settings += ["--seed", str(seed), "--eval-interval", str(arguments.eval_interval)]
+                settings += ["--stop-at-overoptimisation"] * braked
+                yield ["scripts/train_ppo.py", *settings, "--run-dir", str(folder.resolve())], folder
+
+
+def evaluations(arguments: Arguments) -> Iterator[tuple[list[str], Path]]:
+    """Yield the command and the folder of each evaluation, of the last policy of the first seed's runs."""
+    for task in arguments.tasks:
+        rewards = list(dict.fromkeys([TASKS[task].holdout_reward, "tiny_reader"]))
+        steps = settings_of(run_folder(arguments, task, 0))["num_inference_steps"]
+        command = ["scripts/evaluate.py", "--lora", str(run_folder(arguments, task, 0).resolve() / "lora")]
+        command += ["--rewards", *rewards, "--prompts", *TASKS[task].evaluated_on, "--samples-per-prompt", "2"]
+        folder = arguments.output / f"{task}-evaluation"
+        yield [*command, "--num-inference-steps", str(steps), "--output", str(folder.resolve())], folder
+
+
+def finish(command: list[str], folder: Path) -> None:
+    """Run a command that makes a folder, unless it has ended; resume it if it is a run that began."""
+    if (folder / "summary.json").is_file() or (folder / "evaluation.json").is_file():
+        return
+    if (folder / "config.yaml").is_file():
+        given = command[command.index("--holdout-reward") : command.index("--seed")]
+        command = [command[0], "--resume", str(folder.resolve()), *given]
+    print("+", shlex.join(command), flush=True)
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """Return the settings of a run that was made in a folder."""
+    import yaml
+
+    settings: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+    return settings
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    """Return the summary of a run that ended."""
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text("utf-8"))
+    return summary
+
+
+def evaluations_of(folder: Path) -> list[Mapping[str, str]]:
+    """Return the rows of a run's metrics that an evaluation wrote."""
+    with (folder / "progress.csv").open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row["eval/reward_mean"]]
+
+
+def column(rows: Sequence[Mapping[str, str]], name: str) -> list[float]:
+    """Return a metric of every evaluation."""
+    return [float(row[name]) for row in rows]
+
+
+def draw_curves(arguments: Arguments, path: Path) -> None:
+    """Draw for each task the reward of the held-out samples and, below, the held-out reward, a line per seed."""
+    figure = blank_figure(3.6 * len(arguments.tasks), 5.6)
+    panels = figure.subplots(2, len(arguments.tasks), squeeze=False, sharex="col")
+    for number, task in enumerate(arguments.tasks):
+        for place, seed in enumerate(arguments.seeds):
+            rows = evaluations_of(run_folder(arguments, task, place))
+            iterations = [int(row["time/iterations"]) for row in rows]
+            for axes, name in zip(panels[:, number], ("eval/reward_mean", "eval/holdout_reward_mean"), strict=True):
+                axes.plot(iterations, column(rows, name), color=f"C{place}", label=f"seed {seed}", linewidth=1.8)
+        panels[0, number].set(title=task, ylabel=f"reward trained on ({TASKS[task].unit})")
+        panels[1, number].set(xlabel="iteration", ylabel=f"held out: {TASKS[task].holdout_reward}")
+    for axes in panels.flat:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].legend(frameon=False)
+    write_figure(path, figure)
+
+
+def draw_over_optimisation(arguments: Arguments, path: Path) -> None:
+    """Draw the learned reward and the true preference against the distance from the pretrained policy."""
+    figure = blank_figure(4.2 * len(arguments.seeds), 3.6)
+    panels = figure.subplots(1, len(arguments.seeds), squeeze=False, sharey=True)[0]
+    for place, (axes, seed) in enumerate(zip(panels, arguments.seeds, strict=True)):
+        rows = evaluations_of(run_folder(arguments, BRAKED, place))
+        distances = [kl**0.5 for kl in column(rows, "eval/kl_to_pretrained")]
+        axes.plot(distances, column(rows, "eval/reward_mean"), "o-", label="learned reward, trained on")
+        preference = column(rows, "eval/holdout_reward_mean")
+        axes.plot(distances, preference, "s-", label="true preference, held out")
+        stopped = evaluations_of(run_folder(arguments, BRAKED, place, braked=True))[-1]
+        at = [row["time/iterations"] for row in rows].index(stopped["time/iterations"])
+        axes.axvline(distances[at], color="#555555", linestyle=":", label="the brake stops")
+        axes.set(title=f"seed {seed}", xlabel="√KL from the pretrained policy (nats per dimension)")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False)
+    write_figure(path, figure)
+
+
+def training_table(arguments: Arguments) -> Iterator[str]:
+    """Yield the rewards of each task before and after training, and the time of its runs."""
+    columns = ["task", "reward before → after, by seed", "held-out reward", "before → best → after, by seed"]
+    yield f"| {' | '.join([*columns, 'queries', 'seconds'])} |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for task in arguments.tasks:
+        every = [summary_of(run_folder(arguments, task, place)) for place in range(len(arguments.seeds))]
+        rewards = ", ".join(f"{one['reward_before']:.3f} → {one['reward_after']:.3f}" for one in every)
+        names = [f"holdout_reward_{name}" for name in ("before", "best", "after")]
+        holdout = ", ".join(" → ".join(f"{one[name]:.3f}" for name in names) for one in every)
+        seconds = ", ".join(f"{one['wall_clock_seconds']:.0f}" for one in every)
+        cells = [task, rewards, TASKS[task].holdout_reward, holdout, str(every[0]["reward_queries"]), seconds]
+        yield f"| {' | '.join(cells)} |"
+
+
+def brake_table(arguments: Arguments) -> Iterator[str]:
+    """Yield where the brake stopped each run, and what was left of the gain of the true preference."""
+    if BRAKED not in arguments.tasks:
+        return
+    yield "| seed | best after iteration | stopped after | true preference before, best, when stopped | gain left |"
+    yield "| --- | --- | --- | --- | --- |"
+    for place, seed in enumerate(arguments.seeds):
+        folder = run_folder(arguments, BRAKED, place, braked=True)
+        summary = summary_of(folder)
+        before, best, after = (summary[f"holdout_reward_{name}"] for name in ("before", "best", "after"))
+        at = summary["best_iteration"], summary["iterations"] if summary["stopped_early"] else "not stopped"
+        left = (after - before) / (best - before)
+        yield f"| {seed} | {at[0]} | {at[1]} | {before:.3f}, {best:.3f}, {after:.3f} | {left:.0%} |"
+
+
+def evaluation_tables(arguments: Arguments) -> Iterator[str]:
+    """Yield the tables of the evaluations, and copy their figures and grids to the images."""
+    for task in arguments.tasks:
+        folder = arguments.output / f"{task}-evaluation"
+        yield f"### {task}"
+        yield next(folder.glob("*.md")).read_text("utf-8")
+        for image in sorted(folder.glob("*.png")):
+            shutil.copyfile(image, arguments.output / "images" / f"{task}_{image.name}")
+
+
+if __name__ == "__main__":
+    main()
