@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +76,7 @@ def main() -> None:
     if unknown := set(arguments.tasks) - TASKS.keys():
         sys.exit(f"error: tasks must be among {', '.join(TASKS)}; got {', '.join(sorted(unknown))}")
     if not arguments.only_draw:
-        for command, folder in (*trainings(arguments), *evaluations(arguments)):
+        for command, folder in chain(trainings(arguments), evaluations(arguments)):
             finish(command, folder)
     images = arguments.output / "images"
     images.mkdir(parents=True, exist_ok=True)
