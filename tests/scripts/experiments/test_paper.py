@@ -1,0 +1,74 @@
+"""`scripts/experiments/paper.py`: what it runs, what it does not run again, and its tables and figures."""
+
+import csv
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+FIELDS = ("time/iterations", "eval/reward_mean", "eval/holdout_reward_mean", "eval/kl_to_pretrained")
+
+
+@pytest.fixture
+def script(scripts_on_path):
+    import paper
+
+    return paper
+
+
+def make_run(folder: Path, holdout: tuple[float, float, float], iterations: int, stopped: str | None) -> None:
+    """Write the files of a run that the script reads."""
+    (folder / "samples").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(folder / "samples/before_after.png")
+    before, _, after = holdout
+    with (folder / "progress.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(FIELDS)
+        writer.writerow((0, 5.0, before, 0.0))
+        writer.writerow((1, "", "", ""))
+        writer.writerow((iterations, 8.0, after, 0.04))
+    summary = {
+        **{"reward_before": 5.0, "reward_after": 8.0, "reward_queries": 1440, "wall_clock_seconds": 61.7},
+        **{f"holdout_reward_{name}": value for name, value in zip(("before", "best", "after"), holdout, strict=True)},
+        **{"best_iteration": 4, "iterations": iterations, "stopped_early": stopped},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary), "utf-8")
+
+
+def test_tables_and_figures_are_those_of_the_runs(script, tmp_path, monkeypatch, capsys):
+    make_run(tmp_path / "aesthetic-7", (6.0, 7.0, 6.2), 20, None)
+    make_run(tmp_path / "aesthetic-braked-7", (6.0, 7.0, 6.9), 20, "over-optimisation")
+    (tmp_path / "aesthetic-evaluation").mkdir()
+    (tmp_path / "aesthetic-evaluation/evaluation.md").write_text("| of the evaluation |\n", "utf-8")
+    arguments = ["--only-draw", "--tasks", "aesthetic", "--seeds", "7", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["paper.py", *arguments])
+    script.main()
+    printed = capsys.readouterr().out
+    row = "| aesthetic | 5.000 → 8.000 | tiny_preference | 6.000 → 7.000 → 6.200 | 1440 | 62 |"
+    assert row in printed
+    assert "| 7 | 4 | 20 | 6.000, 7.000, 6.900 | 90% |" in printed
+    assert "| of the evaluation |" in printed
+    images = tmp_path / "images"
+    assert {path.name for path in images.iterdir()} == {
+        *("four_tasks.png", "over_optimisation.png", "aesthetic_before_after.png")
+    }
+
+
+def test_what_ended_is_not_repeated_and_what_was_interrupted_is_resumed(script, tmp_path, monkeypatch):
+    commands: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command[1:]))
+    arguments = script.Arguments(tasks=("compressibility", "aesthetic"), seeds=(3,), output=tmp_path)
+    make_run(tmp_path / "compressibility-3", (0.9, 0.9, 0.5), 12, None)
+    (tmp_path / "aesthetic-braked-3").mkdir()
+    (tmp_path / "aesthetic-braked-3/config.yaml").write_text("num_inference_steps: 10\n", "utf-8")
+    for command, folder in script.trainings(arguments):
+        script.finish(command, folder)
+    fresh, resumed = commands
+    assert fresh[1:] == [
+        *("--preset", "tiny-aesthetic", "--holdout-reward", "tiny_preference", "--seed", "3", "--eval-interval", "2"),
+        *("--run-dir", str(tmp_path / "aesthetic-3")),
+    ]
+    named_again = ["--holdout-reward", "tiny_preference"]
+    assert resumed == ["scripts/train_ppo.py", "--resume", str(tmp_path / "aesthetic-braked-3"), *named_again]
