@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 
 import tyro
 
+from agents.config.authority import resume_flags
+from agents.config.train_config import TrainConfig
 from agents.evaluation.plots import blank_figure, write_figure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +113,7 @@ def evaluations(arguments: Arguments) -> Iterator[tuple[list[str], Path]]:
     """Yield the command and the folder of each evaluation, of the last policy of the first seed's runs."""
     for task in arguments.tasks:
         rewards = list(dict.fromkeys([TASKS[task].holdout_reward, "tiny_reader"]))
-        steps = settings_of(run_folder(arguments, task, 0))["num_inference_steps"]
+        steps = TrainConfig.read(run_folder(arguments, task, 0)).num_inference_steps
         command = ["scripts/evaluate.py", "--lora", str(run_folder(arguments, task, 0).resolve() / "lora")]
         command += ["--rewards", *rewards, "--prompts", *TASKS[task].evaluated_on, "--samples-per-prompt", "2"]
         folder = arguments.output / f"{task}-evaluation"
@@ -123,18 +125,10 @@ def finish(command: list[str], folder: Path) -> None:
     if (folder / "summary.json").is_file() or (folder / "evaluation.json").is_file():
         return
     if (folder / "config.yaml").is_file():
-        given = command[command.index("--holdout-reward") : command.index("--seed")]
-        command = [command[0], "--resume", str(folder.resolve()), *given]
+        flags = resume_flags(TrainConfig.read(folder))
+        command = [command[0], "--resume", str(folder.resolve()), *flags]
     print("+", shlex.join(command), flush=True)
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-
-
-def settings_of(folder: Path) -> dict[str, Any]:
-    """Return the settings of a run that was made in a folder."""
-    import yaml
-
-    settings: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
-    return settings
 
 
 def summary_of(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
+
+from agents.config.presets import preset_config
 
 FIELDS = ("time/iterations", "eval/reward_mean", "eval/holdout_reward_mean", "eval/kl_to_pretrained")
 
@@ -62,7 +65,8 @@ def test_what_ended_is_not_repeated_and_what_was_interrupted_is_resumed(script, 
     arguments = script.Arguments(tasks=("compressibility", "aesthetic"), seeds=(3,), output=tmp_path)
     make_run(tmp_path / "compressibility-3", (0.9, 0.9, 0.5), 12, None)
     (tmp_path / "aesthetic-braked-3").mkdir()
-    (tmp_path / "aesthetic-braked-3/config.yaml").write_text("num_inference_steps: 10\n", "utf-8")
+    settings = preset_config("tiny-aesthetic").changed(holdout_reward="tiny_preference").resolved().as_dict()
+    (tmp_path / "aesthetic-braked-3/config.yaml").write_text(yaml.safe_dump(settings), "utf-8")
     for command, folder in script.trainings(arguments):
         script.finish(command, folder)
     fresh, resumed = commands
@@ -70,5 +74,5 @@ def test_what_ended_is_not_repeated_and_what_was_interrupted_is_resumed(script, 
         *("--preset", "tiny-aesthetic", "--holdout-reward", "tiny_preference", "--seed", "3", "--eval-interval", "2"),
         *("--run-dir", str(tmp_path / "aesthetic-3")),
     ]
-    named_again = ["--holdout-reward", "tiny_preference"]
-    assert resumed == ["scripts/train_ppo.py", "--resume", str(tmp_path / "aesthetic-braked-3"), *named_again]
+    resume = ["--resume", str(tmp_path / "aesthetic-braked-3")]
+    assert resumed == ["scripts/train_ppo.py", *resume, "--reward-options", "model=tiny"]
