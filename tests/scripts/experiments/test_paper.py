@@ -64,9 +64,10 @@ def test_what_ended_is_not_repeated_and_what_was_interrupted_is_resumed(script, 
     monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command[1:]))
     arguments = script.Arguments(tasks=("compressibility", "aesthetic"), seeds=(3,), output=tmp_path)
     make_run(tmp_path / "compressibility-3", (0.9, 0.9, 0.5), 12, None)
-    (tmp_path / "aesthetic-braked-3").mkdir()
-    settings = preset_config("tiny-aesthetic").changed(holdout_reward="tiny_preference").resolved().as_dict()
-    (tmp_path / "aesthetic-braked-3/config.yaml").write_text(yaml.safe_dump(settings), "utf-8")
+    folder = tmp_path / "aesthetic-braked-3"
+    folder.mkdir()
+    settings = preset_config("tiny-aesthetic").changed(holdout_reward="tiny_preference", run_dir=folder).resolved()
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings.as_dict()), "utf-8")
     for command, folder in script.trainings(arguments):
         script.finish(command, folder)
     fresh, resumed = commands
