@@ -1,0 +1,124 @@
+"""Parts of `ddpo-export`: kohya's names, the choice of weights and of the strength, and text that stays text."""
+
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from helpers.lora_files import ADAPTED, save_diffusers_lora
+from helpers.micro_families import micro_family
+from helpers.micro_pipeline import micro_pipeline
+from markdown_it import MarkdownIt
+from safetensors.torch import load_file
+
+from agents.commands.export.base_model import base_model
+from agents.commands.export.finished_run import FinishedRun
+from agents.commands.export.kohya import write_kohya
+from agents.commands.export.measured import Measured
+from agents.commands.export.model_card import markdown
+from agents.config.train_config import TrainConfig
+from agents.evaluation.comparison import Estimate, Result
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl"])
+def test_text_encoders_and_convolutions_survive_kohyas_form(family: str, tmp_path: Path) -> None:
+    """The names are those that kohya's own scripts write; the images are the same to the bit."""
+    is_xl = family == "stable_diffusion_xl"
+    pipe: Any = micro_family(family) if is_xl else micro_pipeline()
+    networks = {name: getattr(pipe, name) for name in ("unet", "text_encoder", *(["text_encoder_2"] if is_xl else []))}
+    lora = save_diffusers_lora(
+        tmp_path / "lora.safetensors", networks, endings=(*ADAPTED, "k_proj", "v_proj", "out_proj")
+    )
+    pipe.save_pretrained(tmp_path / "model")
+    base = base_model(TrainConfig(), str(tmp_path / "model"))
+    assert write_kohya(lora, tmp_path / "kohya.safetensors", base) is None
+    tensors = load_file(tmp_path / "kohya.safetensors")
+    te = ["lora_te1", "lora_te2"] if is_xl else ["lora_te"]
+    layers = [f"{one}_text_model_encoder_layers_0_self_attn_q_proj" for one in te]
+    layers += [
+        "lora_unet_down_blocks_0_resnets_0_conv1",
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q",
+    ]
+    for layer in layers:
+        assert tensors[f"{layer}.alpha"].dtype == torch.float32
+        assert tensors[f"{layer}.alpha"] == len(tensors[f"{layer}.lora_down.weight"]) == 3
+    images = []
+    for file in (lora, tmp_path / "kohya.safetensors"):
+        stock = (StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline).from_pretrained(tmp_path / "model")
+        stock.load_lora_weights(str(file))
+        call = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 2, "output_type": "np"}
+        images.append(stock("a cat", **call).images)
+    np.testing.assert_array_equal(*images)
+
+
+def test_form_that_diffusers_does_not_read_is_left_out_and_the_cause_is_named(tmp_path: Path) -> None:
+    """diffusers recognises the LoRA of a text encoder by its output projections."""
+    pipe = micro_pipeline()
+    networks = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    lora = save_diffusers_lora(tmp_path / "lora.safetensors", networks)  # of the text encoder only q_proj
+    pipe.save_pretrained(tmp_path / "model")
+    reason = write_kohya(lora, tmp_path / "kohya.safetensors", base_model(TrainConfig(), str(tmp_path / "model")))
+    assert reason is not None
+    assert "Could not automatically infer state dict type" in reason
+    assert not (tmp_path / "kohya.safetensors").exists()
+
+
+def made_up_run(folder: Path, holdout: tuple[float, ...]) -> FinishedRun:
+    for name in ("lora", "best/lora"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "pytorch_lora_weights.safetensors").touch()
+    evaluations = [(0, 1.0), (2, 3.0), (4, 5.0)]
+    scores = list(zip((0, 2, 4), holdout, strict=False))
+    return FinishedRun(folder, TrainConfig(), {"iterations": 4}, evaluations[1:], evaluations, scores)
+
+
+def test_weights_are_those_that_the_held_out_reward_prefers(tmp_path: Path) -> None:
+    overoptimised = made_up_run(tmp_path, (1.0, 2.0, 1.5))
+    last, best = tmp_path / "lora", tmp_path / "best" / "lora"
+    for run, which, iteration, folder in (
+        (overoptimised, None, 2, best),
+        (overoptimised, "last", 4, last),
+        (replace(overoptimised, holdout=[]), None, 4, last),
+        (replace(overoptimised, holdout=[]), "best", 4, best),
+    ):
+        found, file = run.lora(which)
+        assert (found, file.parent) == (iteration, folder)
+    useless = replace(overoptimised, holdout=[(0, 2.0), (2, 1.0), (4, 0.0)])
+    with pytest.raises(ValueError, match="the pretrained model is better"):
+        useless.lora(None)
+    with pytest.raises(ValueError, match="no evaluation was better than before training"):
+        useless.lora("best")
+    assert useless.lora("last")[0] == 4
+    (last / "pytorch_lora_weights.safetensors").rename(last / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="in peft's format"):
+        overoptimised.lora("last")
+
+
+@pytest.mark.parametrize(
+    ("means", "strength"),
+    [
+        ({"a": (1, 3, 2), "b": (0, 9, 1)}, 0.5),
+        ({"a": (1, 3, 2), "b": (0, 1, 9)}, None),
+        ({"a": (3, 2, 1), "b": (9, 1, 0)}, None),
+    ],
+)
+def test_strength_is_advised_only_if_every_measurement_agrees(means: dict[str, Any], strength: float | None) -> None:
+    results = [
+        Result(reward, "animals", at, 2, 4, False, Estimate(float(mean), None), None)
+        for reward, values in means.items()
+        for at, mean in zip((0.0, 0.5, 1.0), values, strict=True)
+    ]
+    assert Measured(results).strength == strength
+
+
+@pytest.mark.parametrize(
+    "text", ["my_rewards:f_x", "a|b](http://x.y)<img src=x>", "# *bold* `code`", "![i](j) &amp; \\ $x$", "1. - + x"]
+)
+def test_text_of_files_is_no_markup(text: str) -> None:
+    assert MarkdownIt().render(markdown(text)) == f"<p>{escape(text)}</p>\n"
+    row = MarkdownIt().enable("table").render(f"| a |\n| --- |\n| {markdown(text)} |")
+    assert f"<td>{escape(text)}</td>" in row
