@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -40,22 +41,22 @@ def example(base: BaseModel, config: TrainConfig, prompt: str | None, strength: 
         arguments["eta"] = _eta(config)
     is_packaged, takes_image = base.name == PACKAGED, IMAGE in model.prompt_fields
     functions = [name for name, used in (("export_to_video", is_video), ("load_image", takes_image)) if used]
-    given = [
-        f"{name}={'load_image(' + repr('image.png') + ')' if name == IMAGE else repr(value)}"
-        for name, value in arguments.items()
-    ]
-    made = "frames[0]\nexport_to_video(sample, 'sample.mp4')" if is_video else "images[0]\nsample.save('sample.png')"
+    values = {name: _literal(value) for name, value in arguments.items()}
+    if takes_image:
+        values[IMAGE] = 'load_image("image.png")'
+    given = ", ".join([_literal(_prompt(config, prompt)), *(f"{name}={value}" for name, value in values.items())])
+    made = 'frames[0]\nexport_to_video(sample, "sample.mp4")' if is_video else 'images[0]\nsample.save("sample.png")'
     return "\n".join(
         [
             *(["from importlib.resources import files", ""] if is_packaged else []),
             f"from diffusers import {', '.join(classes)}",
             *([f"from diffusers.utils import {', '.join(functions)}"] if functions else []),
             "",
-            f"pipe = DiffusionPipeline.from_pretrained({_PACKAGED if is_packaged else repr(base.name)})",
+            f"pipe = DiffusionPipeline.from_pretrained({_PACKAGED if is_packaged else _literal(base.name)})",
             *scheduler,
-            f"pipe.load_lora_weights({place!r}, weight_name={DIFFUSERS_FILE!r}, adapter_name='ddpo')",
-            f"pipe.set_adapters('ddpo', {strength})",
-            f"sample = pipe({', '.join([repr(_prompt(config, prompt)), *given])}).{made}",
+            f'pipe.load_lora_weights({_literal(place)}, weight_name="{DIFFUSERS_FILE}", adapter_name="ddpo")',
+            f'pipe.set_adapters("ddpo", {strength})',
+            f"sample = pipe({given}).{made}",
         ]
     )
 
@@ -65,6 +66,11 @@ def named_prompts(config: TrainConfig) -> tuple[str, ...]:
     found = load_prompts(config.prompts)
     assert isinstance(found, PromptSet)
     return found.prompts
+
+
+def _literal(value: Any) -> str:
+    """Return a plain value as Python code; texts have double quotes, as JSON's."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def _prompt(config: TrainConfig, given: str | None) -> str:

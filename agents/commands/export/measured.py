@@ -78,12 +78,12 @@ def read_evaluation(folder: Path, lora: Path) -> Measured:
 def _result(values: Mapping[str, Any]) -> Result:
     for name, hint in _RESULT.items():
         check_value(name, values[name], hint)
-    estimates = (_estimate(values["score"]), None if values["change"] is None else _estimate(values["change"]))
-    return Result(*(values[name] for name in _RESULT), *estimates)
+    change = None if values["change"] is None else _estimate(values["change"])
+    return Result(**{name: values[name] for name in _RESULT}, score=_estimate(values["score"]), change=change)
 
 
 def _estimate(values: Mapping[str, Any]) -> Estimate:
-    interval = None if values["interval"] is None else tuple(values["interval"])
+    interval: Any = None if values["interval"] is None else tuple(values["interval"])
     check_value("mean", values["mean"], float)
     check_value("interval", interval, tuple[float, float] | None)
-    return Estimate(values["mean"], interval)  # type: ignore[arg-type]
+    return Estimate(values["mean"], interval)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -27,7 +28,7 @@ from ddpo_env.prompts.images import IMAGE
 CURVE, SAMPLES = "curve.png", "samples.png"
 """The images of the card."""
 
-_MARKUP = re.compile(r"([\\`*_{}\[\]()<>#|~$&!+.-])")
+_MARKUP = re.compile(r"([\\`*_{}\[\]()<>#|~$&])")
 _SHOWN_PROMPTS = 8
 UNKNOWN, PACKAGE_LICENCE = "unknown", "apache-2.0"
 """The Hub's words for a licence that nobody has named, and for the one of this package and its bundled models."""
@@ -74,7 +75,7 @@ class Exported:
 
 
 def markdown(text: object) -> str:
-    """Return a text in one line that Markdown shows as it is, without markup."""
+    """Return a text in one line that Markdown shows as it is, without markup, unless a line begins with it."""
     return _MARKUP.sub(r"\\\1", " ".join(escaped(text).split()))
 
 
@@ -83,8 +84,8 @@ def model_card(exported: Exported) -> ModelCard:
     run, base = exported.run, exported.base
     is_edit = IMAGE in base.model.prompt_fields
     kind = "image-to-image" if is_edit else _KINDS.get(base.model.sample_kind)
+    of_the_hub: dict[str, Any] = {"base_model": base.name, "base_model_relation": "adapter"} if base.is_on_hub else {}
     data = ModelCardData(
-        base_model=base.name if base.is_on_hub else None,
         license=exported.licence_id,
         library_name="diffusers",
         pipeline_tag=kind,
@@ -96,7 +97,7 @@ def model_card(exported: Exported) -> ModelCard:
             "ddpo",
             "reinforcement-learning",
         ],
-        **({"base_model_relation": "adapter"} if base.is_on_hub else {}),
+        **of_the_hub,
     )
     sections = [
         f"# LoRA for {markdown(base.name)}, trained on the reward {markdown(run.config.reward)}",

@@ -147,7 +147,7 @@ def test_strength_is_that_of_the_evaluation(
     own = {"base_model": str(micro_pipeline_folder), "evaluation": tmp_path / "evaluation"}
     export(ExportArguments(run=run, output=tmp_path / "lora", **own))
     text = (tmp_path / "lora" / "README.md").read_text("utf-8")
-    assert "pipe.set_adapters('ddpo', 0.5)" in text
+    assert 'pipe.set_adapters("ddpo", 0.5)' in text
     assert "### jpeg\\_compressibility" in text
     assert "strength 0.5 has the highest mean" in capsys.readouterr().out
     report["lora_sha256"] = "0" * 64
@@ -209,4 +209,4 @@ def test_model_of_the_hub_needs_its_configurations(finished: RunResult, tmp_path
     text = (tmp_path / "lora" / "README.md").read_text("utf-8")
     metadata = ModelCard(text).data.to_dict()
     assert (metadata["base_model"], metadata["base_model_relation"]) == ("somebody/micro-model", "adapter")
-    assert "pipe.load_lora_weights('me/lora', weight_name='pytorch_lora_weights.safetensors'" in text
+    assert 'pipe.load_lora_weights("me/lora", weight_name="pytorch_lora_weights.safetensors"' in text

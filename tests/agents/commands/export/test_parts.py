@@ -119,6 +119,6 @@ def test_strength_is_advised_only_if_every_measurement_agrees(means: dict[str, A
     "text", ["my_rewards:f_x", "a|b](http://x.y)<img src=x>", "# *bold* `code`", "![i](j) &amp; \\ $x$", "1. - + x"]
 )
 def test_text_of_files_is_no_markup(text: str) -> None:
-    assert MarkdownIt().render(markdown(text)) == f"<p>{escape(text)}</p>\n"
+    assert MarkdownIt().render(f"x {markdown(text)}") == f"<p>x {escape(text)}</p>\n"
     row = MarkdownIt().enable("table").render(f"| a |\n| --- |\n| {markdown(text)} |")
     assert f"<td>{escape(text)}</td>" in row
