@@ -1,4 +1,4 @@
-"""Grids of images with captions, and images in a row."""
+"""Grids of images with captions, images in a row, and films."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ _FONT_SIZE = 12
 _LINE = 15
 _LABEL_WIDTH = 84
 _SMALLEST_TILE = 112
+_FRAME_MS, _LAST_FRAME_MS = 150, 2000
+"""How long a frame of a film is shown."""
 
 
 def image_grid(
@@ -74,6 +76,14 @@ def write_image(path: Path, image: Image.Image) -> None:
     """Write an image to a PNG file, completely or not at all."""
     content = io.BytesIO()
     image.save(content, "png")
+    write_file(path, content.getvalue())
+
+
+def write_film(path: Path, frames: Sequence[Image.Image]) -> None:
+    """Write frames to an animated GIF that repeats, completely or not at all; the last one is shown for two seconds."""
+    content = io.BytesIO()
+    durations = [*([_FRAME_MS] * (len(frames) - 1)), _LAST_FRAME_MS]
+    frames[0].save(content, "gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
     write_file(path, content.getvalue())
 
 
