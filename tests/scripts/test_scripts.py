@@ -125,9 +125,11 @@ def test_sample_uses_the_same_noise_with_and_without_a_lora(monkeypatch, tmp_pat
 def test_sample_works_with_every_text_to_image_family(monkeypatch, tmp_path, family):
     micro_family(family).save_pretrained(tmp_path / family)
     sampling = [f"--model={tmp_path / family}", "--num-inference-steps=2", "--device=cpu", "--guidance-scale=2"]
-    output = tmp_path / "samples.png"
-    assert run_script("sample", [*sampling, "--prompts", "a cat", "a dog", f"--output={output}"], monkeypatch) == 0
-    assert output.is_file()
+    output, film = tmp_path / "samples.png", tmp_path / "film.gif"
+    prompts = ["--prompts", "a cat", "a dog", f"--output={output}", f"--film={film}"]
+    assert run_script("sample", [*sampling, *prompts], monkeypatch) == 0
+    with Image.open(output) as grid, Image.open(film) as frames:
+        assert (frames.n_frames, frames.size) == (2, grid.size)
 
 
 @pytest.mark.parametrize("model", ["points", "ddpm"])

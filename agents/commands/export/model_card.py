@@ -82,6 +82,7 @@ def markdown(text: object) -> str:
 def model_card(exported: Exported) -> ModelCard:
     """Return the card."""
     run, base = exported.run, exported.base
+    name = "the bundled model of ddpo-env" if base.name == PACKAGED else markdown(base.name)
     is_edit = IMAGE in base.model.prompt_fields
     kind = "image-to-image" if is_edit else _KINDS.get(base.model.sample_kind)
     of_the_hub: dict[str, Any] = {"base_model": base.name, "base_model_relation": "adapter"} if base.is_on_hub else {}
@@ -100,7 +101,7 @@ def model_card(exported: Exported) -> ModelCard:
         **of_the_hub,
     )
     sections = [
-        f"# LoRA for {markdown(base.name)}, trained on the reward {markdown(run.config.reward)}",
+        f"# LoRA for {name}, trained on the reward {markdown(run.config.reward)}",
         f"This LoRA was trained by reinforcement learning with ddpo-env {__version__}: {_task(run)}",
         *(
             [f"![The same prompts and seeds before, during and after training]({SAMPLES})"]
