@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from diffusers import FlowMatchEulerDiscreteScheduler
+
 from agents.commands.export.base_model import PACKAGED, BaseModel
 from agents.config.train_config import TrainConfig
 from ddpo_env.models.lora.lora_file import DIFFUSERS_FILE
@@ -33,12 +35,12 @@ def example(base: BaseModel, config: TrainConfig, prompt: str | None, strength: 
     arguments: dict[str, Any] = {"num_inference_steps": config.num_inference_steps}
     arguments |= model.pipeline_call(config.policy.guidance_scale)
     classes, scheduler = ["DiffusionPipeline"], []
-    if "eta" in model.watched.parameters:  # diffusion is sampled by DDIM, a flow by its own scheduler
+    if not isinstance(model.scheduler, FlowMatchEulerDiscreteScheduler):  # a flow is sampled by its own
         classes.insert(0, "DDIMScheduler")
         # Named, because diffusers' DDIM clips where the configuration says nothing.
         clip = bool(ddim_of(model.scheduler).config.clip_sample)
         scheduler = [f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample={clip})"]
-        arguments["eta"] = _eta(config)
+        arguments |= {"eta": _eta(config)} if "eta" in model.watched.parameters else {}
     is_packaged, takes_image = base.name == PACKAGED, IMAGE in model.prompt_fields
     functions = [name for name, used in (("export_to_video", is_video), ("load_image", takes_image)) if used]
     values = {name: _literal(value) for name, value in arguments.items()}

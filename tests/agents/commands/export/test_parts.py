@@ -12,10 +12,12 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from helpers.lora_files import ADAPTED, save_diffusers_lora
 from helpers.micro_families import micro_family
 from helpers.micro_pipeline import micro_pipeline
+from helpers.more_families import build
 from markdown_it import MarkdownIt
 from safetensors.torch import load_file
 
 from agents.commands.export.base_model import base_model
+from agents.commands.export.example import example
 from agents.commands.export.finished_run import FinishedRun
 from agents.commands.export.kohya import write_kohya
 from agents.commands.export.measured import Measured
@@ -65,6 +67,29 @@ def test_form_that_diffusers_does_not_read_is_left_out_and_the_cause_is_named(tm
     assert reason is not None
     assert "Could not automatically infer state dict type" in reason
     assert not (tmp_path / "kohya.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "call"),
+    [
+        ("qwen_image", {"guidance_scale": 3.0}, 'true_cfg_scale=3.0, negative_prompt="")'),
+        ("sana", {"guidance_scale": 3.0}, "guidance_scale=3.0, use_resolution_binning=False)"),
+        ("wan", {"pipeline_arguments": ("num_frames=5",)}, "guidance_scale=1.0, num_frames=5).frames[0]"),
+    ],
+)
+def test_example_calls_each_family_in_its_own_way(
+    family: str, settings: dict[str, Any], call: str, tmp_path: Path
+) -> None:
+    """A flow keeps its scheduler, also where the call has an `eta`; a video is written as one."""
+    build(family).save_pretrained(tmp_path)
+    config = TrainConfig().changed(**settings)
+    code = example(base_model(config, str(tmp_path)), config, "a cat", 1.0, "me/lora")
+    sample = next(line for line in code.splitlines() if line.startswith("sample = "))
+    assert sample.startswith('sample = pipe("a cat", num_inference_steps=10, ')
+    assert [part for part in call.removesuffix(")").split(", ") if part not in sample] == []
+    assert ("export_to_video(sample" in code) == (family == "wan")
+    assert "DDIMScheduler" not in code
+    assert "eta=" not in code
 
 
 def made_up_run(folder: Path, holdout: tuple[float, ...]) -> FinishedRun:
