@@ -44,7 +44,7 @@ def write_kohya(lora: Path, file: Path, base: BaseModel) -> str | None:
     try:
         found = read_adapters(pipeline, _DENOISER, file, base.name)
     except ValueError as error:  # such as diffusers' own, of a text encoder in which not all projections are adapted
-        found, cause = {}, str(error).partition("does not fit ")[2]
+        found, cause = {}, str(error).replace(str(file), file.name)
     else:
         cause = "it reads other adapters"
     if found.keys() == expected.keys() and all(_equal(expected[part], found[part]) for part in found):

@@ -21,7 +21,7 @@ from agents.commands.export.example import example
 from agents.commands.export.finished_run import FinishedRun
 from agents.commands.export.kohya import write_kohya
 from agents.commands.export.measured import Measured
-from agents.commands.export.model_card import markdown
+from agents.commands.export.model_card import Exported, markdown, model_card
 from agents.config.train_config import TrainConfig
 from agents.evaluation.comparison import Estimate, Result
 
@@ -121,6 +121,28 @@ def test_weights_are_those_that_the_held_out_reward_prefers(tmp_path: Path) -> N
     (last / "pytorch_lora_weights.safetensors").rename(last / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="in peft's format"):
         overoptimised.lora("last")
+
+
+def test_card_of_the_best_weights_of_the_bundled_model(tmp_path: Path) -> None:
+    """It has the numbers of that iteration, and the licence of the package, which has the model's files."""
+    run = made_up_run(tmp_path, (1.0, 2.0, 1.5))
+    summary = {"iterations": 4, "reward_queries": 48, "wall_clock_seconds": 9.0, "eval_samples": 6, "versions": {}}
+    reason = "the score fell | at last"
+    config = TrainConfig().changed(holdout_reward="tiny_reader").resolved()
+    run = replace(run, config=config, summary=summary | {"stopped_early": reason})
+    base = base_model(config, None)
+    text = str(model_card(Exported(run, 2, base, None, None, None, None, has_samples=False, without_kohya=None)))
+    for line in (
+        "license: apache-2.0",
+        "| jpeg\\_compressibility | 1 | 3 |",
+        "| tiny\\_reader, not trained on | 1 | 2 |",
+        "| iterations | 2 of 4 |",
+        "| reward queries | 24 |",
+        "| stopped early | the score fell \\| at last |",
+        'pipe = DiffusionPipeline.from_pretrained(str(files("ddpo_env") / "data" / "tiny"))',
+    ):
+        assert f"\n{line}\n" in text, line
+    assert "samples.png" not in text
 
 
 @pytest.mark.parametrize(
