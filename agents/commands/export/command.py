@@ -129,7 +129,7 @@ def export(arguments: ExportArguments) -> None:
     if measured is None:
         print_line("no strength other than 1 was measured: ddpo-evaluate --strengths, then --evaluation")
     elif measured.strength is None:
-        print_line("no strength is the best of every measurement: the card says which is best where")
+        print_line("no strength above 0 is the best in every measurement: the card says which is best where")
     else:
         print_line(f"strength {measured.strength:g} has the highest mean")
     print_line("To publish it:")

@@ -102,7 +102,7 @@ def model_card(exported: Exported) -> ModelCard:
     )
     sections = [
         f"# LoRA for {name}, trained on the reward {markdown(run.config.reward)}",
-        f"This LoRA was trained by reinforcement learning with ddpo-env {__version__}: {_task(run)}",
+        f"This LoRA was trained by reinforcement learning with ddpo-env {__version__}, to earn {_task(run)}",
         *(
             [f"![The same prompts and seeds before, during and after training]({SAMPLES})"]
             if exported.has_samples
@@ -128,7 +128,7 @@ def _task(run: FinishedRun) -> str:
         source = f"the prompt set {markdown(config.prompts)} ({few}{more})"
     else:
         source = f"prompts of a file, {markdown(Path(config.prompts).name)}"
-    return f"more of the reward {markdown(config.reward)} for {source}."
+    return f"more of the reward {markdown(config.reward)} with {source}."
 
 
 def _use(exported: Exported) -> str:
