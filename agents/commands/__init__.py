@@ -1,4 +1,5 @@
-"""Commands that stand above training: they examine runs, or start several.
+"""Commands that stand above training: they examine runs, start several, or pass one on.
 
-`doctor` examines a run before it is paid for. A command here may import every other room; none of them imports it.
+`doctor` examines a run before it is paid for, and `export` makes a folder for the Hugging Face Hub of a finished one. A
+command here may import every other room; none of them imports it.
 """

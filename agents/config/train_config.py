@@ -228,15 +228,19 @@ class TrainConfig:
         return _plain(asdict(self))
 
     @classmethod
-    def read(cls, run_dir: Path) -> TrainConfig:
+    def read(cls, run_dir: Path, setting: str = "resume") -> TrainConfig:
         """Return the configuration of the run in a folder.
+
+        Args:
+            run_dir: the folder.
+            setting: what named it, for the message.
 
         Raises:
             ValueError: if the folder is not a run's.
         """
         path = run_dir / "config.yaml"
         if not path.is_file():
-            raise ValueError(f"resume must be the folder of a run, with a config.yaml; got {str(run_dir)!r}")
+            raise ValueError(f"{setting} must be the folder of a run, with a config.yaml; got {str(run_dir)!r}")
         try:
             values = read_plain_yaml(path)
             config = cls.from_dict(values)
@@ -246,7 +250,7 @@ class TrainConfig:
             if missing := sorted(expected - config._given):
                 raise ValueError(f"it must hold every setting; {', '.join(missing)} is missing")
         except (OSError, ValueError) as error:
-            raise ValueError(f"resume: {str(path)!r} does not hold the settings of a run: {error}") from error
+            raise ValueError(f"{setting}: {str(path)!r} does not hold the settings of a run: {error}") from error
         return config
 
     @classmethod

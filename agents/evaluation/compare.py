@@ -120,6 +120,9 @@ def evaluate_models(arguments: EvaluateArguments) -> str:
     Raises:
         ValueError: for an argument that is not valid, before any image is generated; or for a score that is not finite.
     """
+    from ddpo_env.models.files.pipelines import file_fingerprint
+    from ddpo_env.models.lora.lora_file import find_lora
+
     arguments.check()
     sets = prompt_sets(arguments.prompts)
     arguments = with_images(arguments, sets.values())
@@ -137,6 +140,7 @@ def evaluate_models(arguments: EvaluateArguments) -> str:
                 scored += _score_set(images, rewards, name, prompts, table, arguments)
     results = compare(scored)
     report = {
+        "lora_sha256": None if arguments.lora is None else file_fingerprint(find_lora(arguments.lora)),
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(arguments).items()},
         "intervals": f"95 %: percentile bootstrap over prompts, {RESAMPLES} resamples; of shares Wilson's over images",
         "results": [asdict(result) for result in results],

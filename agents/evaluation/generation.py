@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,16 @@ from ddpo_env.prompts.images import IMAGE, read_image
 from ddpo_env.validation.options import Range, check_fields
 from ddpo_env.validation.resolution import plain_resolution
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ddpo_env.models.families.pipeline_model import PipelineModel
+
 SEEDS_APART = 1000
 """Distance between the seeds of two prompts, so that no two images of a usual set have the same noise."""
 SEED = Range(at_least=0, at_most=10**18)
 """torch takes seeds below 2**63; this leaves room for the prompts."""
+_CALLBACK = "callback_on_step_end"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +116,13 @@ def with_images(arguments: _Arguments, sets: Iterable[PromptSet]) -> _Arguments:
 class StockImages:
     """A loaded diffusers pipeline that generates images for prompts and seeds, with a LoRA at any strength."""
 
-    def __init__(self, pipeline: Any, options: dict[str, Any], has_lora: bool, takes_images: bool = False) -> None:
-        """Take the pipeline, the options of every call, whether a LoRA is loaded, and whether prompts have images."""
-        self._pipeline = pipeline
+    def __init__(self, model: PipelineModel, options: dict[str, Any], has_lora: bool) -> None:
+        """Take the model of the pipeline, the options of every call, and whether a LoRA is loaded."""
+        self._model = model
+        self._pipeline = model.pipeline
         self._options = options
         self._has_lora = has_lora
-        self._takes_images = takes_images
+        self._takes_images = IMAGE in model.prompt_fields
 
     def __call__(
         self,
@@ -154,6 +161,28 @@ class StockImages:
         # One by one: for some pipelines several images are several for every prompt.
         rows = zip(prompts, generators, images, strict=True)
         return np.concatenate([self._generated([text], [generator], image) for text, generator, image in rows])
+
+    def after_each_step(self, prompts: Sequence[str], seeds: Sequence[int], strength: float) -> NDArray[np.uint8]:
+        """Return the decoded latents after every step, `(steps, prompts, height, width, 3)`; the last are the images.
+
+        The arguments are those of a call.
+
+        Raises:
+            ValueError: for a pipeline that does not show its latents.
+        """
+        latents: list[Tensor] = []
+
+        def keep(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            latents.append(tensors["latents"].clone())
+            return {}
+
+        if _CALLBACK not in self._model.watched.parameters:
+            raise ValueError(
+                f"model must show its latents to a {_CALLBACK}; a {type(self._pipeline).__name__} does not take one"
+            )
+        images = StockImages(self._model, self._options | {_CALLBACK: keep}, self._has_lora)(prompts, seeds, strength)
+        decoded = [self._model.render(one).cpu().numpy() for one in latents[:-1]]
+        return np.stack([*decoded, images])
 
     def _generated(self, prompts: list[str], generators: list[Any], image: dict[str, Any]) -> NDArray[np.uint8]:
         options = self._options | image
@@ -200,7 +229,7 @@ def stock_images(arguments: GenerationArguments) -> Iterator[StockImages]:
         pipeline.scheduler = scheduler
         if arguments.lora is not None:
             _load_lora(pipeline, arguments.lora)
-        yield StockImages(pipeline, options, arguments.lora is not None, IMAGE in model.prompt_fields)
+        yield StockImages(model, options, arguments.lora is not None)
     finally:  # the model stays loaded in this process, so it is left as it was
         if arguments.lora is not None:
             pipeline.unload_lora_weights()

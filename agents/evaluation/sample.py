@@ -1,13 +1,14 @@
 """Generate images with a base model or a trained LoRA, for prompts and seeds, and write them to one image grid.
 
 Only diffusers generates the images, so everybody who loads the LoRA gets the same ones. A seed gives the same initial
-noise with and without the LoRA; `--compare` puts both images into one grid.
+noise with and without the LoRA; `--compare` puts both images into one grid, and `--film` shows how they come about.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +17,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from agents.evaluation.generation import SEED, SEEDS_APART, GenerationArguments, check_model, stock_images
+from agents.evaluation.generation import SEED, SEEDS_APART, GenerationArguments, StockImages, check_model, stock_images
 from agents.output.terminal import run_command, tolerate_encodings
 
 
@@ -32,6 +33,8 @@ class SampleArguments(GenerationArguments):
     """Seeds of the initial noise, one per row."""
     output: Path = Path("samples.png")
     """The image grid, a PNG file."""
+    film: Path | None = None
+    """Also write the denoising to this GIF file: the grid after every step."""
 
     def check(self) -> None:
         """Check the arguments before anything is loaded.
@@ -46,7 +49,9 @@ class SampleArguments(GenerationArguments):
             raise ValueError("seeds must be at least one; got none")
         if self.compare and self.lora is None:
             raise ValueError("compare must be used with a LoRA: add --lora")
-        _check_output(self.output)
+        _check_output("output", self.output, "png")
+        if self.film is not None:
+            _check_output("film", self.film, "gif")
 
 
 def main() -> int:
@@ -61,7 +66,7 @@ def main() -> int:
 
 
 def write_grid(arguments: SampleArguments) -> None:
-    """Check the arguments, generate the images and write them to the grid `output`.
+    """Check the arguments, generate the images and write them to the grid `output`, and to the film if there is one.
 
     Raises:
         ValueError: as `generate`; or for an argument that is not valid, before any image is generated.
@@ -69,9 +74,16 @@ def write_grid(arguments: SampleArguments) -> None:
     """
     arguments.check()
     check_model(arguments)
-    rows, labels = generate(arguments)
-    from agents.evaluation.image_grid import image_grid
+    from agents.evaluation.image_grid import image_grid, write_film
 
+    if arguments.film is None:
+        rows, labels = generate(arguments)
+    else:
+        films, labels = generate_films(arguments)
+        rows = [film[-1] for film in films]
+        frames = [image_grid(shown, labels, arguments.prompts) for shown in zip(*films, strict=True)]
+        arguments.film.parent.mkdir(parents=True, exist_ok=True)
+        write_film(arguments.film, frames)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     image_grid(rows, labels, arguments.prompts).save(arguments.output)
 
@@ -86,32 +98,55 @@ def generate(arguments: SampleArguments) -> tuple[list[NDArray[np.uint8]], list[
         ValueError: for a model that is no text-to-image pipeline, or a resolution that it cannot have.
         OSError: for a model that cannot be downloaded.
     """
+    return _rows(arguments, lambda images: images)
+
+
+def generate_films(arguments: SampleArguments) -> tuple[list[NDArray[np.uint8]], list[str]]:
+    """Generate the images and keep the decoded latents after every step.
+
+    Returns:
+        The rows of the grid, each `(steps, prompts, height, width, 3)` uint8, and the label of each row. The last step
+        has the images of `generate`.
+
+    Raises:
+        ValueError: as `generate`; or for a pipeline that does not show its latents.
+        OSError: as `generate`.
+    """
+    return _rows(arguments, lambda images: images.after_each_step)
+
+
+def _rows(
+    arguments: SampleArguments, generator_of: Callable[[StockImages], Callable[..., NDArray[np.uint8]]]
+) -> tuple[list[NDArray[np.uint8]], list[str]]:
     rows, labels = [], []
     strengths = {"base": 0.0, "trained": 1.0}
     variants = list(strengths) if arguments.compare else ["trained" if arguments.lora else "base"]
     with stock_images(arguments) as images:
+        generated = generator_of(images)
         for seed in arguments.seeds:
             for variant in variants:
                 seeds = range(seed, seed + SEEDS_APART * len(arguments.prompts), SEEDS_APART)
-                rows.append(images(arguments.prompts, seeds, strengths[variant]))
+                rows.append(generated(arguments.prompts, seeds, strengths[variant]))
                 labels.append(f"{variant}\nseed {seed}")
     return rows, labels
 
 
-def _check_output(output: Path) -> None:
+def _check_output(name: str, output: Path, kind: str) -> None:
     """Refuse a file that cannot be written, or whose ending names no image format; nothing is written."""
     from PIL import Image
 
     endings = Image.registered_extensions()
-    if output.suffix.lower() not in endings or endings[output.suffix.lower()] not in Image.SAVE:
-        raise ValueError(f"output must end in .png, or another image format's ending; got {str(output)!r}")
+    found = endings.get(output.suffix.lower())
+    if found not in Image.SAVE or (kind == "gif" and found != "GIF"):
+        others = "" if kind == "gif" else ", or another image format's ending"
+        raise ValueError(f"{name} must end in .{kind}{others}; got {str(output)!r}")
     nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
     if (nearest == output and not output.is_file()) or (nearest != output and not nearest.is_dir()):
         raise ValueError(
-            f"output must be a file in a folder; {str(nearest)!r} is not what it needs; got {str(output)!r}"
+            f"{name} must be a file in a folder; {str(nearest)!r} is not what it needs; got {str(output)!r}"
         )
     if not os.access(nearest, os.W_OK):
-        raise ValueError(f"output must be a file that can be written; {str(nearest)!r} cannot; got {str(output)!r}")
+        raise ValueError(f"{name} must be a file that can be written; {str(nearest)!r} cannot; got {str(output)!r}")
 
 
 if __name__ == "__main__":

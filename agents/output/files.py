@@ -50,6 +50,25 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
             file.replace(folder / file.name)
 
 
+def write_new_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill an empty folder with files, which appears at its place when it is complete.
+
+    Args:
+        folder: does not exist; the folders above it are made.
+        write: gets the path of the folder while it is hidden.
+
+    Raises:
+        OSError: if the folder cannot be written, or has come into being meanwhile.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _fresh_name(folder) as unfinished:
+        unfinished.mkdir()
+        write(unfinished)
+        for file in unfinished.iterdir():
+            sync(file)
+        unfinished.rename(folder)
+
+
 def sync(file: Path) -> None:
     """Flush a file to the disk, through a writable handle, because Windows refuses others."""
     with file.open("r+b") as handle:

@@ -182,12 +182,14 @@ def _holdout_lines(result: RunResult) -> list[str]:
 
 def _advice(result: RunResult) -> list[str]:
     """Say which weights to use: the last ones, or the best evaluation's if the held-out reward knows better ones."""
-    folder, best, has_lora = result.folder, result.best_evaluation, result.config.policy.lora_rank > 0
-    assert best is not None
-    is_better = bool(result.holdout_evaluations) and best[0] != result.iterations
-    if is_better and best[0] == 0:
+    from agents.training.result import advised_iteration
+
+    folder, has_lora = result.folder, result.config.policy.lora_rank > 0
+    advised = advised_iteration(result.holdout_evaluations, result.iterations)
+    is_better = advised != result.iterations
+    if advised == 0:
         return ["Use the pretrained model: by the held-out reward it is better than what was learned."]
-    use = f"Use the policy after iteration {best[0]}, the best by the held-out reward" if is_better else "Use it"
+    use = f"Use the policy after iteration {advised}, the best by the held-out reward" if is_better else "Use it"
     if not has_lora:
         policy = folder.shown(folder.best / "policy")
         return [f"{use}: agents.DiffusionPolicy.load({policy!r})"] if is_better else []

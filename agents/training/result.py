@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,3 +68,12 @@ class RunResult:
 def best_of(evaluations: tuple[tuple[int, float], ...] | list[tuple[int, float]]) -> tuple[int, float] | None:
     """Return the first of the highest of evaluations (iteration, mean); `None` if there are none."""
     return max(evaluations, key=lambda one: one[1], default=None)
+
+
+def advised_iteration(holdout_evaluations: Sequence[tuple[int, float]], iterations: int) -> int:
+    """Return the iteration whose policy to use: the last one, or the best by the held-out reward if there is one.
+
+    0 is the pretrained model.
+    """
+    best = best_of(list(holdout_evaluations))
+    return iterations if best is None else best[0]

@@ -22,11 +22,16 @@ def _shapes(layer: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (rank, inputs, *kernel), (out, rank, *[1] * len(kernel))
 
 
-def save_diffusers_lora(file: Path, networks: dict[str, nn.Module], rank: int = 3, **header: str) -> Path:
+ADAPTED = ("to_q", "to_out.0", "conv1", "q_proj")
+
+
+def save_diffusers_lora(
+    file: Path, networks: dict[str, nn.Module], rank: int = 3, endings: tuple[str, ...] = ADAPTED, **header: str
+) -> Path:
     """Attention and convolutions under the names that diffusers' training scripts write, by component."""
     shapes = {}
     for part, network in networks.items():
-        for name, layer in layers_of(network, "to_q", "to_out.0", "conv1", "q_proj").items():
+        for name, layer in layers_of(network, *endings).items():
             first, second = _shapes(layer, rank)
             shapes |= {f"{part}.{name}.lora_A.weight": first, f"{part}.{name}.lora_B.weight": second}
     save_file(random_tensors(shapes), file, metadata={"format": "pt"} | header)

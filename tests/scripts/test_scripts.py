@@ -40,7 +40,8 @@ def test_every_file_is_a_command_with_help(command, monkeypatch, capsys):
 HELP = """
 import importlib, sys
 sys.argv = ["command", "--help"]
-for module in ("training.command", "doctor.command", "evaluation.sample", "evaluation.compare"):
+commands = ("training.command", "commands.doctor.command", "commands.export.command")
+for module in (*commands, "evaluation.sample", "evaluation.compare"):
     try:
         importlib.import_module(f"agents.{module}").main()
     except SystemExit as left:
@@ -54,7 +55,7 @@ def test_help_needs_no_torch():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     done = subprocess.run([sys.executable, "-c", HELP], env=environment, capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stderr) == (0, "[]\n")
-    assert done.stdout.count("--help") >= 4
+    assert done.stdout.count("--help") >= 5
 
 
 def test_help_lists_every_promised_flag(monkeypatch, capsys):
@@ -124,9 +125,11 @@ def test_sample_uses_the_same_noise_with_and_without_a_lora(monkeypatch, tmp_pat
 def test_sample_works_with_every_text_to_image_family(monkeypatch, tmp_path, family):
     micro_family(family).save_pretrained(tmp_path / family)
     sampling = [f"--model={tmp_path / family}", "--num-inference-steps=2", "--device=cpu", "--guidance-scale=2"]
-    output = tmp_path / "samples.png"
-    assert run_script("sample", [*sampling, "--prompts", "a cat", "a dog", f"--output={output}"], monkeypatch) == 0
-    assert output.is_file()
+    output, film = tmp_path / "samples.png", tmp_path / "film.gif"
+    prompts = ["--prompts", "a cat", "a dog", f"--output={output}", f"--film={film}"]
+    assert run_script("sample", [*sampling, *prompts], monkeypatch) == 0
+    with Image.open(output) as grid, Image.open(film) as frames:
+        assert (frames.n_frames, frames.size) == (2, grid.size)
 
 
 @pytest.mark.parametrize("model", ["points", "ddpm"])

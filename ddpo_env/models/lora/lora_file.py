@@ -35,8 +35,9 @@ _INPUTS = (".lora_A.weight", ".lora.down.weight")
 _SETTINGS = "lora_adapter_metadata"
 """Where the header has peft's settings, as JSON with names such as `unet.r`."""
 _OUTPUTS = (".lora_B.weight", ".lora.up.weight")
-_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+DIFFUSERS_FILE, PEFT_FILE = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
 """What diffusers and peft call the file in a LoRA's folder."""
+_FILES = (DIFFUSERS_FILE, PEFT_FILE)
 _PEFT_SETTINGS = "adapter_config.json"
 _IMPLIED = (
     *("r", "target_modules", "peft_type", "inference_mode", "base_model_name_or_path", "revision", "task_type"),
@@ -78,7 +79,7 @@ def find_lora(path: str | Path, setting: str = "lora") -> Path:
     file = given if given.is_file() else found[0] if len(found) == 1 else None
     if file is None or file.suffix != ".safetensors":
         raise ValueError(
-            f"{setting} must be a .safetensors file, or a folder with {_FILES[0]}; got {str(path)!r}"
+            f"{setting} must be a .safetensors file, or a folder with {DIFFUSERS_FILE}; got {str(path)!r}"
             + (", a folder with several" if len(found) > 1 else "")
         )
     return Path(os.path.abspath(file))
@@ -162,7 +163,7 @@ def _scales(file: Path, text: str | None) -> dict[str, float]:
         ValueError: for settings that are neither implied by the tensors nor peft's defaults.
     """
     beside = file.with_name(_PEFT_SETTINGS)
-    if text is None and file.name == _FILES[1] and beside.is_file():
+    if text is None and file.name == PEFT_FILE and beside.is_file():
         text = beside.read_text(encoding="utf-8", errors="replace")
     try:
         settings = json.loads(text or "{}")

@@ -18,7 +18,7 @@ from agents.evaluation import compare as command
 from agents.evaluation.compare import EvaluateArguments, evaluate_models
 from agents.evaluation.comparison import Result, ScoredImage, best_strengths, compare
 from agents.evaluation.generation import GenerationArguments, stock_images
-from agents.evaluation.sample import SampleArguments, generate
+from agents.evaluation.sample import SampleArguments, generate, generate_films, write_grid
 
 PROMPTS = ("a cat", "a fox", "two dogs")
 
@@ -55,6 +55,43 @@ def test_strengths_0_and_1_are_the_base_and_the_tuned_images_of_ddpo_sample(
         np.testing.assert_array_equal(found[index], expected)
     assert not np.array_equal(base, tuned)
     assert not any(np.array_equal(found[2], one) for one in (base, tuned))
+
+
+def test_film_ends_with_the_images_and_shows_the_decoded_latents_before(
+    micro_pipeline_folder: Path, lora: Path, tmp_path: Path
+) -> None:
+    own = {**settings(micro_pipeline_folder, lora), "num_inference_steps": 3}
+    film, output = tmp_path / "film.gif", tmp_path / "grid.png"
+    arguments = SampleArguments(**own, prompts=PROMPTS, seeds=(3,), compare=True, film=film, output=output)
+    films, labels = generate_films(arguments)
+    images, expected_labels = generate(arguments)
+    assert labels == expected_labels == ["base\nseed 3", "trained\nseed 3"]
+    for steps, last in zip(films, images, strict=True):
+        assert steps.shape == (3, *last.shape)
+        np.testing.assert_array_equal(steps[-1], last)
+    pipe = StableDiffusionPipeline.from_pretrained(micro_pipeline_folder)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    latents: list[Any] = []
+
+    def keep(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        latents.append(tensors["latents"])
+        return {}
+
+    options = {"num_inference_steps": 3, "guidance_scale": 1.0, "eta": 1.0, "callback_on_step_end": keep}
+    pipe(PROMPTS[0], generator=torch.Generator().manual_seed(3), **options)
+    decoded = pipe.vae.decode(latents[1] / pipe.vae.config.scaling_factor).sample.detach()
+    pixels = pipe.image_processor.postprocess(decoded, "np")[0] * 255
+    assert np.abs(films[0][1][0].astype(int) - pixels.round()).max() <= 1
+    write_grid(arguments)
+    with Image.open(film) as frames, Image.open(output) as grid:
+        assert (frames.n_frames, frames.size) == (3, grid.size)
+        durations = []
+        for index in range(frames.n_frames):
+            frames.seek(index)
+            durations.append(frames.info["duration"])
+        assert durations == [150, 150, 2000]
+        difference = np.abs(np.asarray(frames.convert("RGB")).astype(int) - np.asarray(grid))
+    assert difference.mean() < 10  # a GIF has few colours, and these images are noise
 
 
 def test_strength_multiplies_the_change_of_the_weights(micro_pipeline_folder: Path, lora: Path) -> None:

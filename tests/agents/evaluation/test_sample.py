@@ -40,6 +40,8 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--output", "grid.txt"], "output must end in .png"),
         (["--output", "folder.png"], "output must be a file in a folder"),
         (["--output", "file/grid.png"], "output must be a file in a folder"),
+        (["--film", "film.png"], "film must end in .gif"),
+        (["--film", "file/film.gif"], "film must be a file in a folder"),
         (["--lora", "none"], "lora must be a .safetensors file, or a folder with"),
         (["--lora", "damaged"], "is no complete safetensors file"),
         (["--lora", "empty"], "holds no weights"),

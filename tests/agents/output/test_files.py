@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from agents.output.files import refuse_links, write_file, write_folder
+from agents.output.files import refuse_links, write_file, write_folder, write_new_folder
 
 
 def names(folder):
@@ -46,8 +46,24 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         write_file(tmp_path / "file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_folder(tmp_path, lambda empty: full_disk(empty / "file"))
+    with pytest.raises(OSError, match="No space left"):
+        write_new_folder(tmp_path / "new", lambda empty: full_disk(empty / "file"))
     assert (tmp_path / "file").read_text() == "old"
     assert names(tmp_path) == ["file"]
+
+
+def test_new_folder_appears_whole_and_replaces_nothing(tmp_path):
+    def write(folder):
+        (folder / "a").write_text("a")
+        assert not (tmp_path / "new").exists()
+
+    write_new_folder(tmp_path / "new", write)
+    assert names(tmp_path / "new") == ["a"]
+    (tmp_path / "late" / "b").mkdir(parents=True)
+    with pytest.raises(OSError, match="not empty"):
+        write_new_folder(tmp_path / "late", lambda empty: (empty / "a").touch())
+    assert names(tmp_path / "late") == ["b"]
+    assert names(tmp_path) == ["late", "new"]
 
 
 def test_link_in_place_of_a_file_is_replaced_and_of_a_folder_refused(tmp_path):
