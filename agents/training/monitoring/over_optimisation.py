@@ -8,29 +8,16 @@ errors. Once can be chance, and the best of several evaluations is a little luck
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from agents.evaluation.evaluate import Evaluation
+from agents.evaluation.intervals import STANDARD_ERRORS, has_fallen
 from agents.training.run import Run, RunListener
 
-STANDARD_ERRORS = 2.0
 EVALUATIONS = 2
-
-
-def has_fallen(best: npt.NDArray[np.float64], now: npt.NDArray[np.float64]) -> bool:
-    """Return whether scores are lower than the best ones by more than two standard errors of the paired difference.
-
-    Args:
-        best: scores at the best evaluation, `(samples,)`, at least two.
-        now: scores of the samples of the same seeds, `(samples,)`.
-    """
-    difference = best - now
-    standard_error = float(difference.std(ddof=1)) / math.sqrt(len(difference))
-    return float(difference.mean()) > STANDARD_ERRORS * standard_error
 
 
 class OverOptimisationBrake(RunListener):

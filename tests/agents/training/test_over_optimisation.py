@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from agents import prepare_run, run_training, train_config
+from agents.evaluation.intervals import has_fallen
 from agents.training import command
 from agents.training.checkpoint import Checkpoints, latest_checkpoint
 from agents.training.monitoring.holdout_reward import HoldoutReward
-from agents.training.monitoring.over_optimisation import has_fallen
 from rewards import load_reward
 
 NEAR_ONE = "helpers.points_models:near_one"
