@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +130,11 @@ class RunData:
             return "failed", f"stopped by an error after iteration {self.iterations}"
         return "open", f"iteration {self.iterations} of {self.total_iterations}"
 
-    @cached_property
+    @property
     def command(self) -> tuple[str, str]:
         """The command that does the run again, or empty; and why there is none, or empty."""
-        try:
-            return reproducing_command(TrainConfig.read(self.path), int(self.summary.get("processes") or 1)), ""
-        except ValueError as error:
-            return "", str(error)
+        changed = (self.path / "config.yaml").stat().st_mtime_ns
+        return _command(self.path, int(self.summary.get("processes") or 1), changed)
 
 
 def read_run(path: Path) -> RunData:
@@ -167,6 +165,15 @@ def read_run(path: Path) -> RunData:
             if own_file(log)
         },
     )
+
+
+@lru_cache(maxsize=8)
+def _command(path: Path, processes: int, changed: int) -> tuple[str, str]:
+    """Return the command of a run folder and why there is none; `changed` tells versions of its settings apart."""
+    try:
+        return reproducing_command(TrainConfig.read(path), processes), ""
+    except ValueError as error:
+        return "", str(error)
 
 
 def own_file(path: Path) -> bool:

@@ -189,8 +189,8 @@ def _after(iteration: int) -> str:
     return "before training" if iteration == 0 else f"after iteration {iteration}"
 
 
-def number(value: float | None) -> str:
-    """Return a number for people, with at most four digits that count; a dash for none."""
+def number(value: float | None, digits: int = 4) -> str:
+    """Return a number for people, with at most so many digits that count; a dash for none."""
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:.4g}".replace("-", "−")
+    return f"{value:.{digits}g}".replace("-", "−")

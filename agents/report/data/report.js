@@ -102,7 +102,7 @@
 
   function drawTile(tile, source, notes, prompt, iteration) {
     drawImage(tile.querySelector("img"), source, `${prompt}, iteration ${iteration}`);
-    tile.querySelector(".score").textContent = notes.length ? notes[0][1] : "";
+    tile.querySelector(".score").textContent = notes.length ? `${notes[0][0]} ${notes[0][1]}` : "";
     const said = notes.find(([name]) => name.split("/").pop() === "answer");
     tile.querySelector(".answer").textContent = said ? `“${said[1]}”` : "";
   }
