@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from agents.config.train_config import TrainConfig
 from agents.output.files import write_file
@@ -91,8 +90,8 @@ def render(paths: Sequence[Path], version: str = "") -> str:
             numbers=_numbers(runs[0]) if len(runs) == 1 else None,
             **_chosen_settings(runs),
             payload={"runs": [_payload(view) for view in views]},
-            style=Markup(style),
-            script=Markup(script),
+            style=style,
+            script=script,
             policy=_policy(style, script, may_ask=bool(version)),
             version=version,
         )
@@ -145,12 +144,12 @@ def _notes(run: RunData, iteration: int, count: int) -> list[list[tuple[str, str
         return [[] for _ in range(count)]
     notes: list[list[tuple[str, str]]] = []
     for index in range(count):
-        said = [("reward", number(float(record.rewards[index])))]
+        said = [("reward", number(float(record.rewards[index]), 3))]
         if record.holdout_rewards is not None:
-            said.append(("held-out reward", number(float(record.holdout_rewards[index]))))
+            said.append(("held-out reward", number(float(record.holdout_rewards[index]), 3)))
         for name, values in record.details.items():
             value = values[index] if index < len(values) else None
-            said.append((name, value if isinstance(value, str) else number(value)))
+            said.append((name, value if isinstance(value, str) else number(value, 3)))
         notes.append(said)
     return notes
 

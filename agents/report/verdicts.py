@@ -100,8 +100,6 @@ def _holdout(run: RunData) -> Verdict:
         return Verdict(name, "good", f"It is at its best now: {at_best}.", means)
     fallen = [_fell(run, best[0], iteration) for iteration, _ in means[-2:]]
     words = f"It was best, {at_best}, and is {number(means[-1][1])} now."
-    if None in fallen:
-        return Verdict(name, "watch", f"{words} The scores of the samples are not stored.", means)
     if not fallen[-1]:
         return Verdict(name, "good", f"{words} The difference is within two standard errors.", means)
     use = "the pretrained model" if best[0] == 0 else "the policy in best/"
@@ -111,11 +109,16 @@ def _holdout(run: RunData) -> Verdict:
     return Verdict(name, "watch", f"{words} It fell by more than two standard errors once, which can be chance.", means)
 
 
-def _fell(run: RunData, best: int, now: int) -> bool | None:
+def _fell(run: RunData, best: int, now: int) -> bool:
+    """Compare pairs of samples; of a run of an older version only means and deviations, which shows less."""
     if best == now:
         return False
     pair = _pair(run, lambda record: record.holdout_rewards, best, now)
-    return None if pair is None else has_fallen(*pair)
+    if pair is not None:
+        return has_fallen(*pair)
+    means, deviations = dict(run.curve("eval/holdout_reward_mean")), dict(run.curve("eval/holdout_reward_std"))
+    error = math.hypot(deviations[best], deviations[now]) / math.sqrt(max(1, run.count("eval_samples")))
+    return means[best] - means[now] > STANDARD_ERRORS * error
 
 
 def _divergence(run: RunData) -> Verdict | None:

@@ -8,6 +8,7 @@ from helpers.run_folders import write_answers, write_run
 
 from agents.config.command_line import parse_command_line
 from agents.config.train_config import TrainConfig
+from agents.report.page import render
 from agents.report.pictures import pictures_of
 from agents.report.run_data import read_run
 
@@ -35,6 +36,15 @@ def test_state_of_a_run_is_told(tmp_path):
     (folder / "error.txt").write_text("Traceback ...\nValueError: the reward is NaN\n")
     assert read_run(folder).status == ("failed", "stopped by an error after iteration 4")
     assert read_run(folder).error == "ValueError: the reward is NaN"
+
+
+def test_run_that_has_only_begun_has_a_report(tmp_path):
+    folder = write_run(tmp_path / "run", is_finished=False)
+    for file in folder.rglob("*.*"):
+        if file.is_file() and file.name != "config.yaml":
+            file.unlink()
+    assert read_run(folder).status == ("open", "iteration 0 of 4")
+    assert "iteration 0 of 4" in render([folder])
 
 
 def test_run_of_an_older_version_has_images_without_prompts(tmp_path):

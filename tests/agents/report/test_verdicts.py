@@ -36,6 +36,16 @@ def test_held_out_reward(tmp_path, holdout, level, words):
     assert words in found["Held-out reward"].words
 
 
+def test_run_of_an_older_version_is_judged_by_its_means(tmp_path):
+    """Without the scores of the samples the difference must be larger than the spread between them."""
+    for name, level in (("far", "bad"), ("near", "good")):
+        lower = [[value - (9 if name == "far" else 1) for value in RISING[0]]] * 2
+        folder = write_run(tmp_path / name, rewards=RISING[:3], holdout=[RISING[0], *lower])
+        for record in (folder / "samples" / "images").glob("*.json"):
+            record.unlink()
+        assert {one.name: one.level for one in verdicts(read_run(folder))}["Held-out reward"] == level
+
+
 def test_reward_that_rises_while_the_held_out_reward_falls_is_over_optimisation(tmp_path):
     _, (level, sentence) = judged(tmp_path, rewards=RISING, holdout=RISING[::-1])
     assert (level, sentence[:14]) == ("bad", "Over-optimised")
