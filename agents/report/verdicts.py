@@ -82,7 +82,7 @@ def _reward(run: RunData) -> Verdict:
         level: Level = "good" if change > 0 else "watch"
         return Verdict("Reward", level, f"The mean reward went {words}.", means)
     mean, error = paired_difference(*pair)
-    margin = f" ({mean:+.3g} ± {STANDARD_ERRORS * error:.2g}, two standard errors of the paired difference)"
+    margin = f" ({'+' if mean > 0 else ''}{number(mean, 3)} ± {STANDARD_ERRORS * error:.2g}, two standard errors of the paired difference)"
     if abs(mean) <= STANDARD_ERRORS * error:
         return Verdict("Reward", "watch", f"The mean reward has not measurably changed: {words}{margin}.", means)
     level, verb = ("good", "rose") if mean > 0 else ("bad", "fell")

@@ -1,8 +1,6 @@
 """The page: one file without requests, in which whatever comes from files is text; and how it is written and served."""
 
 import io
-import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -12,7 +10,6 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from helpers.micro_agents import micro_config
-from helpers.paths import ROOT
 from helpers.run_folders import write_answers, write_run
 from helpers.scripts import run_script
 from PIL import Image
@@ -171,16 +168,6 @@ def test_command_writes_the_file_and_refuses_what_is_no_run(tmp_path, monkeypatc
     assert "must be the folder of a run" in capsys.readouterr().err
     assert run_script("report", [run, "--serve", "--port", "70000"], monkeypatch) == 2
     assert "port must be between 0 and 65535; got 70000" in capsys.readouterr().err
-
-
-def test_help_needs_no_torch():
-    code = (
-        "import atexit, sys; sys.argv = ['ddpo-report', '--help']; "
-        "atexit.register(lambda: print([name for name in ('torch', 'jinja2') if name in sys.modules])); "
-        "from agents.report.command import main; main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.fixture
