@@ -68,7 +68,7 @@ def write_evaluation(path: Path, evaluation: Evaluation, iteration: int, shown: 
         "prompts": evaluation.prompts,
         "rewards": [_finite(value) for value in evaluation.rewards.tolist()],
         "holdout_rewards": None if evaluation.holdout_rewards is None else evaluation.holdout_rewards.tolist(),
-        "details": {name: [_plain(one) for one in values[:shown]] for name, values in evaluation.details.items()},
+        "details": {name: [_cut(_plain(one)) for one in values[:shown]] for name, values in evaluation.details.items()},
     }
     write_file(path, json.dumps(content, allow_nan=False) + "\n")
 
@@ -108,13 +108,18 @@ def _numbers(values: Sequence[float | None], count: int) -> npt.NDArray[np.float
 
 
 def _plain(value: Any) -> str | float | None:
-    """Return a detail as JSON has it: a number, or a text that is not too long."""
+    """Return a detail as JSON has it: a number or a text; of several answers, one."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool | int | float):
         return None if value is None else _finite(float(value))
-    text = str(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} [cut: {_LONGEST} of {len(text)} characters]"
+    return " · ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _cut(value: str | float | None) -> str | float | None:
+    if not isinstance(value, str) or len(value) <= _LONGEST:
+        return value
+    return f"{value[:_LONGEST]} [cut: {_LONGEST} of {len(value)} characters]"
 
 
 def _finite(value: float) -> float | None:

@@ -82,11 +82,12 @@ def _reward(run: RunData) -> Verdict:
         level: Level = "good" if change > 0 else "watch"
         return Verdict("Reward", level, f"The mean reward went {words}.", means)
     mean, error = paired_difference(*pair)
-    margin = f" ({'+' if mean > 0 else ''}{number(mean, 3)} ± {STANDARD_ERRORS * error:.2g}, two standard errors of the paired difference)"
+    sign, margin = ("+" if mean > 0 else ""), f"{STANDARD_ERRORS * error:.2g}"
+    words += f" ({sign}{number(mean, 3)} ± {margin}, two standard errors of the paired difference)."
     if abs(mean) <= STANDARD_ERRORS * error:
-        return Verdict("Reward", "watch", f"The mean reward has not measurably changed: {words}{margin}.", means)
+        return Verdict("Reward", "watch", f"The mean reward has not measurably changed: {words}", means)
     level, verb = ("good", "rose") if mean > 0 else ("bad", "fell")
-    return Verdict("Reward", level, f"The mean reward {verb} {words}{margin}.", means)
+    return Verdict("Reward", level, f"The mean reward {verb} {words}", means)
 
 
 def _holdout(run: RunData) -> Verdict:

@@ -82,8 +82,9 @@
       radios[sample].checked = true;
       tiles.forEach((tile, index) => drawTile(tile, run.images[at][index], run.notes[at][index], run.prompts[index], now));
       const prompt = run.prompts[sample];
-      drawImage(find(".before"), run.images[0][sample], `${prompt}, iteration ${run.iterations[0]}`);
-      drawImage(find(".after"), run.images[at][sample], `${prompt}, iteration ${now}`);
+      const moving = run.kind === "video" && run.clips[at].length ? run.clips : run.images;
+      drawImage(find(".before"), moving[0][sample], `${prompt}, iteration ${run.iterations[0]}`);
+      drawImage(find(".after"), moving[at][sample], `${prompt}, iteration ${now}`);
       find(".tag.left").textContent = run.iterations[0] ? `iteration ${run.iterations[0]}` : "before";
       find(".tag.right").textContent = `iteration ${now}`;
       find(".large .prompt").textContent = prompt;
@@ -92,10 +93,6 @@
       curtain.style.setProperty("--reveal", `${state.reveal}%`);
       drawNotes(find(".notes"), run.notes[0][sample], run.notes[at][sample], now);
       if (run.kind === "audio") drawSounds(find(".clips"), run, at, sample);
-      if (run.kind === "video" && run.clips[at].length) {
-        find(".before").src = run.clips[0][sample];
-        find(".after").src = run.clips[at][sample];
-      }
     }
     return { draw, reveal, radios };
   }
@@ -103,7 +100,7 @@
   function drawTile(tile, source, notes, prompt, iteration) {
     drawImage(tile.querySelector("img"), source, `${prompt}, iteration ${iteration}`);
     tile.querySelector(".score").textContent = notes.length ? `${notes[0][0]} ${notes[0][1]}` : "";
-    const said = notes.find(([name]) => name.split("/").pop() === "answer");
+    const said = notes.find(([name]) => /^(.*\/)?answers?$/.test(name));
     tile.querySelector(".answer").textContent = said ? `“${said[1]}”` : "";
   }
 

@@ -192,6 +192,12 @@ def test_sounds_and_videos_can_be_played(window, tmp_path):
     window.open(pages["film"])
     assert window.run(SHOWN, ".large .after").startswith("data:image/webp")
     wait(lambda: window.run("return document.querySelector('.large .after').naturalWidth") == 16)
+    window.run(
+        "window.loads = 0; document.querySelector('.large .after').addEventListener('load', () => window.loads++)"
+    )
+    focus(window, ".reveal")
+    window.press("left", "left")
+    assert window.run("return window.loads") == 0, "a film goes on when the curtain moves"
     assert window.messages() == []
 
 

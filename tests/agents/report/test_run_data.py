@@ -1,8 +1,10 @@
 """What the report reads from a run folder, also from one that is unfinished, old, damaged or hostile."""
 
 import json
+import math
 import shlex
 
+import numpy as np
 import pytest
 from helpers.run_folders import write_answers, write_run
 
@@ -36,6 +38,16 @@ def test_state_of_a_run_is_told(tmp_path):
     (folder / "error.txt").write_text("Traceback ...\nValueError: the reward is NaN\n")
     assert read_run(folder).status == ("failed", "stopped by an error after iteration 4")
     assert read_run(folder).error == "ValueError: the reward is NaN"
+
+
+def test_details_are_numbers_or_short_texts(tmp_path):
+    details = {"word": [np.float32(0.5), True, math.nan, None], "answers": [("yes", "two"), [], "x" * 3000, "<b>"]}
+    folder = write_run(tmp_path / "run", rewards=[[1.0, math.nan, 2.0, 3.0]], details=details)
+    record = read_run(folder).records[0]
+    assert record.details["word"] == [0.5, 1.0, None, None]
+    assert record.details["answers"][:2] == ["yes · two", ""]
+    assert record.details["answers"][2].endswith("[cut: 2000 of 3000 characters]")
+    assert np.array_equal(record.rewards, [1, math.nan, 2, 3], equal_nan=True)
 
 
 def test_run_that_has_only_begun_has_a_report(tmp_path):
