@@ -65,6 +65,12 @@ class Browser:
         element = self._send("POST", "/element", {"using": "css selector", "value": selector})
         self._send("POST", f"/element/{element[_ELEMENT]}/click", {})
 
+    def drag(self, start: tuple[float, float], end: tuple[float, float]) -> None:
+        """Press the pointer at one point of the window, move it to another one, and let it go."""
+        points = [{"type": "pointerMove", "duration": 0, "x": round(x), "y": round(y)} for x, y in (start, end)]
+        actions = [points[0], {"type": "pointerDown", "button": 0}, points[1], {"type": "pointerUp", "button": 0}]
+        self._send("POST", "/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": actions}]})
+
     def show_as(self, width: int, height: int, scheme: str = "light") -> None:
         """Give the page the size of a screen in pixels, and the colour scheme `light` or `dark`."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}

@@ -73,6 +73,19 @@
     const reveal = find(".reveal");
     const radios = tiles.map((tile) => tile.querySelector("input"));
     tiles.forEach((tile, index) => (tile.querySelector(".caption").textContent = run.prompts[index]));
+    // The range below the curtain is for the keyboard: on phones a finger moves a range only by its small handle.
+    curtain.addEventListener("pointerdown", (event) => {
+      curtain.setPointerCapture(event.pointerId);
+      reveal.focus({ preventScroll: true });
+      follow(event);
+    });
+    curtain.addEventListener("pointermove", (event) => event.buttons && follow(event));
+
+    function follow(event) {
+      const { left, width } = curtain.getBoundingClientRect();
+      reveal.value = (100 * (event.clientX - left)) / width;
+      reveal.dispatchEvent(new Event("input"));
+    }
 
     function draw(iteration, state) {
       // A run without an evaluation at this iteration shows its last one before it.

@@ -105,8 +105,14 @@ def test_curtain_moves_by_keyboard_and_by_pointer(one):
     moved = one.run(shown)
     assert moved != before
     one.press("home")
-    one.click(".reveal")  # in its middle
-    assert abs(int(one.run("return document.querySelector('.reveal').value")) - 50) <= 1
+    edge = (
+        "const box = document.querySelector('.curtain').getBoundingClientRect(); return [box.left, box.width, box.top]"
+    )
+    left, width, top = one.run(edge)
+    one.drag((left + 0.5 * width, top + 50), (left + 0.8 * width, top + 60))
+    assert one.run("return document.querySelector('.reveal').value") == "80"
+    edge = "return document.querySelector('.edge').getBoundingClientRect().left"
+    assert one.run(edge) == pytest.approx(left + 0.8 * width, abs=2)
 
 
 def test_everything_that_acts_is_reached_by_tab_and_shows_its_focus(one):
