@@ -55,12 +55,13 @@ def learner(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def undrawn_figures(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Leave the drawing of curves, half of the time of a run on points, to the slow tests and to `finished`."""
+    """Leave figures and reports, half of the time of a run on points, to the slow tests and to `finished`."""
     if "learner" not in request.fixturenames or request.getfixturevalue("learner") != "points":
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("agents.evaluation.plots.write_figure", write_numbers)
+        patch.setattr("agents.training.run.write_report", lambda file, _: file.touch())
         yield
 
 
@@ -82,6 +83,7 @@ def whole(learner: str, request: pytest.FixtureRequest, tmp_path_factory: pytest
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("agents.evaluation.plots.write_figure", write_numbers)
+        patch.setattr("agents.training.run.write_report", lambda file, _: file.touch())
         return run_training(micro_config(learner, tmp_path_factory.mktemp("runs") / "points"))
 
 

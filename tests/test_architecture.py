@@ -14,10 +14,12 @@ from helpers.paths import ROOT
 LIBRARY = ("agents", "ddpo_env", "rewards")
 LAYERS = ("scripts", *LIBRARY)
 """Each package imports only itself and those after it."""
-_BELOW_TRAINING = {*("planning", "config", "algorithms", "evaluation", "policy", "rollout", "distributed", "output")}
+_LIBRARY = ("planning", "config", "algorithms", "evaluation", "policy", "rollout", "distributed", "output")
+_BELOW_TRAINING = {*_LIBRARY, "report"}
 ROOMS = {
     "commands": {"training", *_BELOW_TRAINING},
     "training": _BELOW_TRAINING,
+    "report": {"config", "evaluation", "output"},
     "planning": {"config", "algorithms", "policy", "rollout", "distributed", "output"},
     "config": {"algorithms", "policy", "rollout", "distributed", "output"},
     "algorithms": {"policy", "rollout", "distributed"},

@@ -1,13 +1,19 @@
-"""95 % intervals: of a mean, by resampling; of a share of zeros and ones, by Wilson's formula."""
+"""95 % intervals: of a mean, by resampling; of a share of zeros and ones, by Wilson's formula.
+
+Two evaluations of the same prompts and seeds are compared pair by pair.
+"""
 
 from __future__ import annotations
 
+import math
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
 LEVEL = 0.95
+STANDARD_ERRORS = 2.0
+"""By which a paired difference must exceed zero to count."""
 RESAMPLES = 10_000
 _CHUNK = 500
 """Resamples that are drawn at once, which bounds the memory."""
@@ -45,3 +51,27 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     half = _Z * (share * (1 - share) / trials + _Z**2 / (4 * trials**2)) ** 0.5
     scale = 1 + _Z**2 / trials
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def paired_difference(before: NDArray[np.float64], after: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the mean of the differences `after - before`, and its standard error.
+
+    Seeds that are easy or hard for every policy do not widen it.
+
+    Args:
+        before: scores, `(samples,)`, at least two.
+        after: scores of the samples of the same prompts and seeds, `(samples,)`.
+    """
+    difference = after - before
+    return float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(len(difference))
+
+
+def is_higher(scores: NDArray[np.float64], than: NDArray[np.float64]) -> bool:
+    """Return whether scores are higher than others by more than two standard errors of the paired difference.
+
+    Args:
+        scores: of samples, `(samples,)`, at least two.
+        than: scores of the samples of the same prompts and seeds, `(samples,)`.
+    """
+    mean, error = paired_difference(than, scores)
+    return mean > STANDARD_ERRORS * error

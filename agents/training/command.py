@@ -154,6 +154,7 @@ def summary(result: RunResult) -> str:
         "Look at",
     ]
     for file, content in (
+        (folder.report, "everything on one page, for a browser"),
         (folder.samples / "before_after.png", "the same prompts and seeds before, during and after training"),
         (folder.path / "reward.png", "the curve"),
         (folder.path / "reward_against_kl.png", "rewards against the distance from the pretrained model"),

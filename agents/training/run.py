@@ -19,8 +19,10 @@ from agents.config.train_config import TrainConfig
 from agents.evaluation.evaluate import Evaluation
 from agents.evaluation.plots import reward_curve
 from agents.output.files import refuse_links
+from agents.output.terminal import quoted
 from agents.planning.memory import fit_micro_batch_size
 from agents.policy.diffusion_policy import DiffusionPolicy
+from agents.report.page import write_report
 from agents.rollout.vec_env import denoising_env_of
 from agents.training.algorithm_state import Stateful, check_learned
 from agents.training.checkpoint import Checkpoints, iterations_done, latest_checkpoint, run_identity
@@ -116,7 +118,7 @@ class Run:
             for each iteration that is left:
                 collect a rollout and update the policy      (agents/algorithms/on_policy.py)
                 tell the listeners, log the iteration, write its checkpoint
-            save policy and LoRA; tell the listeners and draw the curve; write the summary
+            save policy and LoRA; tell the listeners and draw the curve; write the summary and the report
 
         Args:
             started: `time.perf_counter()` at the start of the program, so that the time includes imports and loading.
@@ -139,7 +141,10 @@ class Run:
         except BaseException as error:
             if self.processes.is_main:
                 self._write_error(error)
+            self._write_report()
             raise
+        else:
+            self._write_report()
         finally:
             self.folder.release()
         return self._result(started, finished)
@@ -300,6 +305,8 @@ class Run:
             with self.processes.fail_together():
                 algorithm.dump_logs(number)
             self.checkpoints.finished(number)
+        if not self.is_finished and self.evaluations[-1][0] == number:
+            self._write_report()
         self._watch_reward()
 
     def _watch_reward(self) -> None:
@@ -325,6 +332,7 @@ class Run:
         with self.processes.fail_together():
             self.algorithm.logger.record("time/iterations", self.iteration, exclude="tensorboard")
             self.algorithm.logger.dump(self.iteration)
+        self._write_report()
 
     def _result(self, started: float, finished: bool) -> RunResult:
         return RunResult(
@@ -344,6 +352,17 @@ class Run:
             self.folder.write_error(error)
         except OSError as failure:  # a full disk must not hide why the run stopped
             error.add_note(f"{self.folder}/error.txt could not be written: {failure}")
+
+    def _write_report(self) -> None:
+        """Write `report.html`. A failure is a warning: it is made of what is stored, so it can be made again."""
+        if not self.processes.is_main or not self.evaluations:
+            return
+        try:
+            write_report(self.folder.report, [self.folder.path])
+        except Exception as error:
+            if self._console is not None:
+                again = quoted("ddpo-report", str(self.folder))
+                self._console.warn(f"report.html was not written: {error} (the run is whole; try {again})")
 
     def _cancel_rewards(self) -> None:
         assert self.algorithm.env is not None

@@ -5,7 +5,9 @@ runs/<name>/
     progress.csv, tensorboard/               metrics of every iteration
     samples/iteration_0000.png, ...          the same held-out prompts and seeds every time
     samples/images/iteration_0000.png, ...   the same images in a row, in their own size and without labels
-    samples/before_after.png, reward.png     the two files to look at first
+    samples/images/iteration_0000.json, ...  their prompts and scores; shown videos (.webp) and sounds (.wav)
+    report.html                              all of it on one page: the file to look at first
+    samples/before_after.png, reward.png     the two figures to look at first
     reward_against_kl.png                    mean rewards against the distance from the pretrained model
     lora/pytorch_lora_weights.safetensors    for `pipe.load_lora_weights("runs/<name>/lora")`
     policy/                                  for `agents.DiffusionPolicy.load`
@@ -39,7 +41,15 @@ from agents.output.files import refuse_links, remove_leftovers, write_file
 
 _FOLDERS = ("samples", "tensorboard", "lora", "policy", "best", "checkpoints", "judge")
 _ITERATION = "time/iterations"
-_FILES = ("config.yaml", "progress.csv", "reward.png", "reward_against_kl.png", "error.txt", "summary.json")
+_FILES = (
+    "config.yaml",
+    "progress.csv",
+    "reward.png",
+    "reward_against_kl.png",
+    "error.txt",
+    "summary.json",
+    "report.html",
+)
 _LIBRARIES = (
     "torch",
     "gymnasium",
@@ -143,6 +153,7 @@ class RunFolder:
         self.error = path / "error.txt"
         self.best = path / "best"
         self.summary = path / "summary.json"
+        self.report = path / "report.html"
 
     def _check(self) -> None:
         if not self.path.exists():

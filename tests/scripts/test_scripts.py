@@ -41,7 +41,7 @@ HELP = """
 import importlib, sys
 sys.argv = ["command", "--help"]
 commands = ("training.command", "commands.doctor.command", "commands.export.command")
-for module in (*commands, "evaluation.sample", "evaluation.compare"):
+for module in (*commands, "evaluation.sample", "evaluation.compare", "report.command"):
     try:
         importlib.import_module(f"agents.{module}").main()
     except SystemExit as left:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from agents.commands.doctor.finding import LEVELS, Finding
+from agents.config.reproduction import flags_of
 from agents.config.train_config import TrainConfig
 from agents.output.files import write_file
 from agents.output.terminal import escaped, quoted
@@ -33,7 +34,7 @@ def show(finding: Finding, console: Console | None = None) -> None:
     if finding.advice:
         lines.append(f"→ {finding.advice}")
     if finding.settings:
-        lines.append(f"→ settings: {quoted(*_flags(finding.settings))}")
+        lines.append(f"→ settings: {quoted(*flags_of(finding.settings))}")
     body = Text("\n".join(escaped(line) for line in lines))
     width = max(40, (console.width if console.is_terminal else _WIDTH) - _INDENT)
     wrapped = body.wrap(console, width)
@@ -86,20 +87,7 @@ def write_settings(folder: Path, config: TrainConfig) -> Path:
 def train_command(given: TrainConfig, changes: dict[str, Any]) -> str:
     """Return the command that trains with the settings that the user gave and the recommended ones."""
     settings = {name: value for name, value in given.flat().items() if name in given.given} | changes
-    return quoted("ddpo-train", *_flags(settings))
-
-
-def _flags(settings: Any) -> list[str]:
-    flags: list[str] = []
-    for name, value in settings.items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool) and name in ("vae_tiling", "critic", "gradient_checkpointing", "compile_denoiser"):
-            flags.append(flag if value else flag.replace("--", "--no-", 1))
-        elif isinstance(value, tuple | list):
-            flags += [flag, *map(str, value)]
-        else:
-            flags += [flag, str(value)]
-    return flags
+    return quoted("ddpo-train", *flags_of(settings))
 
 
 def _plain(value: Any) -> Any:

@@ -12,27 +12,28 @@ import numpy.typing as npt
 import torch
 from stable_baselines3.common.logger import Image as LoggedImage
 
-from agents.evaluation.evaluate import evaluate, evaluation_prompts
+from agents.evaluation.evaluate import Evaluation, evaluate, evaluation_prompts
 from agents.evaluation.image_grid import image_grid, read_strip, write_image, write_strip
 from agents.evaluation.pretrained_comparison import chosen_transitions
 from agents.policy.diffusion_policy import DiffusionPolicy
+from agents.report.evaluation_files import SHOWN, evaluation_name, write_evaluation
+from agents.report.sample_files import write_samples
 from agents.training.monitoring.holdout_reward import HoldoutReward
 from agents.training.run import Run, RunListener
 from ddpo_env.models.protocol import abilities_of
 from ddpo_env.prompts import Prompt
 from ddpo_env.vector_env import DenoisingVectorEnv
 
-_COLUMNS = 9
-
 
 class HeldOutImages(RunListener):
     """Generates and scores the same held-out samples before training, every few iterations, and after it.
 
     It writes `samples/iteration_NNNN.png` and its images alone, logs the mean reward as `eval/reward_mean` and the grid
-    to TensorBoard, and at the end writes `samples/before_after.png`. There are no files
-    for a model whose samples are no images and which does not render them. Where the environment keeps rewards that are
-    NaN or infinite, the mean is that of the others, and `eval/dropped_samples` is their number. Each prompt occurs at
-    least twice, so that samples of the same prompt can be compared.
+    to TensorBoard, and at the end writes `samples/before_after.png`. There are no such files for a model whose samples
+    are no images and which does not render them. What was scored is in `samples/images/iteration_NNNN.json`, with the
+    shown videos and sounds beside it. Where the environment keeps rewards that are NaN or infinite, the mean is that of
+    the others, and `eval/dropped_samples` is their number. Each prompt occurs at least twice, so that samples of the
+    same prompt can be compared.
 
     Args:
         env: for the held-out episodes; autoreset off.
@@ -62,7 +63,7 @@ class HeldOutImages(RunListener):
         self.holdout = holdout
         self.prompts = _repeated(evaluation_prompts(env, samples, seed))
         self.compared = chosen_transitions(samples, env.num_inference_steps, window, stochastic)
-        self.columns = min(_COLUMNS, samples)
+        self.columns = min(SHOWN, samples)
         self._draws = abilities_of(env.model).can_render
         self._shown: list[tuple[int, float]] = []
 
@@ -116,14 +117,21 @@ class HeldOutImages(RunListener):
             algorithm.logger.record("eval/dropped_samples", evaluation.dropped_samples)
         shown = _finite_mean(evaluation.rewards[: self.columns])
         self._shown.append((run.iteration, shown))
+        run.processes.from_main(lambda: self._write_samples(run, evaluation))
         pictures = evaluation.pictures
         if pictures is not None:
             run.processes.from_main(lambda: self._write(run, pictures[: self.columns], shown))
 
+    def _write_samples(self, run: Run, evaluation: Evaluation) -> None:
+        rate = abilities_of(self.env.model).sample_metadata.get("sampling_rate")
+        name = evaluation_name(run.iteration)
+        write_evaluation(run.folder.images / f"{name}.json", evaluation, run.iteration, self.columns)
+        write_samples(run.folder.images, name, evaluation.images[: self.columns], rate)
+
     def _write(self, run: Run, images: npt.NDArray[Any], shown: float) -> None:
         write_strip(_strip(run, run.iteration), images)
         grid = image_grid([images], [f"iteration {run.iteration}\n{shown:.2f}"], self._captions)
-        write_image(run.folder.samples / f"iteration_{run.iteration:04d}.png", grid)
+        write_image(run.folder.samples / f"{evaluation_name(run.iteration)}.png", grid)
         pixels = torch.as_tensor(np.array(grid)).permute(2, 0, 1)
         run.algorithm.logger.record("samples", LoggedImage(pixels, "CHW"), exclude=("stdout", "csv"))
 
@@ -150,7 +158,7 @@ def _repeated(prompts: list[Prompt]) -> list[Prompt]:
 
 
 def _strip(run: Run, iteration: int) -> Path:
-    return run.folder.images / f"iteration_{iteration:04d}.png"
+    return run.folder.images / f"{evaluation_name(iteration)}.png"
 
 
 def _finite_mean(rewards: npt.NDArray[np.float64]) -> float:

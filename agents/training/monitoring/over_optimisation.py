@@ -10,29 +10,16 @@ policy do not widen those.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from agents.evaluation.evaluate import Evaluation
+from agents.evaluation.intervals import STANDARD_ERRORS, is_higher
 from agents.training.run import Run, RunListener
 
-STANDARD_ERRORS = 2.0
 EVALUATIONS = 3
-
-
-def is_higher(scores: npt.NDArray[np.float64], than: npt.NDArray[np.float64]) -> bool:
-    """Return whether scores are higher than others by more than two standard errors of the paired difference.
-
-    Args:
-        scores: of samples, `(samples,)`, at least two.
-        than: scores of the samples of the same seeds, `(samples,)`.
-    """
-    difference = scores - than
-    standard_error = float(difference.std(ddof=1)) / math.sqrt(len(difference))
-    return float(difference.mean()) > STANDARD_ERRORS * standard_error
 
 
 class OverOptimisationBrake(RunListener):

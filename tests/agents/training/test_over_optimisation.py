@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from agents import prepare_run, run_training, train_config
+from agents.evaluation.intervals import is_higher
 from agents.training import command
 from agents.training.checkpoint import Checkpoints, latest_checkpoint
 from agents.training.monitoring.holdout_reward import HoldoutReward
-from agents.training.monitoring.over_optimisation import OverOptimisationBrake, is_higher
+from agents.training.monitoring.over_optimisation import OverOptimisationBrake
 from rewards import load_reward
 
 NEAR_ONE = "helpers.points_models:near_one"

@@ -40,10 +40,12 @@ def test_run_folder_holds_what_its_docstring_says(finished):
         "summary.json",
         "reward.png",
         "reward_against_kl.png",
+        "report.html",
         "samples/before_after.png",
         *(f"{folder}lora/pytorch_lora_weights.safetensors" for folder in ("", "best/")),
         *(f"{folder}policy/policy.{suffix}" for folder in ("", "best/") for suffix in ("json", "safetensors")),
         *(f"samples/{part}iteration_{i}.png" for i in iterations for part in ("", "images/")),
+        *(f"samples/images/iteration_{i}.json" for i in iterations),
         *(
             f"checkpoints/iteration_00000{i}/{name}"
             for i in (2, 3)

@@ -225,6 +225,9 @@ def test_run_trains_a_video_model_and_shows_three_frames(tmp_path: Path) -> None
     )  # fmt: skip
     assert run_training(config).iterations == 1
     assert (tmp_path / "run" / "samples" / "before_after.png").is_file()
+    films = [path.name for path in sorted((tmp_path / "run" / "samples" / "images").glob("*.webp"))]
+    assert films == [f"iteration_000{iteration}_0{sample}.webp" for iteration in (0, 1) for sample in (0, 1)]
+    assert (tmp_path / "run" / "report.html").read_text("utf-8").count("data:image/webp;base64,") == 4
     policy = DiffusionPolicy.load(tmp_path / "run" / "policy", device="cpu")
     assert policy.model.arguments["num_frames"] == 5  # type: ignore[attr-defined]
     latents = torch.randn(2, *policy.model.latent_shape)
