@@ -318,7 +318,7 @@ class Processes:
         Args:
             error: the error with which this process ends.
         """
-        if self.count > 1 and (error is None or error is self._agreed):
+        if self.count > 1 and (error is None or self.is_agreed(error)):
             self.gather_objects(None)
             PartialState().destroy_process_group()
 
@@ -326,6 +326,10 @@ class Processes:
         """Note that all processes raise this error, because they hold the same numbers, and return it."""
         self._agreed = error
         return error
+
+    def is_agreed(self, error: BaseException) -> bool:
+        """Return whether all processes raise this error, so that they can go on together after it."""
+        return self.count == 1 or error is self._agreed
 
     def _raise_together(self, error: BaseException | None) -> None:
         """Raise in all processes if one of them failed or was interrupted."""
