@@ -40,7 +40,8 @@ def test_every_file_is_a_command_with_help(command, monkeypatch, capsys):
 HELP = """
 import importlib, sys
 sys.argv = ["command", "--help"]
-for module in ("training.command", "doctor.command", "evaluation.sample", "evaluation.compare"):
+commands = ("commands.doctor.command", "commands.race.command")
+for module in ("training.command", *commands, "evaluation.sample", "evaluation.compare"):
     try:
         importlib.import_module(f"agents.{module}").main()
     except SystemExit as left:
@@ -54,7 +55,7 @@ def test_help_needs_no_torch():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     done = subprocess.run([sys.executable, "-c", HELP], env=environment, capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stderr) == (0, "[]\n")
-    assert done.stdout.count("--help") >= 4
+    assert done.stdout.count("--help") >= 5
 
 
 def test_help_lists_every_promised_flag(monkeypatch, capsys):

@@ -106,7 +106,8 @@ def _base(settings: Mapping[str, Any], line: TrainConfig, folder: Path) -> Train
     config = preset_config(line.preset) if line.preset else TrainConfig()
     config = _changed(config, settings, "base", (*RACE_OWNED, *_HASHES))
     config = config.changed(**{name: line.flat()[name] for name in line._given})
-    if needed := [name for name in reaching_out(config, folder.resolve()) if name not in line._given]:
+    own = settings.keys() - line._given
+    if needed := [name for name in reaching_out(config, folder.resolve()) if name in own]:
         raise ValueError(
             f"base: {', '.join(needed)} would use code, a server, an environment variable or a path, which a file "
             f"alone must not choose. If you trust it, name it on the command line: --{needed[0].replace('_', '-')}"

@@ -14,15 +14,15 @@ from agents.commands.race.table import last_results
 from agents.evaluation.plots import blank_figure, write_figure
 
 _PALETTE = "tab10"
-_MOST_COLOURS = 10
+_COLOURS = 10
 _STYLES = ("-", "--", ":", "-.")
 
 
 def race_figure(path: Path, race: Race) -> None:
     """Draw a race to a PNG file: one line for each contender, the mean over its seeds, with a band for their range.
 
-    Contenders of one name in the file have one colour; those of the last rung have bold lines. A cross is where a
-    contender was dropped or failed.
+    Contenders of one name in the file share a colour; those of the last rung have bold lines. A cross is where another
+    one was left behind.
     """
     curves = {name: _curve(race, name) for name in race.standings.order()}
     titles = {
@@ -49,10 +49,11 @@ def _draw(axis: Any, race: Race, name: str, curve: dict[int, list[Evaluated]], m
     from matplotlib import colormaps
 
     families = list(dict.fromkeys(contender.family for contender in race.contenders.values()))
-    number = families.index(race.contenders[name].family)
+    family = race.contenders[name].family
+    number = [one.name for one in race.contenders.values() if one.family == family].index(name)
     style = {
-        "color": colormaps[_PALETTE](number % _MOST_COLOURS),
-        "linestyle": _STYLES[number // _MOST_COLOURS % len(_STYLES)],
+        "color": colormaps[_PALETTE](families.index(family) % _COLOURS),
+        "linestyle": _STYLES[number % len(_STYLES)],
     }
     points = [(at, [getattr(one, measure) for one in found]) for at, found in sorted(curve.items())]
     points = [(at, values) for at, values in points if None not in values]

@@ -254,7 +254,7 @@ class Race:
                 lock.acquire()
             except Timeout as error:
                 raise ValueError(
-                    f"output: another process writes to {str(self.folder)!r}; wait until it ends"
+                    f"output {str(self.folder)!r} is in use by another process: wait until it ends, or choose another"
                 ) from error
 
         self.processes.from_main(acquire)
