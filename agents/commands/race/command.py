@@ -138,7 +138,7 @@ def _train(race: Race) -> int:
         if processes.is_main:
             print_error(describe(error, _EXPECTED))
             print_line("What has been trained is saved. To go on with the race, give the same command again.")
-        if not processes.is_agreed(error):
+        if processes.count > 1 and error is not processes.agreed:
             raise
         return FAILED
     if processes.is_main:
@@ -151,6 +151,7 @@ def _conclude(race: Race) -> None:
     from agents.commands.doctor.report import write_settings
     from agents.commands.race.figure import race_figure
     from agents.commands.race.table import table
+    from agents.config.authority import resume_flags
 
     print_line(f"\n{table(race)}")
     race_figure(race.folder / "race.png", race)
@@ -159,9 +160,11 @@ def _conclude(race: Race) -> None:
     if winner is None:
         print_error("no contender is left, so there is no winner")
         return
-    path = write_settings(race.folder, race.winner_config(winner))
-    print_line(f"{path}    settings of {winner}")
-    print_line(f"{race.run_folder(winner, race.settings.seeds[0])}    its run")
+    config = race.winner_config(winner)
+    path = write_settings(race.folder, config)
+    print_line(f"{race.run_folder(winner, race.settings.seeds[0])}    the run of {winner}")
+    print_line(f"{path}    its settings; to train with them:")
+    print_line(f"  {quoted('ddpo-train', '--config', path, *resume_flags(config.changed(run_dir=race.folder)))}")
 
 
 if __name__ == "__main__":

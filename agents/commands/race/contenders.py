@@ -23,7 +23,6 @@ from typing import Any
 
 from agents.config.authority import reaching_out
 from agents.config.config_file import read_handwritten_yaml
-from agents.config.presets import preset_config
 from agents.config.train_config import TrainConfig
 from ddpo_env.validation.options import shown
 
@@ -102,10 +101,9 @@ def _sections(content: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 
 
 def _base(settings: Mapping[str, Any], line: TrainConfig, folder: Path) -> TrainConfig:
-    """Return what all contenders have in common: the preset's settings, the file's, and the command line's."""
-    config = preset_config(line.preset) if line.preset else TrainConfig()
-    config = _changed(config, settings, "base", (*RACE_OWNED, *_HASHES))
-    config = config.changed(**{name: line.flat()[name] for name in line._given})
+    """Return what all contenders have in common: settings that are on the command line, the file's, the preset's."""
+    checked = _changed(TrainConfig(), settings, "base", (*RACE_OWNED, *_HASHES)).flat()
+    config = line.changed(**{name: checked[name] for name in settings if name not in line._given})
     own = settings.keys() - line._given
     if needed := [name for name in reaching_out(config, folder.resolve()) if name in own]:
         raise ValueError(

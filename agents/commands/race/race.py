@@ -100,7 +100,7 @@ class Race:
         self._log = self.folder / "log.txt"
         self.contenders = {contender.name: contender for contender in contenders}
         self.rungs: list[Rung] = plan_rungs(len(contenders), settings.budget, settings.reduction)
-        self._resolved = {contender.name: self._checked(contender) for contender in contenders}
+        self._resolved = self._checked()
         if settings.budget_unit != "seconds":
             for name in self.contenders:
                 self.iterations(name)
@@ -189,8 +189,8 @@ class Race:
         except _NOT_A_CONTENDERS_FAULT:
             raise
         except Exception as error:
-            if not self.processes.is_agreed(error):
-                raise
+            if self.processes.count > 1 and error is not self.processes.agreed:
+                raise  # the other processes do not know of it
             reason = self.processes.from_main(partial(describe, error))
             self.state.failures.append(Failure(contender=name, rung=rung, reason=reason))
         self.processes.from_main(lambda: self.state.write(self.folder / "race.json"))
@@ -215,20 +215,30 @@ class Race:
         self.processes.from_main(lambda: remove(folder))
         return self.processes.from_main(lambda: clock.times[-1] - clock.times[-2])
 
-    def _checked(self, contender: Contender) -> TrainConfig:
-        """Return a contender's resolved settings, if it can run."""
-        where = f"contender {contender.name!r}"
-        try:
-            checked = check_run(contender.config.changed(run_dir=self.folder / contender.name / "run"), self.processes)
-            if name := _without_scale(checked.reward, reward_name(checked.reward)):
-                raise ValueError(
-                    f"reward {name} has a state that follows the samples of a run, so the scores of two runs have no "
-                    "common scale; write the terms of a weighted sum as name:weight:raw"
-                )
-        except Exception as error:
-            error.add_note(f"of {where}")
-            raise
-        return checked.config
+    def _checked(self) -> dict[str, TrainConfig]:
+        """Return the resolved settings of every contender, by name, if all of them can run."""
+        resolved: dict[str, TrainConfig] = {}
+        models = set()
+        for name, contender in self.contenders.items():
+            config = contender.config.changed(run_dir=self.run_folder(name, self.settings.seeds[0]))
+            try:
+                resolved[name] = self.processes.from_main(partial(resolve, config, self.processes.count))
+                if (model := (config.policy, config.run)) not in models:  # a check takes half a second
+                    self._check_model(config)
+                models.add(model)
+            except Exception as error:
+                error.add_note(f"of contender {name!r}")
+                raise
+        return resolved
+
+    def _check_model(self, config: TrainConfig) -> None:
+        """Refuse what a run of these settings would refuse before it loads anything, and rewards without a scale."""
+        reward = check_run(config.changed(run_dir=self.folder / "new"), self.processes).reward
+        if name := _without_scale(reward, reward_name(reward)):
+            raise ValueError(
+                f"reward {name} has a state that follows the samples of a run, so scores of two runs have no common "
+                "scale; write the terms of a weighted sum as name:weight:raw"
+            )
 
     def _seconds(self, name: str) -> float | None:
         return self.state.seconds.get(name) if self.settings.budget_unit == "seconds" else None

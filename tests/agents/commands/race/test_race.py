@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 
 import numpy as np
@@ -12,6 +13,7 @@ from helpers.micro_agents import brightness
 
 from agents.commands.race import runs
 from agents.commands.race.command import main
+from agents.config.command_line import parse_command_line
 from agents.config.train_config import TrainConfig
 from agents.training.preparation import run_training
 from agents.training.run_folder import RunFolder
@@ -122,8 +124,10 @@ def test_race_has_a_winner_that_trains_on_and_resumes_bit_for_bit(race, tmp_path
     config = TrainConfig.read(whole / "contenders" / loser / "seed-0")
     assert config.schedule_length == 2 * config.total_iterations
 
-    # the winner's settings train as its run in the race did
-    config = TrainConfig.read(whole)
+    # the command that was printed trains the winner as its run in the race did
+    command = shlex.split(printed.splitlines()[-1])
+    assert command[:3] == ["ddpo-train", "--config", str(whole / "config.yaml")]
+    config = parse_command_line(command[1:]).config
     again = run_training(config.changed(run_dir=tmp_path / "again"))
     assert again.reward_after == next(o["reward"] for o in final if o["contender"] == winner and o["seed"] == 0)
     assert (whole / "race.png").is_file()
