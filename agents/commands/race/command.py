@@ -119,7 +119,7 @@ def prepare_race(line: RaceLine, processes: Processes) -> Race:
 def _train(race: Race) -> int:
     """Train, print how it goes, write the figure and the winner's settings, and return the exit code."""
     from agents.commands.race.table import result_line, table
-    from agents.training.command import describe
+    from agents.training.command import describe, start_of_command
 
     processes = race.processes
 
@@ -132,7 +132,7 @@ def _train(race: Race) -> int:
     except KeyboardInterrupt:
         if processes.is_main:
             print_line("\nStopped; what has been trained is saved. To go on with the race, give the same command:")
-            print_line(f"  {quoted(*sys.argv)}")
+            print_line(f"  {quoted(*start_of_command(processes), *sys.argv[1:])}")
         return SIGNALLED + (processes.stopped_by or signal.SIGINT)
     except _EXPECTED as error:
         if processes.is_main:

@@ -153,12 +153,12 @@ class Standings:
     def order(self) -> list[str]:
         """Return the names from the winner to the worst; those that failed come last, the last failure first.
 
-        Within a rung that is not over, those without a result follow those that have one, in the order of the names.
+        Those without a result in the rung that trains now follow those that have one, as they ended the rung before.
         """
         order: list[str] = []
         for rung in reversed(range(len(self.rungs) if self.current is None else self.current + 1)):
-            candidates = [*self._ranked(rung), *self.starters(rung)]
-            order += [name for name in dict.fromkeys(candidates) if name not in order and name not in self.failures]
+            order += [name for name in self._ranked(rung) if name not in order and name not in self.failures]
+        order += [name for name in self.names if name not in order and name not in self.failures]
         return order + sorted(self.failures, key=lambda name: (-self.failures[name].rung, self.names.index(name)))
 
     @property

@@ -17,6 +17,7 @@ for each rung:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class Race:
         if settings.budget_unit != "seconds":
             for name in self.contenders:
                 self.iterations(name)
-        self.state = self.processes.from_main(lambda: RaceState.read(self.folder / "race.json", self._description()))
+        self.state = self.processes.from_main(self._read)
 
     @property
     def standings(self) -> Standings:
@@ -167,6 +168,8 @@ class Race:
             ValueError: if another process writes to the folder.
         """
         with self._locked(), self.processes.stop_signals():
+            self.state = self.processes.from_main(self._read)  # only now nobody else writes
+            self._write()  # from the first run on, the folder belongs to this race
             while (rung := self.standings.current) is not None:
                 for name in self.standings.starters(rung):
                     for seed in self.settings.seeds:
@@ -193,7 +196,7 @@ class Race:
                 raise  # the other processes do not know of it
             reason = self.processes.from_main(partial(describe, error))
             self.state.failures.append(Failure(contender=name, rung=rung, reason=reason))
-        self.processes.from_main(lambda: self.state.write(self.folder / "race.json"))
+        self._write()
         return True
 
     def _train(self, name: str, rung: int, seed: int) -> Result:
@@ -239,6 +242,16 @@ class Race:
                 f"reward {name} has a state that follows the samples of a run, so scores of two runs have no common "
                 "scale; write the terms of a weighted sum as name:weight:raw"
             )
+
+    def _read(self) -> RaceState:
+        """Return the state in the folder, if it is this race's or empty."""
+        path = self.folder / "race.json"
+        if self.folder.exists() and not path.exists() and (found := sorted(set(os.listdir(self.folder)) - {".lock"})):
+            raise ValueError(f"output must be a new folder, or that of a race; {str(self.folder)!r} has {found[0]!r}")
+        return RaceState.read(path, self._description())
+
+    def _write(self) -> None:
+        self.processes.from_main(lambda: self.state.write(self.folder / "race.json"))
 
     def _seconds(self, name: str) -> float | None:
         return self.state.seconds.get(name) if self.settings.budget_unit == "seconds" else None

@@ -13,12 +13,13 @@ def describe_race(race: Race) -> list[str]:
     """Return the plan of a race: its rungs, and the iterations that the budget buys each contender."""
     settings, unit = race.settings, race.settings.budget_unit
     seeds = ", ".join(map(str, settings.seeds))
-    lines = [f"race       {len(race.contenders)} contenders, each with seed {seeds}; budget of a run in {unit}"]
+    lines = [f"race    each contender with seed {seeds}; at most {amount(settings.budget)} {unit} for a run"]
     for number, rung in enumerate(race.rungs, 1):
-        lines.append(f"rung {number}     {rung.contenders} contenders, {amount(rung.budget)} {unit} in total")
+        count = f"{rung.contenders} contender{'s' if rung.contenders > 1 else ''}"
+        lines.append(f"rung {number}  {count}, to {amount(rung.budget)} {unit} of a run")
     if unit == "seconds":
-        return [*lines, "iterations are known when an iteration of each contender has been timed"]
-    lines.append("iterations of each contender to the end of each rung, rounded down:")
+        return [*lines, "The iterations are known when those of each contender have been timed."]
+    lines.append("Iterations of a run to the end of each rung, rounded down:")
     width = max(map(len, race.contenders))
     for name in race.contenders:
         counts = race.iterations(name)

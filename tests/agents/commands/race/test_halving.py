@@ -39,6 +39,7 @@ def test_the_best_means_go_on_and_failures_are_not_replaced():
     assert unfinished.order() == ["c", "a", "b", "d", "e"]
     assert standings().current == 1
     assert standings().starters(1) == ["a", "b", "c"]  # d is out
+    assert standings().order() == ["c", "a", "b", "d", "e"]
     failures.append(Failure(contender="c", rung=1, reason="NaN"))
     results += [result(name, 1, seed, reward) for name, reward in (("a", 5), ("b", 6)) for seed in (0, 1)]
     assert standings().starters(1) == ["a", "b", "c"]  # d does not come back for c

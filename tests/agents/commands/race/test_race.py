@@ -3,20 +3,23 @@
 import json
 import re
 import shlex
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 from conftest import write_numbers
+from filelock import FileLock
 from helpers import micro_agents
 from helpers.micro_agents import brightness
+from helpers.paths import SCRIPTS
 
 from agents.commands.race import runs
 from agents.commands.race.command import main
+from agents.commands.race.state import RaceState
 from agents.config.command_line import parse_command_line
 from agents.config.train_config import TrainConfig
 from agents.training.preparation import run_training
-from agents.training.run_folder import RunFolder
 
 BASE = [
     "--model=points",
@@ -133,7 +136,7 @@ def test_race_has_a_winner_that_trains_on_and_resumes_bit_for_bit(race, tmp_path
     assert (whole / "race.png").is_file()
 
     # stopped by Ctrl-C, and by a failing machine that is no contender's fault
-    for call, error, expected in ((4, KeyboardInterrupt(), 130), (60, ConnectionError("the judge has left"), 1)):
+    for call, error, expected in ((4, KeyboardInterrupt(), 130), (67, ConnectionError("the judge has left"), 1)):
         monkeypatch.setattr(micro_agents, "brightness", Fails(call, error))
         code, stopped, shown = race("--output=stopped")
         assert code == expected
@@ -205,12 +208,56 @@ def test_dry_run_prints_the_iterations_and_writes_nothing(race, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"four.yaml"}
 
 
-def test_a_folder_has_one_race_at_a_time(race, tmp_path):
-    folder = RunFolder(tmp_path / "busy")
-    folder.make()
-    try:
-        code, _, error = race("--output=busy")
-    finally:
-        folder.release()
+def test_a_folder_belongs_to_one_race(race, tmp_path):
+    (tmp_path / "mine").mkdir()
+    with FileLock(tmp_path / "mine" / ".lock"):
+        code, _, error = race("--output=mine")
     assert code == 1
     assert "is in use by another process" in error
+    (tmp_path / "mine" / "config.yaml").touch()
+    code, _, error = race("--output=mine")
+    assert code == 2
+    assert re.search("output must be a new folder, or that of a race; .* has 'config.yaml'", error)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: [content], "must be an object"),
+        (lambda content: content | {"version": 7}, "version must be 1; got 7"),
+        (lambda content: content | {"more": 0}, "must hold version, race, seconds, results and failures"),
+        (lambda content: content | {"results": [{"contender": "a"}]}, "missing"),
+        (lambda content: content | {"seconds": {"a": -1.0}}, "seconds of a must be above 0"),
+        (
+            lambda content: content | {"failures": [{"contender": "b", "rung": 0, "reason": ""}]},
+            "'b' is no contender|reason",
+        ),
+        (
+            lambda content: content | {"race": {"contenders": {"a": {"lora_rank": 3}}}},
+            "contenders.a.lora_rank=3 instead of 2",
+        ),
+    ],
+)
+def test_a_damaged_state_is_refused(tmp_path, change, message):
+    path, description = tmp_path / "race.json", {"contenders": {"a": {"lora_rank": 2}}}
+    RaceState(description).write(path)
+    assert RaceState.read(path, description).results == []
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match=message):
+        RaceState.read(path, description)
+
+
+@pytest.mark.slow
+def test_two_processes_drop_a_contender_together_and_go_on(tmp_path):
+    (tmp_path / "two.yaml").write_text("contenders: {ppo: {learning_rate: [1e-3, 1e-2]}, wild: {learning_rate: 1e3}}")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    own = ["--contenders=two.yaml", "--budget=256", "--reduction=2", "--output=two", "--reward=points_ring"]
+    sizes = ["--samples-per-iteration=64", "--sample-batch-size=64", "--updates-per-iteration=4"]
+    done = subprocess.run(
+        [*command, str(SCRIPTS / "race.py"), *BASE, *own, *sizes], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    state = json.loads((tmp_path / "two" / "race.json").read_text())
+    assert [failure["contender"] for failure in state["failures"]] == ["wild"]
+    assert [one["contender"] for one in state["results"]] == ["ppo-0.001", "ppo-0.01"] * 2
+    assert done.stdout.count("winner") == 1  # one process prints
