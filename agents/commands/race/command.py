@@ -7,7 +7,8 @@
       nft: {algorithm: nft, learning_rate: 5e-3}
 
 A list of learning rates makes one contender of each. The other options are those of ddpo-train, for all contenders;
-a section base of the file may hold them too. All start from the same model, with the same prompts and held-out seeds.
+a section base of the file may hold them too. --iterations, --seed, --run-dir and --resume are not for races. All start
+from the same model, with the same prompts and held-out seeds.
 
 A run may spend --budget, of which the first of K rungs has 1 / reduction^(K-1). After each rung the best contenders,
 one in --reduction, rounded up, go on with their runs; they are ranked by the mean reward of the held-out samples, over

@@ -14,6 +14,7 @@ a contender can change nothing of what all of them must share to be compared.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -135,19 +136,17 @@ def _expanded(name: str, settings: Any, base: TrainConfig) -> Iterator[Contender
 
 def _changed(config: TrainConfig, settings: Mapping[str, Any], where: str, fixed: tuple[str, ...]) -> TrainConfig:
     """Return settings with those of a section of the file."""
-    valid = sorted(config.flat().keys() - set(fixed))
+    known = config.flat()
     for name in settings:
-        if name in _SHARED and name in fixed:
-            raise ValueError(f"{where}: all contenders share {name}: set it in base, or on the command line")
         if name in RACE_OWNED:
             raise ValueError(f"{where} must not set {name}, which the command line says")
-        if name not in valid:
-            try:
-                config.changed(**{name: settings[name]})
-                hint = ""
-            except ValueError as error:
-                hint = str(error)
-            raise ValueError(f"{where}: {hint or f'it must not set {name}'}. Valid are {', '.join(valid)}")
+        if name in _SHARED and name in fixed:
+            raise ValueError(f"{where} must not set {name}, which all contenders share: set it in base")
+        if name not in known or name in fixed:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f" (did you mean {near[0]}?)" if near and near[0] not in fixed else ""
+            valid = ", ".join(sorted(known.keys() - set(fixed)))
+            raise ValueError(f"{where}: there is no setting {shown(name)}{hint}; valid are {valid}")
     try:
         return config.changed(**{name: _tuple(value) for name, value in settings.items()})
     except ValueError as error:

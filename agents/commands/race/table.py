@@ -67,7 +67,8 @@ def result_line(race: Race, name: str) -> str:
     if (failure := race.standings.failures.get(name)) is not None:
         return f"rung {failure.rung + 1}  {name}: failed: {failure.reason}"
     last = race.state.results[-1]
-    spent = f"{last.iterations:,} iterations, {amount(race.cost(name, last.iterations))} {race.settings.budget_unit}"
+    count = f"{last.iterations:,} iteration{'s' if last.iterations != 1 else ''}"
+    spent = f"{count}, {amount(race.cost(name, last.iterations))} {race.settings.budget_unit}"
     return f"rung {last.rung + 1}  {name}, seed {last.seed}: {spent}, reward {last.before:.4f} → {last.reward:.4f}"
 
 

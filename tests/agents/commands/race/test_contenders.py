@@ -26,7 +26,7 @@ def test_a_list_of_learning_rates_makes_one_contender_of_each(read):
     text = """
     base: {samples_per_iteration: 16, eval_samples: 6}
     contenders:
-      ppo: {learning_rate: [1e-3, 2.5e-3]}
+      ppo: {learning_rate: [1e-3, 2.5e-3, 2.5e1]}
       nft: {algorithm: nft, timestep_window: [0, 0.5]}
       plain:
     """
@@ -34,11 +34,12 @@ def test_a_list_of_learning_rates_makes_one_contender_of_each(read):
     assert [(one.name, one.family) for one in found] == [
         ("ppo-0.001", "ppo"),
         ("ppo-0.0025", "ppo"),
+        ("ppo-25", "ppo"),
         ("nft", "nft"),
         ("plain", "plain"),
     ]
-    assert [one.config.learning_rate for one in found] == [1e-3, 2.5e-3, None, None]
-    nft = found[2].config
+    assert [one.config.learning_rate for one in found] == [1e-3, 2.5e-3, 25, None, None]
+    nft = found[3].config
     assert (nft.algorithm, nft.update.timestep_window) == ("nft", (0, 0.5))
     assert nft.samples_per_iteration == 8  # the command line comes before the file's base
     assert nft.run.eval_samples == 6  # which comes before the defaults
@@ -65,12 +66,12 @@ def test_base_comes_before_the_preset(read):
         ("contenders: {a: {learning_rate: -1}}", "contender 'a': learning_rate must be .*got -1"),
         (
             "contenders: {a: {lerning_rate: 1}}",
-            "contender 'a'.*did you mean learning_rate.*Valid are adam_beta1, .*, epochs",
+            "contender 'a'.*did you mean learning_rate.*valid are adam_beta1, .*, epochs",
         ),
-        ("contenders: {a: {reward: jpeg_compressibility}}", "all contenders share reward"),
+        ("contenders: {a: {reward: jpeg_compressibility}}", "must not set reward, which all contenders share"),
         ("contenders: {a: {seed: 3}}", "contender 'a' must not set seed"),
         ("base: {iterations: 3}\ncontenders: {a: {}}", "base must not set iterations"),
-        ("contenders: {a: {model_sha256: '0'}}", "it must not set model_sha256"),
+        ("contenders: {a: {model_sha256: '0'}}", "there is no setting 'model_sha256'; valid are"),
         ("contenders: {../a: {}}", "contender '../a': a name must have"),
         ("contenders: {a: 3}", "contender 'a' must hold settings by name; got 3"),
         ("base: {reward: 'os:system'}\ncontenders: {a: {}}", "base: reward would use code.*--reward"),
