@@ -116,6 +116,7 @@ class Processes:
 
     Attributes:
         stopped_by: number of the signal that asked to stop, the same in all processes; `None` if there was none.
+        agreed: the last error that all processes raised together; `None` if there was none.
     """
 
     def __init__(self, index: int = 0, count: int = 1, device: str | None = None) -> None:
@@ -127,7 +128,7 @@ class Processes:
         self._interrupted = False
         self._holds = False
         self._is_ending = False
-        self._agreed: BaseException | None = None
+        self.agreed: BaseException | None = None
 
     @property
     def is_main(self) -> bool:
@@ -225,11 +226,10 @@ class Processes:
         if self.count == 1:
             return values
         self._raise_together(error)
-        device = parameters[0].device
-        present = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
-        own = torch.stack([value.detach().to(device, torch.float32) for value in values.values()])
+        present = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+        own = torch.stack([value.detach().to(present) for value in values.values()])
         # One row per process, so that sums and largest values come out of one exchange.
-        table = torch.zeros(self.count, len(present) + len(own), device=device)
+        table = present.new_zeros(self.count, len(present) + len(own))
         table[self.index] = torch.cat([present, own])
         table = self.sum(table)
         learning = [p for p, known in zip(parameters, table[:, : len(present)].sum(0).tolist(), strict=True) if known]
@@ -318,13 +318,13 @@ class Processes:
         Args:
             error: the error with which this process ends.
         """
-        if self.count > 1 and (error is None or error is self._agreed):
+        if self.count > 1 and (error is None or error is self.agreed):
             self.gather_objects(None)
             PartialState().destroy_process_group()
 
     def mark_agreed(self, error: BaseException) -> BaseException:
         """Note that all processes raise this error, because they hold the same numbers, and return it."""
-        self._agreed = error
+        self.agreed = error
         return error
 
     def _raise_together(self, error: BaseException | None) -> None:

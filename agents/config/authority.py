@@ -39,11 +39,11 @@ def resumed(own: TrainConfig, asked: TrainConfig) -> TrainConfig:
     folder = asked.resume.resolve()
     given = asked.given
     _refuse_others(own, asked, folder)
-    if needed := [name for name in _reaching_out(own, folder) if name not in given]:
+    if needed := [name for name in reaching_out(own, folder) if name not in given]:
         raise ValueError(
             f"resume: the run in {str(asked.resume)!r} uses code, a server, an environment variable or a path outside "
             f"its folder ({', '.join(needed)}), and a run folder alone must not choose these. If you trust it, name "
-            f"them again by adding:\n  {quoted(*_flags(own, needed))}"
+            f"them again by adding:\n  {quoted(*setting_flags(own, needed))}"
         )
     changes = {name: asked.flat()[name] for name in _NAMED_AGAIN if name in given}
     for name in PLACES:
@@ -56,7 +56,7 @@ def resumed(own: TrainConfig, asked: TrainConfig) -> TrainConfig:
 def resume_flags(config: TrainConfig) -> list[str]:
     """Return what a user adds to `--resume` and the run's folder, so that a run of resolved settings can go on."""
     assert config.run_dir is not None
-    return _flags(config, _reaching_out(config, config.run_dir.resolve()))
+    return setting_flags(config, reaching_out(config, config.run_dir.resolve()))
 
 
 def _refuse_others(own: TrainConfig, asked: TrainConfig, folder: Path) -> None:
@@ -81,7 +81,7 @@ def _refuse_others(own: TrainConfig, asked: TrainConfig, folder: Path) -> None:
             )
 
 
-def _reaching_out(config: TrainConfig, folder: Path) -> Iterator[str]:
+def reaching_out(config: TrainConfig, folder: Path) -> Iterator[str]:
     """Yield the settings that run code, send something, or reach a path outside the run folder."""
     for name in PLACES:
         place = place_of(config, name)
@@ -115,7 +115,7 @@ def _fixed(pairs: tuple[str, ...]) -> dict[str, Any]:
     return {key: None if _may_reach_out(key, value) else (value,) for key, value in leaves}
 
 
-def _flags(config: TrainConfig, names: Iterable[str]) -> list[str]:
+def setting_flags(config: TrainConfig, names: Iterable[str]) -> list[str]:
     """Return settings as arguments of the command line; no value can become a flag of its own."""
     flags: list[str] = []
     for name in names:

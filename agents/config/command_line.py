@@ -1,22 +1,28 @@
-"""Command lines that take every setting of a run, on top of a preset where one is named: that of `ddpo-train`."""
+"""Command lines that take every setting of a run, on top of a preset or a file of settings: that of `ddpo-train`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
 import tyro
 
+from agents.config.config_file import read_plain_yaml
 from agents.config.presets import PRESETS, preset_config
 from agents.config.train_config import TrainConfig
-from agents.output.terminal import print_error
+from agents.output.terminal import print_error, quoted
 
 
 @dataclass(frozen=True, kw_only=True)
 class SettingsLine(TrainConfig):
     """A command line with the settings of a run; a command derives from it and adds its own arguments."""
+
+    settings_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """The config.yaml of a run, a race or the doctor: its settings are the defaults here, but for the run's folder.
+    Code, servers, environment variables and paths outside the file's folder are used only if they are named again."""
 
     @property
     def config(self) -> TrainConfig:
@@ -36,10 +42,11 @@ _Line = TypeVar("_Line", bound=SettingsLine)
 
 
 @dataclass(kw_only=True)
-class _Preset:
-    """The one argument that sets the defaults of the others."""
+class _Defaults:
+    """The arguments that set the defaults of the others."""
 
     preset: str | None = None
+    config: Path | None = None
 
 
 def parse_command_line(args: Sequence[str] | None = None, description: str | None = None) -> CommandLine:
@@ -50,7 +57,7 @@ def parse_command_line(args: Sequence[str] | None = None, description: str | Non
 def parse_settings_line(
     command: type[_Line], args: Sequence[str] | None = None, description: str | None = None
 ) -> _Line:
-    """Parse a command line with the settings of a run; they override the preset's, in any order.
+    """Parse a command line with the settings of a run; they override those of a preset or a file, in any order.
 
     Args:
         command: what is parsed.
@@ -61,17 +68,51 @@ def parse_settings_line(
         SystemExit: after `--help`, and after an error, which is printed.
     """
     arguments = list(sys.argv[1:] if args is None else args)
-    name = _preset_in(arguments)
-    default = command() if name is None else command(**_settings(preset_config(name)))
+    known = _defaults_in(arguments)
     try:
         _refuse_empty(arguments)
+        default = command(**_settings(_default_config(known)))
         kind: Any = Annotated[command, tyro.conf.OmitArgPrefixes]
         line = tyro.cli(kind, args=arguments, description=description, default=default)
+        given = {flag.removeprefix("no_") for flag in _flags(arguments)} & line.flat().keys()
+        if known.config is not None:
+            _check_named_again(line, given, known.config)
     except ValueError as error:
         print_error(error)
         raise SystemExit(2) from error
-    given = {flag.removeprefix("no_") for flag in _flags(arguments)}
-    return cast(_Line, line.with_given(given & line.flat().keys()))
+    return cast(_Line, line.with_given(given))
+
+
+def _default_config(known: _Defaults) -> TrainConfig:
+    """Return the settings of a preset or of a file; without both, the defaults.
+
+    Raises:
+        ValueError: for both, or a file that does not hold the settings of a run.
+    """
+    if known.config is None:
+        return preset_config(known.preset) if known.preset in PRESETS else TrainConfig()
+    if known.preset is not None:
+        raise ValueError(f"preset must not be given with config, which has all settings; got {known.preset!r}")
+    try:
+        config = TrainConfig.from_dict(read_plain_yaml(known.config))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"config: {str(known.config)!r} does not hold the settings of a run: {error}") from error
+    open_again = {name: None for name in config.flat() if name.endswith("_sha256")}  # a new run takes what is there now
+    if config.optimizer.schedule_iterations == config.iterations:
+        open_again["schedule_iterations"] = None
+    return config.changed(run_dir=None, resume=None, **open_again)
+
+
+def _check_named_again(config: TrainConfig, given: set[str], path: Path) -> None:
+    """Refuse a file of settings that alone would choose what runs or what is reached."""
+    from agents.config.authority import reaching_out, setting_flags  # they import torch
+
+    if needed := [name for name in reaching_out(config, path.parent.resolve()) if name not in given]:
+        raise ValueError(
+            f"config: {str(path)!r} uses code, a server, an environment variable or a path outside its folder "
+            f"({', '.join(needed)}), and a file alone must not choose these. If you trust it, name them again by "
+            f"adding:\n  {quoted(*setting_flags(config, needed))}"
+        )
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
@@ -93,10 +134,10 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
             raise ValueError(f"{before.partition('=')[0]} must not be empty; got {value or argument!r}")
 
 
-def _preset_in(args: Sequence[str] | None) -> str | None:
-    """Return the preset that is named; `None` for a wrong one, which the whole command line will show."""
+def _defaults_in(args: Sequence[str]) -> _Defaults:
+    """Return the preset or file that is named; none for a wrong one, which the whole command line will show."""
     try:
-        known, _ = tyro.cli(_Preset, args=args, return_unknown_args=True, add_help=False, console_outputs=False)
+        known, _ = tyro.cli(_Defaults, args=args, return_unknown_args=True, add_help=False, console_outputs=False)
     except SystemExit:
-        return None
-    return known.preset if known.preset in PRESETS else None
+        return _Defaults()
+    return known

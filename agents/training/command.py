@@ -132,9 +132,14 @@ def resume_command(config: TrainConfig, processes: Processes) -> str:
     """Return the command that continues a run; with several processes, what their launcher must start."""
     from agents.config.authority import resume_flags
 
+    return f"  {quoted(*start_of_command(processes), '--resume', config.run_dir, *resume_flags(config))}"
+
+
+def start_of_command(processes: Processes) -> list[str]:
+    """Return how this program was started, without its options."""
     is_script = sys.argv[0].endswith(".py")
     start = ["accelerate", "launch", "..."] if processes.count > 1 else [sys.executable] if is_script else []
-    return f"  {quoted(*start, sys.argv[0], '--resume', config.run_dir, *resume_flags(config))}"
+    return [*start, sys.argv[0]]
 
 
 def summary(result: RunResult) -> str:

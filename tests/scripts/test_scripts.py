@@ -40,8 +40,8 @@ def test_every_file_is_a_command_with_help(command, monkeypatch, capsys):
 HELP = """
 import importlib, sys
 sys.argv = ["command", "--help"]
-commands = ("training.command", "commands.doctor.command", "commands.export.command")
-for module in (*commands, "evaluation.sample", "evaluation.compare", "report.command"):
+commands = (f"commands.{name}.command" for name in ("doctor", "export", "race"))
+for module in ("training.command", *commands, "evaluation.sample", "evaluation.compare", "report.command"):
     try:
         importlib.import_module(f"agents.{module}").main()
     except SystemExit as left:

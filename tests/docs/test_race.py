@@ -1,0 +1,32 @@
+"""What docs/race.md promises: its example of a file is one, and its numbers are those of a plan."""
+
+import re
+import shlex
+
+from helpers.paths import ROOT
+
+from agents.commands.race.command import RaceLine, prepare_race
+from agents.commands.race.contenders import read_contenders
+from agents.config.command_line import parse_command_line, parse_settings_line
+from agents.distributed import Processes
+
+PAGE = (ROOT / "docs" / "race.md").read_text("utf-8")
+
+
+def test_example_of_a_file_has_the_contenders_that_it_says(tmp_path):
+    (example,) = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    (tmp_path / "contenders.yaml").write_text(example)
+    found = read_contenders(tmp_path / "contenders.yaml", parse_command_line([]).config, tmp_path)
+    assert [one.name for one in found] == ["ppo-0.002", "ppo-0.005", "ppo-0.01", "sparse", "defaults"]
+
+
+def test_commands_of_the_results_start_with_the_iterations_that_the_page_says(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, commands = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    lines = commands.replace("\\\n", " ").splitlines()
+    assert len(lines) == 4
+    for command in lines:
+        race = prepare_race(parse_settings_line(RaceLine, shlex.split(command)[1:]), Processes())
+        assert [rung.contenders for rung in race.rungs] == [24, 8, 3]
+        assert race.iterations("rwr-0.001")[0] == 2
+        assert race.iterations("ppo-0.005")[0] == (2 if "alignment" in command else 5)
