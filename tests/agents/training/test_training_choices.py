@@ -72,11 +72,11 @@ def test_configuration_names_the_algorithm(tmp_path, algorithm, kind):
 
 def test_sizes_and_learning_rate_left_open_are_the_algorithms():
     for algorithm, defaults in ALGORITHMS.items():
-        config = train_config(algorithm=algorithm).resolved()
+        config = train_config(algorithm=algorithm, reward="aesthetic").resolved()
         assert config.training.epochs == defaults.epochs
         assert config.training.updates_per_iteration == defaults.updates_per_iteration
         assert config.learning_rate == defaults.learning_rate
-        assert train_config(algorithm=algorithm, learning_rate=0.125).resolved().learning_rate == 0.125
+        assert config.changed(learning_rate=0.125).resolved().learning_rate == 0.125
 
 
 def test_resolved_learning_rate_is_in_the_run_folder(learner, tmp_path):
