@@ -6,7 +6,7 @@
 A rollout gives x_K and the noise ε of its steps. The update takes the last K steps again from there, with gradients,
 and differentiates the environment's decoder and reward too. So a sample says in which direction it gets better, where a
 policy gradient knows only how good it was. The squared distance is a mean over the latent. AlignProp (Prabhudesai et
-al. 2023, arXiv 2310.03739) draws K at random for every update.
+al. 2023, arXiv 2310.03739) goes back a random number of steps.
 """
 
 from __future__ import annotations

@@ -85,6 +85,19 @@ def test_scores_and_slope_are_those_of_the_reward(spec):
     assert float((ahead - behind).detach() / 0.04) == pytest.approx(float(gradient.norm()), rel=0.05)
 
 
+@pytest.mark.parametrize("size", [(64, 64), (96, 80)])
+def test_scores_of_rounded_and_resized_images_are_close(size):
+    """A decoder's images are not rounded; the image of 64 × 64 is not resized either."""
+    exact = smooth_images(16, *size) + np.random.default_rng(0).uniform(-0.5, 0.5, (16, *size, 3))
+    images = exact.clip(0, 255).round().astype(np.uint8)
+    prompts = ["a cat"] * 16
+    for name, most in {"aesthetic": 5e-3, "clip_score": 5e-4}.items():
+        reward = load_reward(name, model="tiny")
+        plain = reward(images, prompts, [{}] * 16)
+        mine = score_with_gradient(reward, as_tensor(exact.clip(0, 255).astype(np.float32)), prompts)
+        assert 0 < np.abs(mine.detach().numpy() - plain).max() < most, name
+
+
 def test_weighted_sum_uses_its_statistics_and_does_not_change_them():
     reward = load_reward(
         "aesthetic:1,clip_score:0.5", options={name: {"model": "tiny"} for name in ("aesthetic", "clip_score")}

@@ -191,7 +191,7 @@ def test_aesthetic_score_of_the_bundled_model_rises(tmp_path):
             algorithm="draft",
             reward="aesthetic",
             reward_options=("model=tiny",),
-            iterations=4,
+            iterations=2,
             samples_per_iteration=24,
             eval_samples=24,
             eval_interval=0,
@@ -199,7 +199,7 @@ def test_aesthetic_score_of_the_bundled_model_rises(tmp_path):
             device="cpu",
         )
     )
-    assert result.reward_after > result.reward_before + 0.3
+    assert result.reward_after > result.reward_before + 0.5
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from helpers.more_families import CASES, build
 
 from ddpo_env.models import abilities_of, load_model
 
-
 NAMES = ["tiny", "points", *FAMILIES, *(name for name in CASES if name not in FAMILIES)]
 NAMES.remove("stable_audio_3")  # whose micro decoder makes the same sound of all latents
 
