@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         PerPromptAdvantage,
         RawReturn,
     )
+    from agents.algorithms.draft import DRaFT
     from agents.algorithms.forward.awm import AWM
     from agents.algorithms.forward.nft import NFT
     from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
@@ -47,6 +48,7 @@ _MODULES = {
         "PerPromptAdvantage",
         "RawReturn",
     ),
+    "agents.algorithms.draft": ("DRaFT",),
     "agents.algorithms.forward.awm": ("AWM",),
     "agents.algorithms.forward.nft": ("NFT",),
     "agents.algorithms.on_policy": ("TensorOnPolicyAlgorithm",),
@@ -77,6 +79,7 @@ __all__ = [
     "RWR",
     "AdvantageEstimator",
     "BatchAdvantage",
+    "DRaFT",
     "DiffusionPolicy",
     "Evaluation",
     "GeneralizedAdvantage",

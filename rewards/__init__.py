@@ -3,7 +3,13 @@
 In come decoded images (or other arrays), their prompts and metadata; out come one score per sample and details.
 """
 
-from rewards.composite import check_shareable, is_stateful
+from rewards.composite import check_differentiable, check_shareable, is_stateful
+from rewards.differentiable import (
+    DIFFERENTIABLE_REWARDS,
+    DifferentiableReward,
+    check_differentiable_names,
+    score_with_gradient,
+)
 from rewards.formulas.jpeg import jpeg_compressibility, jpeg_incompressibility
 from rewards.kinds import SampleKind, are_images, images_only, kind_of, kinds_of, takes
 from rewards.protocol import (
@@ -28,7 +34,9 @@ from rewards.registry import BUILTIN_REWARDS, configured_reward, load_reward, pa
 
 __all__ = [
     "BUILTIN_REWARDS",
+    "DIFFERENTIABLE_REWARDS",
     "Details",
+    "DifferentiableReward",
     "Freezable",
     "Images",
     "Loadable",
@@ -42,6 +50,8 @@ __all__ = [
     "TwoStageReward",
     "Unloadable",
     "are_images",
+    "check_differentiable",
+    "check_differentiable_names",
     "check_shareable",
     "combine_measurements",
     "configured_reward",
@@ -57,5 +67,6 @@ __all__ = [
     "parse_options",
     "per_sample",
     "reward_name",
+    "score_with_gradient",
     "takes",
 ]

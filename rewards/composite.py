@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rewards.differentiable import DifferentiableReward, refuse_without_gradient, score_with_gradient
 from rewards.kinds import KINDS, SampleKind, kinds_of
 from rewards.protocol import (
     Details,
@@ -37,6 +38,9 @@ from rewards.protocol import (
     reward_name,
 )
 from rewards.registry import check_number, check_text, load_reward
+
+if TYPE_CHECKING:  # a sum of rewards without a model needs no torch
+    from torch import Tensor
 
 _RAW = ":raw"
 LARGEST_WEIGHT = 1e6
@@ -171,6 +175,22 @@ def _unshareable(reward: Reward, name: str) -> list[str]:
     return [name] if is_stateful(reward) and not isinstance(reward, TwoStageReward) else []
 
 
+def check_differentiable(reward: Reward) -> DifferentiableReward:
+    """Return a reward if it can be differentiated, and each of its terms if it is a weighted sum.
+
+    Raises:
+        ValueError: The reward or a term cannot; the message names it, and those that can.
+    """
+    refuse_without_gradient(_without_gradient(reward, reward_name(reward)))
+    return cast(DifferentiableReward, reward)
+
+
+def _without_gradient(reward: Reward, name: str) -> list[str]:
+    if isinstance(reward, Composite):
+        return [found for key, term in reward.rewards.items() for found in _without_gradient(term, key)]
+    return [] if isinstance(reward, DifferentiableReward) else [name]
+
+
 class Composite:
     """A weighted sum of rewards. The details contain each term's own scores, by the term's name, and its details.
 
@@ -274,6 +294,17 @@ class Composite:
             scaled = scores[finite] if term.raw else self._standardised(term.name, scores[finite])
             total[finite] += term.weight * scaled
         return total, details
+
+    def differentiable_score(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the sums with a gradient, (batch,), by the statistics as they are: these scores do not enter them."""
+        total = samples.new_zeros(len(samples))
+        for term in self.terms:
+            scores = score_with_gradient(check_differentiable(self.rewards[term.name]), samples, prompts)
+            if not term.raw:
+                statistics = self.statistics[term.name]
+                scores = (scores - statistics.mean) / statistics.std if statistics.std > 0 else 0 * scores
+            total = total + term.weight * scores
+        return total
 
     def _standardised(self, name: str, scores: NDArray[np.float64]) -> NDArray[np.float64]:
         joined = self.statistics[name].joined(scores)

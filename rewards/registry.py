@@ -163,18 +163,24 @@ def per_sample(score: Callable[[NDArray[np.uint8], str, Mapping[str, Any]], Any]
     return batched
 
 
+def reward_names(spec: str) -> list[str]:
+    """Return the names in a reward's name or weighted sum.
+
+    Raises:
+        ValueError: A weighted sum is not spelled as one.
+    """
+    if not _is_weighted_sum(spec):
+        return [spec]
+    return [term.name for term in resolve_name("rewards.composite:parse_terms")(spec)]
+
+
 def user_functions(spec: str) -> list[str]:
     """Return the `module:function` names in a reward's name or weighted sum, whose code runs when it is loaded.
 
     Raises:
         ValueError: A weighted sum is not spelled as one.
     """
-    names = (
-        [term.name for term in resolve_name("rewards.composite:parse_terms")(spec)]
-        if _is_weighted_sum(spec)
-        else [spec]
-    )
-    return [name for name in names if name not in BUILTIN_REWARDS]
+    return [name for name in reward_names(spec) if name not in BUILTIN_REWARDS]
 
 
 def _scalar(text: str) -> bool | int | float | str | None:

@@ -23,6 +23,8 @@ PERCENTILE = Range(at_least=0, below=100)
 """Of the rewards, for reward-weighted regression."""
 BETA = Range(above=0, at_most=100)
 """Distance of NFT's implicit policies from the one that samples."""
+LAST_STEPS = Range(at_least=1, at_most=1_000_000)
+"""Steps of a trajectory that DRaFT differentiates."""
 _VALID_ARGUMENTS: dict[str, Any] = {
     "n_steps": Annotated[int, _COUNT],
     "gamma": Annotated[float, _FRACTION],
@@ -64,8 +66,8 @@ class UpdateOptions:
     target_kl: Annotated[float | None, Range(above=0, at_most=1e12)] = None
     """An iteration's updates end when the estimated KL from the sampling policy exceeds 1.5 times this."""
     kl_coef: Annotated[float, Range(at_least=0, at_most=1e6)] = 0.0
-    """Weight of the KL divergence from the pretrained policy in the loss, reduced like the log-probability; for an
-    algorithm of the forward process (nft, awm), of the squared distance of the denoiser's outputs."""
+    """Weight of the KL divergence from the pretrained policy in the loss, reduced like the log-probability; for
+    nft, awm and draft, of the squared distance of the denoiser's outputs."""
     recompute_log_probs: bool | None = None
     """Compute log-probabilities again before the first update. Default: in half precision, for a loss with a ratio."""
     ema_decay: Annotated[float, DECAY] = 0.0

@@ -79,6 +79,9 @@ def denoiser_rows(config: TrainConfig) -> DenoiserRows:
     if config.algorithm.startswith("rwr"):  # a denoising loss of each finished sample
         trained = rows * training.epochs * _imitated(config)
         measuring = 0
+    elif config.algorithm == "draft":  # the last steps again
+        trained = rows * training.epochs * total * training.draft_steps
+        measuring = 0
     else:
         trained = rows * training.epochs * total * config.trained_steps
         scored = config.update.noise_window or int(config.policy.stochastic_steps(steps).sum())
@@ -106,10 +109,10 @@ def _sampled_rows(config: TrainConfig) -> int:
 
 
 def pairs_per_update(config: TrainConfig) -> int:
-    """Return the (sample, timestep) pairs in one update of a resolved configuration; an imitated sample is one pair."""
+    """Return the (sample, timestep) pairs in one update of a resolved configuration; with rwr and draft its samples."""
     if config.algorithm == "rwr_sparse":
         return _imitated(config)
-    each = 1 if config.algorithm == "rwr" else config.trained_steps
+    each = 1 if config.algorithm in ("rwr", "draft") else config.trained_steps
     return config.samples_per_iteration // config.training.updates_per_iteration * each
 
 
@@ -123,6 +126,10 @@ def _training(config: TrainConfig) -> str:
         chosen = f"the best {100 - training.rwr_percentile:g} %" if is_sparse else "all, weighted"
         size = min(training.train_batch_size, total)
         return f"{text} on the finished samples ({chosen}), {_call(config, size, 'sample')}"
+    if config.algorithm == "draft":
+        last = "step" if training.draft_steps == 1 else f"{training.draft_steps} steps"
+        size = min(training.train_batch_size, total // updates)
+        return f"{text} through the reward, the decoder and the last {last}, {_call(config, size, 'sample')}"
     return (
         f"{text} with {_count(total // updates, 'sample', 'samples')} × {config.trained_steps} of "
         f"{config.num_inference_steps} steps = {_count(pairs_per_update(config), 'pair', 'pairs')}, "
@@ -228,7 +235,7 @@ def _older_policies(config: TrainConfig, trained: int) -> int:
     """Return the rows of an iteration that are computed with older policies too, out of those that are trained on."""
     updates = config.training.epochs * config.training.updates_per_iteration
     later = trained * (updates - 1) // updates
-    return {"nft": trained, "awm": trained + later}.get(config.algorithm, 0)
+    return {"nft": trained, "awm": trained + later, "draft": later}.get(config.algorithm, 0)
 
 
 def _recomputes(config: TrainConfig) -> bool:

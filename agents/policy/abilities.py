@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
-from torch import Tensor
+from torch import Tensor, nn
 
 from agents.distributed import Rows
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
@@ -135,11 +135,16 @@ class SamplerAbilities(PolicyAbilities):
         model: whose steps they are.
         num_inference_steps: of an episode.
         sampler: the table of the steps that the policy takes now.
+        critic: predicts values; `None`: there is none.
+        predict_output: called with latents, timesteps, conditioning and, if it is not the one that learns, a denoiser;
+            returns the guided output, latent-shaped.
     """
 
     model: DiffusionModel
     num_inference_steps: int
     sampler: GaussianSampler
+    critic: nn.Module | None
+    predict_output: Callable[..., Tensor]
     _host_sampler: GaussianSampler
     _stochastic_steps: npt.NDArray[np.bool_]
 

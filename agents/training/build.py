@@ -15,6 +15,7 @@ from agents.algorithms.advantages import (
     LeaveOneOutAdvantage,
     PerPromptAdvantage,
 )
+from agents.algorithms.draft import DRaFT
 from agents.algorithms.forward.awm import AWM
 from agents.algorithms.forward.nft import NFT
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
@@ -56,6 +57,10 @@ def build_algorithm(config: TrainConfig, env: VectorEnvAdapter, processes: Proce
     common["n_epochs"] = training.epochs
     if config.algorithm.startswith("rwr"):
         return _regression(config, env, common)
+    if config.algorithm == "draft":
+        del common["advantage"]
+        size = total // training.updates_per_iteration
+        return DRaFT(DiffusionPolicy, env, batch_size=size, last_steps=training.draft_steps, **common)
     common["batch_size"] = total * _trained_steps(config, env) // training.updates_per_iteration
     if config.algorithm == "awm":
         return AWM(DiffusionPolicy, env, advantage_clip=training.advantage_clip, **common)

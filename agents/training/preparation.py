@@ -38,7 +38,15 @@ from ddpo_env.models import DiffusionModel, abilities_of, check_source, load_mod
 from ddpo_env.models.prompt_images import with_prompt_images
 from ddpo_env.prompts import PromptDistribution, load_prompts
 from ddpo_env.vector_env import DenoisingVectorEnv
-from rewards import Loadable, LogsAnswers, Reward, check_shareable, configured_reward, parse_options
+from rewards import (
+    Loadable,
+    LogsAnswers,
+    Reward,
+    check_differentiable,
+    check_shareable,
+    configured_reward,
+    parse_options,
+)
 
 _ENVIRONMENT = "ddpo_env:DDPO-SD-v0"
 _EVAL_SEED_OFFSET = 1_000_000
@@ -102,6 +110,8 @@ def check_run(config: TrainConfig, processes: Processes) -> CheckedRun:
         reward = configured_reward(config.reward, parse_options(config.reward_options))
         if processes.count > 1:
             check_shareable(reward)
+        if config.algorithm == "draft":
+            check_differentiable(reward)
         prompts = load_prompts(config.prompts)
         check_source(
             config.model,

@@ -167,6 +167,19 @@ class ModelAbilities:
         """Return uint8 images `(batch, height, width, 3)` that show latents `(batch, *latent_shape)`: decoded ones."""
         return self.decode(latents)
 
+    def decode_with_gradient(self, latents: Tensor) -> Tensor:
+        """Return what `decode` returns, before rounding and with a gradient with respect to the latents.
+
+        Images are `(batch, 3, height, width)` in [0, 1], and videos `(batch, frames, 3, height, width)`.
+
+        Raises:
+            ValueError: for a model without such a decoder; here, always.
+        """
+        raise ValueError(
+            f"model {self.source!r} must have a decoder with a gradient for such training; its class does not override "
+            "ModelAbilities.decode_with_gradient"
+        )
+
     def with_arguments(self, arguments: Mapping[str, Any]) -> DiffusionModel:
         """Return a model with the same weights and other arguments for its pipeline's call.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from rewards.clip.open_clip import clip_from_open_clip
+from rewards.clip.pixels import preprocess
 from rewards.kinds import images_only
 from rewards.pretrained import (
     ModelHolder,
@@ -76,9 +77,16 @@ class ClipEmbedder:
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Return the projected embeddings of images of any size, (batch, dimensions) float32, of length 1."""
         pixels = self.image_processor(images=list(images), input_data_format="channels_last", return_tensors="pt")
-        pixel_values = pixels["pixel_values"].to(self.model.device, self.model.dtype)
         with torch.inference_mode():
-            return normalize(self.model.get_image_features(pixel_values).pooler_output.float(), dim=-1)
+            return self._embed(pixels["pixel_values"])
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """Return the same with a gradient, of images (batch, 3, height, width) in [0, 1]."""
+        return self._embed(preprocess(pixels, self.image_processor))
+
+    def _embed(self, pixel_values: Tensor) -> Tensor:
+        inputs = pixel_values.to(self.model.device, self.model.dtype)
+        return normalize(self.model.get_image_features(inputs).pooler_output.float(), dim=-1)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Return the projected embeddings of texts, (batch, dimensions) float32, of length 1. Long texts are cut."""
@@ -139,6 +147,10 @@ class ClipReward(ModelHolder[ClipEmbedder], ABC):
         """Convert the array to Pillow images for the image processor."""
         return [Image.fromarray(image) for image in images]
 
+    def prepare_pixels(self, images: Tensor) -> Tensor:
+        """Do to images, (batch, 3, height, width) in [0, 1], what `prepare` does to arrays."""
+        return images
+
     @abstractmethod
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return scores, (batch,) float32, of image embeddings, (batch, dimensions) of length 1, and their prompts."""
@@ -158,3 +170,7 @@ class ClipReward(ModelHolder[ClipEmbedder], ABC):
             embeddings = self.loaded.embed_images(self.prepare(images[batch]))
             scores.append(self.score(embeddings, prompts[batch]).cpu().numpy())
         return np.concatenate(scores)
+
+    def differentiable_score(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the scores of images, (batch, 3, height, width) in [0, 1], with a gradient, (batch,) float32."""
+        return self.score(self.loaded.embed_pixels(self.prepare_pixels(samples.float())), prompts)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from rewards.clip.clip_model import ClipReward
+from rewards.clip.pixels import letterbox
 from rewards.protocol import Images
 
 _VIT_H_14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -66,6 +67,10 @@ class HPSv2(ClipReward):
     def prepare(self, images: Images) -> list[Image.Image]:
         """Fit the whole image into the model's square, with black borders: HPSv2 pads where CLIP crops."""
         return [_letterboxed(Image.fromarray(image), self.loaded.image_size) for image in images]
+
+    def prepare_pixels(self, images: Tensor) -> Tensor:
+        """Fit the whole image into the square, as `prepare` does."""
+        return letterbox(images, self.loaded.image_size)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the cosines, (batch,)."""

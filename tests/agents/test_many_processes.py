@@ -106,6 +106,13 @@ CHOICES = {
     "one call is for one of them": {"train_batch_size": 1, "updates_per_iteration": 4},
     "nft": {"algorithm": "nft", "updates_per_iteration": 2, "epochs": 2, "kl_coef": 0.1, "ema_decay": 0.5},
     "awm": {"algorithm": "awm", "updates_per_iteration": 2, "kl_coef": 0.1, "train_batch_size": 1},
+    "draft": {
+        "algorithm": "draft",
+        "draft_steps": 2,
+        "updates_per_iteration": 2,
+        "kl_coef": 0.1,
+        "train_batch_size": 1,
+    },
     "penalised regression": {"algorithm": "rwr", "train_batch_size": 1, "kl_coef": 0.1},
 }
 

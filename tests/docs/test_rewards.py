@@ -3,9 +3,18 @@
 import re
 
 import numpy as np
+import torch
 from helpers.paths import ROOT
 
-from rewards import BUILTIN_REWARDS, StatefulReward, combine_measurements, evaluate_reward, measure_reward
+from rewards import (
+    BUILTIN_REWARDS,
+    StatefulReward,
+    check_differentiable,
+    combine_measurements,
+    evaluate_reward,
+    measure_reward,
+    score_with_gradient,
+)
 
 PAGE = (ROOT / "docs" / "rewards.md").read_text("utf-8")
 
@@ -19,6 +28,17 @@ def test_example_of_a_users_reward_is_one():
     images[0, ..., 0] = 200
     scores, details = evaluate_reward(names["warmth"], images, ["a cat", "a dog"], [{}] * 2)
     assert scores.tolist() == details["red"] == [200, 0]
+
+
+def test_example_of_a_differentiable_reward_scores_alike_both_ways():
+    code = next(block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "class Redness" in block)
+    names: dict = {}
+    exec(code, names)
+    reward = check_differentiable(names["Redness"]())
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    samples = (torch.as_tensor(images).movedim(-1, 1) / 255).requires_grad_()
+    scores = score_with_gradient(reward, samples, ["a cat"] * 3)
+    np.testing.assert_allclose(scores.detach(), evaluate_reward(reward, images, ["a cat"] * 3, [{}] * 3)[0], rtol=1e-5)
 
 
 def test_every_built_in_reward_is_documented_and_measured_or_said_not_to_be():

@@ -5,6 +5,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from agents.algorithms.advantages import BatchAdvantage, RawReturn
+from agents.algorithms.draft import DRaFT
 from agents.algorithms.forward.awm import AWM
 from agents.algorithms.forward.nft import NFT
 from agents.algorithms.ppo import PPO
@@ -42,6 +43,11 @@ def denoising_nft(model, num_envs=6, policy=None, **arguments):
 def denoising_awm(model, num_envs=6, policy=None, **arguments):
     """Advantage weighted matching on the denoising MDP."""
     return denoising(AWM, model, num_envs, policy, **arguments)
+
+
+def denoising_draft(model, num_envs=6, policy=None, **arguments):
+    """DRaFT on the denoising MDP."""
+    return denoising(DRaFT, model, num_envs, policy, **{"advantage": None} | arguments)
 
 
 def denoising_ppo(model, num_envs=6, policy=None, **arguments):
@@ -115,5 +121,6 @@ MAKERS = {
     "rwr": denoising_rwr,
     "nft": denoising_nft,
     "awm": denoising_awm,
+    "draft": denoising_draft,
 }
 """Every algorithm, by its name in a configuration."""

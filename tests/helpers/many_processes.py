@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,7 @@ def _rig(rank, job, say):
         if job.mishap and job.mishap.rank == rank and getattr(job.mishap, what) == counts[what]:
             job.mishap.happen()
 
+    @wraps(reward)
     def brightness(images, prompts, metadata):
         count("call")
         return reward(images, prompts, metadata)

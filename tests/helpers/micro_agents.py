@@ -21,6 +21,14 @@ def brightness(images: np.ndarray, prompts: list[str], metadata: list[dict[str, 
     return images.mean(axis=tuple(range(1, images.ndim))) / 255
 
 
+def _brightness_with_gradient(samples: Tensor, prompts: list[str]) -> Tensor:
+    """The same of a decoder's images, which are in [0, 1], and of points."""
+    return samples.flatten(1).mean(1) / (1 if samples.ndim == 4 else 255)
+
+
+brightness.differentiable_score = _brightness_with_gradient  # type: ignore[attr-defined]
+
+
 def contrast(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
     """Spread of the pixels, in levels, and a detail."""
     return images.std(axis=(1, 2, 3)), {"letters": [len(prompt) for prompt in prompts]}
@@ -78,6 +86,7 @@ class InterruptedReward:
     """Brightness, but its `n`-th call is where Ctrl-C comes."""
 
     _reward = staticmethod(brightness)  # this one, whatever takes its place in the module
+    differentiable_score = staticmethod(_brightness_with_gradient)
 
     def __init__(self, n: int) -> None:
         self.left = n

@@ -30,6 +30,9 @@ class Patient(ModelAbilities):
     def decode(self, latents):
         return self.healthy.decode(latents)
 
+    def decode_with_gradient(self, latents):
+        return self.healthy.decode_with_gradient(latents)
+
     def predict(self, denoiser, latents, timestep, conditioning):
         return self.healthy.predict(denoiser, latents, timestep, conditioning)
 

@@ -40,6 +40,10 @@ class DDPMModel(ModelAbilities):
         """Round latents `(batch, channels, h, w)` to uint8 images `(batch, h, w, 3)`; grey ones become RGB."""
         return to_pixels(latents.expand(-1, 3, -1, -1) if latents.shape[1] == 1 else latents)
 
+    def decode_with_gradient(self, latents: Tensor) -> Tensor:
+        """Return the same images before rounding, `(batch, 3, h, w)` in [0, 1]."""
+        return (latents.expand(-1, 3, -1, -1).float() / 2 + 0.5).clamp(0, 1)
+
     def predict(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the UNet's output (noise, velocity or clean image, as the scheduler's configuration says)."""
         dtype = next(denoiser.parameters()).dtype

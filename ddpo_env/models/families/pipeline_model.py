@@ -17,12 +17,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ddpo_env.models.families.batching import Batching, find_batching, in_batches
-from ddpo_env.models.families.conditioning import (
-    ConditioningLayout,
-    conditioning_in,
-    find_images,
-    guidance_in,
-)
+from ddpo_env.models.families.conditioning import ConditioningLayout, conditioning_in, find_images, guidance_in
 from ddpo_env.models.families.encoded_prompts import (
     EncodedPrompts,
     PipelinePrompt,
@@ -180,6 +175,11 @@ class PipelineModel(ModelAbilities):
         Raises:
             NonFiniteSampleError: if the decoder returns NaN or infinite values.
         """
+        samples = self.decode_with_gradient(latents)
+        return samples if self.sample_kind == "audio" else samples_of(samples)
+
+    def decode_with_gradient(self, latents: Tensor) -> Tensor:
+        """Return the same before rounding: images `(batch, 3, height, width)` in [0, 1]; see `ModelAbilities`."""
         vae = getattr(self.pipeline, "vae", None)
         one_at_a_time = not self._is_accelerated() or getattr(vae, "use_tiling", False)
         rows = 1 if one_at_a_time else max(1, _PIXELS_PER_CALL // math.prod(self.size))
@@ -189,8 +189,7 @@ class PipelineModel(ModelAbilities):
             arguments = self._arguments | self._unprompted(len(chunk)) | {"output_type": "pt"}
             images = self._layout.prepared_images(self._layout.zeros(len(chunk), self.device), dtype)
             parts.append(self.watched.decoded(chunk, images, **arguments))
-        samples = torch.cat(parts)
-        return samples.float() if self.sample_kind == "audio" else samples_of(samples)
+        return torch.cat(parts).float()
 
     def render(self, latents: Tensor) -> Tensor:
         """Return uint8 images `(batch, height, width, 3)`: of a video three frames, of a sound its waveform."""

@@ -103,6 +103,10 @@ class PointsModel(ModelAbilities):
         """Return the points themselves, `(batch, 2)` float32."""
         return latents.float()
 
+    def decode_with_gradient(self, latents: Tensor) -> Tensor:
+        """Return the points themselves, `(batch, 2)` float32."""
+        return latents.float()
+
     def predict(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the predicted clean points `(batch, 2)`."""
         dtype = next(denoiser.parameters()).dtype

@@ -50,6 +50,7 @@ def test_plan_of_sparse_regression():
         ({"kl_coef": 0.1}, 2 * 8 * 2),
         ({"algorithm": "nft"}, 2 * 8 * 2),
         ({"algorithm": "awm"}, 2 * 8 * 2 + 2 * 4 * 2),
+        ({"algorithm": "draft", "draft_steps": 3, "reward": "aesthetic", "kl_coef": 0.1}, 2 * 8 * 3 + 2 * 4 * 3),
         ({"algorithm": "nft", "kl_coef": 0.1, "epochs": 2, "dtype": "bfloat16"}, 2 * (2 * 2 * 8 * 2)),
     ],
 )

@@ -10,7 +10,7 @@ from helpers.algorithms import MAKERS
 from helpers.micro_agents import InterruptedReward, brightness, micro_config, resume_config
 from helpers.run_comparison import assert_same_run, rows
 
-from agents import AWM, NFT, PPO, REINFORCE, RWR
+from agents import AWM, NFT, PPO, REINFORCE, RWR, DRaFT
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.config.train_config import ALGORITHMS, train_config
 from agents.training.preparation import prepare_run, run_training
@@ -22,7 +22,10 @@ ONE = {"iterations": 1, "eval_samples": 2}
 
 def config_of(model, folder, algorithm="ppo", **settings):
     """A short micro run with another algorithm, whose sizes are its defaults."""
-    updates = {"updates_per_iteration": 2 if algorithm == "ppo" else 1, "epochs": ALGORITHMS[algorithm].epochs}
+    updates = {
+        "updates_per_iteration": 2 if algorithm in ("ppo", "draft") else 1,
+        "epochs": ALGORITHMS[algorithm].epochs,
+    }
     if algorithm == "rwr_sparse":
         updates["epochs"] = 3
     return micro_config(model, folder, algorithm=algorithm, **SHORT | updates | settings)
@@ -36,6 +39,7 @@ def config_of(model, folder, algorithm="ppo", **settings):
         ("rwr_sparse", {"rwr_percentile": 50.0}),
         ("nft", {"ema_decay": 0.5, "kl_coef": 0.1, "updates_per_iteration": 2}),
         ("awm", {"updates_per_iteration": 2, "epochs": 2}),
+        ("draft", {"draft_steps": 2, "updates_per_iteration": 2, "kl_coef": 0.1, "ema_decay": 0.5, "epochs": 2}),
         ("ppo", {"advantage": "leave_one_out", "target_kl": 1.0, "recompute_log_probs": True}),
         ("ppo", {"noise_window": 1, "noise_window_iterations": 1, "shared_noise": True, "ema_decay": 0.5, "epochs": 2}),
     ],
@@ -50,7 +54,7 @@ def test_stopped_and_resumed_run_equals_one_that_was_not(learner, tmp_path, monk
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
-CLASSES = {"ppo": PPO, "reinforce": REINFORCE, "rwr": RWR, "rwr_sparse": RWR, "nft": NFT, "awm": AWM}
+CLASSES = {"ppo": PPO, "reinforce": REINFORCE, "rwr": RWR, "rwr_sparse": RWR, "nft": NFT, "awm": AWM, "draft": DRaFT}
 
 
 def test_every_algorithm_has_a_class_and_is_tested():
@@ -68,11 +72,11 @@ def test_configuration_names_the_algorithm(tmp_path, algorithm, kind):
 
 def test_sizes_and_learning_rate_left_open_are_the_algorithms():
     for algorithm, defaults in ALGORITHMS.items():
-        config = train_config(algorithm=algorithm).resolved()
+        config = train_config(algorithm=algorithm, reward="aesthetic").resolved()
         assert config.training.epochs == defaults.epochs
         assert config.training.updates_per_iteration == defaults.updates_per_iteration
         assert config.learning_rate == defaults.learning_rate
-        assert train_config(algorithm=algorithm, learning_rate=0.125).resolved().learning_rate == 0.125
+        assert config.changed(learning_rate=0.125).resolved().learning_rate == 0.125
 
 
 def test_resolved_learning_rate_is_in_the_run_folder(learner, tmp_path):
