@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from agents.algorithms.forward.nft import NFT
     from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
     from agents.algorithms.options import UpdateOptions
-    from agents.algorithms.ppo import PPO
-    from agents.algorithms.reinforce import REINFORCE
+    from agents.algorithms.policy_gradient.ppo import PPO
+    from agents.algorithms.policy_gradient.reinforce import REINFORCE
     from agents.algorithms.rwr import RWR
     from agents.config.presets import preset_config
     from agents.config.train_config import TrainConfig, train_config
@@ -51,8 +51,8 @@ _MODULES = {
     "agents.algorithms.forward.nft": ("NFT",),
     "agents.algorithms.on_policy": ("TensorOnPolicyAlgorithm",),
     "agents.algorithms.options": ("UpdateOptions",),
-    "agents.algorithms.ppo": ("PPO",),
-    "agents.algorithms.reinforce": ("REINFORCE",),
+    "agents.algorithms.policy_gradient.ppo": ("PPO",),
+    "agents.algorithms.policy_gradient.reinforce": ("REINFORCE",),
     "agents.algorithms.rwr": ("RWR",),
     "agents.config.presets": ("preset_config",),
     "agents.config.train_config": ("TrainConfig", "train_config"),

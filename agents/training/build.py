@@ -18,8 +18,8 @@ from agents.algorithms.advantages import (
 from agents.algorithms.forward.awm import AWM
 from agents.algorithms.forward.nft import NFT
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
-from agents.algorithms.ppo import PPO
-from agents.algorithms.reinforce import REINFORCE
+from agents.algorithms.policy_gradient.ppo import PPO
+from agents.algorithms.policy_gradient.reinforce import REINFORCE
 from agents.algorithms.rwr import RWR, Weighting
 from agents.config.train_config import TrainConfig
 from agents.distributed import Processes

@@ -7,8 +7,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from agents.algorithms.advantages import BatchAdvantage, RawReturn
 from agents.algorithms.forward.awm import AWM
 from agents.algorithms.forward.nft import NFT
-from agents.algorithms.ppo import PPO
-from agents.algorithms.reinforce import REINFORCE
+from agents.algorithms.policy_gradient.ppo import PPO
+from agents.algorithms.policy_gradient.reinforce import REINFORCE
 from agents.algorithms.rwr import RWR
 from agents.evaluation.evaluate import evaluate
 from agents.policy.diffusion_policy import DiffusionPolicy

@@ -11,8 +11,8 @@ from helpers.pretend_accelerator import Accelerator
 
 from agents.algorithms.advantages import BatchAdvantage
 from agents.algorithms.forward.nft import NFT
-from agents.algorithms.ppo import PPO
-from agents.algorithms.reinforce import REINFORCE
+from agents.algorithms.policy_gradient.ppo import PPO
+from agents.algorithms.policy_gradient.reinforce import REINFORCE
 from agents.algorithms.rwr import RWR
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.vec_env import VectorEnvAdapter

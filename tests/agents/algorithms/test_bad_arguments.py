@@ -14,8 +14,8 @@ from agents.algorithms.advantages import (
 from agents.algorithms.forward.awm import AWM
 from agents.algorithms.forward.nft import NFT
 from agents.algorithms.options import check_timesteps
-from agents.algorithms.ppo import PPO
-from agents.algorithms.reinforce import REINFORCE
+from agents.algorithms.policy_gradient.ppo import PPO
+from agents.algorithms.policy_gradient.reinforce import REINFORCE
 from agents.algorithms.rwr import RWR
 from agents.policy.options import PolicyOptions
 
