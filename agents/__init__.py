@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from agents.algorithms.advantages import (
         AdvantageEstimator,
         BatchAdvantage,
+        DecoupledAdvantage,
         GeneralizedAdvantage,
         GroupRelativeAdvantage,
         LeaveOneOutAdvantage,
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
         RawReturn,
     )
     from agents.algorithms.forward.awm import AWM
+    from agents.algorithms.forward.dpo import DPO
     from agents.algorithms.forward.nft import NFT
     from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
     from agents.algorithms.options import UpdateOptions
+    from agents.algorithms.policy_gradient.grpo import GRPO
     from agents.algorithms.policy_gradient.ppo import PPO
     from agents.algorithms.policy_gradient.reinforce import REINFORCE
     from agents.algorithms.rwr import RWR
@@ -41,6 +44,7 @@ _MODULES = {
     "agents.algorithms.advantages": (
         "AdvantageEstimator",
         "BatchAdvantage",
+        "DecoupledAdvantage",
         "GeneralizedAdvantage",
         "GroupRelativeAdvantage",
         "LeaveOneOutAdvantage",
@@ -48,9 +52,11 @@ _MODULES = {
         "RawReturn",
     ),
     "agents.algorithms.forward.awm": ("AWM",),
+    "agents.algorithms.forward.dpo": ("DPO",),
     "agents.algorithms.forward.nft": ("NFT",),
     "agents.algorithms.on_policy": ("TensorOnPolicyAlgorithm",),
     "agents.algorithms.options": ("UpdateOptions",),
+    "agents.algorithms.policy_gradient.grpo": ("GRPO",),
     "agents.algorithms.policy_gradient.ppo": ("PPO",),
     "agents.algorithms.policy_gradient.reinforce": ("REINFORCE",),
     "agents.algorithms.rwr": ("RWR",),
@@ -71,12 +77,15 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 __all__ = [
     "AWM",
+    "DPO",
+    "GRPO",
     "NFT",
     "PPO",
     "REINFORCE",
     "RWR",
     "AdvantageEstimator",
     "BatchAdvantage",
+    "DecoupledAdvantage",
     "DiffusionPolicy",
     "Evaluation",
     "GeneralizedAdvantage",

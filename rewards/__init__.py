@@ -3,7 +3,7 @@
 In come decoded images (or other arrays), their prompts and metadata; out come one score per sample and details.
 """
 
-from rewards.composite import check_shareable, is_stateful
+from rewards.composite import check_shareable, is_stateful, weights_by_term
 from rewards.formulas.jpeg import jpeg_compressibility, jpeg_incompressibility
 from rewards.kinds import SampleKind, are_images, images_only, kind_of, kinds_of, takes
 from rewards.protocol import (
@@ -58,4 +58,5 @@ __all__ = [
     "per_sample",
     "reward_name",
     "takes",
+    "weights_by_term",
 ]

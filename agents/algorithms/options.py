@@ -23,6 +23,8 @@ PERCENTILE = Range(at_least=0, below=100)
 """Of the rewards, for reward-weighted regression."""
 BETA = Range(above=0, at_most=100)
 """Distance of NFT's implicit policies from the one that samples."""
+DPO_BETA = Range(above=0, at_most=1e8)
+"""Of the difference of denoising losses, which is small."""
 _VALID_ARGUMENTS: dict[str, Any] = {
     "n_steps": Annotated[int, _COUNT],
     "gamma": Annotated[float, _FRACTION],
@@ -65,7 +67,7 @@ class UpdateOptions:
     """An iteration's updates end when the estimated KL from the sampling policy exceeds 1.5 times this."""
     kl_coef: Annotated[float, Range(at_least=0, at_most=1e6)] = 0.0
     """Weight of the KL divergence from the pretrained policy in the loss, reduced like the log-probability; for an
-    algorithm of the forward process (nft, awm), of the squared distance of the denoiser's outputs."""
+    algorithm of the forward process (nft, awm, dpo), of the squared distance of the denoiser's outputs."""
     recompute_log_probs: bool | None = None
     """Compute log-probabilities again before the first update. Default: in half precision, for a loss with a ratio."""
     ema_decay: Annotated[float, DECAY] = 0.0

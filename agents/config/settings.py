@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from agents.algorithms.options import BETA, PERCENTILE, NonFiniteRewards
+from agents.algorithms.options import BETA, DPO_BETA, PERCENTILE, NonFiniteRewards
 from ddpo_env.validation.choices import Quantization
 from ddpo_env.validation.options import DECAY, Range, check_fields
 from ddpo_env.validation.resolution import Resolution, plain_resolution
@@ -27,8 +27,10 @@ LEAST_PAIRS = 8
 _SIZE = Range(above=0, at_most=1e6)
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
-Algorithm = Literal["ppo", "reinforce", "rwr", "rwr_sparse", "nft", "awm"]
-Advantage = Literal["per_prompt", "batch", "group", "leave_one_out", "gae"]
+Algorithm = Literal["ppo", "grpo", "reinforce", "rwr", "rwr_sparse", "nft", "awm", "dpo"]
+GroupAdvantage = Literal["group", "dr_grpo", "global_std", "gdpo", "leave_one_out"]
+"""Advantages that compare a sample with the others of its prompt in the iteration."""
+Advantage = Literal["per_prompt", "batch", GroupAdvantage, "gae"]
 Schedule = Literal["constant", "linear", "cosine"]
 
 
@@ -51,17 +53,21 @@ class TrainingSettings(_Checked):
     sample_batch_size: Annotated[int, MOST_OR_0] = 0
     """Samples generated at once. 0: the largest divisor of the samples per iteration, up to 72."""
     train_batch_size: Annotated[int, MOST_OR_0] = 45
-    """(sample, timestep) pairs in one training call; gradients add up. 0: as many as fit into the memory."""
+    """(sample, timestep) pairs in one training call, with dpo at least two; gradients add up. 0: as many as fit into
+    the memory."""
     updates_per_iteration: Annotated[int, MOST_OR_0] = 0
-    """Optimizer steps in each epoch of an iteration. 0: the largest divisor of its samples up to 4 with ppo; else 1."""
+    """Optimizer steps in each epoch of an iteration. 0: the largest divisor of its samples up to 4 with ppo and
+    grpo; else 1."""
     epochs: Annotated[int, MOST_OR_0] = 0
     """Passes over an iteration's samples. 0: the paper's 1; 5 for rwr and 50 for rwr_sparse."""
     clip_range: Annotated[float, _SIZE] = 3e-3
     """PPO's ε. It is tiny because log-probabilities are averaged over the latent, and depends on the latent's size."""
     advantage: Advantage | None = None
-    """How a sample is rated. Default: per_prompt (statistics of its prompt), or gae with a critic."""
+    """How a sample is rated. Default: per_prompt (statistics of its prompt); group with grpo; else gae with a critic.
+    dr_grpo: group without its standard deviation; global_std: with that of all samples; gdpo: each term of a weighted
+    sum of rewards for itself."""
     advantage_clip: Annotated[float, _SIZE] = 5.0
-    """Standardised advantages (per_prompt, batch, group) are clipped to plus/minus this. With nft and awm it is
+    """Standardised advantages (not dr_grpo, leave_one_out, gae) are clipped to plus/minus this. With nft and awm it is
     the advantage with the largest effect."""
     stat_buffer_size: Annotated[int, MOST] = 32
     """Rewards kept per prompt, for its mean and standard deviation."""
@@ -75,6 +81,8 @@ class TrainingSettings(_Checked):
     """Sparse reward-weighted regression imitates the samples from this percentile of the rewards on."""
     nft_beta: Annotated[float, BETA] = 1.0
     """How far nft's better and worse policies are from the one that samples; its paper has 0.1 for text rendering."""
+    dpo_beta: Annotated[float, DPO_BETA] = 2000.0
+    """How strongly dpo compares the denoising losses of a prompt's best and worst sample."""
     non_finite_rewards: NonFiniteRewards = "raise"
     """A reward that is NaN or infinite is an error (raise), or its sample is dropped and counted (drop)."""
 

@@ -10,18 +10,27 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from agents.algorithms.options import UpdateOptions, check_noise
 from agents.config.config_file import read_plain_yaml
-from agents.config.settings import MOST, SEED, Algorithm, OptimizerSettings, RunSettings, TrainingSettings
+from agents.config.settings import (
+    MOST,
+    SEED,
+    Advantage,
+    Algorithm,
+    GroupAdvantage,
+    OptimizerSettings,
+    RunSettings,
+    TrainingSettings,
+)
 from agents.config.sizes import largest_divisor, must_divide
 from agents.policy.options import PolicyOptions, check_trainable
 from ddpo_env.validation.options import Range, check_fields, shown
-from rewards import parse_options
+from rewards import parse_options, weights_by_term
 
 _ITERATIONS = 20
 _OLD_GROUPS = {"task"}
@@ -45,15 +54,17 @@ _FORWARD_PROCESS = AlgorithmDefaults(5e-3, 1, 1, needs_log_probs=False, is_forwa
 
 ALGORITHMS: dict[str, AlgorithmDefaults] = {
     "ppo": AlgorithmDefaults(5e-3, 1, 4),
+    "grpo": AlgorithmDefaults(5e-3, 1, 4),
     "reinforce": AlgorithmDefaults(1e-2, 1, 1),
     "rwr": AlgorithmDefaults(2e-3, 5, 1, needs_log_probs=False),
     "rwr_sparse": AlgorithmDefaults(5e-4, 50, 1, needs_log_probs=False),
     "nft": _FORWARD_PROCESS,
     "awm": _FORWARD_PROCESS,
+    "dpo": _FORWARD_PROCESS,
 }
 """Epochs and updates from the papers. The learning rates of ppo, reinforce and rwr are from the search of
 `scripts/experiments/algorithms.py` on the bundled model. Nobody has searched for the others: they have ppo's, because
-their papers have that of DDPO."""
+their papers have that of DDPO, or because they are ppo with other advantages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +89,9 @@ class TrainConfig:
     num_inference_steps: Annotated[int, MOST] = 10
     """Denoising steps, the length of an episode."""
     algorithm: Algorithm = "ppo"
-    """ppo (DDPO-IS), reinforce (DDPO-SF), reward-weighted regression: rwr (exponential weights), rwr_sparse; on
-    noised samples, nft (DiffusionNFT), awm (advantage weighted matching)."""
+    """ppo (DDPO-IS), grpo (the same with advantages among a prompt's samples), reinforce (DDPO-SF), reward-weighted
+    regression: rwr (exponential weights), rwr_sparse; on noised samples, nft (DiffusionNFT), awm (advantage weighted
+    matching), dpo (online DPO: a prompt's best sample against its worst)."""
     iterations: Annotated[int | None, MOST] = None
     """Rounds of sampling and training in total. Default: 20; for a resumed run, the number that it started with."""
     samples_per_iteration: Annotated[int, MOST] = 72
@@ -178,7 +190,7 @@ class TrainConfig:
             updates_per_iteration=training.updates_per_iteration
             or largest_divisor(total, defaults.updates_per_iteration),
             epochs=training.epochs or defaults.epochs,
-            advantage=training.advantage or ("gae" if self.policy.critic else "per_prompt"),
+            advantage=training.advantage or self._default_advantage(),
         )
         config._check_algorithm()
         config._check_sizes(processes)
@@ -217,6 +229,12 @@ class TrainConfig:
             start, end = self.update.noise_window_at(0, steps) or (start, end)
             candidates = int(stochastic[start:end].sum())
         return max(1, min(round(self.update.timestep_fraction * steps), candidates))
+
+    @property
+    def trained_samples(self) -> int:
+        """Samples of each iteration that are trained on, at most: with dpo two of each prompt, else all."""
+        total = self.samples_per_iteration
+        return 2 * total // self.training.samples_per_prompt if self.algorithm == "dpo" else total
 
     @property
     def eval_batch_size(self) -> int:
@@ -288,20 +306,39 @@ class TrainConfig:
         penalty = not algorithm.is_forward_process
         check_noise(self.update, stochastic, self.algorithm, algorithm.needs_log_probs, penalty)
 
+    def _default_advantage(self) -> Advantage:
+        if self.algorithm == "grpo":
+            return "group"
+        return "gae" if self.policy.critic else "per_prompt"
+
     def _check_algorithm(self) -> None:
         training, algorithm = self.training, self.algorithm
         check_trainable(self.run.quantization, self.policy)
         if training.advantage == "gae" and not self.policy.critic:
             raise ValueError("advantage must not be gae without a critic: add --critic")
-        if training.advantage in ("group", "leave_one_out") and training.samples_per_prompt < 2:
+        in_groups = get_args(GroupAdvantage)
+        if algorithm == "grpo" and training.advantage not in in_groups:
             raise ValueError(
-                f"samples_per_prompt must be at least 2 with advantage {training.advantage}, which compares samples of "
-                f"a prompt; got {training.samples_per_prompt}"
+                f"advantage must be one of {', '.join(in_groups)} with grpo, which compares samples of a prompt; "
+                f"got {training.advantage!r}"
+            )
+        if training.advantage == "gdpo":
+            weights_by_term(self.reward, "advantage gdpo")
+        compares = "dpo" if algorithm == "dpo" else f"advantage {training.advantage}"
+        if (algorithm == "dpo" or training.advantage in in_groups) and training.samples_per_prompt < 2:
+            raise ValueError(
+                f"samples_per_prompt must be at least 2 with {compares}, which compares samples of a prompt; "
+                f"got {training.samples_per_prompt}"
             )
         if algorithm == "reinforce" and (training.epochs, training.updates_per_iteration) != (1, 1):
             raise ValueError(
                 "epochs and updates_per_iteration must be 1 with reinforce, whose gradient is correct only for the "
                 f"policy that sampled; got {training.epochs} and {training.updates_per_iteration}"
+            )
+        if algorithm == "dpo" and training.updates_per_iteration > self.trained_samples // 2:
+            raise ValueError(
+                f"updates_per_iteration must be at most {self.trained_samples // 2} with dpo, which has one pair for "
+                f"each prompt of an iteration; got {training.updates_per_iteration}"
             )
         if algorithm == "rwr_sparse" and training.updates_per_iteration != 1:
             raise ValueError(
