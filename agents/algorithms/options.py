@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 NonFiniteRewards = Literal["raise", "drop"]
+TrustRegion = Literal["clip", "guard", "dppo"]
+"""What keeps an update near the policy that sampled, for PPO and GRPO."""
 _FRACTION = Range(at_least=0, at_most=1)
 _COUNT = Range(at_least=1, at_most=10**7)
 _WEIGHT = Range(at_least=0, at_most=1e6)

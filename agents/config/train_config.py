@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, get_args
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,6 @@ from agents.config.settings import (
     SEED,
     Advantage,
     Algorithm,
-    GroupAdvantage,
     OptimizerSettings,
     RunSettings,
     TrainingSettings,
@@ -30,7 +29,7 @@ from agents.config.settings import (
 from agents.config.sizes import largest_divisor, must_divide
 from agents.policy.options import PolicyOptions, check_trainable
 from ddpo_env.validation.options import Range, check_fields, shown
-from rewards import parse_options, weights_by_term
+from rewards import parse_options
 
 _ITERATIONS = 20
 _OLD_GROUPS = {"task"}
@@ -192,7 +191,8 @@ class TrainConfig:
             epochs=training.epochs or defaults.epochs,
             advantage=training.advantage or self._default_advantage(),
         )
-        config._check_algorithm()
+        check_trainable(config.run.quantization, config.policy)
+        config.training.check_algorithm(config.algorithm, config.reward, config.policy.critic)
         config._check_sizes(processes)
         parse_options(self.reward_options)
         parse_options(self.run.pipeline_arguments, "pipeline_arguments")
@@ -311,51 +311,16 @@ class TrainConfig:
             return "group"
         return "gae" if self.policy.critic else "per_prompt"
 
-    def _check_algorithm(self) -> None:
-        training, algorithm = self.training, self.algorithm
-        check_trainable(self.run.quantization, self.policy)
-        if training.advantage == "gae" and not self.policy.critic:
-            raise ValueError("advantage must not be gae without a critic: add --critic")
-        in_groups = get_args(GroupAdvantage)
-        if algorithm == "grpo" and training.advantage not in in_groups:
-            raise ValueError(
-                f"advantage must be one of {', '.join(in_groups)} with grpo, which compares samples of a prompt; "
-                f"got {training.advantage!r}"
-            )
-        if training.advantage == "gdpo":
-            weights_by_term(self.reward, "advantage gdpo")
-        compares = "dpo" if algorithm == "dpo" else f"advantage {training.advantage}"
-        if (algorithm == "dpo" or training.advantage in in_groups) and training.samples_per_prompt < 2:
-            raise ValueError(
-                f"samples_per_prompt must be at least 2 with {compares}, which compares samples of a prompt; "
-                f"got {training.samples_per_prompt}"
-            )
-        if algorithm == "reinforce" and (training.epochs, training.updates_per_iteration) != (1, 1):
-            raise ValueError(
-                "epochs and updates_per_iteration must be 1 with reinforce, whose gradient is correct only for the "
-                f"policy that sampled; got {training.epochs} and {training.updates_per_iteration}"
-            )
-        if algorithm == "dpo" and training.updates_per_iteration > self.trained_samples // 2:
-            raise ValueError(
-                f"updates_per_iteration must be at most {self.trained_samples // 2} with dpo, which has one pair for "
-                f"each prompt of an iteration; got {training.updates_per_iteration}"
-            )
-        if algorithm == "rwr_sparse" and training.updates_per_iteration != 1:
-            raise ValueError(
-                "updates_per_iteration must be 1 with rwr_sparse, which imitates few samples in many epochs; "
-                f"got {training.updates_per_iteration}"
-            )
-        if training.stat_min_count > training.stat_buffer_size:
-            raise ValueError(
-                f"stat_min_count must be between 2 and stat_buffer_size={training.stat_buffer_size}; "
-                f"got {training.stat_min_count}"
-            )
-
     def _check_sizes(self, processes: int) -> None:
         training, total = self.training, self.samples_per_iteration
         must_divide("sample_batch_size", training.sample_batch_size, "samples_per_iteration", total)
         must_divide("samples_per_prompt", training.samples_per_prompt, "sample_batch_size", training.sample_batch_size)
         must_divide("updates_per_iteration", training.updates_per_iteration, "samples_per_iteration", total)
+        if self.algorithm == "dpo" and training.updates_per_iteration > self.trained_samples // 2:
+            raise ValueError(
+                f"updates_per_iteration must be at most {self.trained_samples // 2} with dpo, which has one pair for "
+                f"each prompt of an iteration; got {training.updates_per_iteration}"
+            )
         start, end = self.update.trained_range(self.num_inference_steps)
         if start == end:
             raise ValueError(

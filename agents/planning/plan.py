@@ -229,11 +229,12 @@ def _older_policies(config: TrainConfig, trained: int) -> int:
     """Return the rows of an iteration that are computed with older policies too, out of those that are trained on."""
     updates = config.training.epochs * config.training.updates_per_iteration
     later = trained * (updates - 1) // updates
-    return {"nft": trained, "awm": trained + later}.get(config.algorithm, 0)
+    of_ppo = 0 if config.training.trust_region == "clip" else later
+    return {"nft": trained, "awm": trained + later, "ppo": of_ppo, "grpo": of_ppo}.get(config.algorithm, 0)
 
 
 def _recomputes(config: TrainConfig) -> bool:
-    """Return whether log-probabilities are computed again before the first update: by default for a ratio in half precision."""
+    """Return whether log-probabilities are computed again before the first update: with a ratio in half precision."""
     recompute = config.update.recompute_log_probs
     if recompute is not None or config.algorithm not in ("ppo", "grpo"):
         return bool(recompute)

@@ -69,7 +69,14 @@ def build_algorithm(config: TrainConfig, env: VectorEnvAdapter, processes: Proce
     if config.algorithm == "nft":
         return NFT(DiffusionPolicy, env, beta=training.nft_beta, advantage_clip=training.advantage_clip, **common)
     kind = GRPO if config.algorithm == "grpo" else PPO
-    return kind(DiffusionPolicy, env, clip_range=training.clip_range, **common)
+    return kind(
+        DiffusionPolicy,
+        env,
+        clip_range=training.clip_range,
+        trust_region=training.trust_region,
+        divergence_limit=training.divergence_limit,
+        **common,
+    )
 
 
 def _regression(config: TrainConfig, env: VectorEnvAdapter, common: dict[str, Any]) -> RWR:

@@ -110,6 +110,7 @@ CHOICES = {
         "advantage": "gdpo",
         "reward": "helpers.micro_agents:brightness:1,helpers.micro_agents:contrast:0.5",
         "kl_coef": 0.1,
+        "trust_region": "guard",
     },
     "awm": {"algorithm": "awm", "updates_per_iteration": 2, "kl_coef": 0.1, "train_batch_size": 1},
     "dpo": {"algorithm": "dpo", "updates_per_iteration": 2, "kl_coef": 0.1, "ema_decay": 0.5},

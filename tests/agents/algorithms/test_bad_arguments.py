@@ -46,6 +46,8 @@ OWN = {
         "clip_range": [math.nan, math.inf, 0, -0.1, "0.2", None],
         "clip_range_vf": [math.nan, math.inf, 0, -0.1, "0.2"],
         "normalize_advantage": [1, "yes"],
+        "trust_region": ["kl", None],
+        "divergence_limit": [*NUMBER, 0],
         "batch_size": [0, -1, 2.5, 10**12],
         "n_epochs": [0, 1e12, 10**12, 1.5, None],
         "ent_coef": [*NUMBER, 1e12],

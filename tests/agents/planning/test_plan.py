@@ -52,6 +52,7 @@ def test_plan_of_sparse_regression():
         ({"algorithm": "awm"}, 2 * 8 * 2 + 2 * 4 * 2),
         ({"algorithm": "dpo", "kl_coef": 0.1, "samples_per_prompt": 4}, 2 * 4 * 2),
         ({"algorithm": "grpo", "dtype": "bfloat16"}, 2 * 8 * 2),
+        ({"algorithm": "grpo", "trust_region": "dppo", "kl_coef": 0.1}, 2 * 8 * 2 + 2 * 4 * 2),
         ({"algorithm": "nft", "kl_coef": 0.1, "epochs": 2, "dtype": "bfloat16"}, 2 * (2 * 2 * 8 * 2)),
     ],
 )
