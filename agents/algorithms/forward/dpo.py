@@ -30,7 +30,7 @@ from agents.algorithms.advantages import prompt_groups
 from agents.algorithms.forward.forward_process import ForwardProcessAlgorithm
 from agents.algorithms.options import DPO_BETA
 from agents.distributed import Metric
-from agents.rollout.buffer import Transitions
+from agents.rollout.buffer import TensorRolloutBuffer, Transitions
 from ddpo_env.sampler.denoising_loss import NoisedSamples
 from ddpo_env.validation.options import check_value
 
@@ -91,19 +91,23 @@ class DPO(ForwardProcessAlgorithm):
             )
 
     def train(self) -> None:
-        """Form the pairs of the rollout, and update the policy on them."""
-        self._loser_of = self.pairs()
+        """Update the policy on the pairs of the rollout."""
         super().train()
         self.logger.record("train/pairs", len(self._loser_of))
 
-    def pairs(self) -> dict[int, int]:
+    def step_weights(self, rollout: TensorRolloutBuffer) -> Tensor:
+        """Return the advantages, and form the pairs of the rollout by them."""
+        advantages = super().step_weights(rollout)
+        self._loser_of = self.pairs(rollout, advantages)
+        return advantages
+
+    def pairs(self, rollout: TensorRolloutBuffer, advantages: Tensor) -> dict[int, int]:
         """Return the last step of each pair's loser by that of its winner, flat indices into the rollout.
 
         Of samples with the same advantage the first one counts.
         """
-        rollout = self.rollout_buffer
         last = self.last_steps()
-        ranks = rollout.advantages.flatten().cpu().numpy()[last]
+        ranks = advantages.flatten().cpu().numpy()[last]
         pairs = {}
         for members in prompt_groups(rollout, "DPO"):
             best, worst = members[int(ranks[members].argmax())], members[int(ranks[members].argmin())]

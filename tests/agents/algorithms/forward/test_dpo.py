@@ -59,7 +59,6 @@ def papers_loss(family, model, indices, noise):
 def test_loss_and_gradient_are_the_papers(family):
     model = collected(denoising_dpo(FAMILIES[family](), num_envs=4, beta=BETA, timestep_fraction=0.4))
     stir(model.policy, 0.05)
-    model._loser_of = model.pairs()
     indices = model.select_steps()
     assert len(indices) == 2 * 2, "two prompts at two timesteps"
     torch.manual_seed(3)
@@ -77,7 +76,6 @@ def test_loss_and_gradient_are_the_papers(family):
 def test_step_along_the_gradient_prefers_the_winners(micro_pipeline_folder):
     """At the pretrained policy the loss is log 2; a small step makes every other number follow."""
     model = collected(denoising_dpo(micro_pipeline_folder, num_envs=4))
-    model._loser_of = model.pairs()
     batch = model.transitions(model.select_steps())
     torch.manual_seed(0)
     loss, _ = model.loss(batch)
@@ -104,8 +102,7 @@ def test_pairs_are_the_best_and_the_worst_of_each_prompt(micro_pipeline_folder):
     rollout.drop_non_finite()
     rollout.advantages = model.step_weights(rollout)
     first, second = (STEPS - 1) * 5, (2 * STEPS - 1) * 5
-    assert model.pairs() == {first + 1: second + 1, first + 3: first + 4}
-    model._loser_of = model.pairs()
+    assert model._loser_of == {first + 1: second + 1, first + 3: first + 4}
     indices = model.select_steps()
     assert sorted(indices) == sorted([step * 5 + winner for step in range(STEPS) for winner in (1, 3)])
     batch = model.transitions(indices)
@@ -144,9 +141,8 @@ def test_updates_have_about_the_same_size_and_calls_whole_pairs(micro_pipeline_f
 
 
 def test_prompt_with_one_sample_and_a_policy_without_a_pretrained_one_are_refused(micro_pipeline_folder):
-    model = collected(denoising_dpo(micro_env(micro_pipeline_folder, 3, samples_per_prompt=1)))
     with pytest.raises(ValueError, match="DPO needs at least 2 episodes per prompt"):
-        model.train()
+        collected(denoising_dpo(micro_env(micro_pipeline_folder, 3, samples_per_prompt=1)))
 
     class Alone(DiffusionPolicy):
         knows_reference = False
