@@ -66,11 +66,12 @@ class TrainingSettings(_Checked):
     """How ppo and grpo keep an update near the policy that sampled: clip; guard (GRPO-Guard), whose ratio has the same
     spread at every timestep; dppo (Flow-DPPO), which drops steps that have moved too far."""
     divergence_limit: Annotated[float, _SIZE] = 1e-5
-    """Of dppo: how far the mean of a step may move, in squared standard deviations, before its term is dropped."""
+    """Of dppo: a term may be dropped where the mean of its step has moved further (half the squared distance in
+    standard deviations, mean over the latent)."""
     advantage: Advantage | None = None
-    """How a sample is rated. Default: per_prompt (statistics of its prompt); group with grpo; else gae with a critic.
-    dr_grpo: group without its standard deviation; global_std: with that of all samples; gdpo: each term of a weighted
-    sum of rewards for itself."""
+    """How a sample is rated. Default: group with grpo, else gae with a critic, else per_prompt (statistics of its
+    prompt). dr_grpo: group without its standard deviation; global_std: with that of all samples; gdpo: each term of a
+    weighted sum of rewards for itself."""
     advantage_clip: Annotated[float, _SIZE] = 5.0
     """Standardised advantages (not dr_grpo, leave_one_out, gae) are clipped to plus/minus this. With nft and awm it is
     the advantage with the largest effect."""
