@@ -6,7 +6,7 @@
 
 The equation is that of Diffusion-DPO (arXiv 2311.12908, eq. 14, with the timestep's weight and T in β). There the pairs
 come from a data set. Here they come from the iteration: the best sample of a prompt against its worst one, as in
-Flow-Factory and Flow-GRPO's code. Both samples of a pair are noised with the same noise to the same timestep.
+Flow-Factory's code. Both samples of a pair are noised with the same noise to the same timestep.
 
 The unit of an update is a pair at a timestep. Its index is that of the winner's step in the rollout, and `transitions`
 adds the loser. So no cut of the indices into updates, micro-batches and processes can part a pair.
