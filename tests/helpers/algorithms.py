@@ -52,7 +52,7 @@ def denoising_awm(model, num_envs=6, policy=None, **arguments):
 
 def denoising_dpo(model, num_envs=6, policy=None, **arguments):
     """Online DPO on the denoising MDP: two samples of each prompt, which are a pair."""
-    return denoising(DPO, model, num_envs, policy, **arguments)
+    return denoising(DPO, model, num_envs, policy, **{"beta": 50.0} | arguments)
 
 
 def denoising_grpo(model, num_envs=6, policy=None, **arguments):

@@ -75,7 +75,7 @@ def test_loss_and_gradient_are_the_papers(family):
 
 def test_step_along_the_gradient_prefers_the_winners(micro_pipeline_folder):
     """At the pretrained policy the loss is log 2; a small step makes every other number follow."""
-    model = collected(denoising_dpo(micro_pipeline_folder, num_envs=4))
+    model = collected(denoising_dpo(micro_pipeline_folder, num_envs=4, beta=2000.0))
     batch = model.transitions(model.select_steps())
     torch.manual_seed(0)
     loss, _ = model.loss(batch)
