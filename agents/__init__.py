@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from agents.algorithms.advantages import (
         AdvantageEstimator,
         BatchAdvantage,
+        DecoupledAdvantage,
         GeneralizedAdvantage,
         GroupRelativeAdvantage,
         LeaveOneOutAdvantage,
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
     )
     from agents.algorithms.draft import DRaFT
     from agents.algorithms.forward.awm import AWM
+    from agents.algorithms.forward.dpo import DPO
     from agents.algorithms.forward.nft import NFT
     from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
     from agents.algorithms.options import UpdateOptions
-    from agents.algorithms.ppo import PPO
-    from agents.algorithms.reinforce import REINFORCE
+    from agents.algorithms.policy_gradient.grpo import GRPO
+    from agents.algorithms.policy_gradient.ppo import PPO
+    from agents.algorithms.policy_gradient.reinforce import REINFORCE
     from agents.algorithms.rwr import RWR
     from agents.config.presets import preset_config
     from agents.config.train_config import TrainConfig, train_config
@@ -42,6 +45,7 @@ _MODULES = {
     "agents.algorithms.advantages": (
         "AdvantageEstimator",
         "BatchAdvantage",
+        "DecoupledAdvantage",
         "GeneralizedAdvantage",
         "GroupRelativeAdvantage",
         "LeaveOneOutAdvantage",
@@ -50,11 +54,13 @@ _MODULES = {
     ),
     "agents.algorithms.draft": ("DRaFT",),
     "agents.algorithms.forward.awm": ("AWM",),
+    "agents.algorithms.forward.dpo": ("DPO",),
     "agents.algorithms.forward.nft": ("NFT",),
     "agents.algorithms.on_policy": ("TensorOnPolicyAlgorithm",),
     "agents.algorithms.options": ("UpdateOptions",),
-    "agents.algorithms.ppo": ("PPO",),
-    "agents.algorithms.reinforce": ("REINFORCE",),
+    "agents.algorithms.policy_gradient.grpo": ("GRPO",),
+    "agents.algorithms.policy_gradient.ppo": ("PPO",),
+    "agents.algorithms.policy_gradient.reinforce": ("REINFORCE",),
     "agents.algorithms.rwr": ("RWR",),
     "agents.config.presets": ("preset_config",),
     "agents.config.train_config": ("TrainConfig", "train_config"),
@@ -73,6 +79,8 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 __all__ = [
     "AWM",
+    "DPO",
+    "GRPO",
     "NFT",
     "PPO",
     "REINFORCE",
@@ -80,6 +88,7 @@ __all__ = [
     "AdvantageEstimator",
     "BatchAdvantage",
     "DRaFT",
+    "DecoupledAdvantage",
     "DiffusionPolicy",
     "Evaluation",
     "GeneralizedAdvantage",

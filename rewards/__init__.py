@@ -3,7 +3,7 @@
 In come decoded images (or other arrays), their prompts and metadata; out come one score per sample and details.
 """
 
-from rewards.composite import check_differentiable, check_shareable, is_stateful
+from rewards.composite import check_differentiable, check_shareable, is_stateful, weights_by_term
 from rewards.differentiable import (
     DIFFERENTIABLE_REWARDS,
     DifferentiableReward,
@@ -69,4 +69,5 @@ __all__ = [
     "reward_name",
     "score_with_gradient",
     "takes",
+    "weights_by_term",
 ]

@@ -124,6 +124,29 @@ def parse_terms(spec: str) -> tuple[Term, ...]:
     return _named_once(tuple(_parse_term(text.strip(), spec) for text in spec.split(",")), spec)
 
 
+def weights_by_term(spec: str, purpose: str) -> dict[str, float]:
+    """Return the weights of a weighted sum by the names of its terms, for a use that standardises the terms itself.
+
+    Args:
+        spec: `name:weight,...` as for `parse_terms`.
+        purpose: what needs them, for the error.
+
+    Raises:
+        ValueError: It is no weighted sum, or a term is raw.
+    """
+    try:
+        terms = parse_terms(spec)
+    except ValueError as error:
+        raise ValueError(
+            f"reward must be a weighted sum with {purpose}, such as aesthetic:1,clip_score:0.5; got {spec!r}"
+        ) from error
+    if raw := [term.name for term in terms if term.raw]:
+        raise ValueError(
+            f"reward must have no raw terms with {purpose}, which standardises every term; got {', '.join(raw)}:raw"
+        )
+    return {term.name: term.weight for term in terms}
+
+
 def _named_once(terms: tuple[Term, ...], spec: object) -> tuple[Term, ...]:
     counts = Counter(term.name for term in terms)
     if twice := [name for name, count in counts.items() if count > 1]:

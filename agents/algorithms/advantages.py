@@ -8,9 +8,9 @@ the trajectory (Black et al. 2023, section 4.3 and appendix C).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from ddpo_env.validation.options import POSITIVE, Range, check_value
 
 _ROUNDING = float(np.finfo(np.float32).eps)
 """Rewards are float32, so differences below this fraction of a reward are rounding."""
+
+Scale = Literal["group", "batch", "none"]
+"""Whose standard deviation divides the advantages of a group."""
 
 
 class AdvantageEstimator(Protocol):
@@ -108,35 +111,92 @@ class BatchAdvantage:
 
 @dataclass
 class GroupRelativeAdvantage:
-    """Episode returns standardised among the rollout's episodes of the same prompt (GRPO, Shao et al. 2024, §4.1).
+    """Episode returns minus the mean of the rollout's episodes of the same prompt, divided by a standard deviation.
 
-    The environment's `samples_per_prompt` makes several episodes per prompt.
+        A = (r − mean of the prompt's r) / std
+
+    The environment's `samples_per_prompt` makes several episodes per prompt. With `scale="group"`, a group whose
+    returns hardly differ has as much weight as any other (GRPO, Shao et al. 2024, section 4.1). With `"batch"` and
+    `"none"`, groups whose returns differ more have more weight.
 
     Args:
-        standardize: whether to divide by the group's standard deviation. Without it, groups whose returns differ more
-            have more weight (Dr. GRPO, Liu et al. 2025).
-        clip: advantages are clipped to plus/minus this.
+        scale: the standard deviation: `"group"`, that of the prompt's returns; `"batch"`, that of all returns of the
+            rollout (`global_std` in the code of Flow-GRPO); `"none"`, none, and advantages have the reward's unit
+            (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783).
+        clip: advantages are clipped to plus/minus this, also those in the reward's unit.
 
     Raises:
         ValueError: when called on a rollout that cuts episodes, whose episodes have no prompt, or with a single episode
             of some prompt.
     """
 
-    standardize: bool = True
+    scale: Scale = "group"
     clip: float = 5.0
 
     def __post_init__(self) -> None:
-        check_value("standardize", self.standardize, bool)
+        check_value("scale", self.scale, Scale)
         _check_clip(self.clip)
 
     def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
         """Return the advantages."""
         returns = _episode_returns(rollout)
         advantages = np.empty_like(returns)
-        for members in _groups(rollout, "GroupRelativeAdvantage"):
+        for members in prompt_groups(rollout, "GroupRelativeAdvantage"):
             group = returns[members]
-            advantages[members] = standardized(group, group) if self.standardize else group - group.mean()
+            divisor = 1.0 if self.scale == "none" else spread(group if self.scale == "group" else returns)
+            advantages[members] = (group - group.mean()) / divisor
         return rollout.per_step(advantages.clip(-self.clip, self.clip))
+
+
+@dataclass
+class DecoupledAdvantage:
+    """Several rewards, each standardised among the episodes of the same prompt, and their weighted sum (GDPO).
+
+        A_k = (r_k − mean of the prompt's r_k) / std of the prompt's r_k
+        A   = (Σ_k w_k A_k − mean) / std,                               mean and std over the rollout
+
+    A sum of rewards that is standardised as one number hides the terms with a small spread. Here each has the influence
+    of its weight in every group (Liu et al. 2026, arXiv 2601.05242). The return itself is not used: the terms come from
+    the details that the reward reports, `TensorRolloutBuffer.details`.
+
+    Args:
+        weights: of the rewards, by the names of their details. A weighted sum of rewards has a detail for each term.
+        clip: advantages are clipped to plus/minus this.
+
+    Raises:
+        ValueError: for weights that are no numbers; and when called as `GroupRelativeAdvantage`, or on a rollout
+            without one of the details.
+    """
+
+    weights: Mapping[str, float]
+    clip: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weights, Mapping) or not self.weights:
+            raise ValueError(f"weights must be one number for each reward, by its name; got {self.weights!r}")
+        for name, weight in self.weights.items():
+            check_value(f"weights[{name!r}]", weight, Annotated[float, Range(at_least=-1e6, at_most=1e6)])
+        _check_clip(self.clip)
+
+    def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
+        """Return the advantages."""
+        combined = np.zeros_like(_episode_returns(rollout))
+        groups = prompt_groups(rollout, "DecoupledAdvantage")
+        for name, weight in self.weights.items():
+            values = self._values(rollout, name)
+            for members in groups:
+                combined[members] += weight * standardized(values[members], values[members])
+        return rollout.per_step(standardized(combined, combined).clip(-self.clip, self.clip))
+
+    def _values(self, rollout: TensorRolloutBuffer, name: str) -> npt.NDArray[np.float64]:
+        values = rollout.details.get(name)
+        if values is None or not np.isfinite(values).all():
+            state = "is not finite for every sample" if values is not None else "is not reported"
+            raise ValueError(
+                f"DecoupledAdvantage needs the reward's detail {name!r}, which {state}; numbers that it reports are: "
+                f"{', '.join(rollout.details) or 'none'}"
+            )
+        return values
 
 
 @dataclass
@@ -162,7 +222,7 @@ class LeaveOneOutAdvantage:
         """Return the advantages."""
         returns = _episode_returns(rollout)
         advantages = np.empty_like(returns)
-        for members in _groups(rollout, "LeaveOneOutAdvantage"):
+        for members in prompt_groups(rollout, "LeaveOneOutAdvantage"):
             group = returns[members]
             advantages[members] = (group - group.mean()) * len(group) / max(1, len(group) - 1)
         return rollout.per_step(advantages.clip(-self.clip, self.clip))
@@ -225,12 +285,17 @@ def standardized(values: npt.ArrayLike, sample: npt.NDArray[np.float64], ddof: i
     the sample's spread is below the rounding of its largest value in float32, its values count as equal, and the result
     is 0. `ddof` is NumPy's.
     """
-    spread, largest = sample.std(ddof=ddof), np.abs(sample).max()
     difference = np.asarray(values, np.float64) - sample.mean()
-    return difference / spread if spread > _ROUNDING * largest else np.zeros_like(difference)
+    return np.asarray(difference / spread(sample, ddof))
 
 
-def _groups(rollout: TensorRolloutBuffer, name: str) -> list[list[int]]:
+def spread(sample: npt.NDArray[np.float64], ddof: int = 0) -> float:
+    """Return the standard deviation of a sample; infinite where its values count as equal, so that quotients are 0."""
+    std = float(sample.std(ddof=ddof))
+    return std if std > _ROUNDING * np.abs(sample).max() else np.inf
+
+
+def prompt_groups(rollout: TensorRolloutBuffer, name: str) -> list[list[int]]:
     """Return the rollout's episodes grouped by prompt, each group as indices into `rollout.contexts`.
 
     A group has at least two episodes, unless the others were dropped.

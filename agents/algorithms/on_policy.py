@@ -154,7 +154,7 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         metrics: Metrics = defaultdict(list)
         for epoch in range(self.n_epochs):
             indices = self.generators.numpy.permutation(self.select_steps())
-            if epoch == 0 and self.recomputes_log_probs:
+            if epoch == 0 and self.recomputes_log_probs and len(indices):
                 self._recompute_log_probs(indices)
             if not self._pass(indices, metrics):
                 break

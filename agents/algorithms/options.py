@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 NonFiniteRewards = Literal["raise", "drop"]
+TrustRegion = Literal["clip", "guard", "dppo"]
+"""What keeps an update near the policy that sampled, for PPO and GRPO."""
 _FRACTION = Range(at_least=0, at_most=1)
 _COUNT = Range(at_least=1, at_most=10**7)
 _WEIGHT = Range(at_least=0, at_most=1e6)
@@ -25,6 +27,8 @@ BETA = Range(above=0, at_most=100)
 """Distance of NFT's implicit policies from the one that samples."""
 LAST_STEPS = Range(at_least=1, at_most=1_000_000)
 """Steps of a trajectory that DRaFT differentiates."""
+DPO_BETA = Range(above=0, at_most=1e8)
+"""Of the difference of denoising losses, which is small."""
 _VALID_ARGUMENTS: dict[str, Any] = {
     "n_steps": Annotated[int, _COUNT],
     "gamma": Annotated[float, _FRACTION],
@@ -67,7 +71,7 @@ class UpdateOptions:
     """An iteration's updates end when the estimated KL from the sampling policy exceeds 1.5 times this."""
     kl_coef: Annotated[float, Range(at_least=0, at_most=1e6)] = 0.0
     """Weight of the KL divergence from the pretrained policy in the loss, reduced like the log-probability; for
-    nft, awm and draft, of the squared distance of the denoiser's outputs."""
+    nft, awm, dpo and draft, of the squared distance of the denoiser's outputs."""
     recompute_log_probs: bool | None = None
     """Compute log-probabilities again before the first update. Default: in half precision, for a loss with a ratio."""
     ema_decay: Annotated[float, DECAY] = 0.0

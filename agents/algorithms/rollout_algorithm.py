@@ -34,7 +34,7 @@ from agents.distributed import Processes, Rows
 from agents.policy.abilities import PolicyAbilities, abilities_of
 from agents.rollout.buffer import TensorRolloutBuffer
 from agents.rollout.latents_check import LatentsCheck
-from agents.rollout.scores import PendingScores, details_by_name, score_measured
+from agents.rollout.scores import PendingScores, details_by_name, numeric_details, score_measured
 from agents.rollout.shared_prefix import EqualRows, SharedPrefix, shared_prefix_of
 from agents.rollout.vec_env import denoising_env_of, env_actions, pending_scores_of
 from ddpo_env.spaces import DenoisingObservationSpace
@@ -280,6 +280,7 @@ class RolloutAlgorithm(SavableAlgorithm):
             scored = [episode for episode in episodes if episode.is_finite(rollout_buffer)]
             self._note_episodes([episode.statistics for episode in scored])
             self._drop_or_raise(rollout_buffer)
+            rollout_buffer.details = numeric_details(scored, rollout_buffer)
             rollout_buffer.set_monte_carlo_returns()
             rollout_buffer.advantages = self.step_weights(rollout_buffer)
         self._record_rewards(rollout_buffer)

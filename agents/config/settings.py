@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from agents.algorithms.options import BETA, LAST_STEPS, PERCENTILE, NonFiniteRewards
+from agents.algorithms.options import BETA, DPO_BETA, LAST_STEPS, PERCENTILE, NonFiniteRewards, TrustRegion
 from ddpo_env.validation.choices import Quantization
 from ddpo_env.validation.options import DECAY, Range, check_fields
 from ddpo_env.validation.resolution import Resolution, plain_resolution
-from rewards import parse_options
+from rewards import parse_options, weights_by_term
 
 MOST = Range(at_least=1, at_most=1_000_000)
 """Numbers of samples, steps and iterations."""
@@ -27,8 +27,10 @@ LEAST_PAIRS = 8
 _SIZE = Range(above=0, at_most=1e6)
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
-Algorithm = Literal["ppo", "reinforce", "rwr", "rwr_sparse", "nft", "awm", "draft"]
-Advantage = Literal["per_prompt", "batch", "group", "leave_one_out", "gae"]
+Algorithm = Literal["ppo", "grpo", "reinforce", "rwr", "rwr_sparse", "nft", "awm", "dpo", "draft"]
+GroupAdvantage = Literal["group", "dr_grpo", "global_std", "gdpo", "leave_one_out"]
+"""Advantages that compare a sample with the others of its prompt in the iteration."""
+Advantage = Literal["per_prompt", "batch", GroupAdvantage, "gae"]
 Schedule = Literal["constant", "linear", "cosine"]
 
 
@@ -51,20 +53,27 @@ class TrainingSettings(_Checked):
     sample_batch_size: Annotated[int, MOST_OR_0] = 0
     """Samples generated at once. 0: the largest divisor of the samples per iteration, up to 72."""
     train_batch_size: Annotated[int, MOST_OR_0] = 45
-    """(sample, timestep) pairs in one training call, or samples with rwr and draft; gradients add up. 0: as many as fit
-    into the memory."""
+    """(sample, timestep) pairs in one training call, with dpo at least two, or samples with rwr and draft; gradients
+    add up. 0: as many as fit into the memory."""
     updates_per_iteration: Annotated[int, MOST_OR_0] = 0
-    """Optimizer steps in each epoch of an iteration. 0: the largest divisor of its samples up to 4 with ppo and
+    """Optimizer steps in each epoch of an iteration. 0: the largest divisor of its samples up to 4 with ppo, grpo and
     draft; else 1."""
     epochs: Annotated[int, MOST_OR_0] = 0
     """Passes over an iteration's samples. 0: the paper's 1; 5 for rwr and 50 for rwr_sparse."""
     clip_range: Annotated[float, _SIZE] = 3e-3
     """PPO's ε. It is tiny because log-probabilities are averaged over the latent, and depends on the latent's size."""
+    trust_region: TrustRegion = "clip"
+    """How ppo and grpo keep an update near the policy that sampled: clip; guard (GRPO-Guard), whose ratio has the same
+    spread at every timestep; dppo (Flow-DPPO), which drops steps that have moved too far."""
+    divergence_limit: Annotated[float, _SIZE] = 1e-5
+    """Of dppo: a term may be dropped where the mean of its step has moved further (half the squared distance in
+    standard deviations, mean over the latent)."""
     advantage: Advantage | None = None
-    """How a sample is rated. Default: per_prompt (statistics of its prompt), or gae with a critic. draft has
-    none."""
+    """How a sample is rated. Default: group with grpo, else gae with a critic, else per_prompt (statistics of its
+    prompt). dr_grpo: group without its standard deviation; global_std: with that of all samples; gdpo: each term of a
+    weighted sum of rewards for itself. draft has none."""
     advantage_clip: Annotated[float, _SIZE] = 5.0
-    """Standardised advantages (per_prompt, batch, group) are clipped to plus/minus this. With nft and awm it is
+    """Standardised advantages (not dr_grpo, leave_one_out, gae) are clipped to plus/minus this. With nft and awm it is
     the advantage with the largest effect."""
     stat_buffer_size: Annotated[int, MOST] = 32
     """Rewards kept per prompt, for its mean and standard deviation."""
@@ -80,8 +89,53 @@ class TrainingSettings(_Checked):
     """How far nft's better and worse policies are from the one that samples; its paper has 0.1 for text rendering."""
     draft_steps: Annotated[int, LAST_STEPS] = 1
     """Last steps of a trajectory that draft differentiates: its K."""
+    dpo_beta: Annotated[float, DPO_BETA] = 2000.0
+    """How strongly dpo compares the denoising losses of a prompt's best and worst sample."""
     non_finite_rewards: NonFiniteRewards = "raise"
     """A reward that is NaN or infinite is an error (raise), or its sample is dropped and counted (drop)."""
+
+    def check_algorithm(self, algorithm: Algorithm, reward: str, has_critic: bool) -> None:
+        """Refuse settings, every one filled in, that do not fit the algorithm.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        if self.advantage == "gae" and not has_critic:
+            raise ValueError("advantage must not be gae without a critic: add --critic")
+        if self.trust_region != "clip" and algorithm not in ("ppo", "grpo"):
+            raise ValueError(
+                f"trust_region must be clip with {algorithm}, which has no importance ratio of the sampler's steps; "
+                f"got {self.trust_region!r}"
+            )
+        in_groups = get_args(GroupAdvantage)
+        if algorithm == "grpo" and self.advantage not in in_groups:
+            raise ValueError(
+                f"advantage must be one of {', '.join(in_groups)} with grpo, which compares samples of a prompt; "
+                f"got {self.advantage!r}"
+            )
+        if self.advantage == "gdpo":
+            weights_by_term(reward, "advantage gdpo")
+        compares = "dpo" if algorithm == "dpo" else f"advantage {self.advantage}"
+        if (algorithm == "dpo" or self.advantage in in_groups) and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"samples_per_prompt must be at least 2 with {compares}, which compares samples of a prompt; "
+                f"got {self.samples_per_prompt}"
+            )
+        if algorithm == "reinforce" and (self.epochs, self.updates_per_iteration) != (1, 1):
+            raise ValueError(
+                "epochs and updates_per_iteration must be 1 with reinforce, whose gradient is correct only for the "
+                f"policy that sampled; got {self.epochs} and {self.updates_per_iteration}"
+            )
+        if algorithm == "rwr_sparse" and self.updates_per_iteration != 1:
+            raise ValueError(
+                "updates_per_iteration must be 1 with rwr_sparse, which imitates few samples in many epochs; "
+                f"got {self.updates_per_iteration}"
+            )
+        if self.stat_min_count > self.stat_buffer_size:
+            raise ValueError(
+                f"stat_min_count must be between 2 and stat_buffer_size={self.stat_buffer_size}; "
+                f"got {self.stat_min_count}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,15 @@ import numpy.typing as npt
 
 from agents.algorithms.options import UpdateOptions, check_noise
 from agents.config.config_file import read_plain_yaml
-from agents.config.settings import MOST, SEED, Algorithm, OptimizerSettings, RunSettings, TrainingSettings
+from agents.config.settings import (
+    MOST,
+    SEED,
+    Advantage,
+    Algorithm,
+    OptimizerSettings,
+    RunSettings,
+    TrainingSettings,
+)
 from agents.config.sizes import largest_divisor, must_divide
 from agents.policy.options import PolicyOptions, check_trainable
 from ddpo_env.validation.options import Range, check_fields, shown
@@ -45,17 +53,18 @@ _FORWARD_PROCESS = AlgorithmDefaults(2e-3, 1, 1, needs_log_probs=False, penalise
 
 ALGORITHMS: dict[str, AlgorithmDefaults] = {
     "ppo": AlgorithmDefaults(2e-3, 1, 4),
+    "grpo": AlgorithmDefaults(2e-3, 1, 4),
     "reinforce": AlgorithmDefaults(1e-2, 1, 1),
     "rwr": AlgorithmDefaults(2e-3, 5, 1, needs_log_probs=False),
     "rwr_sparse": AlgorithmDefaults(5e-4, 50, 1, needs_log_probs=False),
     "nft": _FORWARD_PROCESS,
     "awm": _FORWARD_PROCESS,
+    "dpo": _FORWARD_PROCESS,
     "draft": AlgorithmDefaults(5e-3, 1, 4, needs_log_probs=False, penalises_steps=False),
 }
 """Epochs and updates from the papers. The learning rates of reinforce and rwr are from a search on the bundled model
 (`scripts/experiments/algorithms.py`). For ppo it found 5e-3, by the reward alone; 2e-3 is slower, and keeps the animals
-in the images (docs/paper.md). nft and awm have ppo's, because their papers have that of DDPO. draft does better with
-5e-3 than with 1e-3; nothing else was tried."""
+in the images (docs/paper.md). draft does better with 5e-3 than with 1e-3. The others have ppo's without a search."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +89,9 @@ class TrainConfig:
     num_inference_steps: Annotated[int, MOST] = 10
     """Denoising steps, the length of an episode."""
     algorithm: Algorithm = "ppo"
-    """ppo (DDPO-IS), reinforce (DDPO-SF), reward-weighted regression: rwr (exponential weights), rwr_sparse; on
-    noised samples, nft (DiffusionNFT), awm (advantage weighted matching); by the reward's own gradient, draft
-    (DRaFT-K)."""
+    """ppo (DDPO-IS), grpo (the same with advantages among a prompt's samples), reinforce (DDPO-SF), reward-weighted
+    regression: rwr (exponential weights), rwr_sparse; on noised samples, nft (DiffusionNFT), awm (advantage weighted
+    matching), dpo (online DPO: a prompt's best sample against its worst); by the reward's gradient, draft (DRaFT-K)."""
     iterations: Annotated[int | None, MOST] = None
     """Rounds of sampling and training in total. Default: 12; for a resumed run, the number that it started with."""
     samples_per_iteration: Annotated[int, MOST] = 72
@@ -181,9 +190,12 @@ class TrainConfig:
             updates_per_iteration=training.updates_per_iteration
             or largest_divisor(total, defaults.updates_per_iteration),
             epochs=training.epochs or defaults.epochs,
-            advantage=training.advantage or ("gae" if self.policy.critic else "per_prompt"),
+            advantage=training.advantage or self._default_advantage(),
         )
-        config._check_algorithm()
+        check_trainable(config.run.quantization, config.policy)
+        config.training.check_algorithm(config.algorithm, config.reward, config.policy.critic)
+        if self.algorithm == "draft":
+            config._check_backpropagation()
         config._check_sizes(processes)
         parse_options(self.reward_options)
         parse_options(self.run.pipeline_arguments, "pipeline_arguments")
@@ -220,6 +232,12 @@ class TrainConfig:
             start, end = self.update.noise_window_at(0, steps) or (start, end)
             candidates = int(stochastic[start:end].sum())
         return max(1, min(round(self.update.timestep_fraction * steps), candidates))
+
+    @property
+    def trained_samples(self) -> int:
+        """Samples of each iteration that are trained on, at most: with dpo two of each prompt, else all."""
+        total = self.samples_per_iteration
+        return 2 * total // self.training.samples_per_prompt if self.algorithm == "dpo" else total
 
     @property
     def eval_batch_size(self) -> int:
@@ -295,33 +313,10 @@ class TrainConfig:
         needs = algorithm.needs_log_probs, algorithm.penalises_steps
         check_noise(self.update, stochastic, self.algorithm, *needs)
 
-    def _check_algorithm(self) -> None:
-        training, algorithm = self.training, self.algorithm
-        check_trainable(self.run.quantization, self.policy)
-        if training.advantage == "gae" and not self.policy.critic:
-            raise ValueError("advantage must not be gae without a critic: add --critic")
-        if training.advantage in ("group", "leave_one_out") and training.samples_per_prompt < 2:
-            raise ValueError(
-                f"samples_per_prompt must be at least 2 with advantage {training.advantage}, which compares samples of "
-                f"a prompt; got {training.samples_per_prompt}"
-            )
-        if algorithm == "reinforce" and (training.epochs, training.updates_per_iteration) != (1, 1):
-            raise ValueError(
-                "epochs and updates_per_iteration must be 1 with reinforce, whose gradient is correct only for the "
-                f"policy that sampled; got {training.epochs} and {training.updates_per_iteration}"
-            )
-        if algorithm == "rwr_sparse" and training.updates_per_iteration != 1:
-            raise ValueError(
-                "updates_per_iteration must be 1 with rwr_sparse, which imitates few samples in many epochs; "
-                f"got {training.updates_per_iteration}"
-            )
-        if algorithm == "draft":
-            self._check_backpropagation()
-        if training.stat_min_count > training.stat_buffer_size:
-            raise ValueError(
-                f"stat_min_count must be between 2 and stat_buffer_size={training.stat_buffer_size}; "
-                f"got {training.stat_min_count}"
-            )
+    def _default_advantage(self) -> Advantage:
+        if self.algorithm == "grpo":
+            return "group"
+        return "gae" if self.policy.critic else "per_prompt"
 
     def _check_backpropagation(self) -> None:
         """Refuse what training by the reward's gradient cannot use."""
@@ -356,6 +351,11 @@ class TrainConfig:
         must_divide("sample_batch_size", training.sample_batch_size, "samples_per_iteration", total)
         must_divide("samples_per_prompt", training.samples_per_prompt, "sample_batch_size", training.sample_batch_size)
         must_divide("updates_per_iteration", training.updates_per_iteration, "samples_per_iteration", total)
+        if self.algorithm == "dpo" and training.updates_per_iteration > self.trained_samples // 2:
+            raise ValueError(
+                f"updates_per_iteration must be at most {self.trained_samples // 2} with dpo, which has one pair for "
+                f"each prompt of an iteration; got {training.updates_per_iteration}"
+            )
         start, end = self.update.trained_range(self.num_inference_steps)
         if start == end:
             raise ValueError(

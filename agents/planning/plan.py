@@ -83,10 +83,11 @@ def denoiser_rows(config: TrainConfig) -> DenoiserRows:
         trained = rows * training.epochs * total * training.draft_steps
         measuring = 0
     else:
-        trained = rows * training.epochs * total * config.trained_steps
+        trained = rows * training.epochs * config.trained_samples * config.trained_steps
         scored = config.update.noise_window or int(config.policy.stochastic_steps(steps).sum())
         measuring = rows * total * (config.trained_steps if training.epochs == 1 else scored) * _recomputes(config)
-    measuring += (trained if config.update.kl_coef else 0) + _older_policies(config, trained)
+    needs_reference = config.update.kl_coef > 0 or config.algorithm == "dpo"
+    measuring += (trained if needs_reference else 0) + _older_policies(config, trained)
     return DenoiserRows(
         sampling=rows * _sampled_rows(config),
         training=config.total_iterations * trained,
@@ -113,7 +114,7 @@ def pairs_per_update(config: TrainConfig) -> int:
     if config.algorithm == "rwr_sparse":
         return _imitated(config)
     each = 1 if config.algorithm in ("rwr", "draft") else config.trained_steps
-    return config.samples_per_iteration // config.training.updates_per_iteration * each
+    return math.ceil(config.trained_samples * each / config.training.updates_per_iteration)
 
 
 def _training(config: TrainConfig) -> str:
@@ -131,7 +132,7 @@ def _training(config: TrainConfig) -> str:
         size = min(training.train_batch_size, total // updates)
         return f"{text} through the reward, the decoder and the last {last}, {_call(config, size, 'sample')}"
     return (
-        f"{text} with {_count(total // updates, 'sample', 'samples')} × {config.trained_steps} of "
+        f"{text} with {_count(config.trained_samples // updates, 'sample', 'samples')} × {config.trained_steps} of "
         f"{config.num_inference_steps} steps = {_count(pairs_per_update(config), 'pair', 'pairs')}, "
         f"{_call(config, training.train_batch_size, 'pair')}"
     )
@@ -235,13 +236,15 @@ def _older_policies(config: TrainConfig, trained: int) -> int:
     """Return the rows of an iteration that are computed with older policies too, out of those that are trained on."""
     updates = config.training.epochs * config.training.updates_per_iteration
     later = trained * (updates - 1) // updates
-    return {"nft": trained, "awm": trained + later, "draft": later}.get(config.algorithm, 0)
+    of_ppo = 0 if config.training.trust_region == "clip" else later
+    older = {"nft": trained, "awm": trained + later, "draft": later, "ppo": of_ppo, "grpo": of_ppo}
+    return older.get(config.algorithm, 0)
 
 
 def _recomputes(config: TrainConfig) -> bool:
-    """Return whether log-probabilities are computed again before the first update: by default PPO in half precision."""
+    """Return whether log-probabilities are computed again before the first update: with a ratio in half precision."""
     recompute = config.update.recompute_log_probs
-    if recompute is not None or config.algorithm != "ppo":
+    if recompute is not None or config.algorithm not in ("ppo", "grpo"):
         return bool(recompute)
     dtype = resolve_dtype(config.policy.autocast or config.run.dtype, resolve_device(config.device))
     return dtype != torch.float32

@@ -15,11 +15,27 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
 from agents.distributed import Rows
+from agents.policy.distribution import DenoisingDistribution
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
 from agents.rollout.shared_prefix import EqualRows
 from ddpo_env.models import DiffusionModel
 from ddpo_env.sampler.denoising_loss import NoisedSamples
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
+
+
+@dataclass(frozen=True)
+class StepMove:
+    """How far steps of the sampler have moved from those of the policy that sampled.
+
+    Attributes:
+        divergence: `‖μ_θ − μ_sampling‖² / 2 std²`, reduced like the log-probability, `(batch,)`. It has a gradient.
+        std: of the steps, `(batch,)`.
+        flow_step: Δ of the steps, see `GaussianSampler`, `(batch,)`.
+    """
+
+    divergence: Tensor
+    std: Tensor
+    flow_step: Tensor
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,7 @@ class PolicyEvaluation:
         log_ratio: `log_prob` minus the log-probability under the policy that sampled them, `(batch,)`.
         entropy: `(batch,)`.
         reference_kl: KL divergence from the pretrained policy, `(batch,)`; `None` where it was not computed.
+        move: from the policy that sampled; `None` where it was not computed.
     """
 
     values: Tensor
@@ -39,6 +56,7 @@ class PolicyEvaluation:
     log_ratio: Tensor
     entropy: Tensor
     reference_kl: Tensor | None
+    move: StepMove | None = None
 
 
 class PolicyAbilities:
@@ -138,6 +156,8 @@ class SamplerAbilities(PolicyAbilities):
         critic: predicts values; `None`: there is none.
         predict_output: called with latents, timesteps, conditioning and, if it is not the one that learns, a denoiser;
             returns the guided output, latent-shaped.
+        get_distribution: returns the distribution over the next latents of an observation.
+        reference_kl: returns the divergence of such a distribution from the pretrained policy's, `(batch,)`.
     """
 
     model: DiffusionModel
@@ -145,6 +165,8 @@ class SamplerAbilities(PolicyAbilities):
     sampler: GaussianSampler
     critic: nn.Module | None
     predict_output: Callable[..., Tensor]
+    get_distribution: Callable[..., DenoisingDistribution]
+    reference_kl: Callable[[Any, DenoisingDistribution], Tensor]
     _host_sampler: GaussianSampler
     _stochastic_steps: npt.NDArray[np.bool_]
 
@@ -158,6 +180,12 @@ class SamplerAbilities(PolicyAbilities):
         if self.sampler.std.device != device:
             self.sampler = self.sampler.to(device)
         return self.sampler
+
+    def move_of(self, distribution: DenoisingDistribution, sampling_mean: Tensor) -> StepMove:
+        """Return how far a distribution is from the one with the mean of the policy that sampled, `(batch, ...)`."""
+        step = distribution.step_index
+        sampler = distribution.sampler
+        return StepMove(distribution.kl_divergence(sampling_mean), sampler.std[step], sampler.flow_step[step])
 
     def stochastic_steps(self) -> npt.NDArray[np.bool_]:
         """Return which steps have noise, `(steps,)` on the host."""

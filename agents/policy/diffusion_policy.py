@@ -187,12 +187,14 @@ class DiffusionPolicy(SamplerAbilities, ActorCriticPolicy):
         frozen weights the adapters share.
         """
         distribution = self.get_distribution(obs)
+        kl = self.reference_kl(obs, distribution)
+        return self.predict_values(obs), distribution.log_prob(actions), distribution.entropy(), kl
+
+    def reference_kl(self, obs: PyTorchObs, distribution: DenoisingDistribution) -> Tensor:
+        """Return the KL divergence of a distribution over the next latents from the pretrained policy's, `(batch,)`."""
         with torch.no_grad():
             reference = self.get_distribution(obs, self.model.denoiser)
-        kl = self.sampler.kl_divergence(
-            distribution.mean, reference.mean, distribution.step_index, self.options.log_prob_reduction
-        )
-        return self.predict_values(obs), distribution.log_prob(actions), distribution.entropy(), kl
+        return distribution.kl_divergence(reference.mean)
 
     def regression_steps(self, rollout: TensorRolloutBuffer) -> npt.NDArray[np.int64]:
         """Return the steps whose actions reward-weighted regression imitates: the last ones, the finished latents."""

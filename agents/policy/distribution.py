@@ -52,6 +52,13 @@ class DenoisingDistribution(Distribution):
         """Return the log-probability of `actions` `(batch, ...)`, reduced over the latent: `(batch,)` float32."""
         return self.sampler.log_prob(actions.reshape(self.mean.shape), self.mean, self.step_index, self.reduction)
 
+    def kl_divergence(self, other_mean: Tensor) -> Tensor:
+        """Return the KL divergence from the distribution with another mean, reduced like the log-probability.
+
+        `(batch,)` float32. Both have the sampler's variance, so it is `‖mean − other_mean‖² / 2 std²`.
+        """
+        return self.sampler.kl_divergence(self.mean, other_mean, self.step_index, self.reduction)
+
     def entropy(self) -> Tensor:
         """Return the differential entropy, reduced like the log-probability: `(batch,)`.
 

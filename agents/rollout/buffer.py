@@ -62,6 +62,8 @@ class TensorRolloutBuffer:
             or the part of one that is in the rollout. Segments are numbered from 0; removed steps have `DROPPED`.
         contexts: per segment, the context of its episode (the prompt), or `None`.
         dropped_contexts: contexts of the removed segments.
+        details: per name, a number for each segment that the reward reported beside its score, `(len(contexts),)`
+            float64; NaN where there is none. Set when all scores are known.
         values, log_probs, advantages, returns: `(buffer_size, n_envs)` float32 on `device`.
         actions: `(buffer_size, n_envs, *action_shape)` on `device`.
 
@@ -123,6 +125,7 @@ class TensorRolloutBuffer:
         self.full = False
         self.contexts: list[Any] = []
         self.dropped_contexts: list[Any] = []
+        self.details: dict[str, npt.NDArray[np.float64]] = {}
         self.last_values = torch.zeros(self.n_envs, device=self.device)
         self.last_dones = np.zeros(self.n_envs, np.bool_)
         self._segment_observations: dict[str, list[Tensor]] = {name: [] for name in self._segment_keys()}

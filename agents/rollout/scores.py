@@ -7,6 +7,7 @@ one place where the scores of several processes come together.
 
 from __future__ import annotations
 
+import numbers
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agents.distributed import Processes
-from agents.rollout.buffer import TensorRolloutBuffer
+from agents.rollout.buffer import DROPPED, TensorRolloutBuffer
 from rewards import NonFinite, Reward, TwoStageReward, combine_measurements
 
 _STATISTICS = ("episode", "is_success")
@@ -148,6 +149,22 @@ def details_by_name(episodes: Sequence[EndedEpisode]) -> dict[str, list[Any]]:
         for name, value in episode.details.items():
             details[name].append(value)
     return dict(details)
+
+
+def numeric_details(
+    episodes: Sequence[EndedEpisode], rollout: TensorRolloutBuffer
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Return the details that are numbers by name, one value for each segment of the rollout: `(len(contexts),)`.
+
+    NaN stands where an episode has no such detail, and for a segment in which no episode ended.
+    """
+    found: dict[str, npt.NDArray[np.float64]] = {}
+    for episode in episodes:
+        segment = rollout.segments[episode.step, episode.index]
+        for name, value in episode.details.items() if segment != DROPPED else ():
+            if isinstance(value, numbers.Real):
+                found.setdefault(name, np.full(len(rollout.contexts), np.nan))[segment] = value
+    return found
 
 
 def _is_known(info: dict[str, Any]) -> bool:

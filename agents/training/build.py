@@ -10,6 +10,7 @@ from typing import Any
 from agents.algorithms.advantages import (
     AdvantageEstimator,
     BatchAdvantage,
+    DecoupledAdvantage,
     GeneralizedAdvantage,
     GroupRelativeAdvantage,
     LeaveOneOutAdvantage,
@@ -17,16 +18,19 @@ from agents.algorithms.advantages import (
 )
 from agents.algorithms.draft import DRaFT
 from agents.algorithms.forward.awm import AWM
+from agents.algorithms.forward.dpo import DPO
 from agents.algorithms.forward.nft import NFT
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
-from agents.algorithms.ppo import PPO
-from agents.algorithms.reinforce import REINFORCE
+from agents.algorithms.policy_gradient.grpo import GRPO
+from agents.algorithms.policy_gradient.ppo import PPO
+from agents.algorithms.policy_gradient.reinforce import REINFORCE
 from agents.algorithms.rwr import RWR, Weighting
 from agents.config.train_config import TrainConfig
 from agents.distributed import Processes
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.vec_env import VectorEnvAdapter
 from ddpo_env.models import abilities_of
+from rewards import weights_by_term
 
 
 def build_algorithm(config: TrainConfig, env: VectorEnvAdapter, processes: Processes) -> TensorOnPolicyAlgorithm:
@@ -61,12 +65,23 @@ def build_algorithm(config: TrainConfig, env: VectorEnvAdapter, processes: Proce
         del common["advantage"]
         size = total // training.updates_per_iteration
         return DRaFT(DiffusionPolicy, env, batch_size=size, last_steps=training.draft_steps, **common)
-    common["batch_size"] = total * _trained_steps(config, env) // training.updates_per_iteration
+    trained = config.trained_samples * _trained_steps(config, env)
+    common["batch_size"] = math.ceil(trained / training.updates_per_iteration)
+    if config.algorithm == "dpo":
+        return DPO(DiffusionPolicy, env, beta=training.dpo_beta, **common)
     if config.algorithm == "awm":
         return AWM(DiffusionPolicy, env, advantage_clip=training.advantage_clip, **common)
     if config.algorithm == "nft":
         return NFT(DiffusionPolicy, env, beta=training.nft_beta, advantage_clip=training.advantage_clip, **common)
-    return PPO(DiffusionPolicy, env, clip_range=training.clip_range, **common)
+    kind = GRPO if config.algorithm == "grpo" else PPO
+    return kind(
+        DiffusionPolicy,
+        env,
+        clip_range=training.clip_range,
+        trust_region=training.trust_region,
+        divergence_limit=training.divergence_limit,
+        **common,
+    )
 
 
 def _regression(config: TrainConfig, env: VectorEnvAdapter, common: dict[str, Any]) -> RWR:
@@ -105,6 +120,9 @@ def _advantage(config: TrainConfig) -> AdvantageEstimator:
         "per_prompt": lambda: PerPromptAdvantage(training.stat_buffer_size, training.stat_min_count, clip),
         "batch": lambda: BatchAdvantage(clip),
         "group": lambda: GroupRelativeAdvantage(clip=clip),
+        "dr_grpo": lambda: GroupRelativeAdvantage("none", math.inf),
+        "global_std": lambda: GroupRelativeAdvantage("batch", clip),
+        "gdpo": lambda: DecoupledAdvantage(weights_by_term(config.reward, "advantage gdpo"), clip),
         "leave_one_out": LeaveOneOutAdvantage,
         "gae": GeneralizedAdvantage,
     }

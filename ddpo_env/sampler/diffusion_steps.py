@@ -79,6 +79,7 @@ def ddpm_rows(config: Any, num_inference_steps: int, is_deterministic: bool = Fa
         output_to_mean=torch.zeros_like(alpha),
         x0_to_mean=alpha_previous.sqrt() * beta / (1 - alpha),
         std=torch.where(timesteps > 0, variance, 0.0).sqrt(),
+        flow_step=_flow_time(alpha) - _flow_time(alpha_previous),
     )
 
 
@@ -96,7 +97,14 @@ def _rows(
         output_to_mean=weight * output_to_noise,
         x0_to_mean=alpha_previous.sqrt(),
         std=std,
+        flow_step=_flow_time(alpha) - _flow_time(alpha_previous),
     )
+
+
+def _flow_time(alpha: Tensor) -> Tensor:
+    """Return √(1-ᾱ) / (√ᾱ + √(1-ᾱ)), `(steps,)`: latents divided by the denominator are a flow's at this time."""
+    signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+    return noise / (signal + noise)
 
 
 def _timesteps(scheduler: Any, num_inference_steps: int) -> Tensor:

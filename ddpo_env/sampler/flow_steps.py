@@ -70,6 +70,7 @@ def flow_rows(
         output_to_mean=output_to_mean,
         x0_to_mean=torch.zeros_like(std),
         std=std,
+        flow_step=-schedule.diff(),
     )
 
 

@@ -61,6 +61,8 @@ class GaussianSampler:
         output_to_mean: (steps,) float32.
         x0_to_mean: (steps,) float32.
         std: (steps,) float32: 0 for a deterministic step, else at least `SMALLEST_STD`, so that it has a density.
+        flow_step: (steps,) float32: by how much the flow time `sigma / (signal + sigma)` falls, Δ of flow matching. Of
+            a diffusion's DDIM step with eta 0 it is the step of Euler's method, in latents divided by `signal + sigma`.
         clip_sample_range: Bound on the absolute value of `x0_hat`; `None` if the scheduler does not clip.
     """
 
@@ -71,6 +73,7 @@ class GaussianSampler:
     output_to_mean: Tensor
     x0_to_mean: Tensor
     std: Tensor
+    flow_step: Tensor
     clip_sample_range: float | None = None
 
     def __post_init__(self) -> None:

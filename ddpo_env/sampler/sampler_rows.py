@@ -26,6 +26,7 @@ class SamplerRows(NamedTuple):
     output_to_mean: Tensor
     x0_to_mean: Tensor
     std: Tensor
+    flow_step: Tensor
 
     def with_x0_folded(self) -> SamplerRows:
         """Return the same sampler with the predicted clean latent written in terms of latent and output."""

@@ -105,6 +105,13 @@ CHOICES = {
     "groups that processes share": {"samples_per_prompt": 4, "train_batch_size": 3},
     "one call is for one of them": {"train_batch_size": 1, "updates_per_iteration": 4},
     "nft": {"algorithm": "nft", "updates_per_iteration": 2, "epochs": 2, "kl_coef": 0.1, "ema_decay": 0.5},
+    "grpo": {
+        "algorithm": "grpo",
+        "advantage": "gdpo",
+        "reward": "helpers.micro_agents:brightness:1,helpers.micro_agents:contrast:0.5",
+        "kl_coef": 0.1,
+        "trust_region": "guard",
+    },
     "awm": {"algorithm": "awm", "updates_per_iteration": 2, "kl_coef": 0.1, "train_batch_size": 1},
     "draft": {
         "algorithm": "draft",
@@ -113,6 +120,8 @@ CHOICES = {
         "kl_coef": 0.1,
         "train_batch_size": 1,
     },
+    "dpo": {"algorithm": "dpo", "updates_per_iteration": 2, "kl_coef": 0.1, "ema_decay": 0.5},
+    "a pair that processes share": {"algorithm": "dpo", "train_batch_size": 8},
     "penalised regression": {"algorithm": "rwr", "train_batch_size": 1, "kl_coef": 0.1},
 }
 

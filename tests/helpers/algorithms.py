@@ -7,9 +7,11 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from agents.algorithms.advantages import BatchAdvantage, RawReturn
 from agents.algorithms.draft import DRaFT
 from agents.algorithms.forward.awm import AWM
+from agents.algorithms.forward.dpo import DPO
 from agents.algorithms.forward.nft import NFT
-from agents.algorithms.ppo import PPO
-from agents.algorithms.reinforce import REINFORCE
+from agents.algorithms.policy_gradient.grpo import GRPO
+from agents.algorithms.policy_gradient.ppo import PPO
+from agents.algorithms.policy_gradient.reinforce import REINFORCE
 from agents.algorithms.rwr import RWR
 from agents.evaluation.evaluate import evaluate
 from agents.policy.diffusion_policy import DiffusionPolicy
@@ -21,7 +23,7 @@ POLICY = {"lora_rank": 2, "lora_targets": "attention+convolutions", "guidance_sc
 
 
 def denoising(kind, model, num_envs=6, policy=None, **arguments):
-    """An algorithm of a class on the denoising MDP of a model."""
+    """An algorithm of a class on the denoising MDP of a model, or on an environment."""
     settings = {
         "n_steps": STEPS,
         "gamma": 1.0,
@@ -31,8 +33,12 @@ def denoising(kind, model, num_envs=6, policy=None, **arguments):
         "seed": 0,
         "device": "cpu",
     }
-    env = VectorEnvAdapter(micro_env(model, num_envs, samples_per_prompt=2))
-    return kind(DiffusionPolicy, env, **settings | arguments)
+    return kind(DiffusionPolicy, _env(model, num_envs), **settings | arguments)
+
+
+def _env(model, num_envs):
+    env = model if isinstance(model, DenoisingVectorEnv) else micro_env(model, num_envs, samples_per_prompt=2)
+    return VectorEnvAdapter(env)
 
 
 def denoising_nft(model, num_envs=6, policy=None, **arguments):
@@ -50,7 +56,17 @@ def denoising_draft(model, num_envs=6, policy=None, **arguments):
     return denoising(DRaFT, model, num_envs, policy, **{"advantage": None} | arguments)
 
 
-def denoising_ppo(model, num_envs=6, policy=None, **arguments):
+def denoising_dpo(model, num_envs=6, policy=None, **arguments):
+    """Online DPO on the denoising MDP: two samples of each prompt, which are a pair."""
+    return denoising(DPO, model, num_envs, policy, **{"beta": 50.0} | arguments)
+
+
+def denoising_grpo(model, num_envs=6, policy=None, **arguments):
+    """GRPO on the denoising MDP: the advantages are its own."""
+    return denoising_ppo(model, num_envs, policy, **{"kind": GRPO, "advantage": None} | arguments)
+
+
+def denoising_ppo(model, num_envs=6, policy=None, kind=PPO, **arguments):
     """PPO on the denoising MDP, as DDPO has it; of a model, or of an environment."""
     settings = {
         "n_steps": STEPS,
@@ -65,9 +81,7 @@ def denoising_ppo(model, num_envs=6, policy=None, **arguments):
         "seed": 0,
         "device": "cpu",
     }
-    env = model if isinstance(model, DenoisingVectorEnv) else micro_env(model, num_envs, samples_per_prompt=2)
-    env = VectorEnvAdapter(env)
-    return PPO(DiffusionPolicy, env, **settings | arguments)
+    return kind(DiffusionPolicy, _env(model, num_envs), **settings | arguments)
 
 
 def logged(model):
@@ -117,10 +131,12 @@ def brightness_rise(model, folder, steps):
 
 MAKERS = {
     "ppo": denoising_ppo,
+    "grpo": denoising_grpo,
     "reinforce": denoising_reinforce,
     "rwr": denoising_rwr,
     "nft": denoising_nft,
     "awm": denoising_awm,
     "draft": denoising_draft,
+    "dpo": denoising_dpo,
 }
 """Every algorithm, by its name in a configuration."""

@@ -34,6 +34,11 @@ def contrast(images: np.ndarray, prompts: list[str], metadata: list[dict[str, An
     return images.std(axis=(1, 2, 3)), {"letters": [len(prompt) for prompt in prompts]}
 
 
+def extent(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+    """Largest value of a sample: a second reward for points and images alike."""
+    return images.reshape(len(images), -1).max(axis=1)
+
+
 def spotty(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
     """Contrast, but images whose prompt's length is a multiple of 3 have no score."""
     return np.where([len(prompt) % 3 for prompt in prompts], contrast(images, prompts, metadata)[0], np.nan)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from agents.algorithms.forward.forward_process import LaggingAlgorithm
-from agents.algorithms.ppo import clipped_surrogate
+from agents.algorithms.policy_gradient.trust_region import clipped_surrogate
 from agents.distributed import Metric
 from agents.policy.weight_copies import WeightSnapshot
 from agents.rollout.buffer import Transitions

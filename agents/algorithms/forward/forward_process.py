@@ -76,17 +76,24 @@ class ForwardProcessAlgorithm(TensorOnPolicyAlgorithm):
         Raises:
             ValueError: if a trajectory goes on after the rollout.
         """
+        return self.last_steps()[self.rollout_buffer.segments.ravel()[indices]]
+
+    def last_steps(self) -> npt.NDArray[np.int64]:
+        """Return the flat index of the last step of each trajectory, `(len(rollout_buffer.contexts),)`.
+
+        Raises:
+            ValueError: if a trajectory goes on after the rollout.
+        """
         rollout = self.rollout_buffer
-        segments, final = rollout.segments.ravel(), rollout.final_steps()
+        final = rollout.final_steps()
         last = np.full(len(rollout.contexts), -1)
-        last[segments[final]] = final
-        finished = last[segments[indices]]
-        if (finished < 0).any():
+        last[rollout.segments.ravel()[final]] = final
+        if (last < 0).any():
             raise ValueError(
                 f"n_steps={rollout.buffer_size} cuts episodes, and {type(self).__name__} trains on finished samples: "
                 "n_steps must be a multiple of the episode's length (num_inference_steps)"
             )
-        return finished
+        return last
 
     def noised(self, batch: Transitions) -> NoisedSamples:
         """Return the finished samples of a batch with new noise of its timesteps."""
@@ -106,7 +113,12 @@ class ForwardProcessAlgorithm(TensorOnPolicyAlgorithm):
         return torch.randn(rows, *shape, device=self.device, generator=self.abilities.generator)
 
     def penalised(
-        self, matching_loss: Tensor, output: Tensor, noised: NoisedSamples, batch: Transitions
+        self,
+        matching_loss: Tensor,
+        output: Tensor,
+        noised: NoisedSamples,
+        batch: Transitions,
+        pretrained: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Metric]]:
         """Return an algorithm's own loss plus the terms of all of them (distance from the pretrained denoiser, critic).
 
@@ -115,6 +127,7 @@ class ForwardProcessAlgorithm(TensorOnPolicyAlgorithm):
             output: of the denoiser, `(batch, ...)`.
             noised: what the output is for.
             batch: out of `transitions`.
+            pretrained: the pretrained denoiser's output, where the algorithm has it already.
 
         Returns:
             The loss, a scalar, and metrics.
@@ -122,8 +135,9 @@ class ForwardProcessAlgorithm(TensorOnPolicyAlgorithm):
         loss = matching_loss
         logged: dict[str, Metric] = {"matching_loss": matching_loss.detach()}
         if kl_coef := self.options.kl_coef:
-            with torch.no_grad():
-                pretrained = self.abilities.noised_output(noised, pretrained=True)
+            if pretrained is None:
+                with torch.no_grad():
+                    pretrained = self.abilities.noised_output(noised, pretrained=True)
             penalty = kl_coef * functional.mse_loss(output, pretrained)
             loss = loss + penalty
             logged["kl_penalty"] = penalty.detach()

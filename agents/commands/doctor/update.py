@@ -95,9 +95,10 @@ def _adapters(examination: Examination) -> list[tuple[str, nn.Parameter]]:
 
 def _on_policy(algorithm: TensorOnPolicyAlgorithm) -> Transitions:
     """Return transitions with weight 1 whose log-probabilities are those of the policy as it is now."""
-    rollout = algorithm.rollout_buffer
-    steps = algorithm.abilities.regression_steps(rollout) if not algorithm.compares_with_sampling else None
-    chosen = algorithm.random_steps(_ROWS) if steps is None else steps[:_ROWS]
+    is_ratio = algorithm.compares_with_sampling
+    chosen = algorithm.random_steps(_ROWS) if is_ratio else algorithm.select_steps()[:_ROWS]
+    if not len(chosen):
+        raise ValueError(f"{type(algorithm).__name__} has nothing to train on: the samples have the same reward")
     batch = algorithm.transitions(chosen)
     with torch.no_grad():
         log_probs = algorithm.evaluate(batch, with_reference=False).log_prob

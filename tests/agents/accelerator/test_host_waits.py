@@ -10,9 +10,10 @@ from helpers.micro_agents import micro_env
 from helpers.pretend_accelerator import Accelerator
 
 from agents.algorithms.advantages import BatchAdvantage
+from agents.algorithms.forward.dpo import DPO
 from agents.algorithms.forward.nft import NFT
-from agents.algorithms.ppo import PPO
-from agents.algorithms.reinforce import REINFORCE
+from agents.algorithms.policy_gradient.ppo import PPO
+from agents.algorithms.policy_gradient.reinforce import REINFORCE
 from agents.algorithms.rwr import RWR
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.vec_env import VectorEnvAdapter
@@ -110,7 +111,7 @@ def test_update_makes_the_host_wait_twice(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("kind", [PPO, REINFORCE, RWR, NFT])
+@pytest.mark.parametrize("kind", [PPO, REINFORCE, RWR, NFT, DPO])
 def test_more_calls_in_an_update_make_the_host_wait_no_more_often(
     kind: Any, recompute: bool, accelerator: Accelerator, micro_pipeline_folder: Path
 ) -> None:

@@ -14,7 +14,7 @@ from helpers.pretend_accelerator import Accelerator
 
 from agents import run_training
 from agents.algorithms.advantages import BatchAdvantage
-from agents.algorithms.ppo import PPO
+from agents.algorithms.policy_gradient.ppo import PPO
 from agents.planning.memory import _training_call
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.vec_env import VectorEnvAdapter

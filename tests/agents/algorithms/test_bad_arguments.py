@@ -6,16 +6,18 @@ import pytest
 
 from agents.algorithms.advantages import (
     BatchAdvantage,
+    DecoupledAdvantage,
     GeneralizedAdvantage,
     GroupRelativeAdvantage,
     LeaveOneOutAdvantage,
     PerPromptAdvantage,
 )
 from agents.algorithms.forward.awm import AWM
+from agents.algorithms.forward.dpo import DPO
 from agents.algorithms.forward.nft import NFT
 from agents.algorithms.options import check_timesteps
-from agents.algorithms.ppo import PPO
-from agents.algorithms.reinforce import REINFORCE
+from agents.algorithms.policy_gradient.ppo import PPO
+from agents.algorithms.policy_gradient.reinforce import REINFORCE
 from agents.algorithms.rwr import RWR
 from agents.policy.options import PolicyOptions
 
@@ -44,6 +46,8 @@ OWN = {
         "clip_range": [math.nan, math.inf, 0, -0.1, "0.2", None],
         "clip_range_vf": [math.nan, math.inf, 0, -0.1, "0.2"],
         "normalize_advantage": [1, "yes"],
+        "trust_region": ["kl", None],
+        "divergence_limit": [*NUMBER, 0],
         "batch_size": [0, -1, 2.5, 10**12],
         "n_epochs": [0, 1e12, 10**12, 1.5, None],
         "ent_coef": [*NUMBER, 1e12],
@@ -63,6 +67,7 @@ OWN = {
         "lag_rate": [*NUMBER, 2],
         "lag_limit": [*NUMBER, 1],
     },
+    DPO: {"beta": [*NUMBER, 0, 1e12], "n_epochs": [0]},
     NFT: {
         "beta": [*NUMBER, 0, 1e12],
         "advantage_clip": [*NUMBER, 0],
@@ -116,7 +121,9 @@ def test_clip_of_an_estimator(kind, clip):
         (PerPromptAdvantage, {"buffer_size": 10**12}),
         (PerPromptAdvantage, {"buffer_size": 2.5}),
         (PerPromptAdvantage, {"min_count": 1}),
-        (GroupRelativeAdvantage, {"standardize": 1}),
+        (GroupRelativeAdvantage, {"scale": True}),
+        (DecoupledAdvantage, {"weights": {}}),
+        (DecoupledAdvantage, {"weights": "aesthetic:1"}),
         (GeneralizedAdvantage, {"normalize": "no"}),
     ],
 )
@@ -141,6 +148,11 @@ def test_option_of_the_policy(name, values):
     for value in values:
         with pytest.raises(ValueError, match=f"{name} must be .*; got "):
             PolicyOptions(**{name: value})
+
+
+def test_weight_of_a_reward():
+    with pytest.raises(ValueError, match=r"weights\['a'\] must be .*; got nan"):
+        DecoupledAdvantage({"a": math.nan})
 
 
 @pytest.mark.parametrize("value", [-1, math.nan, math.inf, 1.5, "10", None, True, 1e39])

@@ -6,7 +6,7 @@ from helpers.algorithms import denoising_ppo
 from helpers.micro_agents import STEPS
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.algorithms.ppo import PPO
+from agents.algorithms.policy_gradient.ppo import PPO
 
 
 class StopAt(BaseCallback):

@@ -12,7 +12,7 @@ from helpers.micro_agents import STEPS, brightness, micro_env, weights
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents.algorithms.generators import Generators
-from agents.algorithms.ppo import PPO
+from agents.algorithms.policy_gradient.ppo import PPO
 from agents.evaluation.evaluate import evaluate
 
 

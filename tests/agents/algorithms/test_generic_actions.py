@@ -8,7 +8,7 @@ import torch
 from helpers.micro_agents import STEPS, micro_env
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.algorithms.ppo import PPO
+from agents.algorithms.policy_gradient.ppo import PPO
 from agents.rollout.vec_env import VectorEnvAdapter
 
 

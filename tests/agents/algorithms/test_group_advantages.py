@@ -10,6 +10,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 
 from agents import (
     BatchAdvantage,
+    DecoupledAdvantage,
     GeneralizedAdvantage,
     GroupRelativeAdvantage,
     LeaveOneOutAdvantage,
@@ -40,9 +41,54 @@ def test_group_relative_advantage_is_the_standard_score_within_the_prompt():
         np.testing.assert_allclose(advantages[step], expected.clip(-1.2, 1.2).reshape(2, 5)[step // 3], rtol=1e-4)
 
 
-def test_without_standardisation_groups_keep_their_scale():
-    advantages = GroupRelativeAdvantage(standardize=False, clip=np.inf)(rollout(RETURNS, PROMPTS))
+def test_without_a_standard_deviation_groups_keep_their_scale():
+    advantages = GroupRelativeAdvantage("none", clip=np.inf)(rollout(RETURNS, PROMPTS))
     assert advantages[0].tolist() == pytest.approx([-1, 0, 6 - 23 / 3, 10 - 23 / 3, 30 - 45 / 4])
+
+
+def test_standard_deviation_of_the_batch_keeps_the_proportions_of_the_groups():
+    advantages = GroupRelativeAdvantage("batch", clip=np.inf)(rollout(RETURNS, PROMPTS))
+    flat = np.ravel(RETURNS)
+    for episode, prompt in enumerate(np.ravel(PROMPTS)):
+        expected = (flat[episode] - flat[by_prompt()[prompt]].mean()) / flat.std()
+        assert advantages[3 * (episode // 5), episode % 5].item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+def with_details(details):
+    """Episodes of two prompts, a cat's and a dog's, whose reward reported these numbers."""
+    one = rollout([0.0] * 6, ["a cat", "a dog"] * 3)
+    one.details = {name: np.array(values, np.float64) for name, values in details.items()}
+    return one
+
+
+def test_decoupled_advantage_is_gdpos_sum_of_standard_scores():
+    """The small term moves in units of 1e-3 and the large one in hundreds; in one group the large one does not move."""
+    small, large = [1e-3, 5e-3, 2e-3, 1e-3, 6e-3, 9e-3], [500.0, 100.0, 100.0, 100.0, 300.0, 100.0]
+    advantages = DecoupledAdvantage({"small": 2.0, "large": -1.0}, clip=1.3)(
+        with_details({"small": small, "large": large})
+    )
+    expected = np.zeros(6)
+    for group in ([0, 2, 4], [1, 3, 5]):
+        for weight, values in ((2.0, small), (-1.0, large)):
+            chosen = np.array([values[member] for member in group])
+            if chosen.std():
+                expected[group] += weight * (chosen - chosen.mean()) / chosen.std()
+    expected = (expected - expected.mean()) / expected.std()
+    assert np.abs(expected).max() > 1.3
+    np.testing.assert_allclose(advantages[0], expected.clip(-1.3, 1.3), rtol=1e-5, atol=1e-6)
+
+
+def test_decoupled_advantage_of_equal_samples_is_0():
+    equal = with_details({"a": [0.1, 7.0] * 3, "b": [3.0, -3.0] * 3})
+    assert not DecoupledAdvantage({"a": 1.0, "b": 2.0})(equal).any()
+
+
+def test_decoupled_advantage_needs_the_number_of_every_sample():
+    one = with_details({"a": [0.1, np.nan] * 3, "b": [3.0, -3.0] * 3})
+    with pytest.raises(ValueError, match="detail 'c', which is not reported; numbers that it reports are: a, b"):
+        DecoupledAdvantage({"c": 1.0})(one)
+    with pytest.raises(ValueError, match="detail 'a', which is not finite for every sample"):
+        DecoupledAdvantage({"b": 1.0, "a": 1.0})(one)
 
 
 def test_leave_one_out_compares_with_the_others_mean():
@@ -76,7 +122,9 @@ def test_prompt_that_is_alone_is_refused(estimator):
         estimator(rollout([1.0, 2.0], ["a cat", "a cat"], last_dones=False))
 
 
-@pytest.mark.parametrize("estimator", [GroupRelativeAdvantage(), LeaveOneOutAdvantage()])
+@pytest.mark.parametrize(
+    "estimator", [GroupRelativeAdvantage(), GroupRelativeAdvantage("batch"), LeaveOneOutAdvantage()]
+)
 def test_equal_rewards_give_no_advantage(estimator):
     assert not estimator(rollout([3.0, 3.0, 3.0], ["a cat"] * 3)).any()
 

@@ -12,7 +12,7 @@ from helpers.micro_agents import STEPS, stir
 from helpers.micro_families import micro_family
 
 from agents.algorithms.options import UpdateOptions
-from agents.algorithms.ppo import PPO
+from agents.algorithms.policy_gradient.ppo import PPO
 from agents.policy.diffusion_policy import DiffusionPolicy
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 

@@ -15,8 +15,8 @@ from helpers.algorithms import denoising_ppo, denoising_rwr
 from helpers.micro_agents import STEPS, micro_env, weights
 
 from agents.algorithms.advantages import BatchAdvantage, PerPromptAdvantage
-from agents.algorithms.ppo import PPO
-from agents.algorithms.reinforce import REINFORCE
+from agents.algorithms.policy_gradient.ppo import PPO
+from agents.algorithms.policy_gradient.reinforce import REINFORCE
 from agents.rollout.vec_env import VectorEnvAdapter
 
 ALGORITHM, TENSORS = "algorithm.json", "tensors.safetensors"

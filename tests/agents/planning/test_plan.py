@@ -51,6 +51,9 @@ def test_plan_of_sparse_regression():
         ({"algorithm": "nft"}, 2 * 8 * 2),
         ({"algorithm": "awm"}, 2 * 8 * 2 + 2 * 4 * 2),
         ({"algorithm": "draft", "draft_steps": 3, "reward": "aesthetic", "kl_coef": 0.1}, 2 * 8 * 3 + 2 * 4 * 3),
+        ({"algorithm": "dpo", "kl_coef": 0.1, "samples_per_prompt": 4}, 2 * 4 * 2),
+        ({"algorithm": "grpo", "dtype": "bfloat16"}, 2 * 8 * 2),
+        ({"algorithm": "grpo", "trust_region": "dppo", "kl_coef": 0.1}, 2 * 8 * 2 + 2 * 4 * 2),
         ({"algorithm": "nft", "kl_coef": 0.1, "epochs": 2, "dtype": "bfloat16"}, 2 * (2 * 2 * 8 * 2)),
     ],
 )

@@ -8,7 +8,7 @@ from gymnasium.vector import AutoresetMode
 from helpers.micro_agents import brightness
 
 import ddpo_env  # noqa: F401  (registers DDPO-SD-v0)
-from agents.algorithms.ppo import PPO
+from agents.algorithms.policy_gradient.ppo import PPO
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.vec_env import VectorEnvAdapter
 

@@ -9,7 +9,7 @@ from gymnasium import spaces
 from helpers.micro_agents import STEPS, micro_env
 
 from agents.algorithms.advantages import GeneralizedAdvantage
-from agents.algorithms.ppo import PPO
+from agents.algorithms.policy_gradient.ppo import PPO
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.buffer import TensorRolloutBuffer
 from agents.rollout.vec_env import VectorEnvAdapter

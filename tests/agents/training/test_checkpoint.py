@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import agents.training.checkpoint
 from agents.algorithms.advantages import PerPromptAdvantage
-from agents.algorithms.ppo import PPO
+from agents.algorithms.policy_gradient.ppo import PPO
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.vec_env import VectorEnvAdapter
 from agents.training.checkpoint import Checkpoints, iterations_done, latest_checkpoint, load_checkpoint

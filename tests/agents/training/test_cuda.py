@@ -20,7 +20,7 @@ from helpers.algorithms import collected, logged
 from helpers.micro_agents import STEPS, micro_env, micro_policy, weights
 
 from agents.algorithms.advantages import BatchAdvantage
-from agents.algorithms.ppo import PPO
+from agents.algorithms.policy_gradient.ppo import PPO
 from agents.distributed import Maximum
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.vec_env import VectorEnvAdapter

@@ -8,7 +8,7 @@ import torch
 from helpers.micro_agents import STEPS, micro_env
 from safetensors.torch import load_file, save_file
 
-from agents.algorithms.ppo import PPO
+from agents.algorithms.policy_gradient.ppo import PPO
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.vec_env import VectorEnvAdapter
 from agents.training.checkpoint import Checkpoints, latest_checkpoint, load_checkpoint

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import agents.training.checkpoint
 import agents.training.run_folder
 import ddpo_env.vector_env
-from agents.algorithms.ppo import PPO
+from agents.algorithms.policy_gradient.ppo import PPO
 from agents.config.train_config import TrainConfig, train_config
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.training.console import ConsoleWriter

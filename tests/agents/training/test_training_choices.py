@@ -10,7 +10,8 @@ from helpers.algorithms import MAKERS
 from helpers.micro_agents import InterruptedReward, brightness, micro_config, resume_config
 from helpers.run_comparison import assert_same_run, rows
 
-from agents import AWM, NFT, PPO, REINFORCE, RWR, DRaFT
+from agents import AWM, DPO, GRPO, NFT, PPO, REINFORCE, RWR, DRaFT
+from agents.algorithms.advantages import DecoupledAdvantage, GroupRelativeAdvantage
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.config.train_config import ALGORITHMS, train_config
 from agents.training.preparation import prepare_run, run_training
@@ -18,12 +19,13 @@ from agents.training.preparation import prepare_run, run_training
 SHORT = {"iterations": 2, "eval_interval": 0, "eval_samples": 4}
 """Two iterations: the reward is called once before training, twice in each iteration and once at the end."""
 ONE = {"iterations": 1, "eval_samples": 2}
+SUM = "helpers.micro_agents:brightness:1,helpers.micro_agents:extent:0.5"
 
 
 def config_of(model, folder, algorithm="ppo", **settings):
     """A short micro run with another algorithm, whose sizes are its defaults."""
     updates = {
-        "updates_per_iteration": 2 if algorithm in ("ppo", "draft") else 1,
+        "updates_per_iteration": 2 if algorithm in ("ppo", "grpo", "draft") else 1,
         "epochs": ALGORITHMS[algorithm].epochs,
     }
     if algorithm == "rwr_sparse":
@@ -40,6 +42,9 @@ def config_of(model, folder, algorithm="ppo", **settings):
         ("nft", {"ema_decay": 0.5, "kl_coef": 0.1, "updates_per_iteration": 2}),
         ("awm", {"updates_per_iteration": 2, "epochs": 2}),
         ("draft", {"draft_steps": 2, "updates_per_iteration": 2, "kl_coef": 0.1, "ema_decay": 0.5, "epochs": 2}),
+        ("dpo", {"updates_per_iteration": 2, "kl_coef": 0.1, "ema_decay": 0.5}),
+        ("grpo", {"advantage": "gdpo", "reward": SUM, "kl_coef": 0.1, "ema_decay": 0.5, "trust_region": "guard"}),
+        ("ppo", {"trust_region": "dppo", "divergence_limit": 1e-4, "epochs": 2}),
         ("ppo", {"advantage": "leave_one_out", "target_kl": 1.0, "recompute_log_probs": True}),
         ("ppo", {"noise_window": 1, "noise_window_iterations": 1, "shared_noise": True, "ema_decay": 0.5, "epochs": 2}),
     ],
@@ -54,7 +59,17 @@ def test_stopped_and_resumed_run_equals_one_that_was_not(learner, tmp_path, monk
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
-CLASSES = {"ppo": PPO, "reinforce": REINFORCE, "rwr": RWR, "rwr_sparse": RWR, "nft": NFT, "awm": AWM, "draft": DRaFT}
+CLASSES = {
+    "ppo": PPO,
+    "grpo": GRPO,
+    "reinforce": REINFORCE,
+    "rwr": RWR,
+    "rwr_sparse": RWR,
+    "nft": NFT,
+    "awm": AWM,
+    "dpo": DPO,
+    "draft": DRaFT,
+}
 
 
 def test_every_algorithm_has_a_class_and_is_tested():
@@ -93,6 +108,19 @@ def test_critic_learns_beside_every_estimator(micro_pipeline_folder, tmp_path):
     assert "train/value_loss" not in rows(tmp_path / "no")[1]
 
 
+def test_names_of_advantages_are_estimators_with_their_settings(tmp_path):
+    settings = {"reward": SUM, "advantage_clip": 3.0}
+    for advantage, expected in {
+        "group": GroupRelativeAdvantage("group", 3.0),
+        "dr_grpo": GroupRelativeAdvantage("none", np.inf),
+        "global_std": GroupRelativeAdvantage("batch", 3.0),
+        "gdpo": DecoupledAdvantage({"helpers.micro_agents:brightness": 1.0, "helpers.micro_agents:extent": 0.5}, 3.0),
+    }.items():
+        config = config_of("points", tmp_path / advantage, "grpo", advantage=advantage, **settings)
+        assert prepare_run(config).algorithm.advantage == expected
+    assert train_config(algorithm="grpo", critic=True).resolved().training.advantage == "group"
+
+
 def failing(images, prompts, metadata):
     """Works for the first evaluation and breaks in training."""
     if len(images) == 4 and failing.calls:
@@ -129,12 +157,25 @@ def test_details_of_a_reward_are_logged(learner, tmp_path, monkeypatch):
         ({"algorithm": "sac"}, f"algorithm must be one of {', '.join(ALGORITHMS)}; got 'sac'"),
         (
             {"advantage": "best"},
-            "advantage must be None or one of per_prompt, batch, group, leave_one_out, gae; got 'best'",
+            "advantage must be None or one of per_prompt, batch, group, dr_grpo, global_std, gdpo, leave_one_out, gae; "
+            "got 'best'",
+        ),
+        (
+            {"algorithm": "grpo", "advantage": "batch"},
+            "advantage must be one of group, dr_grpo, global_std, gdpo, leave_one_out with grpo, .*; got 'batch'",
+        ),
+        ({"advantage": "gdpo"}, "reward must be a weighted sum with advantage gdpo, .*; got 'jpeg_compressibility'"),
+        (
+            {"advantage": "gdpo", "reward": "aesthetic:1,clip_score:2:raw"},
+            "reward must have no raw terms with advantage gdpo, .*; got clip_score:raw",
         ),
         ({"advantage": "gae"}, "advantage must not be gae without a critic: add --critic"),
         ({"advantage": "group", "samples_per_prompt": 1}, "samples_per_prompt must be at least 2 with advantage group"),
         ({"algorithm": "reinforce", "epochs": 2}, "epochs and updates_per_iteration must be 1 with reinforce"),
         ({"algorithm": "rwr_sparse", "updates_per_iteration": 2}, "updates_per_iteration must be 1 with rwr_sparse"),
+        ({"algorithm": "rwr", "trust_region": "dppo"}, "trust_region must be clip with rwr, .*; got 'dppo'"),
+        ({"algorithm": "dpo", "samples_per_prompt": 1}, "samples_per_prompt must be at least 2 with dpo"),
+        ({"algorithm": "dpo", "updates_per_iteration": 12}, "updates_per_iteration must be at most 9 with dpo"),
         ({"rwr_beta": 0.0}, "rwr_beta must be in .*; got 0.0"),
         ({"rwr_percentile": 100.0}, r"rwr_percentile must be in \[0, 100\); got 100.0"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\); got 1.0"),

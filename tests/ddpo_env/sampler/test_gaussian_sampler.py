@@ -98,14 +98,33 @@ def test_moved_table_is_the_same_table(sampler):
     assert moved.clip_sample_range == sampler.clip_sample_range
 
 
+def test_flow_step_of_a_diffusion_is_that_of_eulers_method_in_scaled_latents():
+    """x / (signal + sigma) of DDIM without noise moves along the flow's velocity, by the fall of its time."""
+    scheduler = DDIMScheduler(**STABLE_DIFFUSION)
+    sampler = GaussianSampler.from_scheduler(scheduler, 10, eta=0.0)
+    alpha = scheduler.alphas_cumprod.double()[sampler.timesteps]
+    following = torch.cat([alpha[1:], scheduler.final_alpha_cumprod.double()[None]])
+    clean, noise = normals(12, 2, batch=10)
+    scaled = [a.sqrt() + (1 - a).sqrt() for a in (alpha, following)]
+    column = (-1, *[1] * (clean.ndim - 1))
+    signal, sigma = (value.sqrt().view(column) for value in (alpha, 1 - alpha))
+    latents = (signal * clean + sigma * noise).float()
+    after = sampler.mean(latents, noise, torch.arange(10)) / scaled[1].view(column)
+    expected = latents / scaled[0].view(column) - sampler.flow_step.view(column) * (noise - clean)
+    torch.testing.assert_close(after.double(), expected, rtol=1e-4, atol=1e-4)
+    flow = GaussianSampler.from_scheduler(FlowMatchEulerDiscreteScheduler(), 10)
+    sigmas = torch.cat([flow.timesteps / 1000, torch.zeros(1)])
+    torch.testing.assert_close(flow.flow_step, -sigmas.diff())
+
+
 def test_hand_made_table_is_checked():
     column = torch.ones(3)
     for std in (-column, 1e-6 * column):
         with pytest.raises(ValueError, match="std must be 0 or at least"):
-            GaussianSampler(torch.arange(3), column, column, column, column, column, std, 1.0)
+            GaussianSampler(torch.arange(3), column, column, column, column, column, std, column, 1.0)
     with pytest.raises(ValueError, match="x0_to_mean must be finite"):
-        GaussianSampler(torch.arange(3), column, column, column, column, column * math.nan, column, 1.0)
+        GaussianSampler(torch.arange(3), column, column, column, column, column * math.nan, column, column, 1.0)
     with pytest.raises(ValueError, match=r"std must have one value per step, \(3,\); got \(2,\)"):
-        GaussianSampler(torch.arange(3), column, column, column, column, column, torch.ones(2), 1.0)
+        GaussianSampler(torch.arange(3), column, column, column, column, column, torch.ones(2), column, 1.0)
     with pytest.raises(ValueError, match="x0_to_mean must be 0 if the scheduler does not clip"):
-        GaussianSampler(torch.arange(3), column, column, column, column, column, column)
+        GaussianSampler(torch.arange(3), column, column, column, column, column, column, column)

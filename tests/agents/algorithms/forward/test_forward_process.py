@@ -5,15 +5,15 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers.algorithms import collected, denoising, denoising_awm, denoising_nft, logged
+from helpers.algorithms import collected, denoising, denoising_awm, denoising_dpo, denoising_nft, logged
 from helpers.micro_agents import STEPS, stir, weights
 
-from agents import AWM, NFT
+from agents import AWM, DPO, NFT
 from agents.config.train_config import train_config
 from agents.policy.weight_copies import LaggingWeights, using_weights
 
 KINDS = [denoising_nft, denoising_awm]
-CLASSES = [NFT, AWM]
+CLASSES = [NFT, AWM, DPO]
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -137,7 +137,7 @@ def test_distances_of_the_first_iteration_are_of_one_policy(micro_pipeline_folde
     assert logged(model)["train/lag_distance"] > 1e-9
 
 
-@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("make", [*KINDS, denoising_dpo])
 def test_critic_learns_too(micro_pipeline_folder, make):
     model = make(micro_pipeline_folder, policy={"critic": True})
     before = copy.deepcopy(model.policy.critic.state_dict())

@@ -14,7 +14,7 @@ from helpers.micro_agents import STEPS, stir, weights
 from stable_baselines3.common.env_util import make_vec_env
 
 from agents.algorithms.advantages import PerPromptAdvantage
-from agents.algorithms.ppo import PPO
+from agents.algorithms.policy_gradient.ppo import PPO
 from agents.rollout.buffer import Transitions
 from agents.rollout.vec_env import VectorEnvAdapter
 

@@ -21,8 +21,11 @@ from torch import Tensor
 
 from agents.algorithms.advantages import GeneralizedAdvantage
 from agents.algorithms.on_policy import Metrics, TensorOnPolicyAlgorithm
+from agents.algorithms.options import TrustRegion
+from agents.algorithms.policy_gradient.trust_region import surrogate
 from agents.distributed import Metric
-from agents.policy.abilities import PolicyEvaluation
+from agents.policy.abilities import PolicyEvaluation, SamplerAbilities
+from agents.policy.weight_copies import WeightSnapshot
 from agents.rollout.buffer import Transitions
 from ddpo_env.validation.options import POSITIVE, check_value
 from rewards.devices import copied_to
@@ -46,6 +49,10 @@ class PPO(TensorOnPolicyAlgorithm):
             remaining progress; default: no clipping. It depends on the reward's scale.
         normalize_advantage: whether each update standardises its own advantages. Default: only without `advantage`,
             which is then generalized advantages as in Stable-Baselines3; other estimators standardise as they say.
+        trust_region: how an update is kept near the policy that sampled: `"clip"`, or, for a policy whose actions are
+            the steps of a sampler, `"guard"` or `"dppo"`, see `trust_region.py`. The means of the policy that sampled
+            are computed again, so from the second update of an iteration on these two cost a call without gradient.
+        divergence_limit: δ of `dppo`; 1e-5 in its authors' code.
         **arguments: of `TensorOnPolicyAlgorithm`: `micro_batch_size`, `target_kl`, `kl_coef`, `timestep_fraction`, ...;
             and of `RolloutAlgorithm`: `gamma`, `gae_lambda`, `advantage`, `policy_kwargs`, `seed`, `device`, ...
 
@@ -64,8 +71,14 @@ class PPO(TensorOnPolicyAlgorithm):
         clip_range: float | Schedule = 0.2,
         clip_range_vf: float | Schedule | None = None,
         normalize_advantage: bool | None = None,
+        trust_region: TrustRegion = "clip",
+        divergence_limit: float = 1e-5,
         **arguments: Any,
     ) -> None:
+        check_value("trust_region", trust_region, TrustRegion)
+        check_value("divergence_limit", divergence_limit, Annotated[float, POSITIVE])
+        self.trust_region: TrustRegion = trust_region
+        self.divergence_limit = divergence_limit
         for name, value in {"clip_range": clip_range, "clip_range_vf": clip_range_vf}.items():
             if not callable(value) and (value is not None or name == "clip_range"):
                 check_value(name, value, Annotated[float, POSITIVE])
@@ -98,6 +111,9 @@ class PPO(TensorOnPolicyAlgorithm):
                 "epoch trains on fewer transitions",
                 stacklevel=2,
             )
+        self._sampled = WeightSnapshot()
+        if self.trust_region != "clip":
+            self._check_steps()
         self.clip_range = FloatSchedule(self.clip_range)
         if self.clip_range_vf is not None:
             self.clip_range_vf = FloatSchedule(self.clip_range_vf)
@@ -107,9 +123,15 @@ class PPO(TensorOnPolicyAlgorithm):
         """`UpdateOptions.target_kl`, under its name in Stable-Baselines3."""
         return self.options.target_kl
 
+    def train(self) -> None:
+        """Update the policy on the rollout; a trust region of means compares it with what it is now."""
+        if self.trust_region != "clip":
+            self._sampled = WeightSnapshot(self._learning_parameters(), self._n_updates)
+        super().train()
+
     def loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Metric]]:
         """Return the clipped surrogate objective, negative, with critic, entropy and KL terms; and metrics."""
-        policy = self.evaluate(batch)
+        policy = self.evaluate(batch) if self.trust_region == "clip" else self.evaluate_move(batch)
         if self.clip_range_vf is not None:
             limit = self.scheduled("clip_range_vf", self.clip_range_vf)
             policy = replace(policy, values=batch.values + (policy.values - batch.values).clamp(-limit, limit))
@@ -124,10 +146,40 @@ class PPO(TensorOnPolicyAlgorithm):
     def surrogate(
         self, policy: PolicyEvaluation, advantages: Tensor, batch: Transitions
     ) -> tuple[Tensor, dict[str, Metric]]:
-        """Return the clipped surrogate objective, negative, a scalar; and metrics."""
+        """Return the surrogate objective of the trust region, negative, a scalar; and metrics."""
         clip_range = self.scheduled("clip_range", self.clip_range)
-        objective, logged = clipped_surrogate(torch.exp(policy.log_ratio), advantages, clip_range)
+        objective, logged = surrogate(self.trust_region, policy, advantages, clip_range, self.divergence_limit)
         return -objective.mean(), logged
+
+    def evaluate_move(self, batch: Transitions) -> PolicyEvaluation:
+        """Evaluate transitions, and how far the means of their steps have moved since they were sampled.
+
+        In the first update of an iteration the current policy is the one that sampled, and nothing has moved.
+        """
+        policy, observations = self.abilities, batch.observations
+        assert isinstance(policy, SamplerAbilities)
+        sampling_mean = None
+        if not self._sampled.is_current(self._n_updates):
+            with torch.no_grad(), self._sampled.in_use():
+                sampling_mean = policy.get_distribution(observations).mean
+        now = policy.get_distribution(observations)
+        move = policy.move_of(now, now.mean.detach() if sampling_mean is None else sampling_mean)
+        values, log_prob = self.policy.predict_values(observations).flatten(), now.log_prob(batch.actions)
+        reference_kl = policy.reference_kl(observations, now) if self.options.kl_coef else None
+        return PolicyEvaluation(values, log_prob, log_prob - batch.log_probs, now.entropy(), reference_kl, move)
+
+    def _check_steps(self) -> None:
+        policy = self.abilities
+        if not isinstance(policy, SamplerAbilities):
+            raise ValueError(
+                f"trust_region must be clip for a {type(self.policy).__name__}, whose actions are not the steps of a "
+                f"sampler (SamplerAbilities); got {self.trust_region!r}"
+            )
+        if self.trust_region == "guard" and (policy.sampler.flow_step[policy.sampler.is_stochastic] <= 0).any():
+            raise ValueError(
+                f"trust_region must not be guard with this sampler, which has a step with noise that does not move in "
+                f"flow time, and guard divides by it; its steps are {policy.sampler.flow_step.tolist()}"
+            )
 
     def _update(self, indices: npt.NDArray[np.int64], metrics: Metrics) -> bool:
         if self.normalize_advantage and len(indices) > 1:  # one transition has no spread, as in Stable-Baselines3
@@ -135,13 +187,3 @@ class PPO(TensorOnPolicyAlgorithm):
             chosen = rollout.advantages.flatten()[copied_to(indices, rollout.device)]
             self._batch_moments = chosen.mean(), chosen.std()
         return super()._update(indices, metrics)
-
-
-def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, dict[str, Metric]]:
-    """Return PPO's objective of ratios, `(batch,)`, and the metrics that all algorithms with such a ratio log."""
-    clipped = advantages * torch.clamp(ratio, 1 - clip_range, 1 + clip_range)
-    logged: dict[str, Metric] = {
-        "clip_fraction": ((ratio.detach() - 1).abs() > clip_range).float().mean(),
-        "clip_range": torch.tensor(clip_range),
-    }
-    return torch.min(advantages * ratio, clipped), logged
