@@ -1,4 +1,4 @@
-"""What docs/environment.md promises: its examples run, and the script that makes its table works in miniature."""
+"""What docs/environment.md promises: the script that makes its table works in miniature."""
 
 import importlib.util
 import json
@@ -6,10 +6,8 @@ import re
 import sys
 
 import pytest
-from helpers.paths import ROOT, SCRIPTS
+from helpers.paths import SCRIPTS
 
-PAGE = (ROOT / "docs" / "environment.md").read_text("utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 MINIATURE = [
     *("--rewards=jpeg_compressibility", "--num-inference-steps=2", "--episodes=4", "--num-envs=2", "--device=cpu"),
     *("--threads=1", "--iterations=1", "--samples-per-iteration=4", "--seeds", "0"),
@@ -24,14 +22,6 @@ def script(monkeypatch):
     monkeypatch.setitem(sys.modules, "environment", module)  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.mark.parametrize("block", BLOCKS)
-def test_example_runs(block):
-    names = {"__name__": "__main__"}
-    exec(compile(block, "environment.md", "exec"), names)
-    assert names["terminations"].all()
-    assert (names["rewards"] < -1).all(), "an image of noise takes more than 1 kB"
 
 
 def test_table_has_every_policy(script, micro_pipeline_folder, tmp_path, monkeypatch, capsys):

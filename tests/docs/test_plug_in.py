@@ -66,6 +66,7 @@ def test_a_users_own_algorithm_is_short():
 def test_every_example_was_measured_and_every_link_leads_to_one():
     rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| [\d,]+ \| −?[\d.]+ \| −?[\d.]+ \| \d+ s \|$", PAGE, re.MULTILINE)
     assert rows == list(EXAMPLES)
+    assert PAGE.count("\n```python\n") == len(EXAMPLES), "a block is no example, so nothing runs it"
     anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in EXAMPLES}
     assert set(re.findall(r"\]\(#([\w-]+)\)", PAGE)) == anchors
 

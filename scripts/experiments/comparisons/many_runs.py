@@ -22,7 +22,7 @@ Run = TypeVar("Run", bound=NamedTuple)
 def perform(
     runs: Iterable[Run], train: Callable[[Run], list[Row]], file: Path, fields: Sequence[str], key: int, jobs: int
 ) -> None:
-    """Train the runs that are not in the file yet, and append the rows of each run when it ends.
+    """Train the runs that are not in the file yet, and append the rows of each run when it ends; say what is kept.
 
     Args:
         runs: the runs; the first `key` values of a run identify it.
@@ -33,7 +33,10 @@ def perform(
         jobs: number of runs at the same time.
     """
     done = {tuple(row[name] for name in fields[:key]) for row in read_rows(file)}
+    runs = list(runs)
     left = [run for run in runs if tuple(map(str, run[:key])) not in done]
+    if kept := len(runs) - len(left):
+        print(f"{kept} of {len(runs)} runs are in {file} already and are not repeated; another --output repeats them.")
     file.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         futures = {pool.submit(train, run): run for run in left}

@@ -87,3 +87,14 @@ def test_unknown_contender_is_refused(script, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["settings.py", "--contenders", "sac"])
     with pytest.raises(SystemExit, match="contenders must be among defaults, trl, .*; got sac"):
         script.main()
+
+
+def test_runs_that_are_in_the_table_are_named_and_not_repeated(script, tmp_path, monkeypatch, capsys):
+    """Else the table of docs/, printed in a second, would look like a measurement."""
+    monkeypatch.setattr(sys, "argv", ["settings.py", "--contenders=trl", "--seeds=0", f"--output={tmp_path}"])
+    with (tmp_path / "reward-queries.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, script.FIELDS)
+        writer.writeheader()
+        writer.writerows(rows(script, "trl", 0, [-2, -1.4], rate="None"))
+    script.main()
+    assert f"1 of 1 runs are in {tmp_path / 'reward-queries.csv'} already" in capsys.readouterr().out
