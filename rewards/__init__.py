@@ -3,10 +3,11 @@
 In come decoded images (or other arrays), their prompts and metadata; out come one score per sample and details.
 """
 
-from rewards.composite import check_shareable, is_stateful
+from rewards.composite import asking_people, check_shareable, is_stateful
 from rewards.formulas.jpeg import jpeg_compressibility, jpeg_incompressibility
 from rewards.kinds import SampleKind, are_images, images_only, kind_of, kinds_of, takes
 from rewards.protocol import (
+    AsksPeople,
     Details,
     Freezable,
     Images,
@@ -28,6 +29,7 @@ from rewards.registry import BUILTIN_REWARDS, configured_reward, load_reward, pa
 
 __all__ = [
     "BUILTIN_REWARDS",
+    "AsksPeople",
     "Details",
     "Freezable",
     "Images",
@@ -42,6 +44,7 @@ __all__ = [
     "TwoStageReward",
     "Unloadable",
     "are_images",
+    "asking_people",
     "check_shareable",
     "combine_measurements",
     "configured_reward",
