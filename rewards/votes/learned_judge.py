@@ -1,7 +1,7 @@
 """A small judge that learns from the votes so far, scores images nobody has voted on, and says what to ask next.
 
 It is a Bradley-Terry model whose scores are linear in CLIP embeddings. What it does not know is the covariance of its
-weights, and the next pairs are those whose votes tell it most.
+weights, and the next pairs are those whose votes tell most.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ class LearnedJudge:
     Args:
         spread: Standard deviation, before the first vote, of the score difference of two images of a prompt that are
             as far apart as two such images of the first batch usually are.
+        precision: One over the variance of what the score of an image has beyond the judge's.
 
     Attributes:
         differences: Embedding of the winner minus embedding of the loser of every vote, (votes, dimensions).
     """
 
-    def __init__(self, spread: float) -> None:
-        """Know nothing; see the class docstring for the argument."""
-        self._spread = spread
+    def __init__(self, spread: float, precision: float) -> None:
+        """Know nothing; see the class docstring for the arguments."""
+        self._spread, self._precision = spread, precision
         self._distance = 0.0
         self.differences: _Floats = np.zeros((0, 0))
         self._posterior: Posterior | None = None
@@ -50,11 +51,13 @@ class LearnedJudge:
         return np.asarray(embeddings @ self._beliefs(embeddings.shape[1]).mode)
 
     def choose_pairs(self, embeddings: _Floats, candidates: Sequence[Pair], count: int) -> list[Pair]:
-        """Choose the pairs whose votes tell most about the weights.
+        """Choose the pairs whose votes tell most about the scores of the batch.
 
-        A vote with variance p(1-p) on a difference d removes Σd(Σd)ᵀ / (1/p(1-p) + dᵀΣd) from the covariance Σ. So the
-        next pair is the one with the largest p(1-p) dᵀΣd, and Σ is reduced as if it had been voted on (D-optimal
-        design, one pair after another).
+        The score of an image is what the judge's weights say, and something of its own with variance 1/`precision`. So
+        a vote on the images i and j is about d = (embedding_i - embedding_j, e_i - e_j), with e the unit vectors of the
+        rows. Where p is the probability of its outcome and Σ the covariance of all of these, a vote removes
+        Σd(Σd)ᵀ / (1/p(1-p) + dᵀΣd) from Σ. The next pair is the one with the largest p(1-p) dᵀΣd, and Σ is reduced as
+        if it had been voted on (D-optimal design, one pair after another).
 
         Args:
             embeddings: Of the batch, (batch, dimensions).
@@ -67,11 +70,16 @@ class LearnedJudge:
         if not candidates:
             return []
         first, second = np.array(candidates).T
-        differences = embeddings[first] - embeddings[second]
+        apart = embeddings[first] - embeddings[second]
         if not self._distance:
-            self._distance = float(np.sqrt((differences**2).sum(axis=1).mean())) or 1.0
-        mode, covariance = self._beliefs(embeddings.shape[1])
-        wins = 1 / (1 + np.exp(np.clip(-(differences @ mode), -500, 500)))
+            self._distance = float(np.sqrt((apart**2).sum(axis=1).mean())) or 1.0
+        batch, dimensions = embeddings.shape
+        beliefs, own = self._beliefs(dimensions), np.eye(batch)
+        differences = np.concatenate([apart, own[first] - own[second]], axis=1)
+        covariance = np.zeros((dimensions + batch,) * 2)
+        covariance[:dimensions, :dimensions] = beliefs.covariance
+        covariance[dimensions:, dimensions:] = own / self._precision
+        wins = 1 / (1 + np.exp(np.clip(-(apart @ beliefs.mode), -500, 500)))
         information = wins * (1 - wins)
         left = np.ones(len(candidates), dtype=bool)
         chosen: list[Pair] = []
@@ -81,7 +89,7 @@ class LearnedJudge:
             best = int(np.argmax(np.where(left, information * variances, -np.inf)))
             left[best] = False
             chosen.append(candidates[best])
-            covariance = covariance - np.outer(moved[best], moved[best]) / (1 / information[best] + variances[best])
+            covariance -= np.outer(moved[best], moved[best]) / (1 / information[best] + variances[best])
         return chosen
 
     def state_dict(self) -> dict[str, Any]:
@@ -103,6 +111,5 @@ class LearnedJudge:
         """Return what is known about the weights."""
         if self._posterior is None:
             differences = self.differences.reshape(-1, dimensions)
-            precision = (self._distance / self._spread) ** 2
-            self._posterior = posterior(differences, np.zeros(dimensions), precision)
+            self._posterior = posterior(differences, np.zeros(dimensions), (self._distance / self._spread) ** 2)
         return self._posterior

@@ -95,7 +95,7 @@ class Votes(ClipReward):
         self.file = VoteFile(
             None if file is None else Path(file), question, voter="simulation" if is_simulated else "person"
         )
-        self.judge = LearnedJudge(_SPREAD)
+        self.judge = LearnedJudge(_SPREAD, _PRECISION)
         self._votes_per_batch, self._patience = votes_per_batch, patience
         self._is_frozen = False
         self._lock = threading.Lock()
@@ -144,7 +144,8 @@ class Votes(ClipReward):
     ) -> NDArray[np.float32] | tuple[NDArray[np.float64], Details]:
         """Ask about pairs of images of the same prompt, and score all images, (batch,).
 
-        The details are the `votes` on each image and the `judge`'s score.
+        The mean score of each prompt's images is 0, as votes on images of one prompt say nothing about another prompt.
+        The detail `votes` is the number of votes on each image.
 
         Raises:
             ValueError: No prompt occurs with two different images.
@@ -164,7 +165,7 @@ class Votes(ClipReward):
         prior_mean = self.judge.scores(embeddings)
         scores = bradley_terry.scores(np.array(winners, int), np.array(losers, int), prior_mean, _PRECISION)
         counts = np.bincount([*winners, *losers], minlength=len(images))
-        return scores, {"votes": counts.tolist(), "judge": prior_mean.tolist()}
+        return _centred(scores, prompts), {"votes": counts.tolist()}
 
     def _embed(self, images: Images) -> NDArray[np.float64]:
         starts = range(0, len(images), self.batch_size)
@@ -212,3 +213,9 @@ class Votes(ClipReward):
         with self._lock:
             self.file.record(comparison, side)
             self._cast.append((comparison, side))
+
+
+def _centred(scores: NDArray[np.float64], prompts: Sequence[str]) -> NDArray[np.float64]:
+    """Return the scores minus the mean of their prompt's."""
+    _, group = np.unique(np.array(prompts, dtype=object), return_inverse=True)
+    return scores - (np.bincount(group, scores) / np.bincount(group))[group]

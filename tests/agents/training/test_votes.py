@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import threading
-import time
 
 import pytest
 from helpers.micro_agents import micro_config, resume_config
@@ -29,32 +28,37 @@ def nothing_is_drawn(monkeypatch):
 def pages(monkeypatch):
     """The pages that runs open."""
     opened: list[VotingPage] = []
-    take = VotingPage.__init__
+    start = VotingPage.open
 
-    def noted(self, *arguments):
-        take(self, *arguments)
-        opened.append(self)
+    def noted(self):
+        start(self)
+        if self not in opened:
+            opened.append(self)
 
-    monkeypatch.setattr(VotingPage, "__init__", noted)
+    monkeypatch.setattr(VotingPage, "open", noted)
     return opened
 
 
-def person(pages, votes):
+def person(pages, votes, is_over):
     """Vote on every pair by a rule, until it is time to press Ctrl-C instead."""
-    while votes:
-        shown = pages[-1].shown() if pages else {}
-        if "number" in shown:
+    while not is_over.wait(0.01):
+        shown = pages[-1].shown() if pages else {"open": 0}
+        if shown["open"] and not votes:
+            return os.kill(os.getpid(), signal.SIGINT)
+        if shown["open"]:
             votes -= pages[-1].vote(shown["number"], "left" if shown["left"] < shown["right"] else "right")
-        time.sleep(0.01)
-    while not pages[-1].shown()["open"]:
-        time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def train(config, pages, votes=10**9):
     pages.clear()
-    threading.Thread(target=person, args=(pages, votes), daemon=True).start()
-    return run_training(config)
+    is_over = threading.Event()
+    voting = threading.Thread(target=person, args=(pages, votes, is_over), daemon=True)
+    voting.start()
+    try:
+        return run_training(config)
+    finally:
+        is_over.set()
+        voting.join()
 
 
 def pairs(folder):

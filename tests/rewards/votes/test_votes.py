@@ -69,6 +69,7 @@ def test_with_all_votes_the_scores_of_a_group_have_the_voters_order():
     for group in (slice(4), slice(4, 8)):
         assert np.argsort(scores[group]).tolist() == np.argsort(brightness[group]).tolist()
     assert details["votes"] == [3] * 8
+    np.testing.assert_allclose([scores[:4].sum(), scores[4:].sum()], 0, atol=1e-9)  # no prompt against another one
 
 
 def test_only_images_of_the_same_prompt_are_compared():
