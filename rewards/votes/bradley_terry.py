@@ -55,7 +55,7 @@ def posterior(differences: _Floats, prior_mean: _Floats, precision: float) -> Po
         weights = weights + size * step
         if np.abs(size * step).max(initial=0.0) <= _TOLERANCE:
             break
-    return Posterior(weights, np.linalg.inv(curvature))
+    return Posterior(weights, np.asarray(np.linalg.inv(curvature), np.float64))
 
 
 def scores(winners: NDArray[np.int_], losers: NDArray[np.int_], prior_mean: _Floats, precision: float) -> _Floats:

@@ -108,8 +108,17 @@ class LearnedJudge:
         self.differences, self._distance, self._posterior = differences, distance, None
 
     def _beliefs(self, dimensions: int) -> Posterior:
-        """Return what is known about the weights."""
+        """Return what is known about the weights.
+
+        Raises:
+            ValueError: The votes were on embeddings of another CLIP model.
+        """
         if self._posterior is None:
-            differences = self.differences.reshape(-1, dimensions)
+            differences = self.differences if len(self.differences) else np.zeros((0, dimensions))
+            if differences.shape[1] != dimensions:
+                raise ValueError(
+                    "model must be the CLIP model whose embeddings the judge has learned from, with "
+                    f"{differences.shape[1]} dimensions; got {dimensions}"
+                )
             self._posterior = posterior(differences, np.zeros(dimensions), (self._distance / self._spread) ** 2)
         return self._posterior

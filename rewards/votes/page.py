@@ -185,10 +185,12 @@ class _Handler(BaseHTTPRequestHandler):
         """Return what is asked for, below the token; None if the request has been refused."""
         names = {f"{name}:{self.server.server_port}" for name in (_HOST, "localhost")}
         if self.headers.get("Host") not in names:
-            return self._refuse(HTTPStatus.FORBIDDEN, "this server answers only to its own address")
+            self._refuse(HTTPStatus.FORBIDDEN, "this server answers only to its own address")
+            return None
         token, separator, name = self.path.removeprefix("/").partition("/")
         if not separator or not hmac.compare_digest(token.encode(), self.server.token.encode()):
-            return self._refuse(HTTPStatus.FORBIDDEN, "the address must contain the token that the run has printed")
+            self._refuse(HTTPStatus.FORBIDDEN, "the address must contain the token that the run has printed")
+            return None
         return name
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
