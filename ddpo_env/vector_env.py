@@ -33,7 +33,7 @@ from ddpo_env.spaces import DenoisingObservationSpace, action_box
 from ddpo_env.validation import arguments as validation
 from ddpo_env.validation.choices import Quantization
 from ddpo_env.validation.resolution import Resolution
-from rewards import NonFinite, Reward, are_images, check_shareable, configured_reward
+from rewards import NonFinite, Reward, are_images, asking_people, check_shareable, configured_reward
 from rewards.devices import copied_to
 
 Latents: TypeAlias = npt.NDArray[np.float32] | Tensor
@@ -280,8 +280,13 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         self._caller.wait()
 
     def cancel_rewards(self) -> None:
-        """Drop the deferred rewards whose computation has not begun; asking for one raises `CancelledError`."""
+        """Drop the deferred rewards whose computation has not begun, and end a wait for people.
+
+        Asking for a dropped reward raises `CancelledError`.
+        """
         self._caller.cancel()
+        for reward in asking_people(self.reward):
+            reward.cancel()
 
     def close_extras(self, **kwargs: Any) -> None:
         """Finish the deferred rewards and end their thread."""

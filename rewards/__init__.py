@@ -3,7 +3,13 @@
 In come decoded images (or other arrays), their prompts and metadata; out come one score per sample and details.
 """
 
-from rewards.composite import check_differentiable, check_shareable, is_stateful, weights_by_term
+from rewards.composite import (
+    asking_people,
+    check_differentiable,
+    check_shareable,
+    is_stateful,
+    weights_by_term,
+)
 from rewards.differentiable import (
     DIFFERENTIABLE_REWARDS,
     DifferentiableReward,
@@ -13,6 +19,7 @@ from rewards.differentiable import (
 from rewards.formulas.jpeg import jpeg_compressibility, jpeg_incompressibility
 from rewards.kinds import SampleKind, are_images, images_only, kind_of, kinds_of, takes
 from rewards.protocol import (
+    AsksPeople,
     Details,
     Freezable,
     Images,
@@ -35,6 +42,7 @@ from rewards.registry import BUILTIN_REWARDS, configured_reward, load_reward, pa
 __all__ = [
     "BUILTIN_REWARDS",
     "DIFFERENTIABLE_REWARDS",
+    "AsksPeople",
     "Details",
     "DifferentiableReward",
     "Freezable",
@@ -50,6 +58,7 @@ __all__ = [
     "TwoStageReward",
     "Unloadable",
     "are_images",
+    "asking_people",
     "check_differentiable",
     "check_differentiable_names",
     "check_shareable",

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from rewards.differentiable import DifferentiableReward, refuse_without_gradient, score_with_gradient
 from rewards.kinds import KINDS, SampleKind, kinds_of
 from rewards.protocol import (
+    AsksPeople,
     Details,
     Freezable,
     Loadable,
@@ -176,6 +177,13 @@ def is_stateful(reward: object) -> bool:
     """
     inherited = is_torch_module(reward) and type(reward).state_dict.__module__.startswith("torch.")  # type: ignore[attr-defined]
     return isinstance(reward, StatefulReward) and not inherited
+
+
+def asking_people(reward: object) -> list[AsksPeople]:
+    """Return the reward if its calls may wait for a person; of a weighted sum, the terms whose calls may."""
+    if isinstance(reward, Composite):
+        return [found for term in reward.rewards.values() for found in asking_people(term)]
+    return [reward] if isinstance(reward, AsksPeople) else []
 
 
 def check_shareable(reward: Reward) -> None:

@@ -89,7 +89,7 @@ def resolve_source(model: str | Path, purpose: str = "") -> str:
         return str(folder.resolve())
     if isinstance(model, Path) or name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
         bundled = f"{TINY!r} for the bundled one, " if purpose in BUNDLED_MODELS else ""
-        with_bundled = "aesthetic, clip_score, vlm_alignment and vlm_vqa"
+        with_bundled = "aesthetic, clip_score, votes, vlm_alignment and vlm_vqa"
         missing = "" if bundled or name != TINY else f": only {with_bundled} have a bundled model"
         raise ValueError(
             f"model must be {bundled}a folder that exists, or a Hub id such as 'openai/clip-vit-large-patch14'; "

@@ -133,6 +133,15 @@ class Freezable(Protocol):
         ...
 
 
+@runtime_checkable
+class AsksPeople(Protocol):
+    """A reward whose calls may wait for a person, so it must be possible to end them."""
+
+    def cancel(self) -> None:
+        """Let a call that waits raise an exception, now and from now on. It may come from any thread."""
+        ...
+
+
 def reward_name(reward: object) -> str:
     """Return the name of a reward for messages and logs."""
     return str(getattr(reward, "__name__", type(reward).__name__))

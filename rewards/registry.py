@@ -44,6 +44,7 @@ BUILTIN_REWARDS: dict[str, str] = {
     "hps_v2": "rewards.clip.preference:HPSv2",
     "vlm_alignment": "rewards.judge.alignment:VlmAlignment",
     "vlm_vqa": "rewards.judge.vqa:VlmVqa",
+    "votes": "rewards.votes.reward:Votes",
     "tiny_reader": "rewards.judge.reader:TinyReader",
     "temporal_consistency": "rewards.formulas.video:temporal_consistency",
     "points_ring": "rewards.formulas.points:ring",

@@ -13,7 +13,7 @@ runs/<name>/
     policy/                                  for `agents.DiffusionPolicy.load`
     best/                                    the same two of the best evaluation, if training improved on the first
     checkpoints/                             for `--resume`
-    judge/                                   images and answers of a judge, for rewards that log them
+    judge/                                   images and answers of a judge, or votes, for rewards that log them
     error.txt                                why the run stopped, if an error stopped it; removed when it continues
     summary.json                             reward before and after, time, versions
     .lock                                    held by the process that writes to the folder

@@ -31,7 +31,7 @@ from rewards.pretrained import (
     resolve_source,
     resolve_weights,
 )
-from rewards.protocol import Images, Metadata
+from rewards.protocol import Details, Images, Metadata
 
 
 class ClipEmbedder:
@@ -162,8 +162,10 @@ class ClipReward(ModelHolder[ClipEmbedder], ABC):
         texts = self.loaded.embed_texts(distinct)[[row[prompt] for prompt in prompts]]
         return (images * texts).sum(dim=-1)
 
-    def __call__(self, images: Images, prompts: Sequence[str], metadata: Metadata) -> NDArray[np.float32]:
-        """Return the scores of a batch of images, (batch,) float32."""
+    def __call__(
+        self, images: Images, prompts: Sequence[str], metadata: Metadata
+    ) -> NDArray[np.float32] | tuple[NDArray[np.float64], Details]:
+        """Return the scores of a batch of images, (batch,) float32; a subclass may return details too."""
         scores: list[NDArray[Any]] = [np.zeros(0, np.float32)]
         for start in range(0, len(images), self.batch_size):
             batch = slice(start, start + self.batch_size)

@@ -112,7 +112,14 @@ def check_own_model(names: dict[str, Any]) -> None:
 
 
 def check_rewards(names: dict[str, Any]) -> None:
-    from rewards import StatefulReward, combine_measurements, evaluate_reward, measure_reward
+    from rewards import (
+        StatefulReward,
+        check_differentiable,
+        combine_measurements,
+        evaluate_reward,
+        measure_reward,
+        score_with_gradient,
+    )
 
     reddish = np.zeros((2, 8, 8, 3), np.uint8)
     reddish[0, ..., 0] = 200
@@ -129,6 +136,10 @@ def check_rewards(names: dict[str, Any]) -> None:
         np.testing.assert_array_equal(scores, expected)
     colours = images.mean(axis=(1, 2))
     np.testing.assert_allclose(scores, np.linalg.norm(colours - colours.mean(axis=0), axis=1))
+    redness = check_differentiable(names["Redness"]())
+    differentiated = score_with_gradient(redness, torch.as_tensor(images).movedim(-1, 1) / 255, ["a cat"] * 4)
+    plain, _ = evaluate_reward(redness, images, ["a cat"] * 4, [{}] * 4)
+    np.testing.assert_allclose(differentiated, plain, rtol=1e-5)
 
 
 def check_tiny_judges(names: dict[str, Any]) -> None:

@@ -16,7 +16,16 @@ from typing import Any
 
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 """The key that marks an element, as the protocol defines it."""
-KEYS = {"right": "\ue014", "left": "\ue012", "down": "\ue015", "tab": "\ue004", "space": " ", "home": "\ue011"}
+KEYS = {
+    "1": "1",
+    "2": "2",
+    "right": "\ue014",
+    "left": "\ue012",
+    "down": "\ue015",
+    "tab": "\ue004",
+    "space": " ",
+    "home": "\ue011",
+}
 
 
 def missing_browser() -> str:

@@ -258,6 +258,8 @@ class Examination:
         """Close the environment, whose thread calls the reward."""
         algorithm = self._built.get("algorithm")
         if algorithm is not None:
+            if (env := denoising_env_of(algorithm.env)) is not None:
+                env.cancel_rewards()  # a call may wait for people
             algorithm.env.close()
 
     def _load_reward(self) -> Reward:

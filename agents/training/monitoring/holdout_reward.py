@@ -15,6 +15,7 @@ from rewards import (
     Freezable,
     Reward,
     StatefulReward,
+    asking_people,
     configured_reward,
     evaluate_reward,
     is_stateful,
@@ -29,7 +30,7 @@ def configured_holdout_reward(config: TrainConfig) -> Reward | None:
 
     Raises:
         ValueError, TypeError, ImportError: as for the reward itself, with a note that names the setting; or for a
-            reward with a state that cannot be frozen.
+            reward that asks people, or with a state that cannot be frozen.
     """
     settings = config.run
     if settings.holdout_reward is None:
@@ -37,6 +38,9 @@ def configured_holdout_reward(config: TrainConfig) -> Reward | None:
     with naming_holdout_reward(settings.holdout_reward):
         options = parse_options(settings.holdout_reward_options, "holdout_reward_options")
         reward = configured_reward(settings.holdout_reward, options)
+        if people := asking_people(reward):
+            names = ", ".join(reward_name(one) for one in people)
+            raise ValueError(f"reward {names} asks people, and held-out samples must not cost votes")
         if is_stateful(reward) and not isinstance(reward, Freezable):
             raise ValueError(
                 f"reward {reward_name(reward)} has a state that changes from batch to batch and no method frozen(), so "

@@ -230,7 +230,7 @@ def test_judges_recognise_images_that_the_bundled_model_generates():
 @pytest.mark.parametrize("name", ["pickscore", "hps_v2"])
 def test_rewards_without_a_bundled_model_say_so(name):
     with pytest.raises(
-        ValueError, match="tiny.*only aesthetic, clip_score, vlm_alignment and vlm_vqa have a bundled model"
+        ValueError, match="tiny.*only aesthetic, clip_score, votes, vlm_alignment and vlm_vqa have a bundled model"
     ):
         load_reward(name, model="tiny")
 
