@@ -34,7 +34,7 @@ from ddpo_env.validation import arguments as validation
 from ddpo_env.validation.choices import Quantization
 from ddpo_env.validation.resolution import Resolution
 from rewards import NonFinite, Reward, are_images, asking_people, check_shareable, configured_reward
-from rewards.devices import copied_to
+from rewards.networks.devices import copied_to
 
 Latents: TypeAlias = npt.NDArray[np.float32] | Tensor
 Observation: TypeAlias = dict[str, Any]

@@ -3,13 +3,6 @@
 In come decoded images (or other arrays), their prompts and metadata; out come one score per sample and details.
 """
 
-from rewards.composite import (
-    asking_people,
-    check_differentiable,
-    check_shareable,
-    is_stateful,
-    weights_by_term,
-)
 from rewards.differentiable import (
     DIFFERENTIABLE_REWARDS,
     DifferentiableReward,
@@ -38,6 +31,13 @@ from rewards.protocol import (
     reward_name,
 )
 from rewards.registry import BUILTIN_REWARDS, configured_reward, load_reward, parse_options, per_sample
+from rewards.sums.composite import (
+    asking_people,
+    check_differentiable,
+    check_shareable,
+    is_stateful,
+)
+from rewards.sums.terms import weights_by_term
 
 __all__ = [
     "BUILTIN_REWARDS",

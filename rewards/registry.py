@@ -58,7 +58,7 @@ HARMLESS_TEXT_OPTIONS = frozenset({"device", "dtype", "question", "template"})
 Text of every other option may be one, so a resumed run asks the user for it (`agents.config.authority`).
 """
 
-_COMPOSITE = "rewards.composite:Composite"
+_COMPOSITE = "rewards.sums.composite:Composite"
 _WEIGHTED = re.compile(r".*,.*|.*:\s*[-+.\d][^:]*(:raw)?|.*:raw", re.DOTALL)
 _YAML_SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "null")}
 _POWER_OF_TEN = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
@@ -69,7 +69,7 @@ def load_reward(spec: str | Callable[..., Any], **options: Any) -> Reward:
 
     Args:
         spec: A name in `BUILTIN_REWARDS`; `"module:attribute"`, which is looked up on `sys.path` and then in the
-            current folder; a weighted sum of these, `"name:weight,name:weight:raw"` (`rewards.composite.Composite`); or
+            current folder; a weighted sum of these, `"name:weight,name:weight:raw"` (`Composite`); or
             a callable `(images, prompts, metadata) -> scores`, which is returned as it is. A class is instantiated.
         **options: Arguments of the class.
 
@@ -172,7 +172,7 @@ def reward_names(spec: str) -> list[str]:
     """
     if not _is_weighted_sum(spec):
         return [spec]
-    return [term.name for term in resolve_name("rewards.composite:parse_terms")(spec)]
+    return [term.name for term in resolve_name("rewards.sums.composite:parse_terms")(spec)]
 
 
 def user_functions(spec: str) -> list[str]:

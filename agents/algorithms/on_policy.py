@@ -41,7 +41,7 @@ from agents.policy.weight_copies import AVERAGE, using_weights
 from agents.rollout.buffer import DROPPED, Transitions
 from agents.rollout.timesteps import choose_steps
 from ddpo_env.validation.options import Range, check_value, shows_options, split_options
-from rewards.devices import copied_to, read_numbers
+from rewards.networks.devices import copied_to, read_numbers
 
 Metrics = defaultdict[str, list[float]]
 

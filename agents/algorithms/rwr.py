@@ -29,7 +29,7 @@ from agents.algorithms.options import PERCENTILE
 from agents.distributed import Metric, Rows
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
 from ddpo_env.validation.options import Range, check_value
-from rewards.devices import widest_float
+from rewards.networks.devices import widest_float
 
 Weighting = Literal["exponential", "exponential_per_prompt", "percentile"]
 

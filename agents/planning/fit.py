@@ -17,7 +17,7 @@ from ddpo_env.models.lora.lora_file import find_lora
 from ddpo_env.models.outline import outline_model
 from ddpo_env.validation.arguments import check_reward_and_rendering
 from rewards import Reward
-from rewards.devices import resolve_device, resolve_dtype
+from rewards.networks.devices import resolve_device, resolve_dtype
 
 
 def check_fit(config: TrainConfig, reward: Reward) -> None:

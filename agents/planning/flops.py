@@ -21,7 +21,7 @@ from agents.policy.lora import add_lora
 from agents.policy.options import LoraTargets
 from ddpo_env.models import DiffusionModel, abilities_of
 from ddpo_env.models.outline import outline_model
-from rewards.devices import resolve_device, resolve_dtype
+from rewards.networks.devices import resolve_device, resolve_dtype
 
 EFFICIENCY: dict[str, float] = {"cpu": 0.9, "cuda": 0.2, "mps": 0.2}
 """Fraction of the rate of matrix products that denoisers reach. The CPU's is measured (docs/scaling.md). The GPU's

@@ -13,7 +13,7 @@ from ddpo_env.models.families.encoded_prompts import size_of_prompt_images
 from ddpo_env.models.prompt_images import have_images, takes_image
 from ddpo_env.prompts import PROMPT_SETS, load_prompts
 from ddpo_env.prompts.images import IMAGE
-from rewards.devices import resolve_device, resolve_dtype
+from rewards.networks.devices import resolve_device, resolve_dtype
 
 
 class DenoiserRows(NamedTuple):

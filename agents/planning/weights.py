@@ -12,7 +12,7 @@ from agents.policy.lora import add_lora
 from ddpo_env.models.files.pipelines import DENOISERS, pipeline_of
 from ddpo_env.models.outline import outline_model
 from ddpo_env.models.quantization import cast_outline, quantize_network, stored_bytes
-from rewards.devices import resolve_device, resolve_dtype
+from rewards.networks.devices import resolve_device, resolve_dtype
 
 _COPIES = 4
 """What learns is there as weight, gradient and two moments of AdamW, all in float32."""

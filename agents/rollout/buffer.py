@@ -21,7 +21,7 @@ from torch import Tensor
 
 from agents.distributed import Processes
 from ddpo_env.spaces import DenoisingObservationSpace
-from rewards.devices import copied_to
+from rewards.networks.devices import copied_to
 
 TensorObservation: TypeAlias = Tensor | dict[str, Tensor]
 

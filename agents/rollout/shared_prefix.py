@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddpo_env.vector_env import DenoisingVectorEnv
-from rewards.devices import copied_to
+from rewards.networks.devices import copied_to
 
 
 @dataclass(frozen=True)

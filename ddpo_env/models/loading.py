@@ -53,7 +53,7 @@ from ddpo_env.models.sources import (
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 from ddpo_env.validation.choices import Quantization
 from ddpo_env.validation.resolution import Resolution, plain_resolution
-from rewards.devices import DTYPES, resolve_device, resolve_dtype
+from rewards.networks.devices import DTYPES, resolve_device, resolve_dtype
 
 _IMPORTED_BY = os.getpid()
 _OBJECT = "object that is not saved"

@@ -16,7 +16,7 @@ from diffusers import ModelMixin, TorchAoConfig
 from torch import nn
 
 from ddpo_env.validation.choices import Quantization
-from rewards.pretrained import stored_tensors
+from rewards.networks.pretrained import stored_tensors
 
 _TENSORS: dict[str, Quantization] = {"Int8Tensor": "int8", "NF4Tensor": "nf4"}
 """torchao's class of quantized weights → what it is called here."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from rewards.clip.clip_model import ClipReward
-from rewards.pretrained import TINY, load_weights, resolve_weights
+from rewards.networks.pretrained import TINY, load_weights, resolve_weights
 
 LAION_HEAD = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
 """The published head, for OpenAI's CLIP ViT-L/14."""

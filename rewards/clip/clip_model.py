@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from rewards.clip.open_clip import clip_from_open_clip
 from rewards.clip.pixels import preprocess
 from rewards.kinds import images_only
-from rewards.pretrained import (
+from rewards.networks.pretrained import (
     ModelHolder,
     check_finite,
     check_settings,

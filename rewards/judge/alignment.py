@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rewards.judge.bert_score import DEFAULT_ENCODER, BertScoreRecall
 from rewards.judge.judge_reward import JudgeReward
 from rewards.judge.protocol import Judge
-from rewards.pretrained import TINY
+from rewards.networks.pretrained import TINY
 from rewards.protocol import Details, Images, Metadata
 from rewards.registry import check_text
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rewards.pretrained import ModelHolder, load_network, load_processor, require, resolve_source
+from rewards.networks.pretrained import ModelHolder, load_network, load_processor, require, resolve_source
 from rewards.registry import check_number
 
 DEFAULT_ENCODER = "microsoft/deberta-xlarge-mnli"

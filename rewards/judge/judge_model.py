@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from rewards.pretrained import TINY, ModelHolder, load_network, load_processor, resolve_source
+from rewards.networks.pretrained import TINY, ModelHolder, load_network, load_processor, resolve_source
 from rewards.registry import check_number
 
 FAMILY_PACKAGES = ("torchvision", "num2words", "timm", "sentencepiece")

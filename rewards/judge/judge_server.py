@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rewards.judge.protocol import encode_jpeg
-from rewards.pretrained import require
+from rewards.networks.pretrained import require
 from rewards.registry import check_number
 
 if TYPE_CHECKING:

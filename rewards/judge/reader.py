@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rewards.kinds import images_only
-from rewards.pretrained import TINY, ModelHolder, check_finite, load_weights, resolve_source
+from rewards.networks.pretrained import TINY, ModelHolder, check_finite, load_weights, resolve_source
 from rewards.protocol import Details, Images, Metadata
 
 SIDE = 64

@@ -25,7 +25,7 @@ from agents.policy.lora import add_lora
 from agents.policy.options import LoraTargets
 from ddpo_env.models import DiffusionModel, abilities_of
 from ddpo_env.models.outline import outline_model
-from rewards.devices import resolve_device, resolve_dtype
+from rewards.networks.devices import resolve_device, resolve_dtype
 
 
 @dataclass(kw_only=True)

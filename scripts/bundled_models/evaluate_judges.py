@@ -38,7 +38,7 @@ from rewards.judge.alignment import QUESTION, TEMPLATE
 from rewards.judge.bert_score import BertScoreRecall
 from rewards.judge.judge_model import JudgeModel
 from rewards.judge.vqa import answers_match
-from rewards.pretrained import TINY
+from rewards.networks.pretrained import TINY
 
 TEST_SEED, SHEET_SEED = 3_000_001, 4_000_001
 UNKNOWN = Subject("nothing that was asked for")

@@ -159,6 +159,7 @@ def draw_curves(arguments: Arguments, path: Path) -> None:
             for axes, name in zip(panels[:, number], ("eval/reward_mean", "eval/holdout_reward_mean"), strict=True):
                 axes.plot(iterations, column(rows, name), color=f"C{place}", label=f"seed {seed}", linewidth=1.8)
         panels[0, number].set(title=task, ylabel=f"reward trained on ({TASKS[task].unit})")
+        panels[1, number].xaxis.get_major_locator().set_params(integer=True)
         panels[1, number].set(xlabel="iteration", ylabel=f"held out: {TASKS[task].holdout_reward}")
     for axes in panels.flat:
         axes.grid(alpha=0.25)
@@ -177,9 +178,10 @@ def draw_over_optimisation(arguments: Arguments, path: Path) -> None:
         axes.plot(distances, column(rows, "eval/reward_mean"), "o-", label="learned reward, trained on")
         preference = column(rows, "eval/holdout_reward_mean")
         axes.plot(distances, preference, "s-", label="true preference, held out")
-        stopped = evaluations_of(run_folder(arguments, BRAKED, place, braked=True))[-1]
-        at = [row["time/iterations"] for row in rows].index(stopped["time/iterations"])
-        axes.axvline(distances[at], color="#555555", linestyle=":", label="the brake stops")
+        braked = summary_of(run_folder(arguments, BRAKED, place, braked=True))
+        if braked["stopped_early"]:
+            at = [int(row["time/iterations"]) for row in rows].index(braked["iterations"])
+            axes.axvline(distances[at], color="#555555", linestyle=":", label="the brake stops")
         axes.set(title=f"seed {seed}", xlabel="√KL from the pretrained policy (nats per dimension)")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers.command_lines import UnknownProgramError, try_command
 from helpers.pages import INLINE, PAGES, Block, blocks, blocks_of, commands
 from helpers.paths import LORA_FILE, ROOT
@@ -137,9 +138,10 @@ def check_rewards(names: dict[str, Any]) -> None:
     colours = images.mean(axis=(1, 2))
     np.testing.assert_allclose(scores, np.linalg.norm(colours - colours.mean(axis=0), axis=1))
     redness = check_differentiable(names["Redness"]())
-    differentiated = score_with_gradient(redness, torch.as_tensor(images).movedim(-1, 1) / 255, ["a cat"] * 4)
+    samples = (torch.as_tensor(images).movedim(-1, 1) / 255).requires_grad_()
+    differentiated = score_with_gradient(redness, samples, ["a cat"] * 4)
     plain, _ = evaluate_reward(redness, images, ["a cat"] * 4, [{}] * 4)
-    np.testing.assert_allclose(differentiated, plain, rtol=1e-5)
+    np.testing.assert_allclose(differentiated.detach(), plain, rtol=1e-5)
 
 
 def check_tiny_judges(names: dict[str, Any]) -> None:
@@ -190,7 +192,9 @@ def test_commands_are_accepted(block: Block, clone: Path, monkeypatch: pytest.Mo
 
 def test_every_block_is_accounted_for() -> None:
     for block in ALL:
-        assert block.reason or block.language in (*TRIED, "python", "json"), block
+        assert block.reason or block.language in (*TRIED, "python", "json", "yaml"), block
+        if block.language == "yaml":
+            assert yaml.safe_load(block.code)
         if block.language == "json":
             assert [json.loads(line) for line in block.code.splitlines()]
 

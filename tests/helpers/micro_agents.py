@@ -11,7 +11,7 @@ from torch import Tensor
 from agents.config.train_config import TrainConfig, train_config
 from agents.policy.diffusion_policy import DiffusionPolicy
 from ddpo_env.vector_env import DenoisingVectorEnv
-from rewards.composite import Composite
+from rewards.sums.composite import Composite
 
 STEPS = 5
 

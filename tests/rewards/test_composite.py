@@ -9,7 +9,8 @@ import pytest
 from helpers.images import PROMPTS, random_images
 
 from rewards import StatefulReward, evaluate_reward, load_reward
-from rewards.composite import Composite, RunningStatistics, Term, parse_terms
+from rewards.sums.composite import Composite
+from rewards.sums.terms import RunningStatistics, Term, parse_terms
 
 
 def brightness(images, prompts, metadata):

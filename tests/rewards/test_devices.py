@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rewards.devices import resolve_device, resolve_dtype, widest_float
+from rewards.networks.devices import resolve_device, resolve_dtype, widest_float
 
 
 @pytest.fixture

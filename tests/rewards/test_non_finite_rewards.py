@@ -8,7 +8,7 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 from ddpo_env import DenoisingVectorEnv
-from rewards.composite import Composite
+from rewards.sums.composite import Composite
 
 STEPS = 2
 SCORES = np.array([0.5, np.nan, np.inf])

@@ -19,7 +19,8 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from agents import PPO, DiffusionPolicy, VectorEnvAdapter
 from rewards import combine_measurements, evaluate_reward, is_stateful, load_reward, measure_reward
-from rewards.composite import Composite, Term
+from rewards.sums.composite import Composite
+from rewards.sums.terms import Term
 
 
 def blackens(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:

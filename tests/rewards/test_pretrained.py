@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from rewards import load_reward
 from rewards.judge.bert_score import TextEncoder
-from rewards.pretrained import BUNDLED_MODELS, check_settings, load_processor
+from rewards.networks.pretrained import BUNDLED_MODELS, check_settings, load_processor
 
 Load = Callable[[Path], Any]
 

@@ -18,7 +18,7 @@ from rewards import (
     load_reward,
     measure_reward,
 )
-from rewards.composite import Composite
+from rewards.sums.composite import Composite
 
 HERE = __name__
 SUM = f"{HERE}:brightness:1,{HERE}:contrast:0.5"

@@ -27,7 +27,7 @@ from agents.rollout.buffer import TensorRolloutBuffer, Transitions
 from agents.rollout.timesteps import choose_steps
 from ddpo_env.sampler.denoising_loss import NoisedSamples
 from ddpo_env.validation.options import DECAY, Range, check_value
-from rewards.devices import copied_to
+from rewards.networks.devices import copied_to
 
 
 class ForwardProcessAlgorithm(TensorOnPolicyAlgorithm):

@@ -28,7 +28,7 @@ from agents.policy.abilities import PolicyEvaluation, SamplerAbilities
 from agents.policy.weight_copies import WeightSnapshot
 from agents.rollout.buffer import Transitions
 from ddpo_env.validation.options import POSITIVE, check_value
-from rewards.devices import copied_to
+from rewards.networks.devices import copied_to
 
 
 class PPO(TensorOnPolicyAlgorithm):

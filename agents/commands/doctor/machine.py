@@ -20,8 +20,8 @@ from ddpo_env.models.files.pipelines import pipeline_of
 from ddpo_env.models.protocol import encode
 from ddpo_env.models.quantization import quantization_of, stored_bytes
 from ddpo_env.prompts import Prompt
-from rewards.devices import has_bfloat16, resolve_device, resolve_dtype
-from rewards.pretrained import stored_tensors
+from rewards.networks.devices import has_bfloat16, resolve_device, resolve_dtype
+from rewards.networks.pretrained import stored_tensors
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "stable_baselines3", "gymnasium")
 _SMALLEST_DISK = 2**30

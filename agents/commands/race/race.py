@@ -41,8 +41,8 @@ from agents.training.command import describe
 from agents.training.preparation import check_run
 from ddpo_env.validation.options import Range, check_fields
 from rewards import Reward, is_stateful, reward_name
-from rewards.composite import Composite
 from rewards.judge.judge_server import JudgeServerError
+from rewards.sums.composite import Composite
 
 _TIMED_ITERATIONS = 2
 """The first one warms up, the last one is timed."""

@@ -24,7 +24,7 @@ from transformers.feature_extraction_utils import FeatureExtractionMixin
 
 from ddpo_env.models.quantization import diffusers_config
 from ddpo_env.validation.choices import Quantization
-from rewards.pretrained import check_network, check_settings, shortened
+from rewards.networks.pretrained import check_network, check_settings, shortened
 
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _KINDS: dict[str, tuple[type[Any], ...]] = {

@@ -25,7 +25,7 @@ from ddpo_env.models.files.single_file import load_single_file
 from ddpo_env.models.protocol import DiffusionModel
 from ddpo_env.models.quantization import quantize_network
 from ddpo_env.validation.choices import Quantization
-from rewards.pretrained import stored_tensors
+from rewards.networks.pretrained import stored_tensors
 
 DENOISERS = ("transformer", "unet")
 """Names that a pipeline's denoiser has."""

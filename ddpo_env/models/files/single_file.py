@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ddpo_env.models.files.components import component_class, load_component
-from rewards.pretrained import check_finite, shortened
+from rewards.networks.pretrained import check_finite, shortened
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _DENOISER = "model.diffusion_model."

@@ -31,7 +31,7 @@ from ddpo_env.models.lora.lora_file import (
     peft_adapters,
 )
 from ddpo_env.models.lora.peft_format import adapter_weights, check_saved_adapter
-from rewards.pretrained import shortened
+from rewards.networks.pretrained import shortened
 
 _NAME = "default"
 _MOST_LETTERS = 300

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rewards.pretrained import shortened
+from rewards.networks.pretrained import shortened
 
 FIRST, SECOND = ".lora_A.weight", ".lora_B.weight"
 """How the names of an adapter's two weights end in peft, the one that a layer's input meets first and the other."""

@@ -16,7 +16,7 @@ from gymnasium.vector import AutoresetMode
 
 import ddpo_env
 from ddpo_env import DeferredReward, DenoisingVectorEnv
-from rewards.composite import Composite
+from rewards.sums.composite import Composite
 
 STEPS = 2
 TIMEOUT = 60.0

@@ -20,7 +20,7 @@ from agents.training.preparation import check_run, run_training
 from ddpo_env import load_model
 from ddpo_env.models import check_source
 from ddpo_env.models.quantization import quantization_of, stored_bytes
-from rewards.pretrained import stored_tensors
+from rewards.networks.pretrained import stored_tensors
 
 pytest.importorskip("torchao")
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, NF4Tensor

@@ -17,7 +17,7 @@ from helpers.scripts import run_script
 import ddpo_env
 from ddpo_env.models import check_source, load_model, resolve_source, sources, unload_models
 from ddpo_env.models import loading as models
-from rewards.devices import resolve_device, resolve_dtype
+from rewards.networks.devices import resolve_device, resolve_dtype
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from rewards import evaluate_reward, load_reward
 from rewards.clip.aesthetic import Aesthetic, AestheticHead
-from rewards.pretrained import load_weights
+from rewards.networks.pretrained import load_weights
 
 LAYERS = ((0, 768, 1024), (2, 1024, 128), (4, 128, 64), (6, 64, 16), (7, 16, 1))
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])

@@ -24,7 +24,7 @@ from rewards import evaluate_reward, load_reward
 from rewards.judge.alignment import QUESTION
 from rewards.judge.judge_model import JudgeModel
 from rewards.judge.judge_server import JudgeServer, JudgeServerError
-from rewards.pretrained import resolve_source
+from rewards.networks.pretrained import resolve_source
 
 NAME = "tiny/judge"
 LENGTH = 12

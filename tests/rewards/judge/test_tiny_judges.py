@@ -22,7 +22,7 @@ from rewards.judge.alignment import QUESTION
 from rewards.judge.bert_score import BertScoreRecall
 from rewards.judge.loading import load_judge
 from rewards.judge.protocol import encode_jpeg
-from rewards.pretrained import BUNDLED_MODELS
+from rewards.networks.pretrained import BUNDLED_MODELS
 
 FOLDERS = {purpose: Path(rewards.__file__).parent / folder for purpose, folder in BUNDLED_MODELS.items()}
 

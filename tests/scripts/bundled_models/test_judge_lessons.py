@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 import rewards
 from rewards.judge.alignment import QUESTION
 from rewards.judge.judge_model import user_turn
-from rewards.pretrained import BUNDLED_MODELS
+from rewards.networks.pretrained import BUNDLED_MODELS
 
 
 @pytest.fixture

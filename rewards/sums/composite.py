@@ -6,12 +6,9 @@ cosine, a file size) cannot be added directly. The term `jpeg_compressibility:0.
 
 from __future__ import annotations
 
-import math
-import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,135 +35,11 @@ from rewards.protocol import (
     measure_reward,
     reward_name,
 )
-from rewards.registry import check_number, check_text, load_reward
+from rewards.registry import load_reward
+from rewards.sums.terms import RunningStatistics, Term, named_once, parse_terms
 
 if TYPE_CHECKING:  # a sum of rewards without a model needs no torch
     from torch import Tensor
-
-_RAW = ":raw"
-LARGEST_WEIGHT = 1e6
-"""Of a term, in size. A sum of larger terms says nothing about the others, and can be infinite."""
-
-
-@dataclass(frozen=True)
-class Term:
-    """One term of the sum.
-
-    Attributes:
-        name: What `load_reward` takes.
-        weight: Its factor, which may be negative.
-        raw: Whether its scores are added as they are, without standardisation.
-
-    Raises:
-        ValueError: The name is no text, or the weight no number of at most a million.
-    """
-
-    name: str
-    weight: float
-    raw: bool = False
-
-    def __post_init__(self) -> None:
-        check_text("name", self.name)
-        check_number("weight", self.weight, -LARGEST_WEIGHT, LARGEST_WEIGHT)
-
-
-@dataclass(frozen=True)
-class RunningStatistics:
-    """Mean and variance of all values so far (Welford's method; batches are joined as in Chan et al. 1983).
-
-    Attributes:
-        count: Number of values.
-        mean: Their mean.
-        squares: Sum of their squared deviations from the mean.
-
-    Raises:
-        ValueError: These are not the statistics of any values.
-    """
-
-    count: int = 0
-    mean: float = 0.0
-    squares: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_number("count", self.count, 0, 2**63)
-        check_number("mean", self.mean, -sys.float_info.max, sys.float_info.max)
-        check_number("squares", self.squares, 0.0, sys.float_info.max)
-
-    @property
-    def std(self) -> float:
-        """Standard deviation with divisor `count`; 0 before the first value."""
-        return math.sqrt(self.squares / self.count) if self.count else 0.0
-
-    def joined(self, values: NDArray[np.float64]) -> RunningStatistics:
-        """Return the statistics of the values so far and these values, (batch,)."""
-        if not len(values):
-            return self
-        count = self.count + len(values)
-        difference = float(values.mean()) - self.mean
-        return RunningStatistics(
-            count,
-            self.mean + difference * len(values) / count,
-            self.squares
-            + float(((values - values.mean()) ** 2).sum())
-            + difference**2 * self.count * len(values) / count,
-        )
-
-    def standardise(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return (value - mean) / std; zeros if all values so far are equal."""
-        return (values - self.mean) / self.std if self.std > 0 else np.zeros_like(values)
-
-
-def parse_terms(spec: str) -> tuple[Term, ...]:
-    """Read `name:weight,name:weight:raw,...`, where a name may be `module:function`.
-
-    Raises:
-        ValueError: A term has no name or no finite weight, or a name occurs twice; the message quotes the term.
-    """
-    return _named_once(tuple(_parse_term(text.strip(), spec) for text in spec.split(",")), spec)
-
-
-def weights_by_term(spec: str, purpose: str) -> dict[str, float]:
-    """Return the weights of a weighted sum by the names of its terms, for a use that standardises the terms itself.
-
-    Args:
-        spec: `name:weight,...` as for `parse_terms`.
-        purpose: what needs them, for the error.
-
-    Raises:
-        ValueError: It is no weighted sum, or a term is raw.
-    """
-    try:
-        terms = parse_terms(spec)
-    except ValueError as error:
-        raise ValueError(
-            f"reward must be a weighted sum with {purpose}, such as aesthetic:1,clip_score:0.5; got {spec!r}"
-        ) from error
-    if raw := [term.name for term in terms if term.raw]:
-        raise ValueError(
-            f"reward must have no raw terms with {purpose}, which standardises every term; got {', '.join(raw)}:raw"
-        )
-    return {term.name: term.weight for term in terms}
-
-
-def _named_once(terms: tuple[Term, ...], spec: object) -> tuple[Term, ...]:
-    counts = Counter(term.name for term in terms)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise ValueError(f"reward {spec!r} must name each term once; {', '.join(twice)} occurs more often")
-    return terms
-
-
-def _parse_term(text: str, spec: str) -> Term:
-    name, _, number = text.removesuffix(_RAW).rpartition(":")
-    try:
-        weight = float(number)
-    except ValueError:
-        weight = math.nan
-    if not name.strip() or not abs(weight) <= LARGEST_WEIGHT:
-        raise ValueError(
-            f"each term of reward {spec!r} must be name:weight or name:weight:raw with a finite number of at most "
-            f"{LARGEST_WEIGHT:g}, such as aesthetic:1,clip_score:0.5; got {text!r}"
-        )
-    return Term(name.strip(), weight, raw=text.endswith(_RAW))
 
 
 def is_stateful(reward: object) -> bool:
@@ -247,7 +120,7 @@ class Composite:
         if isinstance(terms, str):
             self.terms = parse_terms(terms)
         elif isinstance(terms, Sequence) and terms and all(isinstance(term, Term) for term in terms):
-            self.terms = _named_once(tuple(cast(Sequence[Term], terms)), terms)
+            self.terms = named_once(tuple(cast(Sequence[Term], terms)), terms)
         else:
             raise ValueError(f"terms must be a text such as aesthetic:1,clip_score:0.5, or Terms; got {terms!r}")
         names = [term.name for term in self.terms]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from rewards.devices import resolve_device, resolve_dtype
+from rewards.networks.devices import resolve_device, resolve_dtype
 from rewards.registry import check_number
 
 TINY = "tiny"

@@ -1,0 +1,1 @@
+"""Frozen networks that score: `pretrained` loads them, `devices` says where they and their numbers are."""
