@@ -49,7 +49,7 @@ class AlgorithmDefaults(NamedTuple):
     """Whether its penalty is the divergence of the sampler's steps, which needs noise in them."""
 
 
-_FORWARD_PROCESS = AlgorithmDefaults(2e-3, 1, 1, needs_log_probs=False, penalises_steps=False)
+_FORWARD_PROCESS = AlgorithmDefaults(3e-3, 1, 1, needs_log_probs=False, penalises_steps=False)
 
 ALGORITHMS: dict[str, AlgorithmDefaults] = {
     "ppo": AlgorithmDefaults(2e-3, 1, 4),
@@ -64,7 +64,8 @@ ALGORITHMS: dict[str, AlgorithmDefaults] = {
 }
 """Epochs and updates from the papers. The learning rates of reinforce and rwr are from a search on the bundled model
 (`scripts/experiments/algorithms.py`). For ppo it found 5e-3, by the reward alone; 2e-3 is slower, and keeps the animals
-in the images (docs/paper.md). draft does better with 5e-3 than with 1e-3. The others have ppo's without a search."""
+in the images (docs/paper.md). draft does better with 5e-3 than with 1e-3. nft and awm have what is best on the
+alignment task (docs/race.md); for dpo nobody has searched."""
 
 
 @dataclass(frozen=True, kw_only=True)
