@@ -63,9 +63,8 @@ ALGORITHMS: dict[str, AlgorithmDefaults] = {
     "draft": AlgorithmDefaults(5e-3, 1, 4, needs_log_probs=False, penalises_steps=False),
 }
 """Epochs and updates from the papers. The learning rates of reinforce and rwr are from a search on the bundled model
-(`scripts/experiments/algorithms.py`). For ppo it found 5e-3, by the reward alone; 2e-3 is slower, and keeps the animals
-in the images (docs/paper.md). draft does better with 5e-3 than with 1e-3. nft and awm have what is best on the
-alignment task (docs/race.md); for dpo nobody has searched."""
+(`scripts/experiments/algorithms.py`). For ppo it found 5e-3, by the reward alone; 2e-3 keeps the animals in the images
+(docs/paper.md). nft and awm have what is best on alignment (docs/race.md). Nobody has searched for dpo and draft."""
 
 
 @dataclass(frozen=True, kw_only=True)

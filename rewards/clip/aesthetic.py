@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from rewards.clip.clip_model import ClipReward
+from rewards.clip.clip_model import DifferentiableClipReward
 from rewards.networks.pretrained import TINY, load_weights, resolve_weights
 
 LAION_HEAD = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
@@ -75,7 +75,7 @@ class AestheticHead:
         return embeddings.squeeze(-1)
 
 
-class Aesthetic(ClipReward):
+class Aesthetic(DifferentiableClipReward):
     """How much people would like the image, about 1 to 10. The prompt has no influence."""
 
     __name__ = "aesthetic"
@@ -93,7 +93,7 @@ class Aesthetic(ClipReward):
             model: Folder or Hub id of the CLIP model that the head was fitted to, or `"tiny"` for the bundled one.
             head: File of the head, or `owner/repository/file` on the Hub; None: the bundled head for the bundled CLIP,
                 else LAION's. The head always computes in float32.
-            **options: `device`, `dtype` and `batch_size` as in `ClipReward`.
+            **options: `device`, `dtype` and `batch_size` as in `DifferentiableClipReward`.
         """
         super().__init__(model, **options)
         if head is None:

@@ -147,10 +147,6 @@ class ClipReward(ModelHolder[ClipEmbedder], ABC):
         """Convert the array to Pillow images for the image processor."""
         return [Image.fromarray(image) for image in images]
 
-    def prepare_pixels(self, images: Tensor) -> Tensor:
-        """Do to images, (batch, 3, height, width) in [0, 1], what `prepare` does to arrays."""
-        return images
-
     @abstractmethod
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return scores, (batch,) float32, of image embeddings, (batch, dimensions) of length 1, and their prompts."""
@@ -172,6 +168,14 @@ class ClipReward(ModelHolder[ClipEmbedder], ABC):
             embeddings = self.loaded.embed_images(self.prepare(images[batch]))
             scores.append(self.score(embeddings, prompts[batch]).cpu().numpy())
         return np.concatenate(scores)
+
+
+class DifferentiableClipReward(ClipReward):
+    """Base of those whose score does not change while a run goes on, so that it has a gradient of its own."""
+
+    def prepare_pixels(self, images: Tensor) -> Tensor:
+        """Do to images, (batch, 3, height, width) in [0, 1], what `prepare` does to arrays."""
+        return images
 
     def differentiable_score(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the scores of images, (batch, 3, height, width) in [0, 1], with a gradient, (batch,) float32."""

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from rewards.clip.clip_model import ClipReward
+from rewards.clip.clip_model import DifferentiableClipReward
 
 
-class ClipScore(ClipReward):
+class ClipScore(DifferentiableClipReward):
     """`logits_per_image / 100`. With OpenAI's models this is the cosine of image and prompt."""
 
     __name__ = "clip_score"
@@ -22,7 +22,7 @@ class ClipScore(ClipReward):
 
         Args:
             model: Folder or Hub id of a `CLIPModel`, or `"tiny"` for the bundled one.
-            **options: `device`, `dtype` and `batch_size` as in `ClipReward`.
+            **options: `device`, `dtype` and `batch_size` as in `DifferentiableClipReward`.
         """
         super().__init__(model, **options)
 

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from rewards.clip.clip_model import ClipReward
+from rewards.clip.clip_model import DifferentiableClipReward
 from rewards.clip.pixels import letterbox
 from rewards.protocol import Images
 
@@ -21,7 +21,7 @@ _VIT_H_14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 _PICKSCORE = "yuvalkirstain/PickScore_v1"
 
 
-class PickScore(ClipReward):
+class PickScore(DifferentiableClipReward):
     """`exp(logit_scale) · cos(image, prompt)`, about 16 to 26. Some publications divide it by 26."""
 
     __name__ = "pickscore"
@@ -33,7 +33,7 @@ class PickScore(ClipReward):
             model: Folder or Hub id of a `CLIPModel`.
             processor: Folder or Hub id of the tokenizer and image processor; None: the model's own. The published
                 PickScore has none, so for it None means LAION's.
-            **options: `device`, `dtype` and `batch_size` as in `ClipReward`.
+            **options: `device`, `dtype` and `batch_size` as in `DifferentiableClipReward`.
         """
         if processor is None and str(model) == _PICKSCORE:
             processor = _VIT_H_14
@@ -44,7 +44,7 @@ class PickScore(ClipReward):
         return self.loaded.logit_scale * self.cosine(images, prompts)
 
 
-class HPSv2(ClipReward):
+class HPSv2(DifferentiableClipReward):
     """`cos(image, prompt)` of HPS v2.1, about 0.2 to 0.35."""
 
     __name__ = "hps_v2"
@@ -60,7 +60,7 @@ class HPSv2(ClipReward):
         Args:
             model: Folder or Hub id with the architecture, the tokenizer and the image processor.
             weights: The fine-tuned weights in open_clip's layout; None: the weights of `model`, a converted folder.
-            **options: `device`, `dtype` and `batch_size` as in `ClipReward`.
+            **options: `device`, `dtype` and `batch_size` as in `DifferentiableClipReward`.
         """
         super().__init__(model, weights, **options)
 

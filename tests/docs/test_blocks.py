@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def smaller(page: str, code: str) -> str:
 
 
 @pytest.fixture
-def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Work in a folder with what a reader has: the clone, and the files that the pages speak of."""
     for name in ("ddpo_env", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -74,7 +75,9 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     assert reward is not None
     (tmp_path / "my_rewards.py").write_text(reward[0])
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("my_rewards", None)  # other tests have a module of this name
 
 
 def check_readme(names: dict[str, Any]) -> None:

@@ -12,10 +12,11 @@ from helpers.micro_pipeline import TOKENS, character_tokenizer
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from rewards import devices, evaluate_reward, load_reward, pretrained
+from rewards import evaluate_reward, load_reward
 from rewards.clip.clip_score import ClipScore
 from rewards.clip.open_clip import convert_open_clip
 from rewards.clip.preference import HPSv2, PickScore
+from rewards.networks import devices, pretrained
 
 SIDE = 24
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])

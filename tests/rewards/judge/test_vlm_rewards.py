@@ -11,10 +11,11 @@ from helpers.random_judges import SPECIAL, WORDS, save_random_bert, save_random_
 from PIL import Image
 from transformers import BertModel, BertTokenizer, CLIPImageProcessorPil, LlavaForConditionalGeneration
 
-from rewards import evaluate_reward, load_reward, pretrained
+from rewards import evaluate_reward, load_reward
 from rewards.judge.bert_score import BertScoreRecall
 from rewards.judge.judge_model import JudgeModel
 from rewards.judge.vqa import answers_match
+from rewards.networks import pretrained
 
 COUNTING = {"questions": ("How many animals?", "What animals?"), "answers": ("two", "dogs")}
 
