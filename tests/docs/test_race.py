@@ -22,7 +22,7 @@ def test_example_of_a_file_has_the_contenders_that_it_says(tmp_path):
 
 def test_commands_of_the_results_start_with_the_iterations_that_the_page_says(monkeypatch):
     monkeypatch.chdir(ROOT)
-    _, commands = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    *_, commands = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
     lines = commands.replace("\\\n", " ").splitlines()
     assert len(lines) == 4
     for command in lines:
