@@ -80,7 +80,9 @@ class _PlainLoader(yaml.SafeLoader):
         for key, _ in node.value:
             where = f"line {key.start_mark.line + 1}"
             if key.tag != "tag:yaml.org,2002:str":
-                raise ValueError(f"{where}: the name of a setting must be text; got {shown(key.value)}")
+                raise ValueError(
+                    f"{where}: names must be text, in quotes if they look like a number or yes; got {shown(key.value)}"
+                )
             if key.value in seen:
                 raise ValueError(f"{where}: {shown(key.value)} must occur once")
             seen.add(key.value)

@@ -115,8 +115,9 @@ class TrainingSettings(_Checked):
             )
         if self.advantage == "gdpo":
             weights_by_term(reward, "advantage gdpo")
-        compares = "dpo" if algorithm == "dpo" else f"advantage {self.advantage}"
-        if (algorithm == "dpo" or self.advantage in in_groups) and self.samples_per_prompt < 2:
+        by_votes = "votes" in {term.partition(":")[0].strip() for term in reward.split(",")}
+        compares = "dpo" if algorithm == "dpo" else "reward votes" if by_votes else f"advantage {self.advantage}"
+        if (algorithm == "dpo" or by_votes or self.advantage in in_groups) and self.samples_per_prompt < 2:
             raise ValueError(
                 f"samples_per_prompt must be at least 2 with {compares}, which compares samples of a prompt; "
                 f"got {self.samples_per_prompt}"

@@ -47,6 +47,7 @@ from rewards import (
     Loadable,
     Reward,
     TwoStageReward,
+    asking_people,
     configured_reward,
     evaluate_reward,
     is_stateful,
@@ -189,6 +190,8 @@ def named_rewards(names: tuple[str, ...], pairs: tuple[str, ...]) -> dict[str, R
         )
     found = {name: configured_reward(name, options.get(name, {})) for name in names}
     for name, reward in found.items():
+        if asking_people(reward):
+            raise ValueError(f"rewards must score images by themselves; got {name!r}, which asks people")
         if is_stateful(reward) or isinstance(reward, TwoStageReward):
             raise ValueError(f"rewards must score each image by itself; got {name!r}: name its terms instead")
         if "image" not in kinds_of(reward):

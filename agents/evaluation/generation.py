@@ -189,6 +189,12 @@ class StockImages:
         if "negative_prompt" in options:
             options["negative_prompt"] = [options["negative_prompt"]] * len(prompts)
         images = self._pipeline(prompt=prompts, generator=generators, output_type="np", **options).images
+        if not np.isfinite(images).all():
+            raise ValueError(
+                f"the pipeline's images are not finite with num_inference_steps={options['num_inference_steps']} and "
+                f"eta={options.get('eta')}. In a DDIM step with eta 1 diffusers may take the root of a number that "
+                "rounding made negative; eta 0.999 avoids that"
+            )
         return np.asarray((images * 255).round().astype(np.uint8))
 
 

@@ -52,6 +52,8 @@ class SampleArguments(GenerationArguments):
         _check_output("output", self.output, "png")
         if self.film is not None:
             _check_output("film", self.film, "gif")
+            if self.film.resolve() == self.output.resolve():
+                raise ValueError(f"film must be another file than output; got {str(self.film)!r} for both")
 
 
 def main() -> int:

@@ -62,7 +62,7 @@ def describe_plan(
         *_noise(config),
         _training(config),
         f"total      {_count(config.total_iterations, 'iteration', 'iterations')}, "
-        f"{config.total_iterations * total:,} reward queries, at most {updates:,} updates",
+        f"{config.total_iterations * total:,} reward queries, at most {_count(updates, 'update', 'updates')}",
         _denoiser(config),
         *([f"weights    {weights}"] if weights else []),
         *([f"time       {estimate}"] if estimate else []),

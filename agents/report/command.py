@@ -45,6 +45,23 @@ class ReportArguments:
         if self.serve and self.output is not None:
             raise ValueError(f"output must not be given with --serve, which writes no file; got {str(self.output)!r}")
 
+    def check_places(self) -> None:
+        """Refuse what is no folder of a run, and a folder as the file.
+
+        Raises:
+            ValueError: naming the argument, its value and what is valid.
+        """
+        for path in self.runs:
+            if not path.is_dir():
+                raise ValueError(f"runs must be folders of runs, such as runs/first; got {str(path)!r}")
+            if (path / "race.json").exists():
+                raise ValueError(
+                    f"runs must be folders of runs; {str(path)!r} is that of a race, whose runs are in "
+                    "contenders/<name>/seed-<number>"
+                )
+        if self.output is not None and self.output.is_dir():
+            raise ValueError(f"output must be a file; got the folder {str(self.output)!r}")
+
     @property
     def file(self) -> Path:
         """Where the report is written."""
@@ -74,6 +91,7 @@ def write(arguments: ReportArguments) -> None:
         OSError: if a file cannot be read or written.
     """
     arguments.check()
+    arguments.check_places()
     from agents.report.page import write_report
 
     arguments.file.parent.mkdir(parents=True, exist_ok=True)
@@ -84,6 +102,7 @@ def serve(arguments: ReportArguments) -> int:
     """Serve the report until Ctrl-C; return the exit code of `main`."""
     try:
         arguments.check()
+        arguments.check_places()
         from agents.report.server import ReportServer
 
         server = ReportServer(arguments.runs, arguments.port)

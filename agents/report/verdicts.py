@@ -21,6 +21,7 @@ from agents.report.run_data import Curve, RunData
 Level = Literal["good", "watch", "bad", "unknown"]
 LEVELS: tuple[Level, ...] = ("unknown", "good", "watch", "bad")
 """From the least worrying to the most."""
+_VOTES = "votes"
 _Scores = Callable[[EvaluationRecord], Any]
 
 NORM_RATIO = (0.1, 0.3)
@@ -68,6 +69,8 @@ def headline(run: RunData, found: Sequence[Verdict]) -> tuple[Level, str]:
     if worst.level in ("watch", "bad"):
         names = [one.name.lower() for one in found if one.level in ("watch", "bad")]
         return worst.level, f"Look at: {', '.join(names)}."
+    if reward.level == "unknown":
+        return "unknown", "The scale of the reward moves while it learns, so its curve is no improvement."
     if holdout.level == "unknown":
         return "unknown", "The reward rose. Without a held-out reward, nothing says whether the samples became better."
     return "good", "No sign of over-optimisation."
@@ -75,6 +78,9 @@ def headline(run: RunData, found: Sequence[Verdict]) -> tuple[Level, str]:
 
 def _reward(run: RunData) -> Verdict:
     means = run.curve("eval/reward_mean")
+    if _VOTES in {term.partition(":")[0] for term in str(run.settings.get("reward")).split(",")}:
+        words = "The judge that scores held-out samples learns from the votes, so its scores of two evaluations differ."
+        return Verdict("Reward", "unknown", f"{words} Watch a held-out reward.", means)
     pair = _pair(run, lambda record: record.rewards, means[0][0], means[-1][0])
     change = means[-1][1] - means[0][1]
     words = f"from {number(means[0][1])} to {number(means[-1][1])} on the same prompts and seeds"

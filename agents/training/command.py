@@ -148,12 +148,15 @@ def summary(result: RunResult) -> str:
     before, after = result.reward_before, result.reward_after
     assert before is not None
     assert after is not None
-    change = (after - before) / abs(before) if before else float("nan")
+    # A sum of standardised rewards begins at 0, of which no change is a percentage.
+    is_relative = abs(before) > 1e-3 * abs(after - before)
+    change = f"{(after - before) / abs(before):+.1%} of |before|" if is_relative else f"{after - before:+.3f}"
+    iterations = "1 iteration" if result.iterations == 1 else f"{result.iterations} iterations"
     lines = [
         "",
         f"Reward ({config.reward}), mean of {config.run.eval_samples} samples from held-out seeds:",
-        f"  before {before:.3f} → after {after:.3f}  ({change:+.1%} of |before|)",
-        f"  {result.iterations} iterations in {result.wall_clock_seconds:.0f} s, start included",
+        f"  before {before:.3f} → after {after:.3f}  ({change})",
+        f"  {iterations} in {result.wall_clock_seconds:.0f} s, start included",
         *_holdout_lines(result),
         "",
         "Look at",
@@ -164,7 +167,7 @@ def summary(result: RunResult) -> str:
         (folder.path / "reward.png", "the curve"),
         (folder.path / "reward_against_kl.png", "rewards against the distance from the pretrained model"),
         (folder.summary, "these figures, and the versions"),
-        (folder.judge, "some images of every call and the judge's answers"),
+        (folder.judge, "the answers of the judge, or the votes"),
     ):
         if file.exists():
             lines.append(f"  {folder.shown(file)}    {content}")
@@ -188,6 +191,7 @@ def _holdout_lines(result: RunResult) -> list[str]:
 
 def _advice(result: RunResult) -> list[str]:
     """Say which weights to use: the last ones, or the best evaluation's if the held-out reward knows better ones."""
+    from agents.config.train_config import TrainConfig
     from agents.training.result import advised_iteration
 
     folder, has_lora = result.folder, result.config.policy.lora_rank > 0
@@ -200,7 +204,10 @@ def _advice(result: RunResult) -> list[str]:
         policy = folder.shown(folder.best / "policy")
         return [f"{use}: agents.DiffusionPolicy.load({policy!r})"] if is_better else []
     lora = folder.shown(folder.best / "lora" if is_better else folder.lora)
-    return [f"{use}: pipe.load_lora_weights({lora!r}), or {quoted('ddpo-sample', '--lora', lora)}"]
+    sample = ["ddpo-sample", "--lora", lora, "--num-inference-steps", str(result.config.num_inference_steps)]
+    if result.config.model != TrainConfig().model:
+        sample += ["--model", result.config.model]
+    return [f"{use}: pipe.load_lora_weights({lora!r}), or {quoted(*sample)}"]
 
 
 if __name__ == "__main__":

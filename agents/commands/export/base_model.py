@@ -64,6 +64,8 @@ def base_model(config: TrainConfig, given: str | None) -> BaseModel:
             "Hub id, or with a folder, which the model card then names"
         )
     path = Path(name).expanduser()
+    if config.model in BUNDLED_MODELS and name != config.model and not path.exists():
+        raise ValueError(f"base_model must be {config.model!r}, the bundled model of the run; got {name!r}")
     if path.is_file():
         raise ValueError(f"base_model must be a Hub id, or a folder in diffusers' layout; got the file {name!r}")
     is_on_hub = name not in BUNDLED_MODELS and not path.exists()

@@ -162,7 +162,8 @@ def _strength(exported: Exported) -> str:
             " (0 is the base model). It was chosen on the same images."
         )
     if all(strength == 0 for sets in measured.best.values() for strength in sets.values()):
-        return f"**The base model scored higher than this LoRA at every strength that was measured ({others}).**"
+        tuned = ", ".join(f"{one:g}" for one in measured.strengths if one)
+        return f"**No strength that was measured ({tuned}) scored higher than the base model.**"
     found = "; ".join(
         f"{markdown(reward)} on {markdown(name)}: {strength:g}"
         for reward, sets in measured.best.items()
@@ -219,7 +220,7 @@ def _training(exported: Exported) -> str:
     last = summary["iterations"]
     started = [one.name for one in (policy.lora, config.run.base_lora) if one is not None]
     rows = {
-        "algorithm": f"{config.algorithm}, advantages: {training.advantage}",
+        "algorithm": config.algorithm + ("" if config.algorithm == "draft" else f", advantages: {training.advantage}"),
         "iterations": f"{exported.iteration} of {last}" if exported.iteration != last else last,
         "reward queries": summary["reward_queries"] * exported.iteration // last,
         "samples per iteration": config.samples_per_iteration,

@@ -83,7 +83,9 @@ def read_contenders(path: Path, line: TrainConfig, folder: Path) -> list[Contend
             raise ValueError(
                 f"names of contenders must differ, and not only in capital letters; got {twice[0]!r} twice"
             )
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"contenders: {str(path)!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise ValueError(f"contenders: {str(path)!r} is not a file of contenders: {error}") from error
     return found
 

@@ -131,7 +131,7 @@ class Race:
             least = one * whole / first
             raise ValueError(
                 f"budget must be at least {least:,.6g} for contender {name!r}, an iteration of which takes {one:,.6g} "
-                f"{unit}: the first of {len(self.rungs)} rungs has {first:,.6g}; got {whole:,.6g}"
+                f"{unit}: rung 1 of {len(self.rungs)} has {first:,.6g}; got {whole:,.6g}"
             )
         return counts
 

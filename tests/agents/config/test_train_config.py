@@ -130,3 +130,9 @@ def test_empty_arguments_are_refused(capsys):
 )
 def test_steps_without_noise_are_trained_on_only_without_log_probabilities(settings, steps):
     assert train_config(**settings).resolved().trained_steps == steps
+
+
+@pytest.mark.parametrize("reward", ["votes", "aesthetic:1,votes:0.5"])
+def test_votes_need_two_samples_of_a_prompt(reward):
+    with pytest.raises(ValueError, match="samples_per_prompt must be at least 2 with reward votes.* got 1"):
+        train_config(reward=reward, samples_per_prompt=1).resolved()

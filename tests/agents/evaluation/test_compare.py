@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +255,12 @@ def test_wrong_arguments_are_one_line_before_a_model_is_loaded(
     assert message in shown.err
     assert "Traceback" not in shown.err + shown.out
     assert not (tmp_path / "evaluation").exists()
+
+
+def test_images_that_are_not_finite_are_an_error(tmp_path):
+    """Stock diffusers' first DDIM step has the root of a negative number with this model, eta 1 and 3 steps."""
+    arguments = SampleArguments(model="tiny", prompts=("a fox",), num_inference_steps=3, device="cpu")
+    with stock_images(arguments) as images, pytest.raises(ValueError, match=r"not finite with num_inference_steps=3"):
+        images(["a fox"], [0], 1.0)
+    with stock_images(replace(arguments, eta=0.999)) as images:
+        assert images(["a fox"], [0], 1.0).std() > 10

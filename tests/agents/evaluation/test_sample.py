@@ -41,6 +41,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--output", "folder.png"], "output must be a file in a folder"),
         (["--output", "file/grid.png"], "output must be a file in a folder"),
         (["--film", "film.png"], "film must end in .gif"),
+        (["--film", "one.gif", "--output", "one.gif"], "film must be another file than output"),
         (["--film", "file/film.gif"], "film must be a file in a folder"),
         (["--lora", "none"], "lora must be a .safetensors file, or a folder with"),
         (["--lora", "damaged"], "is no complete safetensors file"),

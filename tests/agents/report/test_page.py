@@ -14,6 +14,7 @@ from helpers.run_folders import write_answers, write_run
 from helpers.scripts import run_script
 from PIL import Image
 
+from agents.report import command
 from agents.report.page import render
 from agents.report.sample_files import sample_paths, write_samples
 from agents.report.server import ReportServer
@@ -222,3 +223,23 @@ def test_server_says_what_is_wrong_with_a_folder_and_goes_on(server, tmp_path):
 def test_port_that_is_taken_is_named(server, tmp_path):
     with pytest.raises(ValueError, match=f"port must be free on this machine, or 0 for any; got {server.server_port}"):
         ReportServer([tmp_path / "run"], server.server_port)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{missing}"], "runs must be folders of runs, such as runs/first"),
+        (["{race}"], "is that of a race, whose runs are in contenders"),
+        (["{run}", "--output", "{race}"], "output must be a file; got the folder"),
+    ],
+)
+def test_wrong_places_are_refused_before_anything_is_made(arguments, message, tmp_path, monkeypatch, capsys):
+    places = {name: tmp_path / name for name in ("missing", "run", "race")}
+    places["run"].mkdir()
+    places["race"].mkdir()
+    (places["race"] / "race.json").write_text("{}")
+    monkeypatch.setattr("sys.argv", ["ddpo-report", *(one.format(**places) for one in arguments)])
+    assert command.main() == 2
+    assert message in capsys.readouterr().err
+    assert not places["missing"].exists()
+    assert not list(places["run"].iterdir())

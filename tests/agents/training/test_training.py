@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import ddpo_env.vector_env
 from agents.algorithms.policy_gradient.ppo import PPO
 from agents.config.train_config import TrainConfig, train_config
 from agents.policy.diffusion_policy import DiffusionPolicy
+from agents.training import command
 from agents.training.console import ConsoleWriter
 from agents.training.preparation import run_training
 
@@ -60,6 +62,16 @@ def test_run_folder_holds_what_its_docstring_says(finished):
     sometimes = {"judge/", "error.txt", "best/"}
     assert sometimes < set(parts)
     assert all(any(name.startswith(part) for name in files) for part in set(parts) - sometimes if part)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "change"),
+    [(-2.0, -1.5, "+25.0% of |before|"), (1e-16, -2.0, "(-2.000)"), (0.0, 0.25, "(+0.250)")],
+)
+def test_last_words_have_a_percentage_only_of_what_is_not_zero(finished, before, after, change):
+    text = command.summary(replace(finished, reward_before=before, reward_after=after))
+    assert change in text
+    assert ("%" in text) == ("%" in change)
 
 
 def test_summary_says_how_the_run_went(finished):

@@ -185,7 +185,7 @@ def test_seconds_are_timed_once_and_buy_iterations(race, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--budget=20"], r"budget must be at least 32 for contender 'sf', .* 16 queries: the first of 2 rungs has 10"),
+        (["--budget=20"], r"budget must be at least 32 for contender 'sf', .* 16 queries: rung 1 of 2 has 10"),
         (["--reduction=1"], r"reduction must be in \[2, "),
         (["--seeds", "1", "1"], "seeds must be different numbers"),
         (["--updates-per-iteration=3"], "updates_per_iteration.*of contender 'ppo-0.0001'"),
