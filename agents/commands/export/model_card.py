@@ -180,9 +180,8 @@ def _measured(exported: Exported) -> str:
     run, config = exported.run, exported.run.config
     lines = ["| reward | before training | with this LoRA |", "| --- | --- | --- |"]
     for name, curve in ((config.reward, run.evaluations), (config.run.holdout_reward, run.holdout)):
-        if curve and "votes" not in {
-            term.partition(":")[0] for term in str(name).split(",")
-        }:  # its judge's scale moves
+        by_votes = "votes" in {term.partition(":")[0] for term in str(name).split(",")}  # its judge's scale moves
+        if curve and not by_votes:
             means: Mapping[int, float] = dict(curve)
             note = "" if name == config.reward else ", not trained on"
             lines.append(
