@@ -181,7 +181,8 @@ def test_python_of_a_page_runs(page: str, clone: Path, monkeypatch: pytest.Monke
             code = compile("\n" * block.line + smaller(page, block.code), page, "exec")
             if block.reason is None:
                 exec(code, names)
-    PROMISED.get(page, len)(names)
+    if page in PROMISED:
+        PROMISED[page](names)
 
 
 @pytest.mark.parametrize("block", WITH_COMMANDS, ids=str)
