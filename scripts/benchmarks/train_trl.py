@@ -1,4 +1,4 @@
-"""Train with TRL's `DDPOTrainer`: a check of the contender `trl` in scripts/experiments/settings.py.
+"""Train with TRL's `DDPOTrainer`: a real curve beside those of scripts/experiments/reward_queries.py.
 
 Run it in TRL's virtual environment (see trl_trainer.py), with a model's folder and a file with one prompt per line:
 

@@ -1,0 +1,132 @@
+r"""Count the reward queries until samples are a quarter better, in the runs of a race and in TRL's own trainer.
+
+    ddpo-race --contenders scripts/experiments/race/few_queries.yaml --preset tiny-compressibility \
+        --holdout-reward tiny_reader --budget 288 --seeds 0 1 2 --eval-interval 1 --output races/few_queries
+    trl-venv/bin/python scripts/benchmarks/train_trl.py --model ddpo_env/data/tiny --learning-rate 2e-2 \
+        --prompts docs/prompts/simple_animals.txt > trl-0.csv
+    python scripts/experiments/reward_queries.py races/few_queries --trl trl-0.csv
+
+The runs of a race are scored on held-out samples after every iteration. TRL's trainer has no held-out samples, so its
+curve is the mean reward of the samples that it trains on, which the policy of that moment generated.
+"""
+
+import csv
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import tyro
+
+from agents import TrainConfig
+
+
+@dataclass
+class Arguments:
+    """What to compare."""
+
+    race: Annotated[Path, tyro.conf.Positional]
+    """Folder of a race whose runs have an evaluation after every iteration."""
+    trl: tuple[Path, ...] = ()
+    """CSV files that scripts/benchmarks/train_trl.py has printed, one for each seed."""
+    change: float = 0.25
+    """Improvement that is asked for, as a fraction of the reward before training."""
+    output: Path = Path("reward_queries.png")
+    """File of the figure."""
+
+
+class Curve(NamedTuple):
+    """The mean reward of a run after so many reward queries, and the fraction of images that the reader reads."""
+
+    queries: list[int]
+    rewards: list[float]
+    read: list[float]
+
+
+def race_curves(folder: Path) -> dict[str, list[Curve]]:
+    """Return the curves of a race by contender, one for each seed."""
+    curves: dict[str, list[Curve]] = {}
+    for run in sorted(folder.glob("contenders/*/seed-*")):
+        samples = TrainConfig.read(run).samples_per_iteration
+        with (run / "progress.csv").open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row.get("eval/reward_mean")]
+        curves.setdefault(run.parent.name, []).append(
+            Curve(
+                [samples * int(row["time/iterations"]) for row in rows],
+                [float(row["eval/reward_mean"]) for row in rows],
+                [float(row["eval/holdout_reward_mean"]) for row in rows if row.get("eval/holdout_reward_mean")],
+            )
+        )
+    return curves
+
+
+def trl_curve(file: Path) -> Curve:
+    """Return the curve that train_trl.py has printed."""
+    with file.open(newline="") as table:
+        rows = list(csv.DictReader(table))
+    return Curve([int(row["reward_queries"]) for row in rows], [float(row["reward_mean"]) for row in rows], [])
+
+
+def first_better(curve: Curve, change: float) -> int | None:
+    """Return the place of the first reward that is better than the first one by a fraction; None if none is."""
+    goal = curve.rewards[0] + change * abs(curve.rewards[0])
+    return next((place for place, reward in enumerate(curve.rewards) if reward >= goal), None)
+
+
+def table(curves: dict[str, list[Curve]], change: float) -> str:
+    """Return what each contender needed, and what was left of the images then, as a Markdown table."""
+    lines = [
+        f"| contender | queries to {change:+.0%}, by seed | median | images read then | reward at the end, by seed |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for contender, runs in curves.items():
+        needed, shown, read = [], [], []
+        for run in runs:
+            place = first_better(run, change)
+            needed.append(float("inf") if place is None else run.queries[place])
+            shown.append(f"not in {run.queries[-1]}" if place is None else str(run.queries[place]))
+            read.append(f"{run.read[place]:.0%}" if place is not None and run.read else "–")
+        median = statistics.median(needed)
+        cells = [contender, ", ".join(shown), "–" if median == float("inf") else f"{median:.0f}", ", ".join(read)]
+        lines.append(f"| {' | '.join(cells)} | {', '.join(f'{run.rewards[-1]:.3f}' for run in runs)} |")
+    return "\n".join(lines)
+
+
+def plot(curves: dict[str, list[Curve]], change: float, file: Path) -> None:
+    """Draw every run, one colour for each contender, and the reward that is asked for."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6.4, 4))
+    for number, (contender, runs) in enumerate(curves.items()):
+        for place, run in enumerate(runs):
+            label = contender if place == 0 else None
+            axis.plot(run.queries, run.rewards, color=f"C{number}", linewidth=1.5, alpha=0.8, label=label)
+    start = statistics.mean(run.rewards[0] for runs in curves.values() for run in runs)
+    axis.axhline(start + change * abs(start), color="#555555", linestyle=":", label=f"{change:.0%} better")
+    axis.set(xlabel="reward queries", ylabel="mean reward")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+
+
+def main() -> None:
+    """Read the runs, print the table and draw the figure."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    curves = race_curves(arguments.race)
+    if not curves:
+        sys.exit(f"error: race must be the folder of a race; got {arguments.race}, which has no contenders/*/seed-*")
+    if arguments.trl:
+        curves["TRL's trainer"] = [trl_curve(file) for file in arguments.trl]
+    print(table(curves, arguments.change))
+    plot(curves, arguments.change, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
