@@ -5,6 +5,7 @@ A built-in reward is one line of `BUILTIN_REWARDS`. Its module is imported only 
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import os
@@ -209,7 +210,7 @@ def _imported_by_user(spec: str) -> Any:
     if not separator or not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
         raise ValueError(
             f"reward must be one of {', '.join(BUILTIN_REWARDS)}; or module:function; or a weighted sum such as "
-            f"aesthetic:1,clip_score:0.5; got {spec!r}"
+            f"aesthetic:1,clip_score:0.5; got {spec!r}{did_you_mean(module_name, BUILTIN_REWARDS)}"
         )
     _user_modules.allow(module_name.partition(".")[0], os.getcwd())
     try:
@@ -270,6 +271,12 @@ def _importing_module() -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
+def did_you_mean(value: object, valid: Iterable[str]) -> str:
+    """Return the end of an error's message: the valid name that is nearest to a wrong one, if one is near."""
+    near = difflib.get_close_matches(str(value), list(valid), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def check_number(name: str, value: Any, least: float, most: float) -> None:
     """Check a number among the arguments. An integer is required if both limits are integers.
 
@@ -311,7 +318,8 @@ def check_options(takes: Callable[..., Any], given: Mapping[str, Any], name: str
         if not catches_all:
             break
     if unknown := [str(key) for key in given if key not in valid]:
-        raise ValueError(f"{name} must be among {', '.join(valid) or 'none'}; got {', '.join(unknown)}")
+        near = did_you_mean(unknown[0], valid)
+        raise ValueError(f"{name} must be among {', '.join(valid) or 'none'}; got {', '.join(unknown)}{near}")
 
 
 def _instantiated(reward: Any, label: str, options: dict[str, Any]) -> Reward:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from agents.config.train_config import TrainConfig, train_config
+from rewards.registry import did_you_mean
 
 
 class _Experiment(NamedTuple):
@@ -69,7 +70,7 @@ def preset_config(name: str) -> TrainConfig:
         ValueError: for any other name.
     """
     if name not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}")
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}{did_you_mean(name, PRESETS)}")
     if name in _MINIATURES:
         return train_config(preset=name, **_MINIATURES[name])
     return train_config(

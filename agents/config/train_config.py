@@ -6,7 +6,6 @@ are given flat: `train_config(model="tiny", lora_rank=4)`, on the command line a
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from agents.config.sizes import largest_divisor, must_divide
 from agents.policy.options import PolicyOptions, check_trainable
 from ddpo_env.validation.options import Range, check_fields, shown
 from rewards import check_differentiable_names, parse_options
+from rewards.registry import did_you_mean
 
 _ITERATIONS = 12
 _OLD_GROUPS = {"task"}
@@ -163,9 +163,7 @@ class TrainConfig:
                 group = own.get(owners[name], groups[owners[name]])
                 own[owners[name]] = replace(group, **{name: value})
             elif name not in groups:
-                near = difflib.get_close_matches(name, [*groups, *owners], 1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise ValueError(f"there is no setting {name!r}{hint}")
+                raise ValueError(f"there is no setting {name!r}{did_you_mean(name, [*groups, *owners])}")
         return replace(self, **own).with_given(self._given | settings.keys())
 
     def resolved(self, processes: int = 1) -> TrainConfig:

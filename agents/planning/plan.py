@@ -131,10 +131,12 @@ def _training(config: TrainConfig) -> str:
         last = "step" if training.draft_steps == 1 else f"{training.draft_steps} steps"
         size = min(training.train_batch_size, total // updates)
         return f"{text} through the reward, the decoder and the last {last}, {_call(config, size, 'sample')}"
+    is_dpo = config.algorithm == "dpo"  # its pairs are two samples
+    unit, two = ("row", ", two for a pair of samples at a timestep") if is_dpo else ("pair", "")
     return (
         f"{text} with {_count(config.trained_samples // updates, 'sample', 'samples')} × {config.trained_steps} of "
-        f"{config.num_inference_steps} steps = {_count(pairs_per_update(config), 'pair', 'pairs')}, "
-        f"{_call(config, training.train_batch_size, 'pair')}"
+        f"{config.num_inference_steps} steps = {_count(pairs_per_update(config), unit, unit + 's')}{two}, "
+        f"{_call(config, training.train_batch_size, unit)}"
     )
 
 

@@ -15,7 +15,7 @@ import tyro
 
 from agents.output.terminal import BAD_ARGUMENTS, print_error, print_line, run_command, tolerate_encodings
 
-MOST_PORT = 65_535
+DEFAULT_PORT, MOST_PORT = 8631, 65_535
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,8 @@ class ReportArguments:
     serve: tyro.conf.FlagCreatePairsOff[bool] = False
     """Write no file, but serve the report to browsers on this machine; an open page renews itself while a run goes
     on. Ctrl-C ends it."""
-    port: int = 8631
-    """With --serve: the port; 0 for any free one."""
+    port: int | None = None
+    """With --serve: the port; 0 for any free one. Default: 8631."""
 
     def check(self) -> None:
         """Check the arguments before anything is read.
@@ -40,7 +40,9 @@ class ReportArguments:
         """
         if not self.runs:
             raise ValueError("runs must be at least one folder of a run, such as runs/first; got none")
-        if not 0 <= self.port <= MOST_PORT:
+        if self.port is not None and not self.serve:
+            raise ValueError(f"port must not be given without --serve, as nothing is served; got {self.port}")
+        if self.port is not None and not 0 <= self.port <= MOST_PORT:
             raise ValueError(f"port must be between 0 and {MOST_PORT}; got {self.port}")
         if self.serve and self.output is not None:
             raise ValueError(f"output must not be given with --serve, which writes no file; got {str(self.output)!r}")
@@ -105,7 +107,7 @@ def serve(arguments: ReportArguments) -> int:
         arguments.check_places()
         from agents.report.server import ReportServer
 
-        server = ReportServer(arguments.runs, arguments.port)
+        server = ReportServer(arguments.runs, DEFAULT_PORT if arguments.port is None else arguments.port)
     except (ValueError, OSError) as error:
         print_error(error)
         return BAD_ARGUMENTS

@@ -24,6 +24,7 @@ from ddpo_env.models.families.watching import check_form
 from ddpo_env.models.files.pipelines import PipelineIndex, pipeline_index, read_index
 from ddpo_env.models.files.single_file import check_single_file, configuration_of
 from ddpo_env.models.protocol import DiffusionModel
+from rewards.registry import did_you_mean
 
 BUNDLED_MODELS: dict[str, str] = {
     "tiny": "data/tiny",
@@ -76,7 +77,7 @@ def resolve_source(model: str | Path) -> str:
     looks_like_path = name.startswith((".", "/", "~")) or isinstance(model, Path)
     if _HUB_ID.fullmatch(name) and not looks_like_path:
         return name
-    raise ValueError(f"model must be {VALID_MODELS}; got {name!r}")
+    raise ValueError(f"model must be {VALID_MODELS}; got {name!r}{did_you_mean(name, BUNDLED_MODELS)}")
 
 
 def build_bundled(name: str, device: torch.device, dtype: torch.dtype) -> DiffusionModel:

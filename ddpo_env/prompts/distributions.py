@@ -21,6 +21,7 @@ import numpy as np
 
 from ddpo_env.prompts import vocabulary
 from ddpo_env.prompts.files import read_prompt_file, split_prompt
+from rewards.registry import did_you_mean
 
 if TYPE_CHECKING:
     import inflect
@@ -195,6 +196,7 @@ def _read_file(path: str | Path) -> PromptSet:
     if not is_file:
         raise ValueError(
             f"prompts must be one of {', '.join(PROMPT_SETS)}, or an existing text file; got {reprlib.repr(str(path))}"
+            f"{did_you_mean(path, PROMPT_SETS)}"
         )
     return _collect(_checked(prompt, where) for where, prompt in read_prompt_file(Path(path)))
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from rewards.registry import did_you_mean
+
 _Options = TypeVar("_Options")
 _Init = TypeVar("_Init", bound=Callable[..., Any])
 
@@ -107,7 +109,11 @@ def check_value(name: str, value: Any, hint: Any) -> None:
         return
     if all(expected := [_expected(value, kind) for kind in kinds]):
         optional = "None or " if NoneType in choices else ""
-        raise ValueError(f"{name} must be {optional}{' or '.join(map(str, expected))}; got {shown(value)}")
+        names = [str(one) for kind in kinds if get_origin(kind) is Literal for one in get_args(kind)]
+        raise ValueError(
+            f"{name} must be {optional}{' or '.join(map(str, expected))}; got {shown(value)}"
+            f"{did_you_mean(value, names)}"
+        )
     if float in kinds and not ranges:
         ranges = [Range()]
     number = _as_float(value) if float in kinds else value

@@ -109,8 +109,8 @@ class Aesthetic(DifferentiableClipReward):
             ValueError: The file does not contain such a head, or the head does not fit the CLIP model.
         """
         if self._head is None:
+            dimensions = self.loaded.model.config.projection_dim  # first, as its error offline names the bundled one
             head = AestheticHead(load_weights(self._head_source)).to(self.device)
-            dimensions = self.loaded.model.config.projection_dim
             if head.dimensions != dimensions:
                 raise ValueError(
                     f"aesthetic head takes embeddings of {head.dimensions} dimensions, but the CLIP model "

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,13 +100,7 @@ class ClipEmbedder:
 
 @images_only
 class ClipReward(ModelHolder[ClipEmbedder], ABC):
-    """Base of the rewards that score images by their CLIP embeddings; a subclass implements `score`.
-
-    Attributes:
-        purpose: The purpose in `BUNDLED_MODELS` of the model that `model="tiny"` names; empty if there is none.
-    """
-
-    purpose: ClassVar[str] = ""
+    """Base of the rewards that score images by their CLIP embeddings; a subclass implements `score`."""
 
     def __init__(
         self,
@@ -132,11 +126,10 @@ class ClipReward(ModelHolder[ClipEmbedder], ABC):
         Raises:
             ValueError: An argument is not valid.
         """
-        source = resolve_source(model, self.purpose)
         super().__init__(
             ClipEmbedder,
-            source,
-            source if processor is None else resolve_source(processor),
+            model,
+            resolve_source(model if processor is None else processor, self.purpose),
             None if weights is None else resolve_weights(weights),
             device=device,
             dtype=dtype,

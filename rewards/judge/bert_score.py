@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rewards.networks.pretrained import ModelHolder, load_network, load_processor, require, resolve_source
+from rewards.networks.pretrained import ModelHolder, load_network, load_processor, require
 from rewards.registry import check_number
 
 DEFAULT_ENCODER = "microsoft/deberta-xlarge-mnli"
@@ -60,6 +60,9 @@ class TextEncoder:
 class BertScoreRecall(ModelHolder[TextEncoder]):
     """Scores candidates against references by BERTScore recall, without rescaling by a baseline."""
 
+    purpose = "text_encoder"
+    option = "text_model"
+
     def __init__(
         self,
         model: str | Path = DEFAULT_ENCODER,
@@ -85,8 +88,7 @@ class BertScoreRecall(ModelHolder[TextEncoder]):
         if layer is not None:
             check_number("layer", layer, -1000, 1000)
         require("torchmetrics", "BERTScore")
-        source = resolve_source(model, "text_encoder")
-        super().__init__(TextEncoder, source, device=device, dtype=dtype, batch_size=batch_size)
+        super().__init__(TextEncoder, model, device=device, dtype=dtype, batch_size=batch_size)
         self.layer = LAYERS.get(str(model), -1) if layer is None else layer
 
     def load(self) -> None:

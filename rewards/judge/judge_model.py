@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from rewards.networks.pretrained import TINY, ModelHolder, load_network, load_processor, resolve_source
+from rewards.networks.pretrained import TINY, ModelHolder, load_network, load_processor
 from rewards.registry import check_number
 
 FAMILY_PACKAGES = ("torchvision", "num2words", "timm", "sentencepiece")
@@ -79,6 +79,8 @@ class JudgeModel(ModelHolder[VisionLanguageModel]):
     images, and SmolVLM2 needs `num2words` too.
     """
 
+    purpose = "judge"
+
     def __init__(
         self,
         model: str | Path,
@@ -103,8 +105,7 @@ class JudgeModel(ModelHolder[VisionLanguageModel]):
         if batch_size is None:
             batch_size = 64 if str(model) == TINY else 8
         check_number("max_new_tokens", max_new_tokens, 1, 1_000_000)
-        source = resolve_source(model, "judge")
-        super().__init__(VisionLanguageModel, source, device=device, dtype=dtype, batch_size=batch_size)
+        super().__init__(VisionLanguageModel, model, device=device, dtype=dtype, batch_size=batch_size)
         self.max_new_tokens = max_new_tokens
 
     def ask(self, images: Sequence[NDArray[np.uint8]], questions: Sequence[str]) -> list[str]:

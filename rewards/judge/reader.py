@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rewards.kinds import images_only
-from rewards.networks.pretrained import TINY, ModelHolder, check_finite, load_weights, resolve_source
+from rewards.networks.pretrained import TINY, ModelHolder, check_finite, load_weights
 from rewards.protocol import Details, Images, Metadata
 
 SIDE = 64
@@ -100,6 +100,7 @@ class TinyReader(ModelHolder[Reader]):
     """1 if an image of the bundled model shows what its prompt asks for, else 0, as an independent network reads it."""
 
     __name__ = "tiny_reader"
+    purpose = "reader"
 
     def __init__(self, *, device: str | torch.device = "auto", batch_size: int = 256) -> None:
         """Check the arguments. Nothing is loaded yet.
@@ -111,8 +112,7 @@ class TinyReader(ModelHolder[Reader]):
         Raises:
             ValueError: An argument is not valid.
         """
-        source = resolve_source(TINY, "reader")
-        super().__init__(Reader, source, device=device, dtype="float32", batch_size=batch_size)
+        super().__init__(Reader, TINY, device=device, dtype="float32", batch_size=batch_size)
 
     def read(self, images: Images) -> list[Reading]:
         """Return what each image shows.

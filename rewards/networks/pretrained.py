@@ -18,7 +18,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -263,21 +263,12 @@ def shortened(names: Iterable[str]) -> str:
 
 
 def load_cached(load: Callable[..., _T], source: str, *arguments: object) -> _T:
-    """Return `load(source, *arguments)`, or the earlier result of this call while something still refers to it.
-
-    Raises:
-        OSError: The source cannot be read or downloaded; the message names it.
-    """
+    """Return `load(source, *arguments)`, or the earlier result of this call while something still refers to it."""
     key = (load, source, *arguments)
     with _lock:
         loaded: _T | None = _loaded.get(key)
         if loaded is None:
-            try:
-                loaded = load(source, *arguments)
-            except OSError as error:
-                hint = f"without a network give a folder, or {TINY!r} if there is a bundled model"
-                raise OSError(f"cannot load {source!r}; {hint}: {error}") from error
-            _loaded[key] = loaded
+            loaded = _loaded[key] = load(source, *arguments)
     return loaded
 
 
@@ -288,16 +279,21 @@ class ModelHolder(Generic[_T]):
     next use loads it again.
 
     Attributes:
+        purpose: The purpose in `BUNDLED_MODELS` of the model that `"tiny"` names; empty if there is none.
+        option: The reward's option that names the model.
         source: Folder or Hub id of the model.
         device: The device of the model.
         dtype: The dtype of its weights.
         batch_size: Inputs per call of the model.
     """
 
+    purpose: ClassVar[str] = ""
+    option: ClassVar[str] = "model"
+
     def __init__(
         self,
         loader: Callable[..., _T],
-        source: str,
+        model: str | Path,
         *arguments: object,
         device: str | torch.device,
         dtype: str | torch.dtype,
@@ -306,10 +302,10 @@ class ModelHolder(Generic[_T]):
         """Check the arguments. `loader(source, device, dtype, *arguments)` will load the model.
 
         Raises:
-            ValueError: The device, the dtype or the batch size is not valid.
+            ValueError: The model, the device, the dtype or the batch size is not valid.
         """
+        self.source = resolve_source(model, self.purpose)
         check_number("batch_size", batch_size, 1, 1_000_000)
-        self.source = source
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
         self.batch_size = batch_size
@@ -319,9 +315,20 @@ class ModelHolder(Generic[_T]):
 
     @property
     def loaded(self) -> _T:
-        """The model, which is loaded at its first use."""
+        """The model, which is loaded at its first use.
+
+        Raises:
+            OSError: It cannot be read or downloaded; the message says what works without a network.
+        """
         if self._loaded is None:
-            self._loaded = load_cached(self._loader, self.source, self.device, self.dtype, *self._arguments)
+            try:
+                self._loaded = load_cached(self._loader, self.source, self.device, self.dtype, *self._arguments)
+            except OSError as error:
+                hint = "without a network give a folder"
+                if self.purpose:
+                    setting = f"{self.option}={TINY}"
+                    hint += f" or the bundled model, with --reward-options {setting}; in a weighted sum TERM.{setting}"
+                raise OSError(f"cannot load {self.source!r}; {hint}: {error}") from error
         return self._loaded
 
     def load(self) -> None:

@@ -172,6 +172,8 @@ def _compared_images(name: str, images: np.ndarray, watched: Watched, advice: st
     if watched.images is None or images.shape != watched.images.shape:
         shape = None if watched.images is None else watched.images.shape
         return Finding(name, "red", {}, f"Images have shape {images.shape}, the pipeline's {shape}.", advice)
+    if fault := watched.fault(name):
+        return fault
     levels = np.abs(images.astype(float) - watched.images)
     numbers = {"mean_levels": float(levels.mean()), "largest_levels": float(levels.max())}
     level = graded(numbers["mean_levels"], 0.3, 2.0)

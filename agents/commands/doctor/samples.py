@@ -23,11 +23,14 @@ def check_sampler(examination: Examination) -> Finding:
     """Write images of the stochastic sampler beside the deployed one's, and compare the rewards of both."""
     name, samples = "stochastic sampler", examination.samples
     pipeline = pipeline_of(examination.model)
-    deployed = None if pipeline is None else watch(examination, samples.prompts, deployed=True).images
+    watched = None if pipeline is None else watch(examination, samples.prompts, deployed=True)
+    deployed = None if watched is None else watched.images
     _write(examination, deployed)
     if broken := int((~samples.finite).sum()):
         meaning = f"{broken} of {len(samples.finite)} samples are NaN or infinite."
         return Finding(name, "red", {"not_finite": broken}, meaning, "Set --dtype float32, or lower --eta.")
+    if watched is not None and (fault := watched.fault(name)):
+        return fault
     own = examination.score(samples.decoded, samples.prompts)
     numbers: dict[str, Any] = {"reward": _mean(own), "std": float(np.nanstd(own))}
     if deployed is None:

@@ -24,6 +24,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from agents.commands.doctor.examination import Examination
+from agents.commands.doctor.finding import Finding
 from agents.policy.lora import continue_lora, share_weights, starting_adapters
 from ddpo_env.models import DiffusionModel, abilities_of, load_model
 from ddpo_env.models.files.pipelines import pipeline_of
@@ -43,7 +44,8 @@ class Watched:
         inputs: latents that the scheduler's `step` was given, one tensor a step.
         outputs: the guided outputs of the denoiser, likewise.
         latents: after the last step.
-        images: uint8 `(batch, height, width, 3)`; `None` if the pipeline returns something else.
+        images: uint8 `(batch, height, width, 3)`, with 0 for NaN; `None` if the pipeline returns something else.
+        not_finite: number of images with NaN or infinite values.
         prompts: one for each row, with its metadata.
         noise: where the call began, in the layout of the model's latents.
     """
@@ -55,11 +57,20 @@ class Watched:
     outputs: list[Tensor] = field(default_factory=list)
     latents: Tensor | None = None
     images: npt.NDArray[np.uint8] | None = None
+    not_finite: int = 0
 
     @property
     def texts(self) -> list[str]:
         """The prompts without metadata."""
         return [text for text, _ in self.prompts]
+
+    def fault(self, name: str) -> Finding | None:
+        """Return the red finding of a check that compares images, if some of them are not finite."""
+        if not self.not_finite:
+            return None
+        meaning = f"{self.not_finite} of {len(self.prompts)} images of the pipeline's own call are NaN or infinite."
+        advice = "You could not deploy what training makes of it: give the pipeline another scheduler or other weights."
+        return Finding(name, "red", {"not_finite_of_pipeline": self.not_finite}, meaning, advice)
 
 
 class _FirstStepError(Exception):
@@ -103,6 +114,8 @@ def watch(
         scheduler.step = _recorder(scheduler.step, watched)
         result = stock(**arguments)[0]
     watched.images = _as_images(result)
+    if isinstance(result, np.ndarray):
+        watched.not_finite = sum(not np.isfinite(one).all() for one in result)
     return watched
 
 

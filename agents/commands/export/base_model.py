@@ -13,9 +13,10 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from agents.config.content import place_of
 from agents.config.train_config import TrainConfig
-from agents.output.terminal import escaped, quoted
+from agents.output.terminal import escaped
 from ddpo_env.models import BUNDLED_MODELS
 from ddpo_env.models.families.pipeline_model import PipelineModel
+from ddpo_env.models.files.single_file import download_of_configurations
 from ddpo_env.models.outline import outline_model
 from ddpo_env.models.protocol import DiffusionModel
 
@@ -73,10 +74,9 @@ def base_model(config: TrainConfig, given: str | None) -> BaseModel:
         if (place := _configurations(source)) is not None:
             break
     else:
-        only = ["--include", "*.json", "--include", "*.txt", "--include", "*.model"]
         raise ValueError(
             f"base_model {name!r} must have its configurations on this machine, which say how its pipeline is called. "
-            f"Without its weights they are small: {quoted('hf', 'download', name, *only)}"
+            f"Without its weights they are small: {download_of_configurations(name)}"
         )
     model: DiffusionModel | None = outline_model(place, *config.run.size)
     if not isinstance(model, PipelineModel):

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffusers import FlowMatchEulerDiscreteScheduler
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from agents.commands.export.base_model import PACKAGED, BaseModel
 from agents.config.train_config import TrainConfig
@@ -15,6 +16,9 @@ from ddpo_env.prompts import PROMPT_SETS, PromptSet, load_prompts
 from ddpo_env.prompts.images import IMAGE
 from ddpo_env.sampler.scheduler_table import ddim_of
 
+_LARGEST_SAFE_ETA = 0.999
+"""With eta 1, a step from pure noise leaves nothing of it but new noise: diffusers takes the root of a difference of
+equal numbers, which rounding may make negative."""
 _PACKAGED = 'str(files("ddpo_env") / "data" / "tiny")'
 
 
@@ -34,13 +38,17 @@ def example(base: BaseModel, config: TrainConfig, prompt: str | None, strength: 
     model, is_video = base.model, base.model.sample_kind == "video"
     arguments: dict[str, Any] = {"num_inference_steps": config.num_inference_steps}
     arguments |= model.pipeline_call(config.policy.guidance_scale)
-    classes, scheduler = ["DiffusionPipeline"], []
+    classes, scheduler, note = ["DiffusionPipeline"], [], []
     if not isinstance(model.scheduler, FlowMatchEulerDiscreteScheduler):  # a flow is sampled by its own
         classes.insert(0, "DDIMScheduler")
         # Named, because diffusers' DDIM clips where the configuration says nothing.
         clip = bool(ddim_of(model.scheduler).config.clip_sample)
         scheduler = [f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample={clip})"]
-        arguments |= {"eta": _eta(config)} if "eta" in model.watched.parameters else {}
+        if "eta" in model.watched.parameters:
+            arguments["eta"] = _eta(config)
+            if not _is_finite(ddim_of(model.scheduler), config.num_inference_steps, arguments["eta"]):
+                note = ["# not the training's eta 1, with which a rounding error of diffusers makes this image NaN"]
+                arguments["eta"] = _LARGEST_SAFE_ETA
     is_packaged, takes_image = base.name == PACKAGED, IMAGE in model.prompt_fields
     functions = [name for name, used in (("export_to_video", is_video), ("load_image", takes_image)) if used]
     values = {name: _literal(value) for name, value in arguments.items()}
@@ -58,6 +66,7 @@ def example(base: BaseModel, config: TrainConfig, prompt: str | None, strength: 
             *scheduler,
             f'pipe.load_lora_weights({_literal(place)}, weight_name="{DIFFUSERS_FILE}", adapter_name="ddpo")',
             f'pipe.set_adapters("ddpo", {strength})',
+            *note,
             f"sample = pipe({given}).{made}",
         ]
     )
@@ -89,3 +98,11 @@ def _eta(config: TrainConfig) -> float:
     if config.policy.sampler == "ode":
         return 0.0
     return config.policy.eta if isinstance(config.policy.eta, float | int) else 1.0
+
+
+def _is_finite(scheduler: DDIMScheduler, steps: int, eta: float) -> bool:
+    """Return whether no step of diffusers' DDIM makes NaN of zeros."""
+    scheduler.set_timesteps(steps)
+    zeros = torch.zeros(1, 1, 1, 1)
+    made = [scheduler.step(zeros, time, zeros, eta=eta, variance_noise=zeros) for time in scheduler.timesteps]
+    return all(bool(one.prev_sample.isfinite()) for one in made)

@@ -14,7 +14,6 @@ a contender can change nothing of what all of them must share to be compared.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ from agents.config.authority import reaching_out
 from agents.config.config_file import read_handwritten_yaml
 from agents.config.train_config import TrainConfig
 from ddpo_env.validation.options import shown
+from rewards.registry import did_you_mean
 
 RACE_OWNED = ("iterations", "preset", "resume", "run_dir", "seed")
 """Settings that neither a file nor, but for the preset, a command line may give: the race sets them."""
@@ -145,10 +145,9 @@ def _changed(config: TrainConfig, settings: Mapping[str, Any], where: str, fixed
         if name in _SHARED and name in fixed:
             raise ValueError(f"{where} must not set {name}, which all contenders share: set it in base")
         if name not in known or name in fixed:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f" (did you mean {near[0]}?)" if near and near[0] not in fixed else ""
-            valid = ", ".join(sorted(known.keys() - set(fixed)))
-            raise ValueError(f"{where}: there is no setting {shown(name)}{hint}; valid are {valid}")
+            valid = sorted(known.keys() - set(fixed))
+            near = did_you_mean(name, valid)
+            raise ValueError(f"{where}: there is no setting {shown(name)}; valid are {', '.join(valid)}{near}")
     try:
         return config.changed(**{name: _tuple(value) for name, value in settings.items()})
     except ValueError as error:

@@ -7,6 +7,7 @@ file does not hold, such as the text encoders of a transformer alone, is loaded 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,14 @@ def check_single_file(file: Path) -> None:
         raise ValueError(
             f"model {name!r} holds weights only; its configurations and tokenizers must be in the folder "
             f"{str(folder)!r}, and there is no model_index.json. Get those of {likely}, or of the model that it was "
-            f"trained from, once: hf download {likely} --include '*.json' '*.txt' '*.model' --local-dir {str(folder)!r}"
+            f"trained from, once: {download_of_configurations(likely, '--local-dir', str(folder))}"
         )
+
+
+def download_of_configurations(name: str, *options: str) -> str:
+    """Return the command that gets the configurations and tokenizers of a model on the Hub, without its weights."""
+    patterns = [part for kind in ("json", "txt", "model") for part in ("--include", f"*.{kind}")]
+    return shlex.join(["hf", "download", name, *patterns, *options])
 
 
 def configuration_of(file: Path) -> Path:

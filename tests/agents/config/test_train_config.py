@@ -7,6 +7,10 @@ import yaml
 
 from agents import TrainConfig, train_config
 from agents.config.command_line import parse_command_line
+from agents.config.presets import preset_config
+from ddpo_env.models import resolve_source
+from ddpo_env.prompts import load_prompts
+from rewards import load_reward
 
 
 def test_settings_find_their_group_by_name():
@@ -47,6 +51,26 @@ def test_a_configuration_cannot_be_changed_in_place():
 def test_wrong_settings_are_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         train_config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        (lambda: train_config(algorithm="gropo"), "grpo"),
+        (lambda: train_config(sampler="flowsde"), "flow-sde"),
+        (lambda: preset_config("sd14-asthetic"), "sd14-aesthetic"),
+        (lambda: load_prompts("simple_animal"), "simple_animals"),
+        (lambda: resolve_source("tinny"), "tiny"),
+        (lambda: load_reward("asthetic"), "aesthetic"),
+        (lambda: load_reward("jpeg_compresibility:1,clip_score:1"), "jpeg_compressibility"),
+        (lambda: load_reward("clip_score", modl="tiny"), "model"),
+        (lambda: load_reward("nothing_like_it"), None),
+    ],
+)
+def test_nearest_name_is_suggested(wrong, meant):
+    with pytest.raises(ValueError, match="must be") as error:
+        wrong()
+    assert str(error.value).partition("; did you mean ")[2] == (f"{meant}?" if meant else "")
 
 
 def test_file_gives_the_same_configuration(tmp_path):

@@ -37,6 +37,11 @@ def test_plan_of_sparse_regression():
     assert plan[5] == "denoiser   1,360 rows: 800 to sample, 400 to train, 160 for held-out images"
 
 
+def test_plan_of_dpo_does_not_call_a_sample_at_a_timestep_a_pair():
+    (training,) = [line for line in describe_plan(train_config(algorithm="dpo").resolved()) if "dpo" in line]
+    assert "= 90 rows, two for a pair of samples at a timestep, in calls of up to 45 rows" in training
+
+
 @pytest.mark.parametrize(
     ("settings", "measuring"),
     [

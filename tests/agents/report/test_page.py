@@ -169,6 +169,8 @@ def test_command_writes_the_file_and_refuses_what_is_no_run(tmp_path, monkeypatc
     assert "must be the folder of a run" in capsys.readouterr().err
     assert run_script("report", [run, "--serve", "--port", "70000"], monkeypatch) == 2
     assert "port must be between 0 and 65535; got 70000" in capsys.readouterr().err
+    assert run_script("report", [run, "--port", "8000"], monkeypatch) == 2
+    assert "port must not be given without --serve, as nothing is served; got 8000" in capsys.readouterr().err
 
 
 @pytest.fixture

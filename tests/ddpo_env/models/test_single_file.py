@@ -1,5 +1,6 @@
 """A pipeline in one .safetensors file, in its authors' layout: the same weights, and an error for every other file."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -127,5 +128,7 @@ def test_configurations_that_are_missing_are_named_with_the_command_that_gets_th
     telling: str, likely: str, tmp_path: Path
 ) -> None:
     save_file({telling: torch.ones(2)}, tmp_path / "alone.safetensors")
-    with pytest.raises(ValueError, match=rf"folder '.*/alone'.*: hf download {likely}.* --local-dir '.*/alone'"):
+    with pytest.raises(ValueError, match=rf"folder '.*/alone'.*: hf download {likely}") as error:
         check_source(tmp_path / "alone.safetensors")
+    options = r" --include '\*.json' --include '\*.txt' --include '\*.model' --local-dir .*/alone$"  # one pattern each
+    assert re.search(options, str(error.value))

@@ -205,6 +205,22 @@ def test_model_that_cannot_be_downloaded_is_named():
         pretrained.load_weights("nobody/nothing/head.pth")
 
 
+@pytest.mark.parametrize(
+    ("reward", "setting"),
+    [("aesthetic", "model=tiny"), ("clip_score", "model=tiny"), ("vlm_vqa", "model=tiny"), ("pickscore", None)],
+)
+def test_error_without_a_network_names_the_bundled_model_where_there_is_one(reward, setting, monkeypatch):
+    def offline(*_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(pretrained, "load_cached", offline)
+    with pytest.raises(OSError, match=r"^cannot load .*; without a network give a folder") as error:
+        load_reward(reward, device="cpu").load()
+    hint = f" or the bundled model, with --reward-options {setting}; in a weighted sum TERM.{setting}:"
+    assert (hint in str(error.value)) == (setting is not None)
+    assert ("bundled" in str(error.value)) == (setting is not None)
+
+
 def test_dtypes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 1)

@@ -190,6 +190,20 @@ def test_samples_that_are_not_finite(tmp_path):
     assert "4 of 4 samples are NaN" in finding.meaning
 
 
+def test_pipeline_whose_own_images_are_not_finite(tmp_path):
+    class Faulty(Patient):
+        def decode(self, latents):
+            return torch.zeros(len(latents), 32, 32, 3, dtype=torch.uint8)
+
+    faulty = Faulty()
+    with torch.no_grad():
+        faulty.pipeline.vae.decoder.conv_out.bias.fill_(torch.nan)
+    findings = findings_of(faulty, tmp_path, "decoder", "stochastic sampler")
+    assert {one.level for one in findings.values()} == {"red"}
+    assert "2 of 2 images of the pipeline's own call are NaN" in findings["decoder"].meaning
+    assert "4 of 4 images of the pipeline's own call are NaN" in findings["stochastic sampler"].meaning
+
+
 def zeroed(weights):
     return {name: torch.zeros_like(value) for name, value in weights.items()}
 

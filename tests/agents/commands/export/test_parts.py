@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from helpers.lora_files import ADAPTED, save_diffusers_lora
 from helpers.micro_families import micro_family
 from helpers.micro_pipeline import micro_pipeline
@@ -24,6 +24,7 @@ from agents.commands.export.measured import Measured
 from agents.commands.export.model_card import Exported, markdown, model_card
 from agents.config.train_config import TrainConfig
 from agents.evaluation.comparison import Estimate, Result
+from ddpo_env.models import resolve_source
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl"])
@@ -90,6 +91,22 @@ def test_example_calls_each_family_in_its_own_way(
     assert ("export_to_video(sample" in code) == (family == "wan")
     assert "DDIMScheduler" not in code
     assert "eta=" not in code
+
+
+@pytest.mark.parametrize(("steps", "eta"), [(3, 0.999), (10, 1.0), (50, 0.999)])
+def test_example_has_no_eta_with_which_diffusers_makes_nan(steps: int, eta: float) -> None:
+    config = TrainConfig().changed(num_inference_steps=steps)
+    code = example(base_model(config, None), config, None, 1.0, "me/lora")
+    assert f"num_inference_steps={steps}, " in code
+    assert f"eta={eta})" in code
+    assert ("# not the training's eta 1" in code) == (eta != 1)
+    scheduler = DDIMScheduler.from_pretrained(resolve_source("tiny"), subfolder="scheduler")
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 4, 8, 8, generator=generator)
+    for timestep in scheduler.timesteps:
+        latents = scheduler.step(latents, timestep, latents, eta=eta, generator=generator).prev_sample
+    assert latents.isfinite().all()
 
 
 def made_up_run(folder: Path, holdout: tuple[float, ...]) -> FinishedRun:

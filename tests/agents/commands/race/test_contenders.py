@@ -66,7 +66,7 @@ def test_base_comes_before_the_preset(read):
         ("contenders: {a: {learning_rate: -1}}", "contender 'a': learning_rate must be .*got -1"),
         (
             "contenders: {a: {lerning_rate: 1}}",
-            "contender 'a'.*did you mean learning_rate.*valid are adam_beta1, .*, epochs",
+            "contender 'a'.*valid are adam_beta1, .*, epochs.*did you mean learning_rate",
         ),
         ("contenders: {a: {reward: jpeg_compressibility}}", "must not set reward, which all contenders share"),
         ("contenders: {a: {seed: 3}}", "contender 'a' must not set seed"),
