@@ -50,6 +50,7 @@ guidance has a form of its own. The tests of diffusers name {tested} pipelines, 
 The machine had {cores} cores of an {processor} and no GPU: Python {python}, torch {torch}, diffusers {diffusers},
 transformers {transformers}, {date}.
 
+<!-- not run: it downloads the tests of diffusers -->
 ```bash
 git clone --depth 1 https://github.com/huggingface/diffusers
 python scripts/benchmarks/pipelines.py --tests diffusers/tests --output docs/pipelines.md
