@@ -175,7 +175,6 @@ def find_images(
 
     Args:
         made: what it prepared, by its name in the call; the first and the last are for two images and the same text.
-            None: the prompts have no images.
         encoded: arguments of the call that it made of the same prompts.
         source: of the model, for the message.
 
@@ -185,8 +184,6 @@ def find_images(
     Raises:
         ValueError: if nothing that the denoiser gets depends on the image.
     """
-    if not made:
-        return list(encoded), frozenset(), None
     images = frozenset(
         name
         for name, first in made[0].items()
@@ -225,18 +222,31 @@ def guidance_in(conditioning: Mapping[str, Tensor], rows: int) -> float:
     return float(scales[0])
 
 
+def constants_in(made: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+    """Return the names of the tensors that a pipeline prepared alike for each of several prompts."""
+    found = {name: [one.get(name) for one in made] for name in made[0]}
+    return frozenset(
+        name
+        for name, values in found.items()
+        if all(isinstance(value, Tensor) for value in values) and _are_equal(values)
+    )
+
+
 def _differ(first: Tensor, second: Tensor) -> bool:
-    return first.device.type != "meta" and (first.shape != second.shape or not torch.equal(first, second))
+    return first.device.type != "meta" and not _are_equal([first, second])
 
 
 def _is_constant(name: str, encoded: list[Encoded]) -> bool:
     """Return whether something is the same for every prompt, such as an encoded image. Texts and masks always count."""
     if "mask" in name or "prompt" in name or not all(name in one for one in encoded):
         return False
-    first, *others = (_text(one[name]) for one in encoded)
-    if first.device.type == "meta":
-        return False
-    return all(value.shape == first.shape and torch.equal(value, first) for value in others)
+    return _are_equal([_text(one[name]) for one in encoded])
+
+
+def _are_equal(values: Sequence[Tensor]) -> bool:
+    """Return whether tensors are equal; on the meta device nobody knows."""
+    first, *others = values
+    return first.device.type != "meta" and all(torch.equal(value, first) for value in others)
 
 
 def _is_text(value: Any) -> bool:

@@ -17,7 +17,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ddpo_env.models.families.batching import Batching, find_batching, in_batches
-from ddpo_env.models.families.conditioning import ConditioningLayout, conditioning_in, find_images, guidance_in
+from ddpo_env.models.families.conditioning import (
+    ConditioningLayout,
+    conditioning_in,
+    constants_in,
+    find_images,
+    guidance_in,
+)
 from ddpo_env.models.families.encoded_prompts import (
     EncodedPrompts,
     PipelinePrompt,
@@ -314,11 +320,11 @@ class PipelineModel(ModelAbilities):
             what = f"its call ended with {type(error).__name__}: {error}"
             raise ValueError(f"model {self.source!r} must be a pipeline that can be watched; {what}") from error
         encoded = [conditioning_in(one, self.watched.parameters, self._arguments) for one in seen]
+        made = [one["self"].made for one in seen]
+        self.watched.constants = constants_in(made)
         images: frozenset[str] = frozenset()
         if self._examples:
-            encoded, images, self.guidance_problem = find_images(
-                [one["self"].made for one in seen], encoded, self.source
-            )
+            encoded, images, self.guidance_problem = find_images(made, encoded, self.source)
         self._layout = ConditioningLayout.of(encoded, self.watched.parameters | self._arguments, self.source, images)
         self.conditioning_shapes = self._layout.shapes
         self.latent_shape: tuple[int, ...] = tuple(seen[0]["latents"].shape[1:])

@@ -21,7 +21,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 _PREPARED = 16
-"""For so many sizes of batches it is kept what a pipeline prepares beside its latents: positions, encoded images."""
+"""So much of what pipelines prepare beside their latents is kept, for sizes of batches: positions, encoded images."""
 
 
 class Ended(BaseException):
@@ -80,8 +80,7 @@ def watched_pipeline(pipeline_class: Any) -> type[Any]:
 
         def encode_prompt(self, *arguments: Any, **options: Any) -> Any:
             encoded = pipeline_class.encode_prompt(self, *arguments, **options)
-            frame = sys._getframe(1)
-            names = _assigned_at(frame.f_code, frame.f_lineno)
+            names = _assigned_by(sys._getframe(1))
             self.encoded |= zip(names, encoded if isinstance(encoded, tuple) else [encoded], strict=False)
             return encoded
 
@@ -106,49 +105,51 @@ def _watched_preparation(prepare: Callable[..., Any]) -> Callable[..., Any]:
     """Return a pipeline's method that prepares something, such as its latents or encoded images.
 
     What it returns is noted by the names that the pipeline's call gives to it. The latents of a watched call, and what
-    was prepared of each row's own image, take the place of the pipeline's; the rest is prepared once for a size of
-    batches.
+    was prepared of each row's own image, take the place of the pipeline's. The rest, and what is the same for every
+    prompt, is prepared once for a size of batches.
     """
-    parameters = inspect.signature(prepare).parameters
-    is_start = prepare.__name__ == "prepare_latents" and "generator" in parameters
+    signature = inspect.signature(prepare)
+    is_start = prepare.__name__ == "prepare_latents" and "generator" in signature.parameters
 
     @wraps(prepare)
     def watched(self: Any, *arguments: Any, **options: Any) -> Any:
+        caller = sys._getframe(1)
+        names = _assigned_by(caller) if is_call_of(caller, self) else []
         starts_here = is_start and self.given_latents is not None
-        names: list[str] = []
-        if self.given_images or not starts_here:
-            caller = sys._getframe(1)
-            names = _assigned_at(caller.f_code, caller.f_lineno) if is_call_of(caller, self) else []
         own = [self.given_images.get(name) for name in names]
-        has_own = starts_here or any(value is not None for value in own)
-        key = (prepare.__name__, *self.batch, *sorted(self.given_images))
-        is_kept = has_own and (starts_here or not is_start)  # else the call's own latents are among what it returns
-        if is_kept and key in self.prepared:
-            values, is_tuple = self.prepared[key]
-        else:
-            if has_own:
-                bound = inspect.signature(prepare).bind(self, *arguments, **options)
-                bound.arguments |= {"generator": torch.Generator().manual_seed(0)} if "generator" in parameters else {}
-                bound.arguments |= {"latents": None} if starts_here and "latents" in parameters else {}
-                made = prepare(*bound.args, **bound.kwargs)
-            else:
-                made = prepare(self, *arguments, **options)
-            is_tuple = isinstance(made, tuple)
-            values = made if is_tuple else (made,)
+        if starts_here:
+            own[:1] = [self.given_latents]
+        has_own = any(value is not None for value in own)
+        is_constant = bool(self.batch and names) and self.constants.issuperset(names)
+        is_kept = starts_here or ((has_own or is_constant) and not is_start)  # else the call's own latents are in it
+        key = (prepare.__name__, *names, *self.batch, *sorted(self.given_images))
+        kept = self.prepared.get(key) if is_kept else None
+        if kept is None:
+            bound = signature.bind(self, *arguments, **options)
+            if has_own and "generator" in signature.parameters:
+                bound.arguments["generator"] = torch.Generator().manual_seed(0)
+            if starts_here and "latents" in signature.parameters:
+                bound.arguments["latents"] = None
+            made = prepare(*bound.args, **bound.kwargs)
+            values = made if isinstance(made, tuple) else (made,)
             if not has_own:
                 self.note(names, values, is_start)
-        if starts_here:
-            own = [self.given_latents, *own[1:]]
-        values = [one if value is None else value for one, value in zip_longest(values, own)]
-        if is_kept and key not in self.prepared:
-            if len(self.prepared) == _PREPARED:
-                self.prepared.clear()
-            missing = [value is not None for value in own]
-            kept = [None if is_own else one for one, is_own in zip_longest(values, missing, fillvalue=False)]
-            self.prepared[key] = kept, is_tuple
-        return tuple(values) if is_tuple else values[0]
+            others = [one if value is None else None for one, value in zip_longest(values, own)]
+            kept = others, isinstance(made, tuple)
+            if is_kept:
+                if len(self.prepared) == _PREPARED:
+                    self.prepared.clear()
+                self.prepared[key] = kept
+        others, is_tuple = kept
+        whole = tuple(one if value is None else value for one, value in zip_longest(others, own))
+        return whole if is_tuple else whole[0]
 
     return watched
+
+
+def _assigned_by(frame: Any) -> list[str]:
+    """Return the names of the variables to which a frame assigns the result of the call that it is in."""
+    return _assigned_at(frame.f_code, frame.f_lineno)
 
 
 @cache
@@ -218,27 +219,24 @@ def watched_processor(processor_class: Any) -> type[Any]:
     class Watched(processor_class):
         known: dict[Any, tuple[Any, Any]] | None = None
 
-        def resize(self, image: Any, *arguments: Any, **options: Any) -> Any:
-            return self.once("resize", image, arguments, options)
-
-        def preprocess(self, image: Any, *arguments: Any, **options: Any) -> Any:
-            return self.once("preprocess", image, arguments, options)
-
-        def once(self, name: str, image: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-            method = getattr(processor_class, name)
-            if self.known is None:
-                return method(self, image, *arguments, **options)
-            key = name, repr(arguments), repr(options)
-            if key not in self.known or self.known[key][0] is not image:
-                self.known[key] = image, method(self, image, *arguments, **options)
-            return self.known[key][1]
-
         def postprocess(self, image: Tensor, *arguments: Any, **options: Any) -> Any:
             visible = torch.where(image.isfinite(), image, torch.nan)
             return processor_class.postprocess(self, visible, *arguments, **options)
 
-    for name in ("resize", "preprocess"):
-        if not hasattr(processor_class, name):
-            delattr(Watched, name)
+    def once(name: str) -> Callable[..., Any]:
+        def process(self: Any, image: Any, *arguments: Any, **options: Any) -> Any:
+            method = getattr(super(Watched, self), name)
+            if self.known is None:
+                return method(image, *arguments, **options)
+            key = name, repr(arguments), repr(options)
+            if key not in self.known or self.known[key][0] is not image:
+                self.known[key] = image, method(image, *arguments, **options)
+            return self.known[key][1]
+
+        return process
+
+    for name in ("_resize_to_target_area", "resize", "preprocess"):
+        if hasattr(processor_class, name):
+            setattr(Watched, name, once(name))
     Watched.__name__ = Watched.__qualname__ = processor_class.__name__
     return Watched

@@ -43,7 +43,10 @@ class WatchedPipeline:
         denoiser_name: name of its denoiser.
         call: its call, without `torch.no_grad`.
         parameters: the parameters of its call, with their defaults.
+        constants: names of what its methods `prepare_...` return for every prompt, which is therefore prepared once.
     """
+
+    constants: frozenset[str] = frozenset()
 
     def __init__(self, pipeline: DiffusionPipeline, source: str) -> None:
         """Check the form of the pipeline.
@@ -200,6 +203,7 @@ class WatchedPipeline:
             made_latents=None,
             encoded={},
             prepared=self._prepared,
+            constants=self.constants,
             denoiser_device=_device(getattr(self.pipeline, self.denoiser_name)),
         )
         for name in _PROCESSORS & vars(watched).keys():

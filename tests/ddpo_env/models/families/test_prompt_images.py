@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from gymnasium.vector import AutoresetMode
 from helpers.micro_agents import STEPS, micro_env, micro_policy
 from helpers.micro_families import SCHEDULE, stable_diffusion_2
@@ -19,6 +20,7 @@ from helpers.prompt_images import KONTEXT, controlnet, instruct_pix2pix, picture
 from torch import Tensor
 
 from ddpo_env import load_model
+from ddpo_env.models.families.stand_ins import watched_processor
 from ddpo_env.models.outline import outline_model
 from ddpo_env.models.protocol import encode
 
@@ -214,16 +216,26 @@ def test_image_is_encoded_once_for_each_content(tmp_path: Path, monkeypatch: pyt
     assert not torch.equal(second["image_latents"][1], first["image_latents"][1])
 
 
+@pytest.mark.parametrize("image", ["prompt:64x64", picture(0, (64, 64))], ids=["of each prompt", "of all prompts"])
 @torch.no_grad()
-def test_nothing_of_an_image_is_computed_at_a_denoiser_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the call needs of the example image is prepared once, however often the denoiser is called."""
-    model = with_images("flux_2_klein")
+def test_nothing_of_an_image_is_computed_at_a_denoiser_call(image: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the call needs of an image is prepared once, however often the denoiser is called."""
+    model: Any = load_model(build("flux_2_klein"), "cpu", "float32", None, ARGUMENTS["flux_2_klein"] | {"image": image})
     conditioning = encode(model, edits("flux_2_klein"))
     latents, timestep = torch.randn(3, *model.latent_shape), torch.full((3,), 500.0)
     first = model.predict(model.denoiser, latents, timestep, conditioning)
     for owner, method in ((type(model.pipeline.image_processor), "preprocess"), (model.pipeline.vae, "encode")):
         monkeypatch.setattr(owner, method, None)
     assert torch.equal(model.predict(model.denoiser, latents, timestep, conditioning), first)
+
+
+def test_image_above_the_area_that_a_pipeline_takes_is_made_smaller_once() -> None:
+    processor: Any = watched_processor(Flux2ImageProcessor)()
+    processor.known = {}
+    image = picture(0, (64, 64))
+    smaller = processor._resize_to_target_area(image, 32 * 32)
+    assert smaller.size == (32, 32)
+    assert processor._resize_to_target_area(image, 32 * 32) is smaller
 
 
 def test_environment_gives_prompts_and_images_to_the_pipeline_and_fields_to_the_reward(tmp_path: Path) -> None:
