@@ -19,7 +19,7 @@ from gymnasium import spaces
 
 from ddpo_env.models.loading import load_model
 from ddpo_env.models.protocol import DiffusionModel, abilities_of
-from ddpo_env.models.quantization import quantization_of
+from ddpo_env.models.quantization import loaded_dtype, quantization_of
 from ddpo_env.validation.resolution import Resolution
 
 LATENT_BOUND = 100.0
@@ -66,11 +66,10 @@ class ModelHandle:
 
     def __init__(self, model: DiffusionModel, num_inference_steps: int) -> None:
         """Take a loaded model."""
-        weight = next(model.denoiser.parameters())
         vars(self).update(
             source=model.source,
-            device=str(weight.device),
-            dtype=str(weight.dtype).removeprefix("torch."),
+            device=str(next(model.denoiser.parameters()).device),
+            dtype=str(loaded_dtype(model.denoiser)).removeprefix("torch."),
             resolution=abilities_of(model).resolution,
             pipeline_arguments=dict(abilities_of(model).arguments),
             quantization=quantization_of(model.denoiser),

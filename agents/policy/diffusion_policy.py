@@ -46,7 +46,7 @@ from agents.policy.options import PolicyOptions, check_trainable, read_settings
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
 from ddpo_env.models import DiffusionModel, abilities_of, load_model
 from ddpo_env.models.loading import plain_arguments
-from ddpo_env.models.quantization import quantization_of
+from ddpo_env.models.quantization import loaded_dtype, quantization_of
 from ddpo_env.sampler.denoising_loss import NoisedSamples, add_noise, draw_timesteps
 from ddpo_env.spaces import DenoisingObservationSpace, action_box
 from ddpo_env.validation.options import shows_options
@@ -154,7 +154,7 @@ class DiffusionPolicy(SamplerAbilities, ActorCriticPolicy):
     def compute_dtype(self) -> torch.dtype:
         """Dtype in which the denoiser computes."""
         autocast = self.options.autocast
-        return getattr(torch, autocast) if autocast else next(self.model.denoiser.parameters()).dtype
+        return getattr(torch, autocast) if autocast else loaded_dtype(self.model.denoiser)
 
     def sampling_weights(self) -> AbstractContextManager[None]:
         """Return a context for sampling without gradients: the adapters are merged, see `PolicyOptions.merge_lora`."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpo_env.models.protocol import DiffusionModel
+from ddpo_env.models.quantization import loaded_dtype
 from rewards import NonFinite
 from rewards.kinds import SampleKind
 
@@ -125,7 +126,7 @@ def decode_samples(
         samples, finite = error.samples.cpu().numpy(), error.finite.cpu().numpy()
     if non_finite == "raise" and not finite.all():
         first = int(np.flatnonzero(~finite)[0])
-        dtype = str(next(model.denoiser.parameters()).dtype).removeprefix("torch.")
+        dtype = str(loaded_dtype(model.denoiser)).removeprefix("torch.")
         advice = "" if dtype == "float32" else f"Weights in {dtype} may overflow: try dtype='float32'. "
         raise ValueError(
             f"samples of model {model.source!r} must be finite; its decoder returned NaN or infinite values for prompt "

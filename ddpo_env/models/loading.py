@@ -35,8 +35,10 @@ from ddpo_env.models.lora.lora_file import find_lora
 from ddpo_env.models.outline import outline_model
 from ddpo_env.models.protocol import MEMBERS, DiffusionModel, ModelAbilities, abilities_of
 from ddpo_env.models.quantization import (
+    castable_weights,
     check_quantization,
     check_quantized,
+    loaded_dtype,
     quantization_of,
     quantize_network,
 )
@@ -307,7 +309,7 @@ def _adapt(
     for name in DENOISERS:
         if isinstance(denoiser := pipeline.components.get(name), nn.Module):
             check_quantized(denoiser, None, type(pipeline).__name__)
-            own = next(denoiser.parameters()).dtype
+            own = loaded_dtype(denoiser)
             if quantization_of(denoiser) and own != dtype:
                 loaded, wanted = (str(one).removeprefix("torch.") for one in (own, dtype))
                 raise ValueError(
@@ -345,7 +347,7 @@ def _register(model: DiffusionModel, device: str | torch.device, dtype: str | to
     is_known = _models.get(source) is model or _made.get(id(model)) is model
     if not is_known:
         _check_source_is_free(source)
-    places = {(weight.device, weight.dtype) for weight in model.denoiser.parameters()}
+    places = {(weight.device, weight.dtype) for weight in castable_weights(model.denoiser)}
     if len(places) != 1:
         raise ValueError(f"model {source!r} must have weights on one device in one dtype; got {places or 'none'}")
     ((found_device, found_dtype),) = places

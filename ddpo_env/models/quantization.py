@@ -6,6 +6,7 @@ them in the model's dtype, so a row's output does not depend on the other rows o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -114,10 +115,21 @@ def stored_bytes(network: nn.Module) -> int:
 
 def cast_outline(network: nn.Module, dtype: torch.dtype) -> None:
     """Give a network on the meta device the dtypes that it has once it is loaded in a dtype."""
+    for weight in castable_weights(network):
+        weight.data = weight.data.to(dtype)
+
+
+def loaded_dtype(network: nn.Module) -> torch.dtype:
+    """Return the dtype that a network was loaded in, which its inputs have too."""
+    return next(castable_weights(network)).dtype
+
+
+def castable_weights(network: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the weights of a network without those that diffusers keeps in float32, whatever dtype is asked for."""
     kept = _kept_in_float32(network)
     for name, weight in network.named_parameters():
         if not any(one in name.split(".") for one in kept):
-            weight.data = weight.data.to(dtype)
+            yield weight
 
 
 def _kept_in_float32(network: nn.Module) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from agents.commands.doctor.examination import Examination
 from agents.commands.doctor.finding import Finding, Level
 from ddpo_env.models.files.pipelines import pipeline_of
 from ddpo_env.models.protocol import encode
-from ddpo_env.models.quantization import quantization_of, stored_bytes
+from ddpo_env.models.quantization import loaded_dtype, quantization_of, stored_bytes
 from ddpo_env.prompts import Prompt
 from rewards.networks.devices import has_bfloat16, resolve_device, resolve_dtype
 from rewards.networks.pretrained import stored_tensors
@@ -77,7 +77,7 @@ def check_model(examination: Examination) -> Finding:
     model = examination.model
     seconds = time.perf_counter() - start
     device = next(model.denoiser.parameters()).device
-    dtype = next(model.denoiser.parameters()).dtype
+    dtype = loaded_dtype(model.denoiser)
     pipeline = pipeline_of(model)
     parts = {"denoiser": model.denoiser} if pipeline is None else pipeline.components
     networks = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}

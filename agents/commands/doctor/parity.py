@@ -23,6 +23,7 @@ from agents.commands.doctor.update import stirred
 from ddpo_env.models import DiffusionModel
 from ddpo_env.models.image_decoding import decode_samples
 from ddpo_env.models.protocol import encode
+from ddpo_env.models.quantization import loaded_dtype
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 from ddpo_env.sampler.sampler_rows import noise_by_step
 from ddpo_env.sampler.scheduler_table import ddim_of
@@ -183,7 +184,7 @@ def _compared_images(name: str, images: np.ndarray, watched: Watched, advice: st
 
 def _finite_finding(name: str, model: DiffusionModel, finite: np.ndarray) -> Finding:
     broken = int((~finite).sum())
-    dtype = next(model.denoiser.parameters()).dtype
+    dtype = loaded_dtype(model.denoiser)
     numbers = {"not_finite": broken, "samples": len(finite)}
     if not broken:
         return Finding(name, "green", numbers, "Decoded samples are finite.")

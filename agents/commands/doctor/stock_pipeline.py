@@ -30,6 +30,7 @@ from ddpo_env.models import DiffusionModel, abilities_of, load_model
 from ddpo_env.models.files.pipelines import pipeline_of
 from ddpo_env.models.image_decoding import decode_samples
 from ddpo_env.models.lora.adapters import quiet
+from ddpo_env.models.quantization import loaded_dtype
 from ddpo_env.prompts import Prompt
 from ddpo_env.prompts.images import IMAGE, read_image
 from ddpo_env.sampler.scheduler_table import ddim_of
@@ -101,7 +102,7 @@ def watch(
     stock.scheduler = scheduler
     stock.set_progress_bar_config(disable=True)
     takes = inspect.signature(type(stock).__call__).parameters
-    dtype = next(examination.model.denoiser.parameters()).dtype
+    dtype = loaded_dtype(examination.model.denoiser)
     arguments = _arguments(examination, takes, list(prompts))
     with _on_one_device(stock, examination.policy.device), torch.no_grad():
         if "latents" in takes and _takes_our_latents(examination, stock, arguments):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ddpo_env.models.image_decoding import to_pixels
 from ddpo_env.models.lora.peft_format import save_peft_adapter
 from ddpo_env.models.protocol import Conditioning, ModelAbilities
+from ddpo_env.models.quantization import loaded_dtype
 
 
 class DDPMModel(ModelAbilities):
@@ -46,7 +47,7 @@ class DDPMModel(ModelAbilities):
 
     def predict(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the UNet's output (noise, velocity or clean image, as the scheduler's configuration says)."""
-        dtype = next(denoiser.parameters()).dtype
+        dtype = loaded_dtype(denoiser)
         return cast(Tensor, denoiser(latents.to(dtype), timestep, return_dict=False)[0])
 
     def save_lora(self, denoiser: nn.Module, folder: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpo_env.models.quantization import loaded_dtype
+
 TESTED = frozenset(
     f"{name}Pipeline"
     for name in (
@@ -90,7 +92,7 @@ def compare_with_pipeline(model: Any) -> tuple[str | None, str | None]:
 
 def _difference(model: Any, guided: dict[str, Any] | None) -> str | None:
     try:
-        return differs(*_outputs(model, guided), next(model.denoiser.parameters()).dtype)
+        return differs(*_outputs(model, guided), loaded_dtype(model.denoiser))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any kind, as the pipeline is anybody's

@@ -46,6 +46,7 @@ from ddpo_env.models.image_decoding import check_scaling, picture_of, samples_of
 from ddpo_env.models.lora.adapters import denoiser_adapters, save_adapters
 from ddpo_env.models.lora.peft_format import save_peft_adapter
 from ddpo_env.models.protocol import Conditioning, Fields, ModelAbilities, ShapeUnknownError
+from ddpo_env.models.quantization import loaded_dtype
 from ddpo_env.prompts.images import IMAGE
 from ddpo_env.validation.resolution import Resolution
 
@@ -156,7 +157,7 @@ class PipelineModel(ModelAbilities):
         Raises:
             ValueError: without `conditioning["guidance"]`, the same scale for each latent, if the denoiser takes it.
         """
-        dtype = next(denoiser.parameters()).dtype
+        dtype = loaded_dtype(denoiser)
 
         def call(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
             arguments = self._arguments | self._layout.arguments(conditioning, dtype)
@@ -371,7 +372,7 @@ class PipelineModel(ModelAbilities):
 
     def _unprompted(self, rows: int = 1) -> dict[str, Any]:
         """Return a conditioning for calls in which the prompt has no effect."""
-        return self._layout.arguments(self._layout.zeros(rows, self.device), next(self.denoiser.parameters()).dtype)
+        return self._layout.arguments(self._layout.zeros(rows, self.device), loaded_dtype(self.denoiser))
 
     @torch.no_grad()
     def _encode(self, prompts: Iterable[PipelinePrompt]) -> Iterator[dict[str, Tensor]]:

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from ddpo_env.models.protocol import Conditioning, ModelAbilities
+from ddpo_env.models.quantization import loaded_dtype
 
 _TRAIN_TIMESTEPS = 100
 _TIMESTEP_CHANNELS = 32
@@ -109,7 +110,7 @@ class PointsModel(ModelAbilities):
 
     def predict(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the predicted clean points `(batch, 2)`."""
-        dtype = next(denoiser.parameters()).dtype
+        dtype = loaded_dtype(denoiser)
         return cast(Tensor, denoiser(latents.to(dtype), timestep))
 
     def render(self, latents: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from ddpo_env.models.files.components import CONVERSION, check_component, load_component
 from ddpo_env.models.files.single_file import load_single_file
 from ddpo_env.models.protocol import DiffusionModel
-from ddpo_env.models.quantization import quantize_network
+from ddpo_env.models.quantization import castable_weights, quantize_network
 from ddpo_env.validation.choices import Quantization
 from rewards.networks.pretrained import stored_tensors
 
@@ -158,7 +158,7 @@ def pipeline_of(model: DiffusionModel) -> DiffusionPipeline | None:
 def place_pipeline(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype) -> None:
     """Move a pipeline whose components are not all on the device in the dtype; text encoders may be elsewhere."""
     for name, component in pipeline.components.items():
-        for weight in component.parameters() if isinstance(component, nn.Module) else ():
+        for weight in castable_weights(component) if isinstance(component, nn.Module) else ():
             if weight.dtype != dtype or (weight.device != device and name not in TEXT_ENCODERS):
                 pipeline.to(device=device, dtype=dtype)
                 return

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import WanPipeline
 from helpers.algorithms import denoising_ppo, fraction_changed_by_an_update, logged
 from helpers.micro_agents import STEPS, micro_config, micro_env, stir
 from helpers.micro_families import lora_tensors
@@ -22,6 +23,7 @@ from agents.training.preparation import run_training
 from ddpo_env import load_model
 from ddpo_env.models import abilities_of
 from ddpo_env.models.families.watching import WatchedPipeline
+from ddpo_env.spaces import ModelHandle
 
 PROMPT = "a cat"
 GUIDANCE = 3.0
@@ -237,6 +239,28 @@ def test_run_trains_a_video_model_and_shows_three_frames(tmp_path: Path) -> None
     assert torch.equal(shown[:, :, 16:32], frames[:, 2])
     with pytest.raises(ValueError, match=r"clip_score scores images, .*generates videos, uint8"):
         micro_env(policy.model, reward="clip_score")
+
+
+@pytest.mark.parametrize("is_object", [False, True], ids=["folder", "object"])
+@torch.no_grad()
+def test_weights_that_diffusers_keeps_in_float32_stay_and_the_model_has_one_dtype(
+    is_object: bool, tmp_path: Path
+) -> None:
+    build("wan").save_pretrained(tmp_path)
+    given: Any = WanPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16) if is_object else tmp_path
+    model: Any = load_model(given, "cpu", "bfloat16", None, CASES["wan"].arguments)
+    kept = [name for name, weight in model.denoiser.named_parameters() if weight.dtype == torch.float32]
+    assert "scale_shift_table" in kept
+    assert load_model(model) is model
+    assert ModelHandle(model, 2).dtype == "bfloat16"
+    inputs: list[torch.dtype] = []
+    model.denoiser.register_forward_pre_hook(
+        lambda _, __, given: inputs.extend(given[name].dtype for name in ("hidden_states", "encoder_hidden_states")),
+        with_kwargs=True,
+    )
+    latents = torch.zeros(1, *model.latent_shape)
+    model.predict(model.denoiser, latents, torch.tensor([500.0]), conditioning_of(model, [PROMPT]))
+    assert set(inputs) == {torch.bfloat16}
 
 
 def test_sounds_of_a_model_in_half_precision_are_float32() -> None:
