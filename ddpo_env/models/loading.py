@@ -31,7 +31,7 @@ from ddpo_env.models.files.pipelines import (
     weights_fingerprint,
 )
 from ddpo_env.models.lora.adapters import merge_lora
-from ddpo_env.models.lora.lora_file import find_lora
+from ddpo_env.models.lora.lora_file import MergedLora, find_lora
 from ddpo_env.models.outline import outline_model
 from ddpo_env.models.protocol import MEMBERS, DiffusionModel, ModelAbilities, abilities_of
 from ddpo_env.models.quantization import (
@@ -67,10 +67,10 @@ _adapted: WeakValueDictionary[tuple[Any, ...], DiffusionModel] = WeakValueDictio
 """Models of pipeline objects by source, device, dtype and the identities of the components, which the model holds."""
 _made: WeakValueDictionary[int, DiffusionModel] = WeakValueDictionary()
 """Every model that was made here, by its identity."""
-_pipelines: WeakValueDictionary[str, DiffusionPipeline] = WeakValueDictionary()
+_objects: WeakValueDictionary[str, DiffusionPipeline | DiffusionModel] = WeakValueDictionary()
+"""What `load_model` was given as an object, by its source; and models with a LoRA that was merged."""
 _pipeline_sources: WeakKeyDictionary[DiffusionPipeline, str] = WeakKeyDictionary()
 _pipeline_numbers = count(1)
-_models: WeakValueDictionary[str, DiffusionModel] = WeakValueDictionary()
 
 
 def check_source(
@@ -109,12 +109,12 @@ def check_source(
 
 def is_object(model: str | Path) -> bool:
     """Return whether a name stands for a model or a pipeline object of this process."""
-    return str(model) in _models or str(model) in _pipelines
+    return str(model) in _objects
 
 
 def find_object(model: Any) -> Any:
     """Return the model or the pipeline object of this process that a name stands for, or what was given."""
-    return _models.get(model, _pipelines.get(model, model)) if isinstance(model, str) else model
+    return _objects.get(model, model) if isinstance(model, str) else model
 
 
 def load_model(
@@ -171,21 +171,12 @@ def load_model(
     model = find_object(model)
     loaded = _load(model, device, dtype, pipeline_arguments or {}, quantization, base_lora)
     check_quantized(loaded.denoiser, quantization, loaded.source)
-    if pipeline_arguments is None:
-        pipeline_arguments = abilities_of(loaded).arguments if isinstance(model, DiffusionModel) else {}
-    pipeline_arguments = dict(pipeline_arguments)
-    if missing := [name for name, value in pipeline_arguments.items() if isinstance(value, dict) and _OBJECT in value]:
-        own = abilities_of(loaded).arguments
-        if absent := [name for name in missing if name not in own]:
-            raise ValueError(
-                f"model must be an object whose pipeline_arguments have {', '.join(absent)}, which no file holds; "
-                f"got {loaded.source!r}"
-            )
-        pipeline_arguments |= {name: own[name] for name in missing}
-    if pipeline_arguments != abilities_of(loaded).arguments:
-        loaded = _change(loaded, repr(pipeline_arguments), lambda own: own.with_arguments(pipeline_arguments))
+    if pipeline_arguments is not None or not isinstance(model, DiffusionModel):
+        wanted = _with_objects(pipeline_arguments or {}, loaded)
+        if wanted != abilities_of(loaded).arguments:
+            loaded = _change(loaded, repr(wanted), lambda one: one.with_arguments(wanted))
     if resolution is not None and resolution != abilities_of(loaded).resolution:
-        loaded = _change(loaded, repr(resolution), lambda own: own.at_resolution(resolution))
+        loaded = _change(loaded, repr(resolution), lambda one: one.at_resolution(resolution))
     abilities_of(loaded).save_memory(offload_text_encoder, vae_tiling)
     abilities_of(loaded).check_outputs()
     return loaded
@@ -202,11 +193,22 @@ def _change(model: DiffusionModel, change: str, apply: Callable[[ModelAbilities]
     changed = _changed.get((id(model), change))
     if changed is None:
         abilities = abilities_of(model)
-        changed = _changed[id(model), change] = _made_here(apply(abilities), abilities.identity)
-        if isinstance(changed, ModelAbilities):
-            changed.merged_lora = abilities.merged_lora
+        changed = _made_here(apply(abilities), abilities.identity, abilities.merged_lora)
+        _changed[id(model), change] = changed
         _keep_alive(model, changed)
     return changed
+
+
+def _with_objects(arguments: Mapping[str, Any], model: DiffusionModel) -> dict[str, Any]:
+    """Return arguments with the model's own objects in place of what `plain_arguments` wrote for them."""
+    own = abilities_of(model).arguments
+    missing = [name for name, value in arguments.items() if isinstance(value, dict) and _OBJECT in value]
+    if absent := [name for name in missing if name not in own]:
+        raise ValueError(
+            f"model must be an object whose pipeline_arguments have {', '.join(absent)}, which no file holds; "
+            f"got {model.source!r}"
+        )
+    return {**arguments, **{name: own[name] for name in missing}}
 
 
 def plain_arguments(model: DiffusionModel) -> dict[str, Any]:
@@ -265,40 +267,27 @@ def _load(
     lora = None if base_lora is None else find_lora(base_lora, "base_lora")
     merged = [] if lora is None else [str(lora), file_fingerprint(lora)]
     key = (location, str(place), str(weight_dtype), quantization, *merged)
-    if key not in _loaded:
-        if location in BUNDLED_MODELS:
-            if lora is not None:
-                raise ValueError(
-                    f"base_lora must be None with model {str(model)!r}, which has no files; got {base_lora}"
-                )
-            built = build_bundled(location, place, weight_dtype)
-            if quantization is not None:
-                quantize_network(built.denoiser, quantization, location)
-            _loaded[key] = _made_here(built, None)
+    if key not in _loaded and location in BUNDLED_MODELS:
+        if lora is not None:
+            raise ValueError(f"base_lora must be None with model {str(model)!r}, which has no files; got {base_lora}")
+        built = build_bundled(location, place, weight_dtype)
+        if quantization is not None:
+            quantize_network(built.denoiser, quantization, location)
+        _loaded[key] = _made_here(built, None)
+    elif key not in _loaded:
+        family, index = family_in(location)
+        if not Path(location).exists():
+            family, index = family_in(download_pipeline(location, index.settings))
+        source = str(model) if str(model) in BUNDLED_MODELS else location
+        pipeline = load_pipeline(index, place, weight_dtype, quantization)
+        identity = index.fingerprint()
+        if lora is None:
+            _loaded[key] = _made_here(adapted(family, pipeline, source, arguments), identity)
         else:
-            family, index = family_in(location)
-            if not Path(location).exists():
-                family, index = family_in(download_pipeline(location, index.settings))
-            source = str(model) if str(model) in BUNDLED_MODELS else location
-            pipeline = load_pipeline(index, place, weight_dtype, quantization)
-            if lora is None:
-                _loaded[key] = _made_here(adapted(family, pipeline, source, arguments), index.fingerprint())
-            else:
-                _loaded[key] = _with_lora(family, pipeline, source, arguments, index.fingerprint(), lora)
+            added = merge_lora(pipeline, WatchedPipeline(pipeline, source).denoiser_name, lora, source)
+            own = adapted(family, pipeline, f"{source} with {lora}", arguments)
+            _loaded[key] = _objects[own.source] = _made_here(own, f"{identity} {file_fingerprint(lora)}", added)
     return _loaded[key]
-
-
-def _with_lora(
-    family: Any, pipeline: DiffusionPipeline, source: str, arguments: Mapping[str, Any], identity: str, lora: Path
-) -> DiffusionModel:
-    """Merge a LoRA into a pipeline that was loaded for this alone, and return its model, under a name of its own."""
-    denoiser = WatchedPipeline(pipeline, source).denoiser_name
-    merged = merge_lora(pipeline, denoiser, lora, source)
-    name = f"{source} with {lora}"
-    model = _made_here(adapted(family, pipeline, name, arguments), f"{identity} {file_fingerprint(lora)}")
-    abilities_of(model).merged_lora = merged
-    _models[name] = model
-    return model
 
 
 def _adapt(
@@ -318,7 +307,7 @@ def _adapt(
                 )
     place_pipeline(pipeline, device, dtype)
     source = _pipeline_sources.setdefault(pipeline, f"{PIPELINE_OBJECT}{next(_pipeline_numbers)}")
-    _pipelines[source] = pipeline
+    _objects[source] = pipeline
     key = (source, str(device), str(dtype), *map(id, pipeline.components.values()))
     model = _adapted.get(key)
     if model is None:
@@ -334,17 +323,17 @@ def _keep_alive(kept: object, holder: object) -> None:
     finalize(holder, id, kept).atexit = False
 
 
-def _made_here(model: DiffusionModel, identity: str | None) -> DiffusionModel:
+def _made_here(model: DiffusionModel, identity: str | None, merged: MergedLora | None = None) -> DiffusionModel:
     _made[id(model)] = model
     if isinstance(model, ModelAbilities):
-        model.identity = identity
+        model.identity, model.merged_lora = identity, merged
     return model
 
 
 def _register(model: DiffusionModel, device: str | torch.device, dtype: str | torch.dtype) -> DiffusionModel:
     """Check a model object, and remember one of the user's own by its source."""
     source = model.source
-    is_known = _models.get(source) is model or _made.get(id(model)) is model
+    is_known = _objects.get(source) is model or _made.get(id(model)) is model
     if not is_known:
         _check_source_is_free(source)
     places = {(weight.device, weight.dtype) for weight in castable_weights(model.denoiser)}
@@ -361,7 +350,7 @@ def _register(model: DiffusionModel, device: str | torch.device, dtype: str | to
         )
     abilities_of(model)
     if not is_known:
-        _models[source] = model
+        _objects[source] = model
     return model
 
 
@@ -371,5 +360,5 @@ def _check_source_is_free(source: Any) -> None:
         raise ValueError(
             f"source of a model must be a name of its own, not one of {', '.join(BUNDLED_MODELS)}; got {source!r}"
         )
-    if source in _models:
+    if source in _objects:
         raise ValueError(f"source of a model must be its own; another model of this process has {source!r}")

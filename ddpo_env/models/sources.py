@@ -20,6 +20,7 @@ from typing import Any
 import diffusers
 import torch
 
+from ddpo_env.models.families.pipeline_model import PipelineModel
 from ddpo_env.models.families.watching import check_form
 from ddpo_env.models.files.pipelines import PipelineIndex, pipeline_index, read_index
 from ddpo_env.models.files.single_file import check_single_file, configuration_of
@@ -37,8 +38,6 @@ device and dtype, or an architecture that gets random weights (`ddpo_env.models.
 ADAPTERS: dict[str, str] = {"DDPMPipeline": "ddpo_env.models.families.ddpm:DDPMModel"}
 """diffusers pipeline class → the adapter, `module:Class`, called with the pipeline and its source. Every other pipeline
 is watched: `ddpo_env.models.families.pipeline_model`."""
-
-_WATCHED = "ddpo_env.models.families.pipeline_model:PipelineModel"
 
 VALID_MODELS = (
     f"a bundled name ({', '.join(BUNDLED_MODELS)}), a folder or a .safetensors file that exists, a Hub id such as "
@@ -128,7 +127,7 @@ def family_of(pipeline_class: str) -> Any:
     """Return the adapter of a diffusers pipeline class."""
     with _without_torchvision_warnings():
         getattr(diffusers, pipeline_class, None)  # a class of the user's own is not there
-    return _look_up(ADAPTERS.get(pipeline_class, _WATCHED))
+    return _look_up(ADAPTERS[pipeline_class]) if pipeline_class in ADAPTERS else PipelineModel
 
 
 def adapted(family: Any, pipeline: Any, source: str, arguments: Mapping[str, Any]) -> DiffusionModel:

@@ -132,23 +132,20 @@ class ConditioningLayout:
     def arguments(self, conditioning: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
         """Return conditioning `(batch, ...)` as the pipeline's call takes it: without images."""
         given: dict[str, Any] = {}
-        for name, own in self.dtypes.items():
-            if name in self.images:
-                continue
-            value = conditioning[name].to(dtype if own.is_floating_point else own)
+        for name in [one for one in self.dtypes if one not in self.images]:
+            given[name] = self._as_prepared(name, conditioning, dtype)
             if name in self.lists:
                 lengths = conditioning[f"{name}_length"].tolist()
-                given[name] = [text[: int(length)] for text, length in zip(value, lengths, strict=True)]
-            else:
-                given[name] = value
+                given[name] = [text[: int(length)] for text, length in zip(given[name], lengths, strict=True)]
         return given
 
     def prepared_images(self, conditioning: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """Return what was prepared of the images, `(batch, ...)`, as the pipeline prepares it."""
-        return {
-            name: conditioning[name].to(dtype if self.dtypes[name].is_floating_point else self.dtypes[name])
-            for name in sorted(self.images)
-        }
+        return {name: self._as_prepared(name, conditioning, dtype) for name in sorted(self.images)}
+
+    def _as_prepared(self, name: str, conditioning: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        own = self.dtypes[name]
+        return conditioning[name].to(dtype if own.is_floating_point else own)
 
 
 def conditioning_in(variables: Mapping[str, Any], parameters: Mapping[str, Any], given: Mapping[str, Any]) -> Encoded:
@@ -224,12 +221,8 @@ def guidance_in(conditioning: Mapping[str, Tensor], rows: int) -> float:
 
 def constants_in(made: Sequence[Mapping[str, Any]]) -> frozenset[str]:
     """Return the names of the tensors that a pipeline prepared alike for each of several prompts."""
-    found = {name: [one.get(name) for one in made] for name in made[0]}
-    return frozenset(
-        name
-        for name, values in found.items()
-        if all(isinstance(value, Tensor) for value in values) and _are_equal(values)
-    )
+    found = {name: [value for one in made if isinstance(value := one.get(name), Tensor)] for name in made[0]}
+    return frozenset(name for name, values in found.items() if len(values) == len(made) and _are_equal(values))
 
 
 def _differ(first: Tensor, second: Tensor) -> bool:

@@ -53,11 +53,8 @@ class PipelinePrompt:
     @property
     def description(self) -> str:
         """What the image is, for messages."""
-        return f"the image of {self.text!r} ({self.size[0]}x{self.size[1]} pixels{self._path})"
-
-    @property
-    def _path(self) -> str:
-        return f", {str(self.image)!r}" if isinstance(self.image, str | Path) else ""
+        path = f", {str(self.image)!r}" if isinstance(self.image, str | Path) else ""
+        return f"the image of {self.text!r} ({self.size[0]}x{self.size[1]} pixels{path})"
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of the pipeline's call."""
@@ -90,23 +87,16 @@ class EncodedPrompts(OrderedDict[PipelinePrompt, dict[str, Tensor]]):
         for prompt in prompts:
             self.move_to_end(prompt)
 
-    def prepare(
-        self,
-        prompts: Sequence[PipelinePrompt],
-        shapes: Mapping[str, tuple[int, ...]],
-        encode: Encode,
-        all_of_them: bool,
-    ) -> None:
-        """Encode prompts beforehand.
-
-        At most 1000 are encoded, and only as many as are kept; without `all_of_them`, one for each size of images,
-        which shows whether the pipeline brings them to one size.
-        """
-        by_size = {prompt.size: prompt for prompt in reversed(prompts) if prompt.image is not None}
-        chosen = [*by_size.values(), *(prompts if all_of_them else ())]
+    def prepare(self, prompts: Sequence[PipelinePrompt], shapes: Mapping[str, tuple[int, ...]], encode: Encode) -> None:
+        """Encode prompts beforehand: at most 1000, and only as many as are kept."""
         bytes_each = 4 * sum(math.prod(shape) for shape in shapes.values())
         most = min(_PREPARED_PROMPTS, CACHED_BYTES // max(1, bytes_each) - len(self))
-        self.add(list(dict.fromkeys(chosen))[: max(0, most)], encode)
+        self.add(list(dict.fromkeys(prompts))[: max(0, most)], encode)
+
+
+def one_of_each_size(prompts: Sequence[PipelinePrompt]) -> list[PipelinePrompt]:
+    """Return a prompt for each size of images: they show whether the pipeline brings them to one size."""
+    return list({prompt.size: prompt for prompt in reversed(prompts) if prompt.image is not None}.values())
 
 
 def pipeline_prompts(prompts: Sequence[str], fields: Fields | None, has_images: bool) -> list[PipelinePrompt]:
@@ -131,8 +121,14 @@ def size_of_prompt_images(argument: Any) -> tuple[int, int] | None:
     return None if found is None else (int(found[1]), int(found[2]))
 
 
-def example_images(size: tuple[int, int]) -> list[Image.Image]:
-    """Return two images of noise, always the same: what differs between them depends on the image."""
+def example_images(argument: Any) -> list[Image.Image]:
+    """Return two images of noise, always the same, if an argument of a call says that every prompt has an image.
+
+    What differs between them depends on the image.
+    """
+    size = size_of_prompt_images(argument)
+    if size is None:
+        return []
     width, height = size
     pixels = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
     return [Image.fromarray(one) for one in pixels]

@@ -38,16 +38,13 @@ def record_steps(pipeline: Any, call: Callable[..., Any], **arguments: Any) -> t
         The latents that the denoiser got, the timesteps, and what the scheduler was given: `(steps, ...)` each.
     """
     scheduler = copy.deepcopy(pipeline.scheduler)
-    inputs: list[Tensor] = []
-    timesteps: list[Tensor] = []
-    outputs: list[Tensor] = []
+    steps: list[tuple[Tensor, Tensor, Tensor]] = []
     scaled: list[Tensor] = []
     step, scale = scheduler.step, getattr(scheduler, "scale_model_input", None)
 
     def note_step(output: Tensor, timestep: Tensor, sample: Tensor, *others: Any, **options: Any) -> Any:
-        inputs.append(scaled[-1][: len(sample)] if scaled else sample)
-        timesteps.append(torch.as_tensor(timestep, device=sample.device).reshape(-1)[:1])
-        outputs.append(output)
+        latents = scaled[-1][: len(sample)] if scaled else sample
+        steps.append((latents, torch.as_tensor(timestep, device=sample.device).reshape(-1)[:1], output))
         return step(output, timestep, sample, *others, **options)
 
     def note_scaled(sample: Tensor, *others: Any, **options: Any) -> Tensor:
@@ -61,7 +58,8 @@ def record_steps(pipeline: Any, call: Callable[..., Any], **arguments: Any) -> t
     vars(pipeline)["scheduler"] = scheduler
     with torch.no_grad():
         call(pipeline, **arguments)
-    return torch.cat(inputs), torch.cat(timesteps), torch.cat(outputs)
+    latents, timesteps, outputs = (torch.cat(noted) for noted in zip(*steps, strict=True))
+    return latents, timesteps, outputs
 
 
 def differs(mine: Tensor, theirs: Tensor, dtype: torch.dtype) -> str | None:

@@ -28,8 +28,8 @@ from ddpo_env.models.families.encoded_prompts import (
     EncodedPrompts,
     PipelinePrompt,
     example_images,
+    one_of_each_size,
     pipeline_prompts,
-    size_of_prompt_images,
 )
 from ddpo_env.models.families.parity import TESTED, compare_with_pipeline
 from ddpo_env.models.families.resolution import check_resolution
@@ -52,6 +52,7 @@ from ddpo_env.validation.resolution import Resolution
 
 _PIXELS_PER_CALL = 8 * 512 * 512
 _SCALES = ("true_cfg_scale", "guidance_scale")
+"""Arguments that turn a pipeline's own guidance on; the first that its call takes is used."""
 
 
 class PipelineModel(ModelAbilities):
@@ -81,14 +82,15 @@ class PipelineModel(ModelAbilities):
         self.resolution = resolution
         self.scheduler = pipeline.scheduler
         self.watched = WatchedPipeline(pipeline, source)
-        self._guide = GUIDES.get(type(pipeline).__name__, super().guide)
+        self._scale = next((name for name in _SCALES if name in self.watched.parameters), None)
         self.denoiser: nn.Module = getattr(pipeline, self.watched.denoiser_name)
         self._config: Any = self.denoiser.config
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
-        if "vae" in pipeline.components and "scaling_factor" in self.pipeline.vae.config:
-            check_scaling(self.pipeline.vae.config, source)
+        self._vae: Any = pipeline.components.get("vae")
+        if self._vae is not None and "scaling_factor" in self._vae.config:
+            check_scaling(self._vae.config, source)
         self.sample_kind = sample_kind_of(self.watched.call)
         if self.sample_kind == "audio" and (rate := sampling_rate_of(self.pipeline)):
             self.sample_metadata = {"sampling_rate": rate}
@@ -96,8 +98,7 @@ class PipelineModel(ModelAbilities):
         self.offload_text_encoder = self._is_accelerated()
         self.arguments: dict[str, Any] = dict(arguments or {})
         check_arguments(self.arguments, self.watched.parameters, resolution, source)
-        image_size = size_of_prompt_images(self.arguments.get(IMAGE))
-        self._examples = [] if image_size is None else example_images(image_size)
+        self._examples = example_images(self.arguments.get(IMAGE))
         self.prompt_fields = (IMAGE,) if self._examples else ()
         self._empty = PipelinePrompt.of("", self._examples[0]) if self._examples else PipelinePrompt("")
         self._arguments = self._fixed_arguments(resolution)
@@ -126,12 +127,11 @@ class PipelineModel(ModelAbilities):
         That is an empty prompt, or zeros. Some pipelines do not guide without a negative prompt; theirs is empty too.
         The image is that of the prompt.
         """
-        scales = [name for name in _SCALES if name in self.watched.parameters]
-        has_negative_prompt = "negative_prompt" in self.watched.parameters
-        for negative_prompt in ({}, *([{"negative_prompt": ""}] * has_negative_prompt)) if scales else ():
+        names = [name for name in self._layout.dtypes if name not in self._layout.images]
+        guided: dict[str, Any] = {} if self._scale is None else {"prompt": "", self._scale: 2.0}
+        for call in (guided, guided | {"negative_prompt": ""}) if guided else ():
             with self.text_encoders_on_device():
-                seen = self._before_denoiser({"prompt": "", scales[0]: 2.0, **negative_prompt})
-            names = [name for name in self._layout.dtypes if name not in self._layout.images]
+                seen = self._before_denoiser(call)
             negative = {name: seen.get(f"negative_{name}") for name in names}
             if all(value is not None or name in self._layout.masks.values() for name, value in negative.items()):
                 return self._layout.pack({name: value for name, value in negative.items() if value is not None})
@@ -140,7 +140,7 @@ class PipelineModel(ModelAbilities):
 
     def guide(self, negative: Tensor, positive: Tensor, scale: float) -> Tensor:
         """Return the guided output as the pipeline computes it."""
-        return self._guide(negative, positive, scale)
+        return GUIDES.get(type(self.pipeline).__name__, super().guide)(negative, positive, scale)
 
     def sampler_options(self, num_inference_steps: int) -> dict[str, Any]:
         """Return the flow times that the pipeline asks its scheduler for, and their shift for its size."""
@@ -187,10 +187,9 @@ class PipelineModel(ModelAbilities):
 
     def decode_with_gradient(self, latents: Tensor) -> Tensor:
         """Return the same before rounding: images `(batch, 3, height, width)` in [0, 1]; see `ModelAbilities`."""
-        vae = getattr(self.pipeline, "vae", None)
-        one_at_a_time = not self._is_accelerated() or getattr(vae, "use_tiling", False)
+        one_at_a_time = not self._is_accelerated() or getattr(self._vae, "use_tiling", False)
         rows = 1 if one_at_a_time else max(1, _PIXELS_PER_CALL // math.prod(self.size))
-        dtype = latents.dtype if vae is None else vae.dtype
+        dtype = latents.dtype if self._vae is None else self._vae.dtype
         parts = []
         for chunk in latents.to(self.device, dtype).split(rows):
             arguments = self._arguments | self._unprompted(len(chunk)) | {"output_type": "pt"}
@@ -235,7 +234,8 @@ class PipelineModel(ModelAbilities):
         """
         if self.offload_text_encoder or self.prompt_fields:
             inputs = pipeline_prompts(prompts, fields, bool(self.prompt_fields))
-            self._encoded.prepare(inputs, self.conditioning_shapes, self._encode, self.offload_text_encoder)
+            chosen = [*one_of_each_size(inputs), *(inputs if self.offload_text_encoder else ())]
+            self._encoded.prepare(chosen, self.conditioning_shapes, self._encode)
 
     def forget_prompts(self) -> None:
         """Encode every prompt again, for all resolutions."""
@@ -256,13 +256,11 @@ class PipelineModel(ModelAbilities):
         for name, value in {"offload_text_encoder": offload_text_encoder, "vae_tiling": vae_tiling}.items():
             if value is not None and not isinstance(value, bool):
                 raise ValueError(f"{name} must be True, False or None; got {value!r}")
-        vae = getattr(self.pipeline, "vae", None)
-        if vae_tiling and not hasattr(vae, "use_tiling"):
-            raise ValueError(
-                f"vae_tiling must be False with model {self.source!r}, whose {type(vae).__name__} has none; got True"
-            )
-        if vae_tiling is not None and vae_tiling != getattr(vae, "use_tiling", False):
-            self.pipeline.vae.enable_tiling() if vae_tiling else self.pipeline.vae.disable_tiling()
+        if vae_tiling and not hasattr(self._vae, "use_tiling"):
+            kind = type(self._vae).__name__
+            raise ValueError(f"vae_tiling must be False with model {self.source!r}, whose {kind} has none; got True")
+        if vae_tiling is not None and vae_tiling != getattr(self._vae, "use_tiling", False):
+            self._vae.enable_tiling() if vae_tiling else self._vae.disable_tiling()
         if offload_text_encoder is not None:
             self.offload_text_encoder = offload_text_encoder and self._is_accelerated()
             self._place_text_encoders(self.device)
@@ -299,8 +297,8 @@ class PipelineModel(ModelAbilities):
 
     def _fixed_arguments(self, resolution: Resolution | None) -> dict[str, Any]:
         """Return the arguments of every call: its size, no guidance, which is the policy's, and the user's own."""
-        if resolution is None and "sample_size" not in self._config and "vae" in self.pipeline.components:
-            resolution = self.pipeline.vae.config.get("sample_size")  # that of the images in pretraining
+        if resolution is None and "sample_size" not in self._config and self._vae is not None:
+            resolution = self._vae.config.get("sample_size")  # that of the images in pretraining
         own = {**self.arguments, IMAGE: self._examples[0]} if self._examples else self.arguments
         return fixed_arguments(self.watched.parameters, self.guidance_embeds, resolution) | own
 
@@ -338,7 +336,6 @@ class PipelineModel(ModelAbilities):
         with self.text_encoders_on_device():
             return [self._before_denoiser(one) for one in given]
 
-    @torch.no_grad()
     def check_outputs(self) -> None:
         """Compare what is watched with the pipeline's own call, at two timesteps in one batch.
 
@@ -358,11 +355,10 @@ class PipelineModel(ModelAbilities):
 
     def guided_call(self, scale: float) -> dict[str, Any] | None:
         """Return the arguments that turn the pipeline's own guidance on; `None` if it has none."""
-        scales = [name for name in _SCALES if name in self.watched.parameters]
-        if not scales or (self.guidance_embeds and scales[0] == "guidance_scale"):
+        if self._scale is None or (self.guidance_embeds and self._scale == "guidance_scale"):
             return None
-        empty = {"negative_prompt": ""} if scales[0] == "true_cfg_scale" else {}
-        return {scales[0]: scale, **empty}
+        empty = {"negative_prompt": ""} if self._scale == "true_cfg_scale" else {}
+        return {self._scale: scale, **empty}
 
     def _before_denoiser(self, given: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
         arguments = self._arguments | {name: given[name] for name in given if name in self.watched.parameters}

@@ -32,7 +32,7 @@ def check_resolution(
         return
 
     def takes(unit: int) -> bool:
-        side = unit * _odd(most // unit)
+        side = unit * (5 if most // unit >= 5 else 1)  # odd: a multiple of it is no multiple of twice the unit
         return accepts(side, side)
 
     unit = next((scale * patch for patch in _PATCHES if takes(scale * patch)), None)
@@ -43,8 +43,3 @@ def check_resolution(
         f"resolution must be {multiple}{both} (at most {largest}) with model {source!r}, whose latents are {scale} "
         f"times smaller than its images; got {resolution!r}"
     )
-
-
-def _odd(most: int) -> int:
-    """Return a small odd number up to `most`: a multiple of it is no multiple of twice the unit."""
-    return 5 if most >= 5 else 1

@@ -12,7 +12,6 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,7 +31,6 @@ from ddpo_env.models.families.stand_ins import (
 from ddpo_env.models.files.pipelines import DENOISERS, TEXT_ENCODERS
 
 _PROCESSORS = {"image_processor", "video_processor"}
-_NO_IMAGES: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class WatchedPipeline:
@@ -123,7 +121,7 @@ class WatchedPipeline:
         latents: Tensor,
         timestep: Tensor,
         dtype: torch.dtype,
-        given_images: Mapping[str, Tensor] = _NO_IMAGES,
+        given_images: Mapping[str, Tensor] | None = None,
         **arguments: Any,
     ) -> Tensor:
         """Return what the pipeline hands to its scheduler's `step`, when each row has its own timestep `(batch,)`.
@@ -153,7 +151,7 @@ class WatchedPipeline:
         vars(watched)["scheduler"] = self.pipeline.scheduler
         return record_steps(watched, self.call, **arguments)
 
-    def decoded(self, latents: Tensor, given_images: Mapping[str, Tensor] = _NO_IMAGES, **arguments: Any) -> Any:
+    def decoded(self, latents: Tensor, given_images: Mapping[str, Tensor] | None = None, **arguments: Any) -> Any:
         """Return the samples that the pipeline makes of latents.
 
         The denoiser is not called, except for a pipeline that needs a step: it makes one, whose result is replaced.
@@ -179,7 +177,7 @@ class WatchedPipeline:
         timesteps: Tensor | None,
         latents: Tensor | None = None,
         arguments: dict[str, Any] | None = None,
-        given_images: Mapping[str, Tensor] = _NO_IMAGES,
+        given_images: Mapping[str, Tensor] | None = None,
     ) -> Any:
         """Return a pipeline with the same components, and a scheduler with these timesteps: `None` is its own.
 
@@ -197,7 +195,7 @@ class WatchedPipeline:
         vars(watched).update(
             scheduler=scheduler,
             given_latents=latents,
-            given_images=given_images,
+            given_images=given_images or {},
             batch=batch,
             made={},
             made_latents=None,

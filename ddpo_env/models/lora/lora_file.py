@@ -30,11 +30,11 @@ Adapters: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 """By component of a pipeline, then by name: `<layer>.lora_A.weight` `(rank, inputs, ...)` and `<layer>.lora_B.weight`
 `(outputs, rank, ...)`. Their scale is 1: a layer computes `W x + B A x`."""
 
-_INPUTS = (".lora_A.weight", ".lora.down.weight")
+_INPUTS = (FIRST, ".lora.down.weight")
 """How the names of the weights end that a layer's input meets first, `(rank, inputs, ...)`."""
 _SETTINGS = "lora_adapter_metadata"
 """Where the header has peft's settings, as JSON with names such as `unet.r`."""
-_OUTPUTS = (".lora_B.weight", ".lora.up.weight")
+_OUTPUTS = (SECOND, ".lora.up.weight")
 DIFFUSERS_FILE, PEFT_FILE = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
 """What diffusers and peft call the file in a LoRA's folder."""
 _FILES = (DIFFUSERS_FILE, PEFT_FILE)
@@ -96,12 +96,7 @@ def check_lora(file: Path, denoiser: nn.Module, model: str) -> None:
     Raises:
         ValueError: naming the file, and the layer that does not fit.
     """
-    try:
-        with safe_open(file, "pt") as content:
-            _scales(file, (content.metadata() or {}).get(_SETTINGS))
-            shapes = {name: content.get_slice(name).get_shape() for name in content.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"lora: {str(file)!r} is no complete safetensors file: {error}") from error
+    _, shapes = _header(file)
     if not shapes:
         raise ValueError(f"lora: {str(file)!r} holds no weights")
     layers = dict(denoiser.named_modules())
@@ -127,12 +122,8 @@ def lora_tensors(file: Path) -> dict[str, Tensor]:
         ValueError: naming a file that is damaged, has names that could be patterns, or whose header has settings
             without which its tensors mean something else.
     """
-    try:
-        with safe_open(file, "pt") as content:
-            scales = _scales(file, (content.metadata() or {}).get(_SETTINGS))
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"lora: {str(file)!r} is no complete safetensors file: {error}") from error
+    scales, _ = _header(file)
+    tensors = load_file(file)
     if wrong := sorted(name for name in tensors if not _KEY.fullmatch(name)):
         raise ValueError(f"lora: {str(file)!r} must have names of letters, digits and . _ -; got {wrong[0][:80]!r}")
     for part, alpha in scales.items():
@@ -154,6 +145,17 @@ def peft_adapters(file: Path) -> dict[str, Tensor]:
             f"lora {str(file)!r} must be in peft's format, with names such as to_q{FIRST}; got {shortened(other)}"
         )
     return tensors
+
+
+def _header(file: Path) -> tuple[dict[str, float], dict[str, list[int]]]:
+    """Return the scales, see `_scales`, and the shape of each tensor."""
+    try:
+        with safe_open(file, "pt") as content:
+            text = (content.metadata() or {}).get(_SETTINGS)
+            shapes = {name: content.get_slice(name).get_shape() for name in content.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"lora: {str(file)!r} is no complete safetensors file: {error}") from error
+    return _scales(file, text), shapes
 
 
 def _scales(file: Path, text: str | None) -> dict[str, float]:
