@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 
 from ddpo_env.models.families.pipeline_model import PipelineModel
 from ddpo_env.models.families.watching import check_form
-from ddpo_env.models.files.pipelines import PipelineIndex, pipeline_index, read_index
+from ddpo_env.models.files.pipelines import PipelineIndex, read_index
 from ddpo_env.models.files.single_file import check_single_file, configuration_of
 from ddpo_env.models.protocol import DiffusionModel
 from rewards.registry import did_you_mean
@@ -104,13 +103,12 @@ def family_in(location: str, with_weights: bool = True) -> tuple[Any, PipelineIn
     """
     weights = location if Path(location).is_file() else None
     folder = str(configuration_of(Path(location))) if weights else location
-    config = pipeline_index(folder)
-    family = family_of(config["_class_name"])
-    index = replace(read_index(folder, config), weights=weights)
-    if config["_class_name"] not in ADAPTERS:
+    with _without_torchvision_warnings():
+        index = read_index(folder, weights)
+    if index.class_name not in ADAPTERS:
         check_form(getattr(diffusers, index.class_name), location)
     index.check(with_weights and weights is None)
-    return family, index
+    return family_of(index.class_name), index
 
 
 def model_fingerprint(model: str | Path) -> str | None:
@@ -125,8 +123,6 @@ def model_fingerprint(model: str | Path) -> str | None:
 
 def family_of(pipeline_class: str) -> Any:
     """Return the adapter of a diffusers pipeline class."""
-    with _without_torchvision_warnings():
-        getattr(diffusers, pipeline_class, None)  # a class of the user's own is not there
     return _look_up(ADAPTERS[pipeline_class]) if pipeline_class in ADAPTERS else PipelineModel
 
 

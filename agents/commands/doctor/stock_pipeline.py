@@ -28,8 +28,8 @@ from agents.commands.doctor.finding import Finding
 from agents.policy.lora import continue_lora, share_weights, starting_adapters
 from ddpo_env.models import DiffusionModel, abilities_of, load_model
 from ddpo_env.models.files.pipelines import pipeline_of
+from ddpo_env.models.files.silence import quiet
 from ddpo_env.models.image_decoding import decode_samples
-from ddpo_env.models.lora.adapters import quiet
 from ddpo_env.models.quantization import loaded_dtype
 from ddpo_env.prompts import Prompt
 from ddpo_env.prompts.images import IMAGE, read_image

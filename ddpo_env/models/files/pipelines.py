@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,13 +13,12 @@ from typing import Any, Protocol, runtime_checkable
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from transformers.utils import logging as transformers_logging
 
 from ddpo_env.models.files.components import CONVERSION, check_component, load_component
+from ddpo_env.models.files.silence import without_progress_bars
 from ddpo_env.models.files.single_file import load_single_file
 from ddpo_env.models.protocol import DiffusionModel
 from ddpo_env.models.quantization import castable_weights, quantize_network
@@ -95,16 +93,19 @@ class PipelineIndex:
         return digest.hexdigest()
 
 
-def read_index(location: str, config: Mapping[str, Any]) -> PipelineIndex:
-    """Sort what the index of a pipeline says.
+def read_index(location: str, weights: str | None = None) -> PipelineIndex:
+    """Read and sort the index of a pipeline.
 
     Args:
         location: folder or Hub id.
-        config: what `pipeline_index` returned.
+        weights: the single file that holds the weights, if they are not in the folder.
 
     Raises:
-        ValueError: for a pipeline that diffusers does not have, or a component that the index leaves out.
+        ValueError: for a folder that holds no pipeline, a pipeline that diffusers does not have, or a component that
+            the index leaves out.
+        OSError: for a Hub id that cannot be downloaded.
     """
+    config = _configuration(location)
     name = config["_class_name"]
     found = getattr(diffusers, name, None)
     if not (inspect.isclass(found) and issubclass(found, DiffusionPipeline)):
@@ -129,16 +130,11 @@ def read_index(location: str, config: Mapping[str, Any]) -> PipelineIndex:
     components = {
         key: value for key, value in given.items() if key not in settings and key not in (*absent, *_NOT_NEEDED)
     }
-    return PipelineIndex(location, name, components, settings)
+    return PipelineIndex(location, name, components, settings, weights)
 
 
-def pipeline_index(location: str) -> Mapping[str, Any]:
-    """Read the index of a pipeline in a folder or on the Hub, with its class and its components.
-
-    Raises:
-        ValueError: for a folder that holds no pipeline.
-        OSError: for a Hub id that cannot be downloaded.
-    """
+def _configuration(location: str) -> Mapping[str, Any]:
+    """Return what the index of a pipeline says, which names its class."""
     try:
         config = DiffusionPipeline.load_config(location)
     except OSError as error:
@@ -251,19 +247,6 @@ def download_pipeline(location: str, options: Mapping[str, Any]) -> str:
         return str(DiffusionPipeline.download(location, use_safetensors=True, **options))
     except OSError as error:
         raise _download_error(location, error) from error
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Progress bars are for downloads; a folder is read in a moment."""
-    libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
-    for library in libraries:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in libraries:
-            library.enable_progress_bar()
 
 
 def _download_error(location: str, error: OSError) -> OSError:

@@ -15,11 +15,11 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ddpo_env.models.files.components import component_class, load_component
+from ddpo_env.models.files.silence import quiet
 from rewards.networks.pretrained import check_finite, shortened
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -101,19 +101,16 @@ def load_single_file(
         if not issubclass(component_class(location, name, place), nn.Module)
         or any((Path(location) / name).glob("*.safetensors"))
     }
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of weights that a file holds beside the pipeline, and without reason
     try:
-        pipeline: DiffusionPipeline = pipeline_class.from_single_file(
-            file, config=location, torch_dtype=dtype, local_files_only=True, **settings, **in_folder
-        )
+        with quiet():  # it warns of weights that a file holds beside the pipeline, and without reason
+            pipeline: DiffusionPipeline = pipeline_class.from_single_file(
+                file, config=location, torch_dtype=dtype, local_files_only=True, **settings, **in_folder
+            )
     except Exception as error:  # of many kinds, as the file is anybody's
         raise ValueError(
             f"model {file!r} must hold the weights of a {class_name} that the configurations in {location!r} describe, "
             f"as far as they are not there; {type(error).__name__}: {error}"
         ) from error
-    finally:
-        logging.set_verbosity(verbosity)
     for name in components.keys() - in_folder.keys():
         network = getattr(pipeline, name)
         missing = [key for key, value in network.state_dict().items() if value.device.type == "meta"]

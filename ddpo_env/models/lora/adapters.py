@@ -6,20 +6,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-from diffusers.utils import logging
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ddpo_env.models.files.pipelines import without_progress_bars
+from ddpo_env.models.files.silence import quiet
 from ddpo_env.models.lora.lora_file import (
     FIRST,
     PREFIX,
@@ -163,18 +161,6 @@ def combined(first: Adapters, second: Adapters) -> Adapters:
             value, axis = value.detach().cpu().float(), 0 if name.endswith(FIRST) else 1
             own[name] = torch.cat([own[name].cpu(), value], axis) if name in own else value
     return parts
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence warnings of components for which a file has no adapters, and progress bars."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with without_progress_bars():
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _without_weights(network: nn.Module) -> nn.Module:

@@ -46,7 +46,7 @@ def nothing_happens(monkeypatch, tmp_path):
         raise AssertionError("a dry run must not do this")
 
     monkeypatch.setattr(loading, "load_pipeline", refuse)
-    monkeypatch.setattr(sources, "pipeline_index", refuse)
+    monkeypatch.setattr(sources, "read_index", refuse)
     monkeypatch.setattr(vector_env, "load_model", refuse)
     monkeypatch.setattr("agents.training.run_folder.RunFolder.make", refuse)
     monkeypatch.setattr("socket.socket.connect", refuse)
