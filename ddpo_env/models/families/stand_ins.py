@@ -6,6 +6,7 @@ Each is a class of the same name that derives from the pipeline's own, so that a
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import sys
 import textwrap
@@ -31,6 +32,13 @@ class Ended(BaseException):
 def is_call_of(frame: Any, pipeline: Any) -> bool:
     """Return whether a frame is that of a pipeline's call."""
     return frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipeline
+
+
+def stand_in(part: Any, watched: Callable[[Any], type[Any]]) -> Any:
+    """Return a shallow copy of a part whose class is the watched one: `watched_pipeline` and the like return it."""
+    copied = copy.copy(part)
+    copied.__class__ = watched(type(part))
+    return copied
 
 
 class WithDtype:

@@ -24,6 +24,7 @@ from ddpo_env.models.families.stand_ins import (
     Ended,
     WithDtype,
     is_call_of,
+    stand_in,
     watched_pipeline,
     watched_processor,
     watched_scheduler,
@@ -62,9 +63,7 @@ class WatchedPipeline:
             )
         self.call = _call_of(type(pipeline))
         self.parameters = _parameters(self.call)
-        self._scheduler: Any = copy.copy(vars(pipeline)["scheduler"])
-        scheduler_class: Any = type(self._scheduler)
-        self._scheduler.__class__ = watched_scheduler(scheduler_class)
+        self._scheduler = stand_in(vars(pipeline)["scheduler"], watched_scheduler)
         self._prepared: dict[Any, Any] = {}
         self._processed: dict[Any, Any] = {}
         self._takes_prepared_latents = False
@@ -183,9 +182,7 @@ class WatchedPipeline:
 
         The latents are handed over where the pipeline prepares its own, or among the arguments of its call.
         """
-        watched = copy.copy(self.pipeline)
-        own_class: Any = type(self.pipeline)
-        watched.__class__ = watched_pipeline(own_class)
+        watched = stand_in(self.pipeline, watched_pipeline)
         scheduler = copy.copy(self._scheduler)
         scheduler.given_timesteps = timesteps
         batch = () if latents is None else (len(latents), latents.dtype, latents.device)
@@ -205,11 +202,8 @@ class WatchedPipeline:
             denoiser_device=_device(getattr(self.pipeline, self.denoiser_name)),
         )
         for name in _PROCESSORS & vars(watched).keys():
-            processor = copy.copy(vars(watched)[name])
-            processor_class: Any = type(processor)
-            processor.__class__ = watched_processor(processor_class)
-            processor.known = self._processed if batch else None
-            vars(watched)[name] = processor
+            vars(watched)[name] = stand_in(vars(watched)[name], watched_processor)
+            vars(watched)[name].known = self._processed if batch else None
         return watched
 
     def _run(self, watched: Any, arguments: Mapping[str, Any]) -> Any:
