@@ -218,7 +218,7 @@ def test_model_that_cannot_be_registered(constant: ConstantModel, change: Callab
     change(constant)
     with pytest.raises(ValueError, match=message):
         load_model(constant)
-    assert constant not in models._models.values()
+    assert constant not in models._objects.values()
 
 
 def test_a_source_belongs_to_one_model(constant: ConstantModel) -> None:
