@@ -162,14 +162,26 @@ class StockImages:
         rows = zip(prompts, generators, images, strict=True)
         return np.concatenate([self._generated([text], [generator], image) for text, generator, image in rows])
 
-    def after_each_step(self, prompts: Sequence[str], seeds: Sequence[int], strength: float) -> NDArray[np.uint8]:
+    def after_each_step(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        strength: float,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+    ) -> NDArray[np.uint8]:
         """Return the decoded latents after every step, `(steps, prompts, height, width, 3)`; the last are the images.
 
         The arguments are those of a call.
 
         Raises:
-            ValueError: for a pipeline that does not show its latents.
+            ValueError: as a call; or for a pipeline that does not show its latents.
         """
+        if self._takes_images and len(prompts) > 1:  # a call of the pipeline for each
+            films = [
+                self.after_each_step([text], [seed], strength, [own])
+                for text, seed, own in zip(prompts, seeds, metadata or [{}] * len(prompts), strict=True)
+            ]
+            return np.concatenate(films, axis=1)
         latents: list[Tensor] = []
 
         def keep(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -180,7 +192,8 @@ class StockImages:
             raise ValueError(
                 f"model must show its latents to a {_CALLBACK}; a {type(self._pipeline).__name__} does not take one"
             )
-        images = StockImages(self._model, self._options | {_CALLBACK: keep}, self._has_lora)(prompts, seeds, strength)
+        watched = StockImages(self._model, self._options | {_CALLBACK: keep}, self._has_lora)
+        images = watched(prompts, seeds, strength, metadata)
         decoded = [self._model.render(one).cpu().numpy() for one in latents[:-1]]
         return np.stack([*decoded, images])
 

@@ -17,8 +17,21 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from agents.evaluation.generation import SEED, SEEDS_APART, GenerationArguments, StockImages, check_model, stock_images
+from agents.evaluation.generation import (
+    SEED,
+    SEEDS_APART,
+    GenerationArguments,
+    StockImages,
+    check_model,
+    stock_images,
+    with_images,
+)
 from agents.output.terminal import run_command, tolerate_encodings
+from ddpo_env.prompts import PROMPT_SETS, Prompt, PromptSet, PromptSource, load_prompts
+from ddpo_env.prompts.files import SUFFIXES
+
+_FILES = tuple(filter(None, SUFFIXES))
+"""A prompt that ends like a prompt file is one that is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +41,7 @@ class SampleArguments(GenerationArguments):
     compare: bool = False
     """With --lora: also generate the images without it, in a row above."""
     prompts: tuple[str, ...] = ("a cat", "a fox", "a lion", "a penguin", "a fox riding a bike")
-    """Prompts, one per column."""
+    """Prompts, one per column. The name of a prompt set or a file with prompts stands for its prompts."""
     seeds: tuple[Annotated[int, SEED], ...] = (0, 1, 2)
     """Seeds of the initial noise, one per row."""
     output: Path = Path("samples.png")
@@ -49,11 +62,25 @@ class SampleArguments(GenerationArguments):
             raise ValueError("seeds must be at least one; got none")
         if self.compare and self.lora is None:
             raise ValueError("compare must be used with a LoRA: add --lora")
+        _ = self.prompt_set
         _check_output("output", self.output, "png")
         if self.film is not None:
             _check_output("film", self.film, "gif")
             if self.film.resolve() == self.output.resolve():
                 raise ValueError(f"film must be another file than output; got {str(self.film)!r} for both")
+
+    @property
+    def prompt_set(self) -> PromptSet:
+        """The prompts, with those of sets and files in the place of their names.
+
+        Raises:
+            ValueError: for a file that is missing or cannot be read, or a prompt that is not valid.
+        """
+        entries: list[str | Prompt] = []
+        for value in self.prompts:
+            is_named = value in PROMPT_SETS or os.path.isfile(value) or value.lower().endswith(_FILES)
+            entries += _set_of(value) if is_named else [value]
+        return _set_of(entries)
 
 
 def main() -> int:
@@ -75,7 +102,8 @@ def write_grid(arguments: SampleArguments) -> None:
         OSError: as `generate`; or for a file that cannot be written.
     """
     arguments.check()
-    check_model(arguments)
+    prompts = arguments.prompt_set
+    check_model(with_images(arguments, [prompts]))
     from agents.evaluation.image_grid import image_grid, write_film
 
     if arguments.film is None:
@@ -83,11 +111,11 @@ def write_grid(arguments: SampleArguments) -> None:
     else:
         films, labels = generate_films(arguments)
         rows = [film[-1] for film in films]
-        frames = [image_grid(shown, labels, arguments.prompts) for shown in zip(*films, strict=True)]
+        frames = [image_grid(shown, labels, prompts.prompts) for shown in zip(*films, strict=True)]
         arguments.film.parent.mkdir(parents=True, exist_ok=True)
         write_film(arguments.film, frames)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(rows, labels, arguments.prompts).save(arguments.output)
+    image_grid(rows, labels, prompts.prompts).save(arguments.output)
 
 
 def generate(arguments: SampleArguments) -> tuple[list[NDArray[np.uint8]], list[str]]:
@@ -122,15 +150,23 @@ def _rows(
 ) -> tuple[list[NDArray[np.uint8]], list[str]]:
     rows, labels = [], []
     strengths = {"base": 0.0, "trained": 1.0}
+    texts, metadata = zip(*arguments.prompt_set, strict=True)
+    arguments = with_images(arguments, [arguments.prompt_set])
     variants = list(strengths) if arguments.compare else ["trained" if arguments.lora else "base"]
     with stock_images(arguments) as images:
         generated = generator_of(images)
         for seed in arguments.seeds:
             for variant in variants:
-                seeds = range(seed, seed + SEEDS_APART * len(arguments.prompts), SEEDS_APART)
-                rows.append(generated(arguments.prompts, seeds, strengths[variant]))
+                seeds = range(seed, seed + SEEDS_APART * len(texts), SEEDS_APART)
+                rows.append(generated(texts, seeds, strengths[variant], metadata))
                 labels.append(f"{variant}\nseed {seed}")
     return rows, labels
+
+
+def _set_of(prompts: PromptSource) -> PromptSet:
+    found = load_prompts(prompts)
+    assert isinstance(found, PromptSet)
+    return found
 
 
 def _check_output(name: str, output: Path, kind: str) -> None:

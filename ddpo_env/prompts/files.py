@@ -23,7 +23,8 @@ _LARGEST = 64 * 2**20
 """Bytes of a file that is read."""
 _NAMES = ("prompt", "text", "caption")
 """Names of the entry with the prompt, in any case; the first one that an object or a table has is taken."""
-_SUFFIXES = (".txt", "", ".jsonl", ".json", ".csv", ".tsv")
+SUFFIXES = (".txt", "", ".jsonl", ".json", ".csv", ".tsv")
+"""Of prompt files; without one, a file is text."""
 
 
 def read_prompt_file(path: Path) -> list[tuple[str, Any]]:
@@ -37,8 +38,8 @@ def read_prompt_file(path: Path) -> list[tuple[str, Any]]:
             some prompts have an image and others none, or an image cannot be read.
     """
     suffix = path.suffix.lower()
-    if suffix not in _SUFFIXES:
-        raise ValueError(f"prompts must be a file that ends in {', '.join(filter(None, _SUFFIXES))}; got {str(path)!r}")
+    if suffix not in SUFFIXES:
+        raise ValueError(f"prompts must be a file that ends in {', '.join(filter(None, SUFFIXES))}; got {str(path)!r}")
     if (size := path.stat().st_size) > _LARGEST:
         raise ValueError(f"prompts {str(path)!r} must be a file of at most {_LARGEST} bytes; it has {size}")
     try:

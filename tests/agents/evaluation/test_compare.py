@@ -20,6 +20,7 @@ from agents.evaluation.compare import EvaluateArguments, evaluate_models
 from agents.evaluation.comparison import Result, ScoredImage, best_strengths, compare
 from agents.evaluation.generation import GenerationArguments, stock_images
 from agents.evaluation.sample import SampleArguments, generate, generate_films, write_grid
+from ddpo_env.prompts import load_prompts
 
 PROMPTS = ("a cat", "a fox", "two dogs")
 
@@ -93,6 +94,23 @@ def test_film_ends_with_the_images_and_shows_the_decoded_latents_before(
         assert durations == [150, 150, 2000]
         difference = np.abs(np.asarray(frames.convert("RGB")).astype(int) - np.asarray(grid))
     assert difference.mean() < 10  # a GIF has few colours, and these images are noise
+
+
+def test_prompts_of_ddpo_sample_may_be_sets_and_files(
+    micro_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("two.txt").write_text("# comment\na fox\ntwo dogs\n")
+    own = settings(micro_pipeline_folder, None) | {"seeds": (3,), "num_inference_steps": 1}
+    given = SampleArguments(**own, prompts=("a cat", "two.txt"))
+    assert given.prompt_set.prompts == PROMPTS
+    assert SampleArguments(prompts=("counting",)).prompt_set[0] == load_prompts("counting")[0]  # type: ignore[index]
+    assert SampleArguments(prompts=("counting dogs",)).prompt_set.prompts == ("counting dogs",)
+    (expected,), _ = generate(SampleArguments(**own, prompts=PROMPTS))
+    np.testing.assert_array_equal(generate(given)[0][0], expected)
+    write_grid(given)
+    with Image.open("samples.png") as grid:
+        assert grid.width > 3 * 112
 
 
 def test_strength_multiplies_the_change_of_the_weights(micro_pipeline_folder: Path, lora: Path) -> None:

@@ -32,6 +32,8 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--guidance-scale", "nan"], "guidance_scale must be in"),
         (["--eta", "2"], "eta must be in [0, 1]; got 2"),
         (["--prompts", "a cat", " "], "prompts[1] must be a string that is not empty"),
+        (["--prompts", "missing.txt"], "prompts must be one of simple_animals, "),
+        (["--prompts", "a cat", "empty.csv"], "prompts 'empty.csv' must"),
         (["--resolution", "7"], "resolution must be"),
         (["--device", "tpu"], "device must be auto or one of"),
         (["--model", ""], "model must be a string that is not empty"),
@@ -61,6 +63,7 @@ def test_wrong_arguments_are_one_line(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
+    (tmp_path / "empty.csv").touch()
     for name, tensors in {
         "damaged": {"a": torch.zeros(9)},
         "empty": {},

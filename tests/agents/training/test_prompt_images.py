@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,7 +22,7 @@ from agents.config.resolve import resolve
 from agents.config.train_config import TrainConfig
 from agents.distributed import Processes
 from agents.evaluation.compare import EvaluateArguments, evaluate_models
-from agents.evaluation.sample import SampleArguments, generate
+from agents.evaluation.sample import SampleArguments, generate, generate_films
 from agents.planning.flops import estimate_time
 from agents.planning.plan import describe_plan
 from agents.training.preparation import check_run, prepare_run, run_training
@@ -145,6 +146,13 @@ def test_evaluation_gives_the_images_to_the_stock_pipeline(folder: Path, tmp_pat
     with (tmp_path / "out/scores.csv").open(newline="") as file:
         first = next(csv.DictReader(file))
     assert float(first["helpers.prompt_images:likeness"]) == pytest.approx(expected, abs=1e-3)
+    seed = report["settings"]["seed"]
+    chosen = SampleArguments(prompts=(str(folder / "set/edits.jsonl"),), seeds=(seed,), **arguments)
+    (images,), _ = generate(chosen)
+    np.testing.assert_array_equal(images[0], (pixels[0] * 255).round())
+    (film,), _ = generate_films(chosen)
+    assert film.shape == (2, *images.shape)
+    np.testing.assert_array_equal(film[-1], images)
     with pytest.raises(ValueError, match="image of prompt 'a cat' must be the path of an image file; got None"):
         generate(SampleArguments(prompts=("a cat",), seeds=(0,), **arguments | {
             "pipeline_arguments": (*ARGUMENTS, "image=prompt:32x32")}))  # fmt: skip
