@@ -78,36 +78,45 @@ def load_reward(spec: str | Callable[..., Any], **options: Any) -> Reward:
         ValueError: There is no such reward, module or attribute; or `options` are given for a reward without options.
         TypeError: The result is not callable as a reward, or the class does not take the options.
     """
-    if not isinstance(spec, str):
-        return _instantiated(spec, repr(getattr(spec, "__name__", spec)), options)
-    if _is_weighted_sum(spec):
-        return cast(Reward, resolve_name(_COMPOSITE)(spec, **options))
-    if spec in BUILTIN_REWARDS:
-        return _instantiated(resolve_name(BUILTIN_REWARDS[spec]), spec, options)
-    return _instantiated(_imported_by_user(spec), spec, options)
+    return _loaded(spec, options, "reward")
 
 
-def configured_reward(spec: str | Callable[..., Any], options: Mapping[str, Any]) -> Reward:
+def configured_reward(spec: str | Callable[..., Any], options: Mapping[str, Any], setting: str = "reward") -> Reward:
     """Return the reward that `spec` names, with its options in one dictionary, as a configuration stores them.
 
     Args:
         spec: As for `load_reward`.
         options: Arguments of the reward's class. For a weighted sum: the arguments of each term, by the term's name.
+        setting: What the user calls the spec, for errors; the options are those of this setting.
 
     Raises:
         ValueError: As `load_reward`; or an option of a weighted sum does not belong to one of its terms.
         TypeError: As `load_reward`.
     """
     if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
-        raise ValueError(f"reward_options must be a dictionary with names of options as keys; got {options!r}")
+        raise ValueError(f"{_options_of(setting)} must be a dictionary with names of options as keys; got {options!r}")
     if not (isinstance(spec, str) and _is_weighted_sum(spec)):
-        return load_reward(spec, **options)
+        return _loaded(spec, options, setting)
     if without_term := [name for name, value in options.items() if not isinstance(value, Mapping)]:
         raise ValueError(
-            f"reward_options of the weighted sum {spec!r} must begin with a term's name, such as clip_score.device; "
-            f"got {', '.join(without_term)}"
+            f"{_options_of(setting)} of the weighted sum {spec!r} must begin with a term's name, such as "
+            f"clip_score.device; got {', '.join(without_term)}"
         )
-    return load_reward(spec, options=options)
+    return _loaded(spec, {"options": options}, setting)
+
+
+def _loaded(spec: str | Callable[..., Any], options: Mapping[str, Any], setting: str) -> Reward:
+    if not isinstance(spec, str):
+        return _instantiated(spec, repr(getattr(spec, "__name__", spec)), options, setting)
+    if _is_weighted_sum(spec):
+        return cast(Reward, resolve_name(_COMPOSITE)(spec, setting=setting, **options))
+    found = resolve_name(BUILTIN_REWARDS[spec]) if spec in BUILTIN_REWARDS else _imported_by_user(spec, setting)
+    return _instantiated(found, spec, options, setting)
+
+
+def _options_of(setting: str) -> str:
+    """Return the name of the setting with the options of a reward: `reward_options` of `reward` and of `rewards`."""
+    return f"{setting.removesuffix('s')}_options"
 
 
 def parse_options(pairs: Iterable[str], setting: str = "reward_options") -> dict[str, Any]:
@@ -127,7 +136,7 @@ def parse_options(pairs: Iterable[str], setting: str = "reward_options") -> dict
         first, *others = rest.split(".")
         *levels, last = [module + colon + first, *others]
         if not equals or not all([*levels, last]):
-            raise ValueError(f"{setting} must be key=value pairs, such as judge_options.timeout=30; got {pair!r}")
+            raise ValueError(f"{setting} must be key=value pairs; got {pair!r}")
         inner = options
         for name in levels:
             inner = inner.setdefault(name, {})
@@ -204,12 +213,12 @@ def _is_weighted_sum(spec: str) -> bool:
     return bool(_WEIGHTED.fullmatch(spec)) or spec.partition(":")[0] in BUILTIN_REWARDS.keys() - {spec}
 
 
-def _imported_by_user(spec: str) -> Any:
+def _imported_by_user(spec: str, setting: str) -> Any:
     """Import `module:attribute` from `sys.path` or the current folder."""
     module_name, separator, attribute = spec.partition(":")
     if not separator or not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
         raise ValueError(
-            f"reward must be one of {', '.join(BUILTIN_REWARDS)}; or module:function; or a weighted sum such as "
+            f"{setting} must be one of {', '.join(BUILTIN_REWARDS)}; or module:function; or a weighted sum such as "
             f"aesthetic:1,clip_score:0.5; got {spec!r}{did_you_mean(module_name, BUILTIN_REWARDS)}"
         )
     _user_modules.allow(module_name.partition(".")[0], os.getcwd())
@@ -220,12 +229,12 @@ def _imported_by_user(spec: str) -> Any:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise
         raise ValueError(
-            f"reward {spec!r}: there is no module {error.name!r}; it must be in the current folder or on PYTHONPATH"
+            f"{setting} {spec!r}: there is no module {error.name!r}; it must be in the current folder or on PYTHONPATH"
         ) from error
     if not hasattr(module, attribute):
         public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise ValueError(
-            f"reward {spec!r}: module {module_name!r} of {getattr(module, '__file__', None) or 'Python'} has no "
+            f"{setting} {spec!r}: module {module_name!r} of {getattr(module, '__file__', None) or 'Python'} has no "
             f"{attribute!r}; it has {', '.join(public) or 'no functions'}"
         )
     return getattr(module, attribute)
@@ -322,10 +331,10 @@ def check_options(takes: Callable[..., Any], given: Mapping[str, Any], name: str
         raise ValueError(f"{name} must be among {', '.join(valid) or 'none'}; got {', '.join(unknown)}{near}")
 
 
-def _instantiated(reward: Any, label: str, options: dict[str, Any]) -> Reward:
+def _instantiated(reward: Any, label: str, options: Mapping[str, Any], setting: str) -> Reward:
     """Instantiate a class with its options, and check that the result can be called as a reward."""
     if inspect.isclass(reward):
-        check_options(reward, options, f"reward_options of {label}")
+        check_options(reward, options, f"{_options_of(setting)} of {label}")
         try:
             reward = reward(**options)
         except TypeError as error:
@@ -333,7 +342,7 @@ def _instantiated(reward: Any, label: str, options: dict[str, Any]) -> Reward:
                 f"reward {label} must be a class that takes its options: {error}; got {reprlib.repr(options)}"
             ) from error
     elif options:
-        raise ValueError(f"reward {label} takes no options (reward_options); got {', '.join(options)}")
+        raise ValueError(f"reward {label} takes no options ({_options_of(setting)}); got {', '.join(options)}")
     if not callable(reward):
         raise TypeError(f"reward {label} must be callable as (images, prompts, metadata); got {reward!r}")
     forward = getattr(reward, "forward", None) if is_torch_module(reward) else None  # its __call__ takes anything

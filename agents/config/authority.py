@@ -70,7 +70,7 @@ def _refuse_others(own: TrainConfig, asked: TrainConfig, folder: Path) -> None:
         elif name in PLACES:
             is_same = value == before or None not in (place_of(own, name), place_of(asked, name))
         elif name in _REWARDS.values():
-            is_same = _fixed(value) == _fixed(before)
+            is_same = _fixed(value, name) == _fixed(before, name)
         else:
             is_same = value == before
         if not is_same:
@@ -109,9 +109,9 @@ def _may_reach_out(key: str, value: Any) -> bool:
     return isinstance(value, str) and key.rpartition(".")[2] not in HARMLESS_TEXT_OPTIONS
 
 
-def _fixed(pairs: tuple[str, ...]) -> dict[str, Any]:
+def _fixed(pairs: tuple[str, ...], setting: str) -> dict[str, Any]:
     """Return options by name, without the text that the user may name anew."""
-    leaves = _leaves(parse_options(pairs))
+    leaves = _leaves(parse_options(pairs, setting))
     return {key: None if _may_reach_out(key, value) else (value,) for key, value in leaves}
 
 

@@ -188,7 +188,7 @@ def named_rewards(names: tuple[str, ...], pairs: tuple[str, ...]) -> dict[str, R
             f"reward_options must begin with one of the rewards ({', '.join(names)}), such as {names[0]}.device=cpu; "
             f"got {', '.join(without)}"
         )
-    found = {name: configured_reward(name, options.get(name, {})) for name in names}
+    found = {name: configured_reward(name, options.get(name, {}), "rewards") for name in names}
     for name, reward in found.items():
         if asking_people(reward):
             raise ValueError(f"rewards must score images by themselves; got {name!r}, which asks people")

@@ -35,7 +35,7 @@ from rewards.protocol import (
     measure_reward,
     reward_name,
 )
-from rewards.registry import load_reward
+from rewards.registry import configured_reward
 from rewards.sums.terms import RunningStatistics, Term, named_once, parse_terms
 
 if TYPE_CHECKING:  # a sum of rewards without a model needs no torch
@@ -106,12 +106,18 @@ class Composite:
 
     __name__ = "composite"
 
-    def __init__(self, terms: str | Sequence[Term], options: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        terms: str | Sequence[Term],
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+        setting: str = "reward",
+    ) -> None:
         """Create the reward of every term.
 
         Args:
             terms: `name:weight,...` as for `parse_terms`, or a sequence of `Term`.
             options: Arguments of each term's class, by the term's name.
+            setting: What the user calls the sum, for errors.
 
         Raises:
             ValueError: The spelling is wrong, there is no such reward, or an option does not belong to a term.
@@ -126,7 +132,9 @@ class Composite:
         names = [term.name for term in self.terms]
         if unknown := set(options) - set(names):
             raise ValueError(f"options must be of {', '.join(names)}; got {', '.join(unknown)}")
-        self.rewards: dict[str, Reward] = {name: load_reward(name, **options.get(name, {})) for name in names}
+        self.rewards: dict[str, Reward] = {
+            name: configured_reward(name, options.get(name, {}), setting) for name in names
+        }
         self.statistics = {term.name: RunningStatistics() for term in self.terms if not term.raw}
         self._is_frozen = False
 

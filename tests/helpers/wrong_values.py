@@ -86,7 +86,8 @@ def shown(value: Any) -> str:
 
 def unclear(message: str, name: str, value: Any) -> str | None:
     """Return what a message lacks: the parameter's name, the value (or the start of a long one), what is valid."""
-    if name not in message and name.replace("_", "-") not in message:
+    whole_word = rf"(?<!\w)(?<!\w-)({name}|{name.replace('_', '-')})(?![\w-])"
+    if not re.search(whole_word, message):
         return f"does not name {name}"
     # Of a container or an object the message may show the element that is wrong, or the type.
     is_scalar = isinstance(value, bool | int | float | str | bytes)

@@ -37,7 +37,7 @@ def configured_holdout_reward(config: TrainConfig) -> Reward | None:
         return None
     with naming_holdout_reward(settings.holdout_reward):
         options = parse_options(settings.holdout_reward_options, "holdout_reward_options")
-        reward = configured_reward(settings.holdout_reward, options)
+        reward = configured_reward(settings.holdout_reward, options, "holdout_reward")
         if people := asking_people(reward):
             names = ", ".join(reward_name(one) for one in people)
             raise ValueError(f"reward {names} asks people, and held-out samples must not cost votes")

@@ -127,6 +127,12 @@ def test_pasted_options_cannot_become_flags(tmp_path: Path) -> None:
         resolve(train_config(resume=run))
 
 
+def test_wrong_options_of_a_resumed_run_are_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", holdout_reward="aesthetic")
+    with pytest.raises(ValueError, match="^holdout_reward_options must be key=value pairs; got 'device'"):
+        resolve(train_config(resume=run, holdout_reward_options=("device",)))
+
+
 def test_paths_inside_the_run_folder_are_its_own(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

@@ -142,7 +142,7 @@ def evaluation(
     monkeypatch.chdir(tmp_path)
     found = command.configured_reward
     monkeypatch.setattr(
-        command, "configured_reward", lambda name, options: right_colour if name == "judge" else found(name, options)
+        command, "configured_reward", lambda name, *given: right_colour if name == "judge" else found(name, *given)
     )
     return EvaluateArguments(
         **settings(micro_pipeline_folder, lora),
@@ -227,11 +227,13 @@ def test_best_strength_is_the_one_with_the_highest_mean() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rewards", "no_such_reward"], "reward must be one of jpeg_compressibility"),
+        (["--rewards", "no_such_reward"], " rewards must be one of jpeg_compressibility"),
         (["--rewards", "temporal_consistency"], "rewards must take images; got 'temporal_consistency'"),
         (["--rewards", "jpeg_compressibility:1,clip_score:1"], "rewards must score each image by itself"),
         (["--rewards", "jpeg_compressibility", "jpeg_compressibility"], "rewards must name each one once"),
         (["--reward-options", "clip_score.model=tiny"], "reward_options must begin with one of the rewards"),
+        (["--reward-options", "jpeg_compressibility.a=1"], "takes no options (reward_options)"),
+        (["--pipeline-arguments", "a"], "pipeline_arguments must be key=value pairs; got 'a'"),
         (["--reward-options", "model=tiny"], "reward_options must begin with one of the rewards"),
         (["--prompts", "no_such_set"], "prompts must be one of simple_animals"),
         (["--prompts", "empty.txt"], "must hold at least one prompt"),

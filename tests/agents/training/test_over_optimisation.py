@@ -18,7 +18,7 @@ from agents import prepare_run, run_training, train_config
 from agents.evaluation.intervals import is_higher
 from agents.training import command
 from agents.training.checkpoint import Checkpoints, latest_checkpoint
-from agents.training.monitoring.holdout_reward import HoldoutReward
+from agents.training.monitoring.holdout_reward import HoldoutReward, configured_holdout_reward
 from agents.training.monitoring.over_optimisation import OverOptimisationBrake
 from rewards import load_reward
 
@@ -169,6 +169,20 @@ def test_held_out_reward_that_is_not_finite_is_an_error_that_names_it(tmp_path, 
         run_training(points_config(tmp_path, holdout_reward=NEAR_ONE, non_finite_rewards="drop"))
 
 
+@pytest.mark.parametrize(
+    ("spec", "option", "message"),
+    [
+        ("aesthetic", "a=1", "^holdout_reward_options of aesthetic must be among .*; got a"),
+        ("jpeg_compressibility", "a=1", r"takes no options \(holdout_reward_options\)"),
+        ("jpeg_compressibility:1,aesthetic:1", "a=1", "^holdout_reward_options of the weighted sum"),
+        ("jpeg_compressibility:1,aesthetic:1", "aesthetic.a=1", "^holdout_reward_options of aesthetic must be among"),
+    ],
+)
+def test_options_of_the_held_out_reward_are_refused_by_their_setting(spec, option, message):
+    with pytest.raises(ValueError, match=message):
+        configured_holdout_reward(train_config(holdout_reward=spec, holdout_reward_options=(option,)))
+
+
 def test_held_out_reward_that_fails_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(points_models, "near_one", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError) as caught:
@@ -215,7 +229,9 @@ def test_settings_that_do_not_fit_together_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("astetic", "astetic"),
+        ("astetic", "^holdout_reward must be one of .*'astetic'"),
+        ("jpeg_compressibility:1,astetic:1", "^holdout_reward must be one of .*'astetic'"),
+        ("helpers.micro_agents:no", "^holdout_reward 'helpers.micro_agents:no': module"),
         ("jpeg_compressibility", "jpeg_compressibility scores images"),  # and points are none
         ("helpers.micro_agents:Remembering", "has a state that changes .* no method frozen"),
     ],
