@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from agents.config.presets import preset_config
 from agents.config.train_config import TrainConfig
+from agents.config.unused import unused_settings
 from agents.output.terminal import quoted
 
 _SUPPRESSED = ("unconditional_gradient", "merge_lora")
@@ -32,6 +33,8 @@ def flags_of(settings: Mapping[str, Any]) -> list[str]:
 def reproducing_flags(config: TrainConfig, processes: int = 1) -> list[str]:
     """Return the shortest arguments with which `ddpo-train` resolves to the settings of a run, in a new folder.
 
+    Settings that have no effect are left out.
+
     Args:
         config: resolved.
         processes: that trained together.
@@ -39,7 +42,8 @@ def reproducing_flags(config: TrainConfig, processes: int = 1) -> list[str]:
     Raises:
         ValueError: if the settings cannot be given on the command line.
     """
-    wanted = _compared(config)
+    unused = unused_settings(config)
+    wanted = _compared(config, unused)
     defaults = TrainConfig() if config.preset is None else preset_config(config.preset)
     given = {name: value for name, value in wanted.items() if value != defaults.flat()[name]}
     if unreachable := [name for name in _SUPPRESSED if name in given]:
@@ -47,12 +51,12 @@ def reproducing_flags(config: TrainConfig, processes: int = 1) -> list[str]:
     for name in list(given):  # what the other settings resolve to need not be given
         others = {other: value for other, value in given.items() if other != name}
         try:
-            is_implied = _compared(defaults.changed(**others).resolved(processes)) == wanted
+            is_implied = _compared(defaults.changed(**others).resolved(processes), unused) == wanted
         except ValueError:
             continue
         if is_implied:
             given = others
-    if _compared(defaults.changed(**given).resolved(processes)) != wanted:
+    if _compared(defaults.changed(**given).resolved(processes), unused) != wanted:
         raise ValueError("the settings are not those that a command line resolves to")
     preset = [] if config.preset is None else ["--preset", config.preset]
     return [*preset, *flags_of(given)]
@@ -66,5 +70,6 @@ def reproducing_command(config: TrainConfig, processes: int = 1) -> str:
     return quoted(*start, *reproducing_flags(config, processes))
 
 
-def _compared(config: TrainConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.flat().items() if name not in _PLACES and "sha256" not in name}
+def _compared(config: TrainConfig, unused: Collection[str]) -> dict[str, Any]:
+    left_out = {*_PLACES, *unused}
+    return {name: value for name, value in config.flat().items() if name not in left_out and "sha256" not in name}

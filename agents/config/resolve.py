@@ -10,6 +10,7 @@ from agents.config.authority import resumed
 from agents.config.content import with_content, with_images
 from agents.config.presets import check_preset, preset_config
 from agents.config.train_config import TrainConfig
+from agents.config.unused import check_unused
 from ddpo_env.validation.options import shown
 
 
@@ -31,6 +32,7 @@ def resolve(config: TrainConfig, processes: int = 1) -> TrainConfig:
         check_preset(replace(own, resume=None))
         _check_resolved(own, processes)
         return with_content(resumed(own, config)).resolved(processes)
+    check_unused(config)
     reward = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in config.reward)
     run_dir = config.run_dir or Path("runs") / f"{reward}-{time.strftime('%Y%m%d-%H%M%S')}"
     return with_images(with_content(config.changed(run_dir=run_dir))).resolved(processes)

@@ -32,15 +32,6 @@ GroupAdvantage = Literal["group", "dr_grpo", "global_std", "gdpo", "leave_one_ou
 """Advantages that compare a sample with the others of its prompt in the iteration."""
 Advantage = Literal["per_prompt", "batch", GroupAdvantage, "gae"]
 Schedule = Literal["constant", "linear", "cosine"]
-_USED_BY: dict[str, tuple[Algorithm, ...]] = {
-    "rwr_beta": ("rwr",),
-    "rwr_per_prompt": ("rwr",),
-    "rwr_percentile": ("rwr_sparse",),
-    "nft_beta": ("nft",),
-    "draft_steps": ("draft",),
-    "dpo_beta": ("dpo",),
-}
-"""Settings of one algorithm, which another would ignore."""
 
 
 class _Checked:
@@ -109,11 +100,6 @@ class TrainingSettings(_Checked):
         Raises:
             ValueError: naming the setting.
         """
-        default = TrainingSettings()
-        for name, users in _USED_BY.items():
-            value = getattr(self, name)
-            if algorithm not in users and value != getattr(default, name):
-                raise ValueError(f"{name} must not be given with {algorithm}, which does not use it; got {value!r}")
         if self.advantage == "gae" and not has_critic:
             raise ValueError("advantage must not be gae without a critic: add --critic")
         if self.trust_region != "clip" and algorithm not in ("ppo", "grpo"):

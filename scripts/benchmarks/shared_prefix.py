@@ -24,7 +24,7 @@ import tyro
 from agents import DiffusionPolicy, Run, prepare_run, train_config
 
 ARMS: dict[str, dict[str, Any]] = {
-    "every step": {"noise_window": None, "shared_noise": False},
+    "every step": {"noise_window": None, "noise_window_iterations": 25, "shared_noise": False},
     "window": {"shared_noise": False},
     "window, shared prefix": {"shared_noise": True},
 }
@@ -66,7 +66,7 @@ class Cost:
 
 def prepare(arguments: Arguments, arm: str, folder: Path) -> Run:
     """Return a run of an arm that is ready to train; its window moves in every iteration."""
-    settings = {"noise_window": arguments.noise_window} | ARMS[arm]
+    settings = {"noise_window": arguments.noise_window, "noise_window_iterations": 1} | ARMS[arm]
     return prepare_run(
         train_config(
             model=arguments.model,
@@ -78,7 +78,6 @@ def prepare(arguments: Arguments, arm: str, folder: Path) -> Run:
             guidance_scale=arguments.guidance_scale,
             timestep_window=(0.0, 0.9),
             timestep_fraction=1.0,
-            noise_window_iterations=1,
             eval_samples=2,
             eval_interval=0,
             run_dir=folder / arm.replace(", ", "-").replace(" ", "-"),

@@ -177,7 +177,7 @@ def micro_config(model: Path | str, run_dir: Path | None, **settings: Any) -> Tr
         "timestep_window": (0.0, 0.9),
         "timestep_fraction": 0.7,
     }
-    return train_config(**micro | settings)
+    return train_config(**micro | settings).with_given(settings)
 
 
 def resume_config(folder: Path, **settings: Any) -> TrainConfig:

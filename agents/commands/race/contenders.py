@@ -24,6 +24,7 @@ from typing import Any
 from agents.config.authority import reaching_out
 from agents.config.config_file import read_handwritten_yaml
 from agents.config.train_config import TrainConfig
+from agents.config.unused import WITHOUT_EFFECT
 from ddpo_env.validation.options import shown
 from rewards.registry import did_you_mean
 
@@ -132,8 +133,10 @@ def _expanded(name: str, settings: Any, base: TrainConfig) -> Iterator[Contender
         if len(set(rates)) < len(rates):
             raise ValueError(f"{where}: each learning_rate must occur once; got {shown(rates)}")
         variants = {f"{name}-{rate:g}": {**settings, "learning_rate": rate} for rate in rates}
+    shared = base._given - WITHOUT_EFFECT.keys()  # what all share may have an effect on some of them only
     for variant, own in variants.items():
-        yield Contender(variant, name, _changed(base, own, where, (*RACE_OWNED, *_HASHES, *_SHARED)))
+        config = _changed(base, own, where, (*RACE_OWNED, *_HASHES, *_SHARED))
+        yield Contender(variant, name, config.with_given(shared | own.keys()))
 
 
 def _changed(config: TrainConfig, settings: Mapping[str, Any], where: str, fixed: tuple[str, ...]) -> TrainConfig:

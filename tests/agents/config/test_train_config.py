@@ -160,18 +160,3 @@ def test_steps_without_noise_are_trained_on_only_without_log_probabilities(setti
 def test_votes_need_two_samples_of_a_prompt(reward):
     with pytest.raises(ValueError, match="samples_per_prompt must be at least 2 with reward votes.* got 1"):
         train_config(reward=reward, samples_per_prompt=1).resolved()
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"nft_beta": 0.1},
-        {"algorithm": "nft", "dpo_beta": 50.0},
-        {"algorithm": "rwr_sparse", "rwr_per_prompt": True},
-        {"algorithm": "awm", "draft_steps": 2},
-    ],
-)
-def test_setting_of_another_algorithm_is_refused(settings):
-    algorithm, name = settings.get("algorithm", "ppo"), [*settings][-1]
-    with pytest.raises(ValueError, match=f"{name} must not be given with {algorithm}, which does not use it"):
-        train_config(**settings).resolved()

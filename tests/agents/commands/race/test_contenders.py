@@ -6,6 +6,7 @@ import pytest
 
 from agents.commands.race.contenders import read_contenders
 from agents.config.command_line import parse_command_line
+from agents.config.resolve import resolve
 
 LINE = ("--samples-per-iteration=8", "--sample-batch-size=4")
 
@@ -49,6 +50,17 @@ def test_base_comes_before_the_preset(read):
     (one,) = read("base: {learning_rate: 1e-3}\ncontenders: {a: {}}", "--preset=tiny-alignment")
     assert (one.config.learning_rate, one.config.samples_per_iteration) == (1e-3, 144)
     assert one.config.reward == "vlm_alignment"
+
+
+def test_what_all_share_need_not_have_an_effect_on_each(read):
+    text = """
+    base: {clip_range: 0.1}
+    contenders: {ppo: {}, nft: {algorithm: nft}, own: {algorithm: nft, clip_range: 0.2}}
+    """
+    ppo, nft, own = (one.config for one in read(text, "--stat-min-count=4"))
+    assert resolve(nft).training.clip_range == resolve(ppo).training.clip_range == 0.1
+    with pytest.raises(ValueError, match="clip_range must not be given with nft"):
+        resolve(own)
 
 
 @pytest.mark.parametrize(
