@@ -48,8 +48,8 @@ BUILTIN_REWARDS: dict[str, str] = {
     "votes": "rewards.votes.reward:Votes",
     "tiny_reader": "rewards.judge.reader:TinyReader",
     "temporal_consistency": "rewards.formulas.video:temporal_consistency",
-    "points_ring": "rewards.formulas.points:ring",
-    "points_mixture": "rewards.formulas.points:mixture",
+    "points_ring": "rewards.formulas.points:points_ring",
+    "points_mixture": "rewards.formulas.points:points_mixture",
 }
 """Name to `module:attribute`, where the attribute is a reward function, or a class whose instances are rewards."""
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from rewards.kinds import takes
 from rewards.protocol import Metadata
 
 RING_WIDTH = 0.25
@@ -19,13 +20,15 @@ MIXTURE_STD = 0.3
 """Standard deviation of each of its Gaussians."""
 
 
-def ring(samples: NDArray[np.floating], prompts: Sequence[str], metadata: Metadata) -> NDArray[np.float64]:
+@takes("other")
+def points_ring(samples: NDArray[np.floating], prompts: Sequence[str], metadata: Metadata) -> NDArray[np.float64]:
     """Reward points on the unit circle: exp(-(|x| - 1)² / (2 · 0.25²)), (batch,); 1 on the circle, 0 far from it."""
     radii = np.linalg.norm(_points(samples, "points_ring"), axis=1)
     return np.exp(-((radii - 1) ** 2) / (2 * RING_WIDTH**2))
 
 
-def mixture(samples: NDArray[np.floating], prompts: Sequence[str], metadata: Metadata) -> NDArray[np.float64]:
+@takes("other")
+def points_mixture(samples: NDArray[np.floating], prompts: Sequence[str], metadata: Metadata) -> NDArray[np.float64]:
     """Reward points near (±1, ±1): log Σ_k exp(-|x - c_k|² / (2 · 0.3²)), (batch,).
 
     Up to a constant, this is the log-probability density of a mixture of four equal Gaussians: 0 at a centre and -9.7

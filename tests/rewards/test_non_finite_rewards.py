@@ -81,11 +81,11 @@ def test_weighted_sum_learns_nothing_from_an_image_that_one_term_cannot_score() 
         ]
 
     with_it, without = (
-        Composite("jpeg_compressibility:1,points_ring:2"),
-        Composite("jpeg_compressibility:1,points_ring:2"),
+        Composite("jpeg_compressibility:1,tiny_preference:2"),
+        Composite("jpeg_compressibility:1,tiny_preference:2"),
     )
     for reward in (with_it, without):
-        reward.rewards["points_ring"] = sometimes_nan
+        reward.rewards["tiny_preference"] = sometimes_nan
     others = [0, 2, 3]
     for _ in range(2):
         scores, _ = with_it(images, prompts, [{}] * 4)

@@ -5,12 +5,18 @@ import sys
 import pytest
 from helpers.images import PROMPTS, random_images
 
-from rewards import BUILTIN_REWARDS, evaluate_reward, load_reward, parse_options
+from rewards import BUILTIN_REWARDS, evaluate_reward, kinds_of, load_reward, parse_options
+from rewards.kinds import KINDS
 
 
 def test_every_built_in_reward_loads():
     for name in BUILTIN_REWARDS:
         assert callable(load_reward(name))
+
+
+@pytest.mark.parametrize("name", BUILTIN_REWARDS)
+def test_built_in_reward_says_which_samples_it_takes(name):
+    assert set(kinds_of(load_reward(name))) < set(KINDS), "it would be found out after a whole episode"
 
 
 @pytest.mark.parametrize("spec", ["jpg", "", "jpeg compressibility", ":score", "module:", ".module:score"])

@@ -29,6 +29,8 @@ POINTS = {"model": "points", "reward": "points_ring", "guidance_scale": 1.0}
         ({"resolution": 7}, "resolution must be .*7"),
         ({"eta": 1.5}, "eta must be at most"),
         ({"noise_level": 0.5}, "noise_level applies to"),
+        ({"reward": "points_ring"}, "reward points_ring scores samples of another kind, and model .* generates images"),
+        ({"holdout_reward": "points_mixture"}, "reward points_mixture scores samples of another kind"),
         (POINTS | {"guidance_scale": 5.0}, "guidance_scale must be 1 with model 'points'"),
         (POINTS | {"offload_text_encoder": True, "lora_rank": 0}, "offload_text_encoder must be False with"),
         (POINTS | {"vae_tiling": True, "lora_rank": 0}, "vae_tiling must be False with model 'points'"),
