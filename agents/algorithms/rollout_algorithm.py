@@ -36,7 +36,7 @@ from agents.rollout.buffer import TensorRolloutBuffer
 from agents.rollout.latents_check import LatentsCheck
 from agents.rollout.scores import PendingScores, details_by_name, numeric_details, score_measured
 from agents.rollout.shared_prefix import EqualRows, SharedPrefix, shared_prefix_of
-from agents.rollout.vec_env import denoising_env_of, env_actions, pending_scores_of
+from agents.rollout.vec_env import checked_env, denoising_env_of, env_actions, pending_scores_of
 from ddpo_env.spaces import DenoisingObservationSpace
 
 _Algorithm = TypeVar("_Algorithm", bound="RolloutAlgorithm")
@@ -150,6 +150,10 @@ class RolloutAlgorithm(SavableAlgorithm):
                 f"processes must be 1 with a {type(self.policy).__name__}, which cannot compute the rows of a shared "
                 f"batch; got {self.processes.count}"
             )
+
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        return SavableAlgorithm._wrap_env(checked_env(env), verbose, monitor_wrapper)
 
     @property
     def abilities(self) -> PolicyAbilities:

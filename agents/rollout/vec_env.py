@@ -6,6 +6,7 @@ Stable-Baselines3 use it without splitting it into single environments.
 
 from __future__ import annotations
 
+import reprlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,6 +17,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs, VecEnvStepReturn
 from torch import Tensor
 
@@ -31,11 +33,17 @@ class VectorEnvAdapter(VecEnv):
     length `l` and time `t` in seconds. No `VecMonitor` is needed.
 
     Raises:
-        ValueError: if the environment has another autoreset mode.
+        TypeError: if it is no `VectorEnv`.
+        ValueError: if it has another autoreset mode.
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
         """Wrap the environment; `close` closes it."""
+        if not isinstance(env, VectorEnv):
+            raise TypeError(
+                "env must be a gymnasium.vector.VectorEnv, such as gym.make_vec(..., "
+                f'autoreset_mode="SameStep"); got a {type(env).__name__}: {reprlib.repr(env)}'
+            )
         mode = env.metadata.get("autoreset_mode")
         if mode != AutoresetMode.SAME_STEP:
             raise ValueError(
@@ -198,6 +206,20 @@ def _split(infos: dict[str, Any], num_envs: int) -> list[dict[str, Any]]:
         for index in np.flatnonzero(mask):
             split[index][name] = rows[index]
     return split
+
+
+def checked_env(env: GymEnv) -> GymEnv:
+    """Return an environment as it is, unless it is a batch of Gymnasium's, which Stable-Baselines3 does not take.
+
+    Raises:
+        TypeError: for such a batch; the message says what makes a `VecEnv` of it.
+    """
+    if isinstance(env, VectorEnv):
+        raise TypeError(
+            f"env must be a single environment, its id, or a VecEnv; got a {type(env).__name__}, a batch of "
+            'Gymnasium\'s. Wrap it: agents.VectorEnvAdapter(gym.make_vec(..., autoreset_mode="SameStep"))'
+        )
+    return env
 
 
 def denoising_env_of(env: VecEnv) -> DenoisingVectorEnv | None:

@@ -10,6 +10,7 @@ from helpers.micro_agents import STEPS, micro_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 import ddpo_env  # noqa: F401  (registers DDPO-SD-v0)
+from agents import PPO
 from agents.rollout.vec_env import VectorEnvAdapter
 
 SAME_STEP = {"autoreset_mode": AutoresetMode.SAME_STEP}
@@ -154,6 +155,21 @@ def test_other_autoreset_modes_are_refused(micro_pipeline_folder, mode):
     ):
         with pytest.raises(ValueError, match=r"autoreset_mode must be .*SAME_STEP"):
             VectorEnvAdapter(env)
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", None, Counter(), DummyVecEnv([Counter])])
+def test_what_is_no_batch_of_gymnasium_is_refused(env):
+    with pytest.raises(TypeError, match=rf"^env must be a gymnasium.vector.VectorEnv, .*got a {type(env).__name__}"):
+        VectorEnvAdapter(env)
+
+
+def test_algorithm_names_the_adapter_if_it_is_missing():
+    batch = gym.make_vec("CartPole-v1", 2, "sync", vector_kwargs=SAME_STEP)
+    with pytest.raises(TypeError, match=r"^env must be .* VecEnv; got a SyncVectorEnv.*VectorEnvAdapter\(.*SameStep"):
+        PPO("MlpPolicy", batch, n_steps=8)
+    model = PPO("MlpPolicy", VectorEnvAdapter(batch), n_steps=8, batch_size=16)
+    with pytest.raises(TypeError, match="VectorEnvAdapter"):
+        model.set_env(batch)
 
 
 def test_seeds_and_options_hold_for_one_reset(micro_pipeline_folder):
