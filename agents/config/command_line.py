@@ -21,8 +21,9 @@ class SettingsLine(TrainConfig):
     """A command line with the settings of a run; a command derives from it and adds its own arguments."""
 
     settings_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
-    """The config.yaml of a run, a race or the doctor: its settings are the defaults here, but for the run's folder.
-    Code, servers, environment variables and paths outside the file's folder are used only if they are named again."""
+    """The config.yaml of a run, a race or the doctor, or its folder: its settings are the defaults here, but for the
+    run's folder. Code, servers, environment variables and paths outside the file's folder are used only if they are
+    named again."""
 
     @property
     def config(self) -> TrainConfig:
@@ -140,4 +141,6 @@ def _defaults_in(args: Sequence[str]) -> _Defaults:
         known, _ = tyro.cli(_Defaults, args=args, return_unknown_args=True, add_help=False, console_outputs=False)
     except SystemExit:
         return _Defaults()
+    if known.config is not None and known.config.is_dir():
+        known.config /= "config.yaml"
     return known

@@ -86,6 +86,7 @@ def train(run: Run) -> int:
             f"\nThe run had finished its {run.iteration} iterations already. To train for more, add --iterations to:"
         )
         print_line(resume_command(run.config, processes))
+    done_before = run.iteration
     try:
         result = run.train(STARTED)
     except BaseException as error:
@@ -98,7 +99,7 @@ def train(run: Run) -> int:
         print_line(f"\nStopped after {result.iterations} iterations; the run is saved. To continue:")
         print_line(resume_command(result.config, processes))
     elif processes.is_main and not run.was_finished:
-        print_line(summary(result))
+        print_line(summary(result, done_before))
     processes.shutdown()
     return SIGNALLED + (processes.stopped_by or signal.SIGINT) if stopped else 0
 
@@ -142,8 +143,13 @@ def start_of_command(processes: Processes) -> list[str]:
     return [*start, sys.argv[0]]
 
 
-def summary(result: RunResult) -> str:
-    """Return the last words of a finished run: reward before and after, and where to look."""
+def summary(result: RunResult, done_before: int = 0) -> str:
+    """Return the last words of a finished run: reward before and after, and where to look.
+
+    Args:
+        result: of the run.
+        done_before: iterations that were finished when this process began; its seconds are those of the others.
+    """
     folder, config = result.folder, result.config
     before, after = result.reward_before, result.reward_after
     assert before is not None
@@ -152,6 +158,8 @@ def summary(result: RunResult) -> str:
     is_relative = abs(before) > 1e-3 * abs(after - before)
     change = f"{(after - before) / abs(before):+.1%} of |before|" if is_relative else f"{after - before:+.3f}"
     iterations = "1 iteration" if result.iterations == 1 else f"{result.iterations} iterations"
+    if done_before:
+        iterations += f"; this process trained {result.iterations - done_before} of them"
     lines = [
         "",
         f"Reward ({config.reward}), mean of {config.run.eval_samples} samples from held-out seeds:",

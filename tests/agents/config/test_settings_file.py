@@ -28,6 +28,19 @@ def test_settings_of_the_file_are_the_defaults_of_the_command_line(tmp_path: Pat
     assert longer.schedule_length == 9
 
 
+def test_folder_stands_for_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, own = write_settings(tmp_path, lora_rank=2, iterations=7, reward="my.module:Reward")
+    arguments = [f"--config={path.parent}", "--reward=my.module:Reward"]
+    assert resolve(parse_command_line(arguments).config.changed(run_dir=own.run_dir)).flat() == own.flat()
+    with pytest.raises(SystemExit):
+        parse_command_line(arguments[:1])
+    assert "config.yaml' uses code" in capsys.readouterr().err
+    path.unlink()
+    with pytest.raises(SystemExit):
+        parse_command_line(arguments)
+    assert "config.yaml' does not hold the settings of a run: [Errno 2]" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("content", "arguments", "message"),
     [

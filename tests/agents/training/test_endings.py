@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,6 +15,7 @@ from helpers.scripts import MINIATURE, run_script
 
 import agents.training.run
 from agents import RunListener, prepare_run
+from agents.training import command
 from agents.training.checkpoint import Snapshot, latest_checkpoint
 from agents.training.console import TensorBoardCurves
 from agents.training.preparation import run_training
@@ -238,6 +240,15 @@ def test_more_iterations_than_planned_never_raise_the_learning_rate(learner, tmp
     assert len(rates) == 4
     assert sorted(rates, reverse=True) == rates
     assert rates[1] == rates[2] == rates[3] > 0, "the last planned rate stays"
+
+
+def test_last_words_of_a_resumed_run_give_its_seconds_to_its_own_iterations(capsys, tmp_path):
+    run_training(micro_config("points", tmp_path / "run", iterations=1, reward="points_ring"))
+    capsys.readouterr()
+    run = prepare_run(resume_config(tmp_path / "run", iterations=3))
+    assert command.train(run) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"  3 iterations; this process trained 2 of them in \d+ s, start included", shown)
 
 
 def test_points_train_from_the_command_line(monkeypatch, capsys, tmp_path):
