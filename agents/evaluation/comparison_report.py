@@ -125,12 +125,16 @@ def comparison_grid(
     for start in range(0, len(prompts), _COLUMNS):
         band = slice(start, start + _COLUMNS)
         for strength, shown in images.items():
-            read = [f'"{text}"' if text else "" for text in texts[strength][band]]
-            asked = prompts[band] if strength == last else [""] * len(read)
+            read = [f'"{_one_line(text)}"' if text else "" for text in texts[strength][band]]
+            asked = [_one_line(prompt) for prompt in prompts[band]] if strength == last else [""] * len(read)
             rows.append(shown[band])
             labels.append(strength_label(strength))
             captions.append(["\n".join(filter(None, pair)) for pair in zip(read, asked, strict=True)])
     return image_grid(rows, labels, [""] * len(rows[0]), captions)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def read_text(details: Mapping[str, Any]) -> str:

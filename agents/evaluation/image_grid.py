@@ -18,6 +18,8 @@ _FONT_SIZE = 12
 _LINE = 15
 _LABEL_WIDTH = 84
 _SMALLEST_TILE = 112
+_MOST_LINES = 6
+"""Of a text: a grid is for looking at images. What is left out, prompts of thousands of letters, is in the files."""
 _FRAME_MS, _LAST_FRAME_MS = 150, 2000
 """How long a frame of a film is shown."""
 _COLOURS = 128
@@ -30,7 +32,7 @@ def image_grid(
     column_labels: Sequence[str],
     captions: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
-    """Return a grid of images in labelled rows; small images are enlarged without smoothing.
+    """Return a grid of images in labelled rows; small images are enlarged without smoothing, long texts are cut.
 
     Args:
         rows: for each row, images `(columns, height, width, 3)` uint8; a row may have fewer than the first one.
@@ -43,8 +45,10 @@ def image_grid(
     tile = (width * scale, height * scale)
     font = ImageFont.load_default(size=_FONT_SIZE)
     characters = max(8, tile[0] // 7)
-    headings = [textwrap.wrap(label, characters) for label in column_labels]
-    beneath = [[_wrapped(text, characters) for text in row] for row in captions] or [[] for _ in rows]
+    headings = [_wrapped(label, characters) for label in column_labels]
+    beneath = [
+        [[line for part in text.split("\n") for line in _wrapped(part, characters)] for text in row] for row in captions
+    ] or [[] for _ in rows]
     heights = [tile[1] + _MARGIN + _LINE * max((len(lines) for lines in row), default=0) for row in beneath]
     left = _LABEL_WIDTH if any(row_labels) else _MARGIN
     top = _MARGIN + _LINE * max((len(heading) for heading in headings), default=0)
@@ -66,7 +70,7 @@ def image_grid(
 
 
 def _wrapped(text: str, characters: int) -> list[str]:
-    return [line for part in text.split("\n") for line in textwrap.wrap(part, characters)]
+    return textwrap.wrap(text, characters, max_lines=_MOST_LINES, placeholder=" …")
 
 
 def write_strip(path: Path, images: npt.NDArray[np.uint8]) -> None:

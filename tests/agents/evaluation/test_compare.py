@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from agents.evaluation import compare as command
 from agents.evaluation.compare import EvaluateArguments, evaluate_models
 from agents.evaluation.comparison import Result, ScoredImage, best_strengths, compare
+from agents.evaluation.comparison_report import comparison_grid
 from agents.evaluation.generation import GenerationArguments, stock_images
+from agents.evaluation.image_grid import image_grid
 from agents.evaluation.sample import SampleArguments, generate, generate_films, write_grid
 from ddpo_env.prompts import load_prompts
 
@@ -275,6 +277,22 @@ def test_wrong_arguments_are_one_line_before_a_model_is_loaded(
     assert message in shown.err
     assert "Traceback" not in shown.err + shown.out
     assert not (tmp_path / "evaluation").exists()
+
+
+def test_grid_cuts_long_texts_and_no_others() -> None:
+    images = np.zeros((2, 16, 16, 3), np.uint8)
+    long, many_lines = "a very red cat " * 300, "red\n" * 300
+
+    def grid(text: str) -> Image.Image:
+        return comparison_grid({0.0: images, 1.0: images}, ["a cat", text], {0.0: ["", text], 1.0: ["a dog", ""]})
+
+    short = grid("a cat that sits on the shore of a lake")
+    assert short.size != grid("a cat").size
+    for text in (long, many_lines, "x" * 4500):
+        assert grid(text).width == short.width
+        assert grid(text).height <= short.height + 200
+        assert image_grid([images], [""], ["a cat", text]).height < 300
+    np.testing.assert_array_equal(image_grid([images], [""], ["a", long]), image_grid([images], [""], ["a", long * 2]))
 
 
 def test_images_that_are_not_finite_are_an_error(tmp_path):
