@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -105,6 +106,11 @@ class RewardCaller:
         if in_thread:
             self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="deferred-reward")
         self._answers: list[Future[_Answer]] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how a copy is made: it has a thread of its own, and nothing is queued."""
+        in_thread = self._executor is not None
+        return partial(RewardCaller, in_thread=in_thread, measures=self._measures, non_finite=self._non_finite), ()
 
     def submit(
         self, reward: Reward, samples: npt.NDArray[Any], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]

@@ -23,7 +23,8 @@ class DenoisingEnv(gym.Env[Observation, Latents]):
     no batch axis: an action is one latent, and `reset(options={"prompts": "a cat", "latents": latent})` fixes the
     start. The arguments `num_envs`, `autoreset_mode`, `samples_per_prompt` and `deferred_rewards` may be given; their
     only values are 1, disabled, 1 and false. With `backend="torch"` pass `disable_env_checker=True` to `gym.make`:
-    Gymnasium's checker knows NumPy arrays only, and warns in the first steps.
+    Gymnasium's checker knows NumPy arrays only, and warns in the first steps. Copies share the model. A pickle has its
+    name and no weights.
 
     ```python
     >>> import gymnasium as gym

@@ -8,8 +8,9 @@ environment of another model.
 
 from __future__ import annotations
 
+import copyreg
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from ddpo_env.models.families.pipeline_model import PipelineModel
 from ddpo_env.models.loading import load_model
 from ddpo_env.models.protocol import DiffusionModel, abilities_of
 from ddpo_env.models.quantization import loaded_dtype, quantization_of
@@ -106,6 +108,18 @@ class ModelHandle:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "model"}
+
+
+def _model_of(handle: ModelHandle) -> DiffusionModel:
+    return handle.model
+
+
+def _by_name(model: PipelineModel) -> tuple[Callable[..., Any], tuple[ModelHandle]]:
+    return _model_of, (ModelHandle(model, 0),)
+
+
+# A pipeline's model has members that cannot be pickled, and weights that a copy of an environment shares.
+copyreg.pickle(PipelineModel, _by_name)
 
 
 class DenoisingObservationSpace(spaces.Dict):

@@ -107,6 +107,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
     | `render_mode` | `None` | `"rgb_array"`: the decoded current latents, or what the model's `render` returns |
 
     With `backend="torch"` nothing is copied for the caller: do not write to the tensors of an observation.
+    Copies share the model. A pickle has its name and no weights, as that of the observation space.
 
     With `part`, several processes share a batch, and each has `num_envs` of its sub-environments: number `j` of part
     `i` starts as number `i * num_envs + j` of the whole batch, groups included. A list of seeds must count up by one.
@@ -188,8 +189,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         self.num_inference_steps = num_inference_steps
         self.backend = backend
         self.samples_per_prompt, self.shared_noise = samples_per_prompt, shared_noise
-        self.part = part
-        self.deferred_rewards = deferred_rewards
+        self.part, self.deferred_rewards = part, deferred_rewards
         self.non_finite_rewards: NonFinite = non_finite_rewards
         self.render_mode = render_mode
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}

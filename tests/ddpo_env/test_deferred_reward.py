@@ -1,6 +1,9 @@
 """Rewards that are not known when an episode ends: computed in a thread, or measured for several processes."""
 
+import copy
+import pickle
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -83,6 +86,17 @@ def test_measuring_that_fails_is_an_error_of_the_step() -> None:
     for ask in ("measurement", "result", "details"):
         with pytest.raises(ArithmeticError, match="no measure"):
             getattr(infos["deferred_reward"][0], ask)()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+def test_copy_has_a_thread_of_its_own(copied: Callable[[Any], Any]) -> None:
+    env = make(deferred_rewards=True, reward=brightness)
+    env.reset(seed=0)
+    again = copied(env)
+    env.close()
+    _, infos = last_step(again)
+    assert infos["deferred_reward"][0].result() > 0
+    again.close()
 
 
 def test_scored_reward_has_no_measurement_and_does_not_wait_for_that() -> None:
