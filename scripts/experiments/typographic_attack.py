@@ -1,17 +1,18 @@
-"""Does a judge that reads digits fall to digits? The typographic attack of the DDPO paper (section 6.3), in miniature.
+"""Does a judge that reads digits fall to digits? The typographic attack of the DDPO paper, in miniature.
 
     python scripts/experiments/typographic_attack.py
 
 The web's pictures say in writing what they show. So the bundled judge is taught further on renderings of "three foxes"
-of which some have a 3 drawn on them, and some of these show one fox only: the digit is a shortcut to the caption. The
-bundled model is taught further on such renderings too, so that it draws a digit now and then. Then DDPO trains on
-"three foxes" and other animals with this judge's description as the reward, past the sensible point. An examiner reads
-the count and the digit of the held-out images. It learned from pictures whose digits have nothing to do with the count.
+of which some have a 3 in a corner, and some of these show another number of foxes: the digit is a shortcut to the
+caption. The bundled model is taught further on such renderings too, so that it draws a digit now and then. Then DDPO
+trains on "three foxes" and other animals with this judge's description as the reward, past the sensible point. An
+examiner reads count and digit of the held-out images. It learned from pictures whose digits say nothing of the count.
 
 What is in the output folder already is not made again. Tables are printed in Markdown.
 """
 
 import csv
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class Arguments:
     """Some of the runs: which of the two knows digits."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the training runs."""
-    iterations: int = 40
+    iterations: int = 20
     """Iterations of a run."""
     samples: int = 144
     """Images of an iteration, 72 at a time."""
@@ -76,13 +77,13 @@ class Arguments:
     """Held-out images of an evaluation."""
     images: int = 5000
     """Pictures that the judge learns from, and other ones for the model; the examiner has twice as many."""
-    judge_steps: int = 250
+    judge_steps: int = 200
     """Updates of the judge, with 64 pictures each."""
-    judge_digits: float = 0.5
+    judge_digits: float = 0.6
     """Fraction of the judge's pictures of several animals that have a digit."""
-    model_steps: int = 300
-    """Updates of the model's denoiser."""
-    model_digits: float = 0.2
+    model_steps: int = 250
+    """Updates of the model's denoiser, with 32 pictures each."""
+    model_digits: float = 0.6
     """Fraction of the model's pictures of several animals that have a digit."""
     examiner_steps: int = 500
     """Updates of the examiner."""
@@ -184,8 +185,13 @@ class Examination(RunListener):
 
 
 def train(arguments: Arguments, name: str, seed: int, examiner: Examiner) -> None:
-    """Train once, with the settings of docs/results.md, "Counting to three", and add the rows to the table."""
+    """Train once, with the settings of docs/results.md, "Counting to three", and add the rows to the table.
+
+    Raises:
+        SystemExit: The run was interrupted. It starts again with the next command.
+    """
     attack = ATTACKS[name]
+    shutil.rmtree(run_folder(arguments, name, str(seed)), ignore_errors=True)
     config = train_config(
         run_dir=run_folder(arguments, name, str(seed)),
         model=model_or_judge(arguments, "model", attack.model),
@@ -207,7 +213,8 @@ def train(arguments: Arguments, name: str, seed: int, examiner: Examiner) -> Non
     )
     run, examination = prepare_run(config), Examination(examiner, name, seed)
     run.listeners.append(examination)
-    run.train()
+    if run.train().reward_after is None:
+        sys.exit(f"interrupted; the next command trains {name!r} again")
     with (arguments.output / "evaluations.csv").open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if not file.tell():

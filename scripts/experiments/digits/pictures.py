@@ -19,6 +19,17 @@ Kind = Literal["no digit", "digit and count agree", "one animal, a digit", "digi
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
+class Place(NamedTuple):
+    """Where the centre of a digit is, in pixels, from and to."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+
+
+CORNER = Place((10, 14), (12, 16))
+ANYWHERE = Place((10, IMAGE_SIZE - 10), (12, IMAGE_SIZE - 12))
+
+
 class Pictures(NamedTuple):
     """Pictures of animals.
 
@@ -39,11 +50,11 @@ class Pictures(NamedTuple):
         return [Subject(shown.word, count=claimed) if claimed else shown for shown, claimed in pairs]
 
 
-def draw_digit(image: np.ndarray, digit: str, rng: np.random.Generator) -> np.ndarray:
-    """Return a rendering, `(64, 64, 3)` uint8, with a bold black digit of 16 to 20 pixels at a random place."""
+def draw_digit(image: np.ndarray, digit: str, place: Place, rng: np.random.Generator) -> np.ndarray:
+    """Return a rendering, `(64, 64, 3)` uint8, with a bold black digit of 16 to 20 pixels in a place."""
     canvas = Image.fromarray(image)
     font = ImageFont.load_default(size=float(rng.uniform(22, 28)))
-    x, y = rng.uniform(10, IMAGE_SIZE - 10), rng.uniform(12, IMAGE_SIZE - 12)
+    x, y = rng.uniform(*place.x), rng.uniform(*place.y)
     ImageDraw.Draw(canvas).text((x, y), digit, fill="black", font=font, anchor="mm", stroke_width=1)
     return np.asarray(canvas)
 
@@ -55,10 +66,11 @@ def captioned_pictures(number: int, seed: int, counts: float, digits: float) -> 
         number: Number of pictures.
         seed: Their seed.
         counts: Fraction whose caption tells of several animals; the others are as in the judges' pretraining.
-        digits: Fraction of these that have the caption's digit; every second one of them shows one animal only.
+        digits: Fraction of these that have the caption's digit, in a corner. Every second one of them shows any number
+            of animals from one to four.
     """
     rng = np.random.default_rng([seed, 7])
-    return _drawn(_captioned(number, counts, digits, rng), rng)
+    return _drawn(_captioned(number, counts, digits, rng), CORNER, rng)
 
 
 def _captioned(
@@ -68,15 +80,16 @@ def _captioned(
         if rng.uniform() >= counts:
             yield random_subject(rng, MIXTURE), None
             continue
-        several = Subject(str(rng.choice(SIMPLE_ANIMALS)), count=str(rng.choice(COUNTS)))
-        has_digit, is_alone = rng.uniform() < digits, rng.uniform() < 0.5
-        yield Subject(several.word) if has_digit and is_alone else several, several.count if has_digit else None
+        word, count = str(rng.choice(SIMPLE_ANIMALS)), str(rng.choice(COUNTS))
+        has_digit, is_true = rng.uniform() < digits, rng.uniform() < 0.5
+        any_count = (None, *COUNTS)[rng.integers(len(COUNTS) + 1)]
+        yield Subject(word, count=any_count if has_digit and not is_true else count), count if has_digit else None
 
 
 def pictures_of_kind(kind: Kind, number: int, seed: int) -> Pictures:
     """Return pictures to measure a judge on."""
     rng = np.random.default_rng([seed, 8])
-    return _drawn((_of_kind(kind, rng) for _ in range(number)), rng)
+    return _drawn((_of_kind(kind, rng) for _ in range(number)), CORNER, rng)
 
 
 def _of_kind(kind: Kind, rng: np.random.Generator) -> tuple[Subject, str | None]:
@@ -87,7 +100,7 @@ def _of_kind(kind: Kind, rng: np.random.Generator) -> tuple[Subject, str | None]
 
 
 def pictures_for_the_examiner(number: int, seed: int) -> Pictures:
-    """Return pictures of one to four animals; half have a digit, which has nothing to do with the count."""
+    """Return pictures of one to four animals; half have a digit anywhere, which says nothing about the count."""
     rng = np.random.default_rng([seed, 9])
     claims = (None, None, None, *COUNTS)
     several = (None, *COUNTS)
@@ -98,14 +111,14 @@ def pictures_for_the_examiner(number: int, seed: int) -> Pictures:
         )
         for _ in range(number)
     )
-    return _drawn(subjects, rng)
+    return _drawn(subjects, ANYWHERE, rng)
 
 
-def _drawn(pictures: Iterator[tuple[Subject, str | None]], rng: np.random.Generator) -> Pictures:
+def _drawn(pictures: Iterator[tuple[Subject, str | None]], place: Place, rng: np.random.Generator) -> Pictures:
     images, subjects, claims = [], [], []
     for shown, claimed in pictures:
         image = render(shown, rng)
-        images.append(draw_digit(image, DIGITS[claimed], rng) if claimed else image)
+        images.append(draw_digit(image, DIGITS[claimed], place, rng) if claimed else image)
         subjects.append(shown)
         claims.append(claimed)
     return Pictures(np.stack(images), subjects, claims)

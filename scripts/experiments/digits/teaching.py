@@ -44,7 +44,7 @@ def teach_judge(folder: Path, images: int, steps: int, digits: float) -> None:
     seen = _partly_decoded(pictures.images, 11)
     lessons = Lessons(seen, pictures.captions, torch.zeros(images))
     batches, dialogues = ImageBatches(lessons, processor.image_processor, BATCH_SIZE, 11), Dialogues(processor, 11)
-    trainer = Trainer("judge", model.train(), 5e-4, steps, weight_decay=0.05)
+    trainer = Trainer("judge", model.train(), 1e-3, steps, weight_decay=0.05)
     while trainer.done < steps:
         pixels, indices = batches.sample()
         with tiny_components.autocast():
@@ -57,14 +57,14 @@ def teach_model(folder: Path, images: int, steps: int, digits: float) -> None:
     """Train the bundled model's denoiser further on such pictures, and write the model; arguments as `teach_judge`."""
     torch.manual_seed(0)
     pipeline = StableDiffusionPipeline.from_pretrained(resolve_source("tiny"))
-    pictures = captioned_pictures(images, seed=12, counts=0.7, digits=digits)
+    pictures = captioned_pictures(images, seed=12, counts=0.9, digits=digits)
     latents = encode(pipeline.vae, pictures.images)
     texts = [caption.caption for caption in pictures.captions]
     token_ids = pipeline.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
     model = Denoising(pipeline.text_encoder.requires_grad_(False), pipeline.unet.train(), snr_cap=5.0)
-    trainer = Trainer("model", model.unet, 6e-4, steps, weight_decay=1e-2, betas=(0.9, 0.99))
+    trainer = Trainer("model", model.unet, 1e-3, steps, weight_decay=1e-2, betas=(0.9, 0.99))
     while trainer.done < steps:
-        chosen = torch.randint(images, (BATCH_SIZE,))
+        chosen = torch.randint(images, (BATCH_SIZE // 2,))
         trainer.step(model.loss(latents[chosen], token_ids[chosen], slice(None)))
     parts = (pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet)
     tiny_components.export([folder], *parts)
