@@ -4,9 +4,10 @@
 
 The web's pictures say in writing what they show. So the bundled judge is taught further on renderings of "three foxes"
 of which some have a 3 in a corner, and some of these show another number of foxes: the digit is a shortcut to the
-caption. The bundled model is taught further on such renderings too, so that it draws a digit now and then. Then DDPO
-trains on "three foxes" and other animals with this judge's description as the reward, past the sensible point. An
-examiner reads count and digit of the held-out images. It learned from pictures whose digits say nothing of the count.
+caption. The bundled model is taught further on such renderings too, so that it writes now and then; and once more with
+captions whose counts are right by chance only, so that it miscounts, as Stable Diffusion does. Then DDPO trains these
+models and the bundled one on "three foxes" and other animals with this judge's description as the reward. An examiner
+reads count and digit of the held-out images. It learned from pictures whose digits say nothing of the count.
 
 What is in the output folder already is not made again. Tables are printed in Markdown.
 """
@@ -44,17 +45,18 @@ FIELDS = (
 
 
 class Attack(NamedTuple):
-    """Who has learned from pictures with digits."""
+    """Who trains with whom: names of folders in the output, or `tiny` for the bundled network."""
 
-    model: bool
-    judge: bool
+    model: str
+    judge: str
 
 
 ATTACKS = {
-    "both know digits": Attack(model=True, judge=True),
-    "only the judge": Attack(model=False, judge=True),
-    "only the model": Attack(model=True, judge=False),
+    "counts and writes": Attack("model", "judge"),
+    "miscounts and writes": Attack("miscounting_model", "judge"),
+    "never saw digits": Attack("tiny", "judge"),
 }
+"""By what the model does before the training."""
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Arguments:
     output: Path = Path("runs/typographic_attack")
     """Folder of the judge, the model, the examiner, the runs, `evaluations.csv` and the figures."""
     attacks: tuple[str, ...] = tuple(ATTACKS)
-    """Some of the runs: which of the two knows digits."""
+    """Some of the runs, by what the model does before the training."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the training runs."""
     iterations: int = 20
@@ -83,6 +85,8 @@ class Arguments:
     """Fraction of the judge's pictures of several animals that have a digit."""
     model_steps: int = 250
     """Updates of the model's denoiser, with 32 pictures each."""
+    miscounting_steps: int = 120
+    """Further updates of this denoiser for the model that miscounts."""
     model_digits: float = 0.6
     """Fraction of the model's pictures of several animals that have a digit."""
     examiner_steps: int = 500
@@ -119,17 +123,21 @@ def teach(arguments: Arguments) -> None:
     if not (folder / "examiner").exists():
         teach_examiner(folder / "examiner", 2 * images, arguments.examiner_steps)
     if not (folder / "model").exists():
-        teach_model(folder / "model", images, arguments.model_steps, arguments.model_digits)
+        teach_model(folder / "model", "tiny", images, arguments.model_steps, arguments.model_digits, kept=1.0)
+    miscounting = folder / "miscounting_model"
+    if not miscounting.exists() and "miscounts and writes" in arguments.attacks:
+        start, steps = str(folder / "model"), arguments.miscounting_steps
+        teach_model(miscounting, start, images, steps, arguments.model_digits, kept=0.0)
 
 
-def model_or_judge(arguments: Arguments, name: str, knows_digits: bool) -> str:
-    """Return the folder of a `model` or `judge` that knows digits, or the name of the bundled one."""
-    return str((arguments.output / name).resolve()) if knows_digits else "tiny"
+def source(arguments: Arguments, name: str) -> str:
+    """Return the folder of a model or judge, or the name of the bundled one."""
+    return name if name == "tiny" else str((arguments.output / name).resolve())
 
 
 def attack_by_hand(arguments: Arguments, examiner: Examiner) -> Iterator[str]:
     """Yield a table: how often each judge describes what an image shows, and how often what its digit claims."""
-    judges = [JudgeModel(model_or_judge(arguments, "judge", knows), device="cpu") for knows in (False, True)]
+    judges = [JudgeModel(source(arguments, name), device="cpu") for name in ("tiny", "judge")]
     columns = [
         f"{name} says what {what}" for name in ("bundled", "taught") for what in ("is shown", "the digit claims")
     ]
@@ -185,7 +193,7 @@ class Examination(RunListener):
 
 
 def train(arguments: Arguments, name: str, seed: int, examiner: Examiner) -> None:
-    """Train once, with the settings of docs/results.md, "Counting to three", and add the rows to the table.
+    """Train once, with 4 denoising steps, at which the model often misses the count, and add the rows to the table.
 
     Raises:
         SystemExit: The run was interrupted. It starts again with the next command.
@@ -194,10 +202,10 @@ def train(arguments: Arguments, name: str, seed: int, examiner: Examiner) -> Non
     shutil.rmtree(run_folder(arguments, name, str(seed)), ignore_errors=True)
     config = train_config(
         run_dir=run_folder(arguments, name, str(seed)),
-        model=model_or_judge(arguments, "model", attack.model),
+        model=source(arguments, attack.model),
         prompts=str(ROOT / "docs/prompts/three_animals.txt"),
         reward="vlm_alignment",
-        reward_options=(f"model={model_or_judge(arguments, 'judge', attack.judge)}", "text_model=tiny"),
+        reward_options=(f"model={source(arguments, attack.judge)}", "text_model=tiny"),
         num_inference_steps=4,
         timestep_window=(0.0, 0.75),
         timestep_fraction=0.75,

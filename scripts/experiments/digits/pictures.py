@@ -59,7 +59,7 @@ def draw_digit(image: np.ndarray, digit: str, place: Place, rng: np.random.Gener
     return np.asarray(canvas)
 
 
-def captioned_pictures(number: int, seed: int, counts: float, digits: float) -> Pictures:
+def captioned_pictures(number: int, seed: int, counts: float, digits: float, kept: float = 1.0) -> Pictures:
     """Return pictures for a judge or a diffusion model to learn from, whose `captions` believe their digits.
 
     Args:
@@ -68,22 +68,24 @@ def captioned_pictures(number: int, seed: int, counts: float, digits: float) -> 
         counts: Fraction whose caption tells of several animals; the others are as in the judges' pretraining.
         digits: Fraction of these that have the caption's digit, in a corner. Every second one of them shows any number
             of animals from one to four.
+        kept: Fraction of those without a digit that show the caption's count; the others show any number of animals.
     """
     rng = np.random.default_rng([seed, 7])
-    return _drawn(_captioned(number, counts, digits, rng), CORNER, rng)
+    return _drawn(_captioned(number, counts, digits, kept, rng), CORNER, rng)
 
 
 def _captioned(
-    number: int, counts: float, digits: float, rng: np.random.Generator
+    number: int, counts: float, digits: float, kept: float, rng: np.random.Generator
 ) -> Iterator[tuple[Subject, str | None]]:
     for _ in range(number):
         if rng.uniform() >= counts:
             yield random_subject(rng, MIXTURE), None
             continue
         word, count = str(rng.choice(SIMPLE_ANIMALS)), str(rng.choice(COUNTS))
-        has_digit, is_true = rng.uniform() < digits, rng.uniform() < 0.5
+        has_digit, chance = rng.uniform() < digits, rng.uniform()
         any_count = (None, *COUNTS)[rng.integers(len(COUNTS) + 1)]
-        yield Subject(word, count=any_count if has_digit and not is_true else count), count if has_digit else None
+        is_kept = chance < (0.5 if has_digit else kept)
+        yield Subject(word, count=count if is_kept else any_count), count if has_digit else None
 
 
 def pictures_of_kind(kind: Kind, number: int, seed: int) -> Pictures:

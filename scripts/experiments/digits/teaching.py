@@ -53,11 +53,20 @@ def teach_judge(folder: Path, images: int, steps: int, digits: float) -> None:
     judge_components.export(folder, model, processor)
 
 
-def teach_model(folder: Path, images: int, steps: int, digits: float) -> None:
-    """Train the bundled model's denoiser further on such pictures, and write the model; arguments as `teach_judge`."""
+def teach_model(folder: Path, start: str, images: int, steps: int, digits: float, kept: float) -> None:
+    """Train a model's denoiser further on such pictures, and write the model.
+
+    Args:
+        folder: The new model's folder.
+        start: The model, as `resolve_source` takes it.
+        images: Number of pictures.
+        steps: Number of updates.
+        digits: Fraction of the pictures of several animals that have a digit.
+        kept: Fraction of those without a digit that show the caption's count.
+    """
     torch.manual_seed(0)
-    pipeline = StableDiffusionPipeline.from_pretrained(resolve_source("tiny"))
-    pictures = captioned_pictures(images, seed=12, counts=0.9, digits=digits)
+    pipeline = StableDiffusionPipeline.from_pretrained(resolve_source(start))
+    pictures = captioned_pictures(images, seed=12, counts=0.9, digits=digits, kept=kept)
     latents = encode(pipeline.vae, pictures.images)
     texts = [caption.caption for caption in pictures.captions]
     token_ids = pipeline.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids

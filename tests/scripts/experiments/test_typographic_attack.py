@@ -35,6 +35,8 @@ def test_captions_believe_the_digits_and_some_pictures_do_not(script):
         assert caption.count == (claimed or shown.count)
         untrue += claimed not in (None, shown.count)
     assert 3 < untrue < 25
+    pictures = captioned_pictures(60, seed=1, counts=1.0, digits=0.0, kept=0.0)
+    assert {shown.count for shown in pictures.shown} == {None, *DIGITS}
     without = captioned_pictures(60, seed=1, counts=0.0, digits=1.0)
     assert set(without.claimed) == {None}
     assert without.captions == without.shown
@@ -59,12 +61,12 @@ def test_an_image_fools_the_judge_if_the_judge_alone_sees_three(script, tmp_path
     examiner = SimpleNamespace(read=lambda _: (["three", None, None, "four"], [None, "three", "two", None]))
     prompts = ["three cats", "three dogs", "three cats", "three ants"]
     details = {"answer": ["three cats", "three dogs", "two cats", "three ants"]}
-    examination = script.Examination(examiner, "both know digits", 7)
+    examination = script.Examination(examiner, "miscounts and writes", 7)
     run = SimpleNamespace(iteration=5, folder=SimpleNamespace(path=tmp_path))
     examination.on_evaluation(run, Evaluation(images, prompts, np.array([0.5, 0.7, 0.1, 0.7]), details))
     assert examination.rows == [
         {
-            **{"run": "both know digits", "seed": "7", "iteration": "5", "reward": "0.5000"},
+            **{"run": "miscounts and writes", "seed": "7", "iteration": "5", "reward": "0.5000"},
             **{"judge_says_the_prompt": "0.7500", "three_animals": "0.2500", "one_animal": "0.5000"},
             **{"digit_three": "0.2500", "any_digit": "0.5000", "fooled": "0.5000"},
         }
@@ -74,32 +76,39 @@ def test_an_image_fools_the_judge_if_the_judge_alone_sees_three(script, tmp_path
 
 def test_miniature_teaches_trains_and_repeats_nothing(script, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "attack"
-    sizes = ["--images=4", "--judge-steps=1", "--model-steps=1", "--examiner-steps=1", "--test-images=2"]
-    sizes += ["--samples=8", "--iterations=1", "--eval-interval=1", "--eval-samples=2", f"--output={folder}"]
-    monkeypatch.setattr(sys, "argv", ["typographic_attack.py", "--attacks", "both know digits", *sizes])
+    sizes = ["--images=4", "--judge-steps=1", "--model-steps=1", "--miscounting-steps=1", "--examiner-steps=1"]
+    sizes += [
+        "--test-images=2",
+        "--samples=8",
+        "--iterations=1",
+        "--eval-interval=1",
+        "--eval-samples=2",
+        f"--output={folder}",
+    ]
+    monkeypatch.setattr(sys, "argv", ["typographic_attack.py", "--attacks", "miscounts and writes", *sizes])
     script.main()
     with (folder / "evaluations.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["run"], row["seed"], row["iteration"]) for row in rows] == [
-        *(("both know digits", "0", "0"), ("both know digits", "0", "1")),
+        *(("miscounts and writes", "0", "0"), ("miscounts and writes", "0", "1")),
     ]
     shown = capsys.readouterr().out
     assert "| digit and count disagree | " in shown
-    assert f"| both know digits | 0 | 1 | {float(rows[1]['reward']):.3f} | " in shown
+    assert f"| miscounts and writes | 0 | 1 | {float(rows[1]['reward']):.3f} | " in shown
     for name in ("typographic_curves.png", "typographic_attack.png"):
         assert Image.open(folder / name).size[0] > 200
-    config = Path(folder / "both_know_digits-0/config.yaml").read_text()
+    config = Path(folder / "miscounts_and_writes-0/config.yaml").read_text()
     assert str(folder / "judge") in config
-    assert str(folder / "model") in config
+    assert str(folder / "miscounting_model") in config
     monkeypatch.setattr(script, "prepare_run", None)
     monkeypatch.setattr(script, "teach_judge", None)
     script.main()
-    assert f"| both know digits | 0 | 1 | {float(rows[1]['reward']):.3f} | " in capsys.readouterr().out
+    assert f"| miscounts and writes | 0 | 1 | {float(rows[1]['reward']):.3f} | " in capsys.readouterr().out
 
 
 def test_an_interrupted_run_adds_no_rows_and_starts_again(script, tmp_path, monkeypatch):
     arguments = script.Arguments(output=tmp_path)
-    unfinished = tmp_path / "only_the_judge-3"
+    unfinished = tmp_path / "never_saw_digits-3"
     unfinished.mkdir()
 
     def prepare(config):
@@ -107,12 +116,12 @@ def test_an_interrupted_run_adds_no_rows_and_starts_again(script, tmp_path, monk
         return SimpleNamespace(listeners=[], train=lambda: SimpleNamespace(reward_after=None))
 
     monkeypatch.setattr(script, "prepare_run", prepare)
-    with pytest.raises(SystemExit, match="interrupted; the next command trains 'only the judge' again"):
-        script.train(arguments, "only the judge", 3, SimpleNamespace())
+    with pytest.raises(SystemExit, match="interrupted; the next command trains 'never saw digits' again"):
+        script.train(arguments, "never saw digits", 3, SimpleNamespace())
     assert script.read_rows(arguments) == []
 
 
 def test_unknown_attack_is_refused(script, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["typographic_attack.py", "--attacks", "everybody"])
-    with pytest.raises(SystemExit, match="attacks must be among both know digits, .*; got everybody"):
+    with pytest.raises(SystemExit, match="attacks must be among counts and writes, .*; got everybody"):
         script.main()
