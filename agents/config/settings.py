@@ -24,6 +24,8 @@ SEED = Range(at_least=0, at_most=4_000_000_000)
 """NumPy takes seeds below 2**32; this leaves room for the sub-environments and the held-out samples, which follow."""
 LEAST_PAIRS = 8
 """Held-out samples from which on two standard errors say something: one-sided, 4 % by chance with 8, 2.4 % with 90."""
+LEAST_EVALUATIONS = 7
+"""From which on a slope of the held-out reward can be compared with the one before."""
 _SIZE = Range(above=0, at_most=1e6)
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -188,8 +190,8 @@ class RunSettings(_Checked):
     holdout_reward_options: tuple[str, ...] = ()
     """Arguments of the held-out reward, written like --reward-options."""
     stop_at_overoptimisation: bool = False
-    """End the run after three evaluations without a better held-out reward, if meanwhile the reward has risen or the
-    held-out one has fallen, by more than two standard errors. It needs --holdout-reward."""
+    """End the run when the held-out reward falls, or when it rises less than half as fast as before while the reward
+    rises, by more than two standard errors. It needs --holdout-reward and at least seven evaluations."""
     checkpoint_interval: Annotated[int, MOST_OR_0] = 1
     """Iterations between checkpoints; 0: only at the end. A run that Ctrl-C or an error stops writes one too."""
     stop_on_divergence: bool = True
@@ -244,3 +246,25 @@ class RunSettings(_Checked):
                 f"eval_samples must be at least {LEAST_PAIRS} with stop_at_overoptimisation, which needs the standard "
                 f"error of their differences; got {self.eval_samples}"
             )
+
+    def check_evaluations(self, iterations: int) -> None:
+        """Refuse a run with too few evaluations for `stop_at_overoptimisation`, which could never end it.
+
+        Args:
+            iterations: of the run.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        intervals = LEAST_EVALUATIONS - 1
+        if not self.stop_at_overoptimisation or self.eval_interval <= iterations // intervals:
+            return
+        if iterations < intervals:
+            raise ValueError(
+                f"iterations must be at least {intervals} with stop_at_overoptimisation, which needs "
+                f"{LEAST_EVALUATIONS} evaluations; got {iterations}"
+            )
+        raise ValueError(
+            f"eval_interval must be at most {iterations // intervals} with stop_at_overoptimisation, which needs "
+            f"{LEAST_EVALUATIONS} evaluations in {iterations} iterations; got {self.eval_interval}"
+        )

@@ -198,6 +198,8 @@ class TrainConfig:
         parse_options(self.reward_options)
         parse_options(self.run.pipeline_arguments, "pipeline_arguments")
         self.run.check_holdout()
+        if self.resume is None:  # a resumed run may end sooner than it was planned
+            self.run.check_evaluations(config.total_iterations)
         return config
 
     @property

@@ -66,12 +66,13 @@ def paired_difference(before: NDArray[np.float64], after: NDArray[np.float64]) -
     return float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(len(difference))
 
 
-def is_higher(scores: NDArray[np.float64], than: NDArray[np.float64]) -> bool:
-    """Return whether scores are higher than others by more than two standard errors of the paired difference.
+def is_higher(scores: NDArray[np.float64], than: NDArray[np.float64], standard_errors: float = STANDARD_ERRORS) -> bool:
+    """Return whether scores are higher than others by more than some standard errors of the paired difference.
 
     Args:
         scores: of samples, `(samples,)`, at least two.
         than: scores of the samples of the same prompts and seeds, `(samples,)`.
+        standard_errors: their number.
     """
     mean, error = paired_difference(than, scores)
-    return mean > STANDARD_ERRORS * error
+    return mean > standard_errors * error

@@ -223,7 +223,7 @@ def _holdout(config: TrainConfig) -> list[str]:
         return []
     notes = [*settings.holdout_reward_options]
     if settings.stop_at_overoptimisation:
-        notes.append("the run ends when it no longer rises")
+        notes.append("the run ends when it falls behind the reward")
     return [f"held-out   {settings.holdout_reward}{': ' + ', '.join(notes) if notes else ''}"]
 
 

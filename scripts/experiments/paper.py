@@ -4,9 +4,10 @@
 
 Each of the four presets tiny-* is trained with several seeds, beside a held-out reward that no training sees: whether
 an independent network reads the prompt in the image, or for the aesthetic the formula that its head approximates.
-The aesthetic is trained again with the brake. The best policies meet prompts that they were never trained on. A run or
-an evaluation that ended is not repeated, and one that was interrupted goes on. Tables are printed in Markdown;
-figures are in the folder `images`. `scripts/experiments/algorithms.py` adds the comparison of the algorithms.
+The policies meet prompts that they were never trained on. A run or an evaluation that ended is not repeated, and one
+that was interrupted goes on. Tables are printed in Markdown; figures are in the folder `images`.
+`scripts/experiments/over_optimisation.py` adds what over-optimisation costs and what helps against it, and
+`scripts/experiments/algorithms.py` the comparison of the algorithms.
 """
 
 from __future__ import annotations
@@ -53,7 +54,6 @@ TASKS = {
     "aesthetic": Task("tiny-aesthetic", "tiny_preference", "score", _ANIMALS),
     "alignment": Task("tiny-alignment", "tiny_reader", "BERTScore", _ACTIVITIES),
 }
-BRAKED = "aesthetic"
 
 
 @dataclass
@@ -83,30 +83,26 @@ def main() -> None:
     images = arguments.output / "images"
     images.mkdir(parents=True, exist_ok=True)
     draw_curves(arguments, images / "four_tasks.png")
-    if BRAKED in arguments.tasks:
-        draw_over_optimisation(arguments, images / "over_optimisation.png")
     for task in arguments.tasks:
         shutil.copyfile(
             run_folder(arguments, task, 0) / "samples/before_after.png", images / f"{task}_before_after.png"
         )
-    print("\n".join([*training_table(arguments), "", *brake_table(arguments), "", *evaluation_tables(arguments)]))
+    print("\n".join([*training_table(arguments), "", *evaluation_tables(arguments)]))
 
 
-def run_folder(arguments: Arguments, task: str, place: int, braked: bool = False) -> Path:
+def run_folder(arguments: Arguments, task: str, place: int) -> Path:
     """Return the folder of a task's run with the seed at a place."""
-    return arguments.output / f"{task}{'-braked' if braked else ''}-{arguments.seeds[place]}"
+    return arguments.output / f"{task}-{arguments.seeds[place]}"
 
 
 def trainings(arguments: Arguments) -> Iterator[tuple[list[str], Path]]:
     """Yield the command and the folder of each run: all tasks with the first seed, then with the next."""
     for place, seed in enumerate(arguments.seeds):
         for task in arguments.tasks:
-            for braked in (False, True) if task == BRAKED else (False,):
-                folder = run_folder(arguments, task, place, braked)
-                settings = ["--preset", TASKS[task].preset, "--holdout-reward", TASKS[task].holdout_reward]
-                settings += ["--seed", str(seed), "--eval-interval", str(arguments.eval_interval)]
-                settings += ["--stop-at-overoptimisation"] * braked
-                yield ["scripts/train_ppo.py", *settings, "--run-dir", str(folder.resolve())], folder
+            folder = run_folder(arguments, task, place)
+            settings = ["--preset", TASKS[task].preset, "--holdout-reward", TASKS[task].holdout_reward]
+            settings += ["--seed", str(seed), "--eval-interval", str(arguments.eval_interval)]
+            yield ["scripts/train_ppo.py", *settings, "--run-dir", str(folder.resolve())], folder
 
 
 def evaluations(arguments: Arguments) -> Iterator[tuple[list[str], Path]]:
@@ -168,27 +164,6 @@ def draw_curves(arguments: Arguments, path: Path) -> None:
     write_figure(path, figure)
 
 
-def draw_over_optimisation(arguments: Arguments, path: Path) -> None:
-    """Draw the learned reward and the true preference against the distance from the pretrained policy."""
-    figure = blank_figure(4.2 * len(arguments.seeds), 3.6)
-    panels = figure.subplots(1, len(arguments.seeds), squeeze=False, sharey=True)[0]
-    for place, (axes, seed) in enumerate(zip(panels, arguments.seeds, strict=True)):
-        rows = evaluations_of(run_folder(arguments, BRAKED, place))
-        distances = [kl**0.5 for kl in column(rows, "eval/kl_to_pretrained")]
-        axes.plot(distances, column(rows, "eval/reward_mean"), "o-", label="learned reward, trained on")
-        preference = column(rows, "eval/holdout_reward_mean")
-        axes.plot(distances, preference, "s-", label="true preference, held out")
-        braked = summary_of(run_folder(arguments, BRAKED, place, braked=True))
-        if braked["stopped_early"]:
-            at = [int(row["time/iterations"]) for row in rows].index(braked["iterations"])
-            axes.axvline(distances[at], color="#555555", linestyle=":", label="the brake stops")
-        axes.set(title=f"seed {seed}", xlabel="√KL from the pretrained policy (nats per dimension)")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False)
-    write_figure(path, figure)
-
-
 def training_table(arguments: Arguments) -> Iterator[str]:
     """Yield the rewards of each task before and after training, and the time of its runs."""
     columns = ["task", "reward before → after, by seed", "held-out reward", "before → best → after, by seed"]
@@ -202,21 +177,6 @@ def training_table(arguments: Arguments) -> Iterator[str]:
         seconds = ", ".join(f"{one['wall_clock_seconds']:.0f}" for one in every)
         cells = [task, rewards, TASKS[task].holdout_reward, holdout, str(every[0]["reward_queries"]), seconds]
         yield f"| {' | '.join(cells)} |"
-
-
-def brake_table(arguments: Arguments) -> Iterator[str]:
-    """Yield where the brake stopped each run, and what was left of the gain of the true preference."""
-    if BRAKED not in arguments.tasks:
-        return
-    yield "| seed | best after iteration | stopped after | true preference before, best, when stopped | gain left |"
-    yield "| --- | --- | --- | --- | --- |"
-    for place, seed in enumerate(arguments.seeds):
-        folder = run_folder(arguments, BRAKED, place, braked=True)
-        summary = summary_of(folder)
-        before, best, after = (summary[f"holdout_reward_{name}"] for name in ("before", "best", "after"))
-        at = summary["best_iteration"], summary["iterations"] if summary["stopped_early"] else "not stopped"
-        left = (after - before) / (best - before)
-        yield f"| {seed} | {at[0]} | {at[1]} | {before:.3f}, {best:.3f}, {after:.3f} | {left:.0%} |"
 
 
 def evaluation_tables(arguments: Arguments) -> Iterator[str]:

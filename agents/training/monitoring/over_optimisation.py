@@ -1,67 +1,109 @@
-"""The brake: it ends a run whose held-out reward no longer rises, and says which policy to use.
+"""The brake: it ends a run whose held-out reward no longer keeps pace with the reward, and says which policy to use.
 
-A learned reward is over-optimised from the moment at which it goes on rising and what it stands for does not; long
-before that has fallen measurably. So the run ends after three evaluations without a new best of the held-out reward, if
-in this time the reward that is trained on has risen, or the held-out one has fallen. Both are paired comparisons. Every
-evaluation samples the same prompts and seeds, so each held-out sample has a score now and a score at the best
-evaluation. Their mean difference must be more than two of its standard errors; seeds that are easy or hard for every
-policy do not widen those.
+A learned reward is over-optimised from the moment at which it goes on rising and what it stands for does not. A loss of
+a tenth of the gain is smaller than what a policy goes up and down from one evaluation to the next. So the brake does
+not wait for a fall. It looks at the slope: over the last four evaluations the held-out reward rose less than half as
+fast as on average before, while the reward that is trained on rose. A run is compared with itself, so slow learning is
+no sign.
+
+Every comparison is paired. Every evaluation samples the same prompts and seeds, so each held-out sample has a slope of
+its own, and the mean over samples is compared with its standard error. Seeds that are easy or hard for every policy do
+not widen it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from agents.config.settings import LEAST_EVALUATIONS
 from agents.evaluation.evaluate import Evaluation
-from agents.evaluation.intervals import STANDARD_ERRORS, is_higher
+from agents.evaluation.intervals import is_higher
 from agents.training.run import Run, RunListener
 
-EVALUATIONS = 3
+Scores = Sequence[npt.NDArray[np.float64]]
+
+WINDOW = 4
+"""Evaluations over which the present slope is measured."""
+AVERAGED = 2
+"""Evaluations whose mean stands for one moment, because single ones go up and down. `LEAST_EVALUATIONS` are these, the
+first one, and the `WINDOW`."""
+FRACTION = 0.5
+"""Of the average slope before, below which the held-out reward has fallen behind."""
+CERTAIN = 3.0
+"""Standard errors of a fall, and of the reward's rise. Of many evaluations one exceeds two by chance."""
+
+
+def over_optimisation(holdout: Scores, rewards: Scores) -> str | None:
+    """Return what shows at the last evaluation that a run over-optimises; `None` if nothing does.
+
+    It is one of three signs: the held-out reward has fallen below that of the pretrained model; it has fallen within
+    the last `WINDOW` evaluations; or it has risen less than `FRACTION` as fast in them as on average before, by more
+    than two standard errors, and the reward has risen. A fall and the reward's rise are more than `CERTAIN` standard
+    errors. All comparisons are paired.
+
+    Args:
+        holdout: scores of the held-out reward at every evaluation from the pretrained model's on, each `(samples,)`,
+            of the same prompts and seeds.
+        rewards: the same of the reward that is trained on. A sample without a finite score is left out.
+    """
+    if len(holdout) < LEAST_EVALUATIONS:
+        return None
+    first = holdout[0]
+    earlier, now = (np.mean(scores, axis=0) for scores in (holdout[-WINDOW - AVERAGED : -WINDOW], holdout[-AVERAGED:]))
+    if is_higher(first, now, CERTAIN):
+        return "it has fallen below that of the pretrained model"
+    if is_higher(earlier, now, CERTAIN):
+        return f"it has fallen within {WINDOW} evaluations"
+    evaluations_before = len(holdout) - 1 - WINDOW - (AVERAGED - 1) / 2
+    expected = FRACTION * WINDOW / evaluations_before * (earlier - first)
+    if _has_risen(rewards) and is_higher(expected, now - earlier):
+        return f"over {WINDOW} evaluations it rose less than half as fast as before, and the reward rose"
+    return None
+
+
+def _has_risen(rewards: Scores) -> bool:
+    earlier, now = (np.mean(one, axis=0) for one in (rewards[-WINDOW - AVERAGED : -WINDOW], rewards[-AVERAGED:]))
+    finite = np.isfinite(earlier) & np.isfinite(now)
+    return finite.sum() > 1 and is_higher(now[finite], earlier[finite], CERTAIN)
 
 
 class OverOptimisationBrake(RunListener):
-    """Ends a run after three evaluations without a better held-out reward, while the reward rises or it falls itself.
+    """Ends a run at the first evaluation that shows over-optimisation, as the function `over_optimisation` says.
 
     The run keeps the policy of the best evaluation in `best/`. If that is the first one, the pretrained model is best.
     """
 
     def __init__(self) -> None:
         """Begin without an evaluation."""
-        self._best: npt.NDArray[np.float64] = np.zeros(0)
-        self._reward_at_best: npt.NDArray[np.float64] = np.zeros(0)
-        self._waited = 0
+        self._holdout: list[npt.NDArray[np.float64]] = []
+        self._rewards: list[npt.NDArray[np.float64]] = []
 
     def on_evaluation(self, run: Run, evaluation: Evaluation) -> None:
-        """Compare both rewards with those of the best evaluation."""
-        holdout, reward = evaluation.holdout_rewards, evaluation.finite_rewards()
-        assert holdout is not None
-        if not len(self._best) or holdout.mean() > self._best.mean():
-            self._best, self._reward_at_best, self._waited = holdout, reward, 0
-            return
-        self._waited += 1
-        if self._waited < EVALUATIONS:
-            return
-        has_fallen, has_risen = is_higher(self._best, holdout), is_higher(reward, self._reward_at_best)
-        if not (has_fallen or has_risen):
+        """Add the scores of the evaluation, and judge them."""
+        assert evaluation.holdout_rewards is not None
+        self._holdout.append(evaluation.holdout_rewards)
+        self._rewards.append(evaluation.rewards)
+        found = over_optimisation(self._holdout, self._rewards)
+        if found is None:
             return
         assert run.best_evaluation is not None
-        best, (_, before), (_, after) = run.best_evaluation[0], run.evaluations[0], run.evaluations[-1]
-        fallen = f", which is more than {STANDARD_ERRORS:g} standard errors lower" if has_fallen else ""
+        (iteration, best), evaluations = run.best_evaluation, dict(run.evaluations)
+        before, at_best, after = (evaluations[one] for one in (run.evaluations[0][0], iteration, run.iteration))
         run.stop(
-            f"over-optimisation: the held-out reward was best after iteration {best}, {self._best.mean():.4g}, and no "
-            f"evaluation of the {self._waited} since was better; it is now {holdout.mean():.4g}{fallen}. The reward "
-            f"that is trained on went from {before:.4g} to {self._reward_at_best.mean():.4g} and then to {after:.4g}"
+            f"over-optimisation: the held-out reward was best after iteration {iteration}, {best:.4g}, and is "
+            f"{self._holdout[-1].mean():.4g}: {found}. The reward that is trained on went from {before:.4g} to "
+            f"{at_best:.4g} at the best evaluation and to {after:.4g}"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scores at the best evaluation and the number of evaluations since, for a checkpoint."""
-        return {"best": self._best, "reward_at_best": self._reward_at_best, "waited": self._waited}
+        """Return the scores of every evaluation, for a checkpoint."""
+        return {"holdout": self._holdout, "rewards": self._rewards}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._best = np.asarray(state["best"], np.float64)
-        self._reward_at_best = np.asarray(state["reward_at_best"], np.float64)
-        self._waited = int(state["waited"])
+        self._holdout = [np.asarray(scores, np.float64) for scores in state["holdout"]]
+        self._rewards = [np.asarray(scores, np.float64) for scores in state["rewards"]]

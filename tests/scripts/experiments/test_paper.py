@@ -21,7 +21,7 @@ def script(scripts_on_path):
     return paper
 
 
-def make_run(folder: Path, holdout: tuple[float, float, float], iterations: int, stopped: str | None) -> None:
+def make_run(folder: Path, holdout: tuple[float, float, float], iterations: int) -> None:
     """Write the files of a run that the script reads."""
     (folder / "samples").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(folder / "samples/before_after.png")
@@ -35,14 +35,13 @@ def make_run(folder: Path, holdout: tuple[float, float, float], iterations: int,
     summary = {
         **{"reward_before": 5.0, "reward_after": 8.0, "reward_queries": 1440, "wall_clock_seconds": 61.7},
         **{f"holdout_reward_{name}": value for name, value in zip(("before", "best", "after"), holdout, strict=True)},
-        **{"best_iteration": 4, "iterations": iterations, "stopped_early": stopped},
+        **{"best_iteration": 4, "iterations": iterations},
     }
     (folder / "summary.json").write_text(json.dumps(summary), "utf-8")
 
 
 def test_tables_and_figures_are_those_of_the_runs(script, tmp_path, monkeypatch, capsys):
-    make_run(tmp_path / "aesthetic-7", (6.0, 7.0, 6.2), 20, None)
-    make_run(tmp_path / "aesthetic-braked-7", (6.0, 7.0, 6.9), 20, "over-optimisation")
+    make_run(tmp_path / "aesthetic-7", (6.0, 7.0, 6.2), 20)
     (tmp_path / "aesthetic-evaluation").mkdir()
     (tmp_path / "aesthetic-evaluation/evaluation.md").write_text("| of the evaluation |\n", "utf-8")
     arguments = ["--only-draw", "--tasks", "aesthetic", "--seeds", "7", "--output", str(tmp_path)]
@@ -51,20 +50,17 @@ def test_tables_and_figures_are_those_of_the_runs(script, tmp_path, monkeypatch,
     printed = capsys.readouterr().out
     row = "| aesthetic | 5.000 → 8.000 | tiny_preference | 6.000 → 7.000 → 6.200 | 1440 | 62 |"
     assert row in printed
-    assert "| 7 | 4 | 20 | 6.000, 7.000, 6.900 | 90% |" in printed
     assert "| of the evaluation |" in printed
     images = tmp_path / "images"
-    assert {path.name for path in images.iterdir()} == {
-        *("four_tasks.png", "over_optimisation.png", "aesthetic_before_after.png")
-    }
+    assert {path.name for path in images.iterdir()} == {"four_tasks.png", "aesthetic_before_after.png"}
 
 
 def test_what_ended_is_not_repeated_and_what_was_interrupted_is_resumed(script, tmp_path, monkeypatch):
     commands: list[list[str]] = []
     monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command[1:]))
-    arguments = script.Arguments(tasks=("compressibility", "aesthetic"), seeds=(3,), output=tmp_path)
-    make_run(tmp_path / "compressibility-3", (0.9, 0.9, 0.5), 12, None)
-    folder = tmp_path / "aesthetic-braked-3"
+    arguments = script.Arguments(tasks=("compressibility", "alignment", "aesthetic"), seeds=(3,), output=tmp_path)
+    make_run(tmp_path / "compressibility-3", (0.9, 0.9, 0.5), 12)
+    folder = tmp_path / "aesthetic-3"
     folder.mkdir()
     settings = preset_config("tiny-aesthetic").changed(holdout_reward="tiny_preference", run_dir=folder).resolved()
     (folder / "config.yaml").write_text(yaml.safe_dump(settings.as_dict()), "utf-8")
@@ -72,8 +68,8 @@ def test_what_ended_is_not_repeated_and_what_was_interrupted_is_resumed(script, 
         script.finish(command, folder)
     fresh, resumed = commands
     assert fresh[1:] == [
-        *("--preset", "tiny-aesthetic", "--holdout-reward", "tiny_preference", "--seed", "3", "--eval-interval", "2"),
-        *("--run-dir", str(tmp_path / "aesthetic-3")),
+        *("--preset", "tiny-alignment", "--holdout-reward", "tiny_reader", "--seed", "3", "--eval-interval", "2"),
+        *("--run-dir", str(tmp_path / "alignment-3")),
     ]
-    resume = ["--resume", str(tmp_path / "aesthetic-braked-3")]
+    resume = ["--resume", str(tmp_path / "aesthetic-3")]
     assert resumed == ["scripts/train_ppo.py", *resume, "--reward-options", "model=tiny"]
