@@ -191,7 +191,7 @@ class RunSettings(_Checked):
     """Arguments of the held-out reward, written like --reward-options."""
     stop_at_overoptimisation: bool = False
     """End the run when the held-out reward falls, or when it rises less than half as fast as before while the reward
-    rises, by more than two standard errors. It needs --holdout-reward and at least seven evaluations."""
+    rises, by more than chance. It needs --holdout-reward and at least seven evaluations."""
     checkpoint_interval: Annotated[int, MOST_OR_0] = 1
     """Iterations between checkpoints; 0: only at the end. A run that Ctrl-C or an error stops writes one too."""
     stop_on_divergence: bool = True

@@ -1,18 +1,19 @@
 """The brake: it ends a run whose held-out reward no longer keeps pace with the reward, and says which policy to use.
 
-A learned reward is over-optimised from the moment at which it goes on rising and what it stands for does not. A loss of
-a tenth of the gain is smaller than what a policy goes up and down from one evaluation to the next. So the brake does
-not wait for a fall. It looks at the slope: over the last four evaluations the held-out reward rose less than half as
-fast as on average before, while the reward that is trained on rose. A run is compared with itself, so slow learning is
-no sign.
+A learned reward is over-optimised from the moment at which it goes on rising and what it stands for does not. There are
+two signs, one for a sudden turn and one for a slow one. The held-out reward falls, compared with the best evaluation.
+Or it falls behind: over the last four evaluations it rose less than half as fast as on average before, while the reward
+that is trained on rose. A run is compared with itself, so slow learning is no sign.
 
-Every comparison is paired. Every evaluation samples the same prompts and seeds, so each held-out sample has a slope of
-its own, and the mean over samples is compared with its standard error. Seeds that are easy or hard for every policy do
-not widen it.
+Two kinds of chance are in a comparison of evaluations. One is that of the samples. Every evaluation samples the same
+prompts and seeds, so scores are compared sample by sample, and seeds that are easy or hard for every policy do not
+widen the standard error. The other is that of the policies, which go up and down from one evaluation to the next. It is
+estimated from how far the curve is from a smooth one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy.typing as npt
 
 from agents.config.settings import LEAST_EVALUATIONS
 from agents.evaluation.evaluate import Evaluation
-from agents.evaluation.intervals import is_higher
+from agents.evaluation.intervals import STANDARD_ERRORS, is_higher, paired_difference
 from agents.training.run import Run, RunListener
 
 Scores = Sequence[npt.NDArray[np.float64]]
@@ -40,10 +41,8 @@ CERTAIN = 3.0
 def over_optimisation(holdout: Scores, rewards: Scores) -> str | None:
     """Return what shows at the last evaluation that a run over-optimises; `None` if nothing does.
 
-    It is one of three signs: the held-out reward has fallen below that of the pretrained model; it has fallen within
-    the last `WINDOW` evaluations; or it has risen less than `FRACTION` as fast in them as on average before, by more
-    than two standard errors, and the reward has risen. A fall and the reward's rise are more than `CERTAIN` standard
-    errors. All comparisons are paired.
+    It is one of two signs. The held-out reward is below its best evaluation. Or it has risen less than `FRACTION` as
+    fast in the last `WINDOW` evaluations as on average before, and the reward has risen.
 
     Args:
         holdout: scores of the held-out reward at every evaluation from the pretrained model's on, each `(samples,)`,
@@ -52,21 +51,37 @@ def over_optimisation(holdout: Scores, rewards: Scores) -> str | None:
     """
     if len(holdout) < LEAST_EVALUATIONS:
         return None
-    first = holdout[0]
-    earlier, now = (np.mean(scores, axis=0) for scores in (holdout[-WINDOW - AVERAGED : -WINDOW], holdout[-AVERAGED:]))
-    if is_higher(first, now, CERTAIN):
-        return "it has fallen below that of the pretrained model"
-    if is_higher(earlier, now, CERTAIN):
-        return f"it has fallen within {WINDOW} evaluations"
+    means = np.mean(holdout, axis=1)
+    best, policies = int(np.argmax(means)), _noise_of_policies(means[:-1])
+    fallen, error = paired_difference(holdout[-1], holdout[best])
+    if fallen > CERTAIN * math.hypot(error, math.sqrt(2) * policies):
+        return "it has fallen by more than evaluations differ by chance"
+    first, earlier, now = holdout[0], _at(holdout, -WINDOW), _at(holdout, 0)
     evaluations_before = len(holdout) - 1 - WINDOW - (AVERAGED - 1) / 2
     expected = FRACTION * WINDOW / evaluations_before * (earlier - first)
-    if _has_risen(rewards) and is_higher(expected, now - earlier):
+    behind, error = paired_difference(now - earlier, expected)
+    if _has_risen(rewards) and behind > STANDARD_ERRORS * math.hypot(error, policies):
         return f"over {WINDOW} evaluations it rose less than half as fast as before, and the reward rose"
     return None
 
 
+def _at(scores: Scores, place: int) -> npt.NDArray[np.float64]:
+    """Return the mean scores of the `AVERAGED` evaluations until a place; 0: the last one."""
+    end = len(scores) + place
+    return np.asarray(np.mean(scores[end - AVERAGED : end], axis=0))
+
+
+def _noise_of_policies(means: npt.NDArray[np.float64]) -> float:
+    """Return by how much an evaluation's mean differs from a smooth curve, as a standard deviation.
+
+    A second difference of independent errors has √6 times their standard deviation, and of a smooth curve it is small.
+    The median is not moved by one sharp turn; 0.6745 makes it a standard deviation of normal errors.
+    """
+    return float(np.median(np.abs(np.diff(means, 2)))) / (0.6745 * math.sqrt(6))
+
+
 def _has_risen(rewards: Scores) -> bool:
-    earlier, now = (np.mean(one, axis=0) for one in (rewards[-WINDOW - AVERAGED : -WINDOW], rewards[-AVERAGED:]))
+    earlier, now = _at(rewards, -WINDOW), _at(rewards, 0)
     finite = np.isfinite(earlier) & np.isfinite(now)
     return finite.sum() > 1 and is_higher(now[finite], earlier[finite], CERTAIN)
 
