@@ -218,8 +218,11 @@ class RunSettings(_Checked):
         """The resolution, and the arguments of the pipeline's call."""
         return self.resolution, parse_options(self.pipeline_arguments, "pipeline_arguments")
 
-    def check_holdout(self) -> None:
+    def check_holdout(self, iterations: int | None) -> None:
         """Refuse settings of the held-out reward that do not fit together.
+
+        Args:
+            iterations: of the run; `None`: any number, because a resumed run may end sooner than it was planned.
 
         Raises:
             ValueError: naming the setting.
@@ -246,18 +249,13 @@ class RunSettings(_Checked):
                 f"eval_samples must be at least {LEAST_PAIRS} with stop_at_overoptimisation, which needs the standard "
                 f"error of their differences; got {self.eval_samples}"
             )
+        if iterations is not None:
+            self._check_evaluations(iterations)
 
-    def check_evaluations(self, iterations: int) -> None:
-        """Refuse a run with too few evaluations for `stop_at_overoptimisation`, which could never end it.
-
-        Args:
-            iterations: of the run.
-
-        Raises:
-            ValueError: naming the setting.
-        """
+    def _check_evaluations(self, iterations: int) -> None:
+        """Refuse a run with too few evaluations for `stop_at_overoptimisation`, which could never end it."""
         intervals = LEAST_EVALUATIONS - 1
-        if not self.stop_at_overoptimisation or self.eval_interval <= iterations // intervals:
+        if self.eval_interval <= iterations // intervals:
             return
         if iterations < intervals:
             raise ValueError(

@@ -197,9 +197,7 @@ class TrainConfig:
         config._check_sizes(processes)
         parse_options(self.reward_options)
         parse_options(self.run.pipeline_arguments, "pipeline_arguments")
-        self.run.check_holdout()
-        if self.resume is None:  # a resumed run may end sooner than it was planned
-            self.run.check_evaluations(config.total_iterations)
+        self.run.check_holdout(config.total_iterations if self.resume is None else None)
         return config
 
     @property

@@ -29,13 +29,14 @@ from agents.training.monitoring.over_optimisation import over_optimisation
 PRESET, REWARD, PREFERENCE, READER = "tiny-aesthetic", "aesthetic", "tiny_preference", "tiny_reader"
 STEPS = 5
 SETTINGS = (
-    *("--preset", PRESET, "--algorithm", "draft", "--samples-per-iteration", "24", "--num-inference-steps", str(STEPS)),
-    *("--learning-rate", "7e-4", "--learning-rate-schedule", "constant", "--holdout-reward", PREFERENCE),
+    *("--preset", PRESET, "--algorithm", "draft", "--num-inference-steps", str(STEPS)),
+    *("--samples-per-iteration", "24", "--learning-rate", "7e-4", "--learning-rate-schedule", "constant"),
+    *("--holdout-reward", PREFERENCE),
 )
-"""DRaFT follows the reward's gradient, so it over-optimises at every seed; a constant rate does not end the learning."""
+"""DRaFT over-optimises soon, because it follows the reward's gradient. A constant rate does not end the learning."""
 METHODS: Mapping[str, tuple[str, ...]] = {
     "none": ("--eval-interval", "1"),
-    "kl": ("--eval-interval", "6", "--kl-coef", "0.1"),
+    "kl": ("--eval-interval", "0", "--kl-coef", "0.1"),
 }
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 
@@ -46,6 +47,8 @@ class Arguments:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
+    iterations: int = 24
+    """Of each run."""
     methods: tuple[str, ...] = tuple(METHODS)
     """none, and if wanted kl."""
     output: Path = Path("runs/over-optimisation")
@@ -105,12 +108,16 @@ def trainings(arguments: Arguments) -> Iterator[tuple[list[str], Path]]:
     for method in arguments.methods:
         for seed in arguments.seeds:
             folder = run_folder(arguments, method, seed)
-            settings = [*SETTINGS, "--seed", str(seed), *METHODS[method]]
+            settings = [*SETTINGS, "--iterations", str(arguments.iterations), "--seed", str(seed), *METHODS[method]]
             yield ["scripts/train_ppo.py", *settings, "--run-dir", str(folder.resolve())], folder
 
 
 def evaluations(arguments: Arguments) -> Iterator[tuple[list[str], Path]]:
-    """Yield the command and the folder of each evaluation: last policies, those of weaker LoRAs, and the best one."""
+    """Yield the command and the folder of each evaluation: last policies, those of weaker LoRAs, and the best one.
+
+    The best one of a run is also that of a run with the brake, if the run found no better one after the brake's stop.
+    `brake_table` shows whether that is so.
+    """
     for method in arguments.methods:
         for seed in arguments.seeds:
             run = run_folder(arguments, method, seed)

@@ -75,7 +75,7 @@ def _noise_of_policies(means: npt.NDArray[np.float64]) -> float:
     """Return by how much an evaluation's mean differs from a smooth curve, as a standard deviation.
 
     A second difference of independent errors has √6 times their standard deviation, and of a smooth curve it is small.
-    The median is not moved by one sharp turn; 0.6745 makes it a standard deviation of normal errors.
+    The median is not moved by one sharp turn. 0.6745 makes it a standard deviation of normal errors.
     """
     return float(np.median(np.abs(np.diff(means, 2)))) / (0.6745 * math.sqrt(6))
 

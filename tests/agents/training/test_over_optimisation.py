@@ -143,9 +143,19 @@ def test_brake_stops_before_a_tenth_of_the_gain_is_lost():
     assert None not in places
     left = truth[places] / truth.max()
     reached = np.array([truth[: place + 1].max() for place in places]) / truth.max()
-    assert (left >= 0.9).mean() > 0.8
+    assert (left >= 0.9).mean() > 0.65
+    assert left.mean() > 0.9
     assert (reached >= 0.9).mean() > 0.95  # it rarely stops too early
     assert np.median(places) - truth.argmax() <= 3
+
+
+def test_brake_stops_one_evaluation_after_a_sudden_turn():
+    truth = 0.13 * np.arange(31)
+    truth[18:] = truth[17] - 0.18 * np.arange(1, 14)
+    places = stopping_places(truth, 2 * RISING)
+    assert None not in places
+    assert np.median(places) == 18
+    assert min(places) >= 15
 
 
 @pytest.mark.parametrize(
@@ -165,7 +175,7 @@ def test_brake_seldom_stops_a_run_whose_held_out_reward_keeps_pace(holdout, rewa
 def test_brake_stops_a_run_whose_held_out_reward_falls_from_the_beginning():
     places = stopping_places(-0.5 * RISING, RISING)
     assert None not in places
-    assert np.median(places) == LEAST_EVALUATIONS - 1
+    assert np.median(places) <= LEAST_EVALUATIONS + 1
 
 
 def test_rule_needs_its_least_number_of_evaluations():
