@@ -122,7 +122,7 @@ def _fell(run: RunData, best: int, now: int) -> bool:
         return False
     pair = _pair(run, lambda record: record.holdout_rewards, best, now)
     if pair is not None:
-        return is_higher(*pair)
+        return is_higher(pair[0], pair[1])
     means, deviations = dict(run.curve("eval/holdout_reward_mean")), dict(run.curve("eval/holdout_reward_std"))
     error = math.hypot(deviations[best], deviations[now]) / math.sqrt(max(1, run.count("eval_samples")))
     return means[best] - means[now] > STANDARD_ERRORS * error
