@@ -45,9 +45,6 @@ from rewards.networks.devices import copied_to, read_numbers
 
 Metrics = defaultdict[str, list[float]]
 
-_DRIFT_ROWS = 16
-"""Transitions on which an iteration's drift is measured; few, so that it costs little."""
-
 
 class TensorOnPolicyAlgorithm(RolloutAlgorithm):
     """Base of the algorithms here: implement `loss`.
@@ -143,6 +140,10 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         """Return flat indices of up to `count` random steps inside `timestep_window` that have a log-probability."""
         return self.generators.numpy.permutation(self._scored_steps(1.0))[:count]
 
+    def _drift_steps(self, trained: int) -> npt.NDArray[np.int64]:
+        """Return the steps on which drift is measured: a 25th of those trained on, 1 to 16, so that it costs little."""
+        return self.random_steps(min(16, max(1, trained // 25)))
+
     def _scored_steps(self, fraction: float) -> npt.NDArray[np.int64]:
         rollout, window = self.rollout_buffer, self.options.timestep_window
         return choose_steps(rollout.segments, fraction, window, self.generators.numpy, rollout.scored)
@@ -158,12 +159,10 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
                 self._recompute_log_probs(indices)
             if not self._pass(indices, metrics):
                 break
-        for name, value in self.drift(self.random_steps(_DRIFT_ROWS)).items():
+        for name, value in self.drift(self._drift_steps(len(indices))).items():
             if not math.isfinite(value):
-                error = FloatingPointError(
-                    f"train/{name} is {value} after {self._n_updates} updates: lower learning_rate or clip_range"
-                )
-                raise self.processes.mark_agreed(error)
+                fault = f"train/{name} is {value} after {self._n_updates} updates: lower learning_rate or clip_range"
+                raise self.processes.mark_agreed(FloatingPointError(fault))
             metrics[name].append(value)
         self._record_training(metrics)
 
@@ -261,7 +260,7 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         if target_kl is None or metrics["approx_kl"]:
             return True
         # A loss without log-probabilities does not show the KL: measure it once per epoch.
-        return self.drift(self.random_steps(_DRIFT_ROWS))["kl_to_sampling"] <= 1.5 * target_kl
+        return self.drift(self._drift_steps(len(indices)))["kl_to_sampling"] <= 1.5 * target_kl
 
     def _update(self, indices: npt.NDArray[np.int64], metrics: Metrics) -> bool:
         """Take one optimizer step on the transitions at `indices`; return False if the KL target stopped it."""

@@ -14,7 +14,7 @@ replaces it.) These differences remain:
 
 * A training call of TRL has one timestep of `--train-batch-size` samples. Ours has that many (sample, timestep) pairs.
 * TRL encodes the prompts of every batch. Ours encodes each distinct prompt once. After the updates, ours also measures
-  on 16 transitions how far the policy has moved, and it draws the next initial latents.
+  on a 25th of the transitions how far the policy has moved, and it draws the next initial latents.
 * `--dtype bfloat16` is TRL's `mixed_precision`.
 """
 

@@ -295,6 +295,7 @@ class Examination:
 
     def _update(self, algorithm: TensorOnPolicyAlgorithm) -> Update:
         policy, steps, error = self.policy, 0, ""
+        drift: dict[str, float] = {}
 
         def count(*_: Any) -> None:
             nonlocal steps
@@ -305,6 +306,8 @@ class Examination:
         try:
             with algorithm.generators.as_global():
                 algorithm.train()
+                # On more steps than the few that so small an update measures by itself.
+                drift = algorithm.drift(algorithm.random_steps(16))
         except FloatingPointError as raised:
             error = str(raised)
         finally:
@@ -314,6 +317,7 @@ class Examination:
             policy.load_state_dict(before)
             policy.optimizer.state.clear()
         metrics = {name: float(value) for name, value in algorithm.logger.name_to_value.items()}
+        metrics |= {f"train/{name}": value for name, value in drift.items()}
         return Update(metrics, steps, change, error)
 
 

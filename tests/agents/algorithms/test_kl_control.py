@@ -110,3 +110,16 @@ def test_bad_argument_is_refused(micro_pipeline_folder, arguments, message):
     env = micro_env(micro_pipeline_folder)
     with pytest.raises(ValueError, match=message):
         PPO(DiffusionPolicy, env, **arguments)
+
+
+@pytest.mark.parametrize(("trained", "measured"), [(16, 1), (49, 1), (50, 2), (100, 4)])
+def test_drift_is_measured_on_a_25th_of_the_trained_steps(micro_pipeline_folder, monkeypatch, trained, measured):
+    """A measured step takes two rows forward, and a trained one is sampled, and goes forward and backward."""
+    model = collected(denoising_ppo(micro_pipeline_folder))
+    steps, rows = np.resize(np.arange(6 * STEPS), trained), []
+    monkeypatch.setattr(model, "select_steps", lambda: steps)
+    monkeypatch.setattr(model, "drift", lambda indices: rows.append(len(indices)) or {})
+    monkeypatch.setattr(model, "_pass", lambda indices, metrics: True)
+    monkeypatch.setattr(model, "_record_training", lambda metrics: None)
+    model.train()
+    assert rows == [measured]
