@@ -190,15 +190,19 @@ def plot(rows: list[dict[str, str]], file: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(alpha=0.25)
     seeds = len({row["seed"] for row in rows})
-    axes[0][0].legend(frameon=False, title=f"mean and range of {seeds} seeds")
-    file.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
+    figure.subplots_adjust(right=1 - 2 / (size[0] + 2))
+    figure.set_figwidth(size[0] + 2)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    title = f"mean and range of {seeds} seeds"
+    figure.legend(handles, labels, frameon=False, title=title, loc="center right")
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130)
 
 
 def print_table(rows: list[dict[str, str]]) -> None:
     """Print the rewards before and after training as a Markdown table."""
-    print("\n| protocol | task | algorithm | learning rate | before | after, by seed | mean |")
+    print("\n| protocol | task | algorithm | learning rate | before, by seed | after, by seed | mean |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for protocol in dict.fromkeys(row["protocol"] for row in rows):
         for task in dict.fromkeys(row["task"] for row in rows):
@@ -209,9 +213,9 @@ def print_table(rows: list[dict[str, str]]) -> None:
                     [*rates] = dict.fromkeys(
                         row["learning_rate"] for row in rows if (row["protocol"], row["algorithm"], row["task"]) == key
                     )
-                    seeds, mean = ", ".join(f"{value:.3f}" for value in values[-1]), sum(values[-1]) / len(values[-1])
-                    shown = " | ".join([protocol, task, label, ", ".join(rates), f"{values[0][0]:.3f}", seeds])
-                    print(f"| {shown} | {mean:.3f} |")
+                    before, after = (", ".join(f"{value:.3f}" for value in one) for one in (values[0], values[-1]))
+                    mean = f"{sum(values[-1]) / len(values[-1]):.3f}"
+                    print(f"| {' | '.join([protocol, task, label, ', '.join(rates), before, after, mean])} |")
 
 
 if __name__ == "__main__":
