@@ -91,7 +91,8 @@ class TrainConfig:
     algorithm: Algorithm = "ppo"
     """ppo (DDPO-IS), grpo (the same with advantages among a prompt's samples), reinforce (DDPO-SF), reward-weighted
     regression: rwr (exponential weights), rwr_sparse; on noised samples, nft (DiffusionNFT), awm (advantage weighted
-    matching), dpo (online DPO: a prompt's best sample against its worst); by the reward's gradient, draft (DRaFT-K)."""
+    matching), dpo (online DPO: a prompt's best sample against its worst); by the reward's gradient, draft (DRaFT-K). On
+    the bundled model's alignment nft and awm needed a quarter of ppo's reward queries (docs/race.md)."""
     iterations: Annotated[int | None, MOST] = None
     """Rounds of sampling and training in total. Default: 12; for a resumed run, the number that it started with."""
     samples_per_iteration: Annotated[int, MOST] = 72
