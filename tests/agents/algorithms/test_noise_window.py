@@ -108,7 +108,7 @@ def test_window_alone_is_trained_on_with_ratio_1(family):
 def test_training_costs_the_rows_of_the_window_alone(micro_pipeline_folder):
     algorithm = collected(windowed_ppo(micro_pipeline_folder, recompute_log_probs=True, n_epochs=2))
     rows = {True: 0, False: 0}
-    drift = 12 * 2  # doubled by guidance
+    drift = 1 * 2  # a 25th of the 12 steps of an epoch, at least one, doubled by guidance
 
     def count(_, inputs):
         rows[torch.is_grad_enabled()] += len(inputs[0])

@@ -317,5 +317,5 @@ def test_no_call_in_training_has_more_rows_than_a_micro_batch(micro_pipeline_fol
     for denoiser in (model.policy.denoiser, model.policy.model.denoiser):
         denoiser.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     model.train()
-    assert set(rows) == {4}, "two pairs, doubled by guidance; measuring the drift must not need more memory"
+    assert max(rows) == 4, "two pairs, doubled by guidance; measuring the drift must not need more memory"
     assert logged(model)["train/kl_to_pretrained"] > 0
