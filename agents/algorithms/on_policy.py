@@ -295,6 +295,7 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
             with self.abilities.computing(rows, self.generators.noise):
                 loss, metrics = self.loss(self.transitions(rows.of(micro_batch)))
             self.scaler.scale(loss * weight).backward()
+            del loss  # the next call would have its graph in memory too
             for name, metric in metrics.items():
                 if isinstance(metric, Maximum):
                     largest[name].append(metric.value)
