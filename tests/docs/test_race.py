@@ -20,13 +20,17 @@ def test_example_of_a_file_has_the_contenders_that_it_says(tmp_path):
     assert [one.name for one in found] == ["ppo-0.002", "ppo-0.005", "ppo-0.01", "sparse", "defaults"]
 
 
-def test_commands_of_the_results_start_with_the_iterations_that_the_page_says(monkeypatch):
+def test_command_of_the_long_race_starts_with_the_plan_that_the_page_says(monkeypatch):
     monkeypatch.chdir(ROOT)
-    *_, commands = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
-    lines = commands.replace("\\\n", " ").splitlines()
-    assert len(lines) == 4
-    for command in lines:
-        race = prepare_race(parse_settings_line(RaceLine, shlex.split(command)[1:]), Processes())
-        assert [rung.contenders for rung in race.rungs] == [24, 8, 3]
-        assert race.iterations("rwr-0.001")[0] == 2
-        assert race.iterations("ppo-0.005")[0] == (2 if "alignment" in command else 5)
+    *_, command = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    race = prepare_race(parse_settings_line(RaceLine, shlex.split(command.replace("\\\n", " "))[1:]), Processes())
+    assert [rung.contenders for rung in race.rungs] == [24, 8, 3]
+    assert (race.iterations("rwr-0.001")[0], race.iterations("ppo-0.005")[0]) == (2, 2)
+
+
+def test_example_of_a_budget_has_the_iterations_that_the_page_says(monkeypatch):
+    """384 queries in the first rung: 5 iterations of 72 samples, 2 of 144."""
+    monkeypatch.chdir(ROOT)
+    words = "--contenders scripts/experiments/race/contenders.yaml --preset tiny-compressibility --budget 3456"
+    race = prepare_race(parse_settings_line(RaceLine, words.split()), Processes())
+    assert (race.iterations("ppo-0.005")[0], race.iterations("rwr-0.001")[0]) == (5, 2)
