@@ -23,6 +23,7 @@ from agents.planning.fit import check_fit
 from agents.rollout.vec_env import VectorEnvAdapter
 from agents.training.build import build_algorithm
 from agents.training.checkpoint import check_resumable, run_identity
+from agents.training.host_memory import keep_freed_memory
 from agents.training.monitoring.held_out_images import HeldOutImages
 from agents.training.monitoring.holdout_reward import (
     HoldoutReward,
@@ -235,6 +236,8 @@ def _load(checked: CheckedRun, processes: Processes) -> Run:
         if isinstance(checked.holdout, LogsAnswers):
             checked.holdout.log_to(checked.folder.judge / "holdout")
     algorithm = build_algorithm(config, env, processes)
+    if algorithm.device.type == "cpu":
+        keep_freed_memory()
     return Run(config, algorithm, checked.folder, _listeners(config, checked.holdout, eval_env))
 
 

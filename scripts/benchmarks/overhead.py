@@ -56,6 +56,10 @@ class Arguments:
     """Fraction of the steps that is trained on."""
     timestep_window: tuple[float, float] = (0.0, 0.9)
     """Start and end of the steps that may be trained on, as fractions of each trajectory."""
+    noise_window: int | None = None
+    """Steps with noise, which are trained on; the window moves on in every iteration. Default: every step."""
+    samples_per_prompt: int = 1
+    """Samples of a prompt; with a window of noise they start from the same noise."""
     guidance_scale: float = 1.0
     """Scale of classifier-free guidance; 1 is off."""
     lora_rank: int = 8
@@ -96,7 +100,9 @@ def configuration(arguments: Arguments, run_dir: Path) -> TrainConfig:
         compile_denoiser=arguments.compile_denoiser,
         samples_per_iteration=arguments.samples,
         sample_batch_size=arguments.sample_batch_size,
-        samples_per_prompt=1,
+        samples_per_prompt=arguments.samples_per_prompt,
+        noise_window=arguments.noise_window,
+        **({"noise_window_iterations": 1, "shared_noise": True} if arguments.noise_window else {}),
         train_batch_size=arguments.train_batch_size,
         updates_per_iteration=arguments.updates,
         timestep_fraction=arguments.timestep_fraction,

@@ -1,4 +1,4 @@
-"""Pretrain the bundled judges on a CPU: a CLIP with random weights, and a LLaVA that starts with CLIP's vision tower.
+"""Pretrain the bundled judges on a CPU: a CLIP from random weights on, and a LLaVA from CLIP's vision tower on.
 
     python scripts/bundled_models/pretrain_judges.py --output-folder rewards/data
 
@@ -8,9 +8,9 @@ same result, up to the machine's rounding. `docs/tiny-judges.md` says how long t
 """
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,11 +29,12 @@ from pretraining.judge_lessons import Lessons, all_texts, answer, make_lessons, 
 from pretraining.tiny_components import autocast
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPImageProcessorPil, CLIPModel, LlavaProcessor
+from transformers import AutoTokenizer, BatchEncoding, CLIPImageProcessorPil, CLIPModel, LlavaProcessor
 
 from rewards.judge.judge_model import user_turn
 
 IGNORED = -100  # label of the tokens that have no loss
+Stage = Literal["clip", "llava", "clip_text"]
 
 
 @dataclass
@@ -42,8 +43,9 @@ class Arguments:
 
     output_folder: Path = Path("runs/pretrain_judges")
     """The folders `tiny_clip` and `tiny_llava` are written here."""
-    stages: tuple[str, ...] = ("clip", "llava")
-    """Models to train; llava alone starts with the vision tower of an exported `tiny_clip`."""
+    stages: tuple[Stage, ...] = ("clip", "llava")
+    """What to train. llava starts with the vision tower of an exported `tiny_clip`. clip_text teaches the text tower of
+    an exported `tiny_clip` further: its embeddings of images stay, and so does whatever was fitted to them."""
     seed: int = 0
     """Seed of the weights, the images and the batches."""
     images: int = 60_000
@@ -56,6 +58,8 @@ class Arguments:
     """Number of updates of CLIP."""
     clip_learning_rate: float = 1.5e-3
     """Peak learning rate."""
+    clip_text_steps: int = 600
+    """Number of updates of CLIP's text tower."""
     llava_steps: int = 1000
     """Number of updates of LLaVA."""
     llava_learning_rate: float = 1.5e-3
@@ -132,7 +136,14 @@ def contrastive_loss(similarity: Tensor, captions: Tensor) -> Tensor:
     return (by_image + by_caption) / 2
 
 
-def train_clip(arguments: Arguments, lessons: Lessons) -> CLIPModel:
+def similarities(model: CLIPModel, seen: Tensor, tokens: BatchEncoding) -> Tensor:
+    """Return the scaled cosines `(batch, captions)` of embedded images and all captions."""
+    with autocast():
+        read = functional.normalize(model.get_text_features(**tokens).pooler_output.float(), dim=-1)
+    return model.logit_scale.clamp(max=np.log(100)).exp() * seen @ read.T
+
+
+def train_clip(arguments: Arguments, lessons: Lessons) -> None:
     """Train CLIP and write it."""
     captions = [subject.caption for subject in all_subjects()]
     model, tokenizer = build_clip(captions)
@@ -144,14 +155,30 @@ def train_clip(arguments: Arguments, lessons: Lessons) -> CLIPModel:
         own = lessons.captions[indices]
         with autocast():
             seen = functional.normalize(model.get_image_features(pixels).pooler_output.float(), dim=-1)
-            read = functional.normalize(model.get_text_features(**tokens).pooler_output.float(), dim=-1)
-        similarity = model.logit_scale.clamp(max=np.log(100)).exp() * seen @ read.T
+        similarity = similarities(model, seen, tokens)
         right = (similarity.argmax(dim=1) == own).float().mean().item()
         trainer.step(contrastive_loss(similarity, own), right=right)
     with torch.no_grad():
         model.logit_scale.clamp_(max=np.log(100))
     export(arguments.output_folder / "tiny_clip", model, tokenizer, build_image_processor())
-    return model
+
+
+def train_clip_text(arguments: Arguments, lessons: Lessons) -> None:
+    """Train the text tower of an exported CLIP further, and write it; the vision tower stays as it is."""
+    folder = arguments.output_folder / "tiny_clip"
+    model, tokenizer = CLIPModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer([subject.caption for subject in all_subjects()], padding=True, return_tensors="pt")
+    batches = ImageBatches(lessons, build_image_processor(), arguments.batch_size, arguments.seed + 2)
+    model.requires_grad_(False)
+    for part in (model.text_model, model.text_projection):
+        part.requires_grad_(True)
+    trainer = Trainer("clip_text", model, 1e-3, arguments.clip_text_steps, arguments.weight_decay)
+    while trainer.done < arguments.clip_text_steps:
+        pixels, indices = batches.sample()
+        with torch.no_grad(), autocast():
+            seen = functional.normalize(model.get_image_features(pixels).pooler_output.float(), dim=-1)
+        trainer.step(contrastive_loss(similarities(model, seen, tokens), lessons.captions[indices]))
+    export(folder, model, tokenizer, build_image_processor())
 
 
 class Dialogues:
@@ -197,17 +224,9 @@ def train_llava(arguments: Arguments, lessons: Lessons, clip: CLIPModel) -> None
     export(arguments.output_folder / "tiny_llava", model, processor)
 
 
-def check(stages: Iterable[str]) -> None:
-    """Raise a ValueError for stages that do not exist."""
-    unknown = set(stages) - {"clip", "llava"}
-    if unknown:
-        raise ValueError(f"stages must be among clip, llava; got {', '.join(sorted(unknown))}")
-
-
 def main() -> None:
     """Parse the command line, make the lessons, and train."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    check(arguments.stages)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     arguments.output_folder.mkdir(parents=True, exist_ok=True)
@@ -215,11 +234,11 @@ def main() -> None:
         arguments.images, arguments.seed, arguments.decoded_fraction, arguments.jpeg_fraction, arguments.threads
     )
     if "clip" in arguments.stages:
-        clip = train_clip(arguments, lessons)
-    else:
-        clip = CLIPModel.from_pretrained(arguments.output_folder / "tiny_clip")
+        train_clip(arguments, lessons)
+    if "clip_text" in arguments.stages:
+        train_clip_text(arguments, lessons)
     if "llava" in arguments.stages:
-        train_llava(arguments, lessons, clip)
+        train_llava(arguments, lessons, CLIPModel.from_pretrained(arguments.output_folder / "tiny_clip"))
 
 
 if __name__ == "__main__":
