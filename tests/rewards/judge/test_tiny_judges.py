@@ -107,6 +107,20 @@ def test_judge_describes_animal_and_activity(renderings, descriptions):
     assert mean_of(activity_of(said) is None for said, _ in pairs[:45]) >= 0.9
 
 
+def test_judge_describes_held_out_words_with_activities(renderings, descriptions):
+    """Reading a book, and activities of animals and objects that reinforcement learning never uses."""
+    assert sum(said == caption for said, caption in zip(descriptions[96:], renderings[1][96:], strict=True)) >= 11
+
+
+def test_clip_knows_reading_a_book(renderings):
+    images, captions = renderings[0][96:101], renderings[1][96:101]
+    clip = load_reward("clip_score", model="tiny", device="cpu").loaded
+    embeddings = clip.embed_images([Image.fromarray(image) for image in images])
+    for embedding, caption in zip(embeddings, captions, strict=True):
+        choices = [caption.replace("reading a book", activity) for activity in ("reading a book", *ACTIVITIES)]
+        assert int((clip.embed_texts(choices) @ embedding).argmax()) == 0
+
+
 def test_answers_of_the_judge_do_not_depend_on_the_batch(renderings, descriptions):
     images = list(renderings[0][::8])
     alone = [load_judge("tiny", None, {"batch_size": 1}, device="cpu").ask([one], [QUESTION])[0] for one in images]
