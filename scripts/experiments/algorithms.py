@@ -48,6 +48,8 @@ class Arguments:
     """The learning rate of the first protocol."""
     learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
     """The grid of the second protocol."""
+    rwr_beta: float = 1.0
+    """β of RWR: its weights are exp(β × advantage), and the advantages of a batch have a standard deviation of 1."""
     tuning_seed: int = 100
     """Seed of the search, which must not be one of the compared seeds."""
     tuning_queries: int = 2048
@@ -130,6 +132,7 @@ def train(arguments: Arguments, run: Run) -> list[dict[str, str]]:
             updates_per_iteration=UPDATES[run.algorithm],
             iterations=max(1, run.queries // samples),
             advantage="per_prompt" if run.algorithm in ("ppo", "reinforce") else "batch",
+            rwr_beta=arguments.rwr_beta if run.algorithm == "rwr" else 1.0,
             rwr_per_prompt=run.algorithm == "rwr" and run.task == "aesthetic",  # as the authors' configurations
             learning_rate=run.learning_rate,
             seed=run.seed,
