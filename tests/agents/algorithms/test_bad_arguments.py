@@ -3,6 +3,8 @@
 import math
 
 import pytest
+from helpers.algorithms import MAKERS
+from helpers.micro_agents import STEPS
 
 from agents.algorithms.advantages import (
     BatchAdvantage,
@@ -106,6 +108,13 @@ def test_schedule_that_leaves_the_valid_range_is_told():
 def test_batch_size_that_does_not_divide_the_rollout_is_told():
     with pytest.warns(UserWarning, match="batch_size=6 does not divide the 8 steps"):
         PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=6, device="cpu")
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_window_without_a_step_of_the_sampler_is_refused_at_once(name, micro_pipeline_folder):
+    message = rf"timestep_window must contain at least one of the {STEPS} steps; got \(0.0, 0.05\)"
+    with pytest.raises(ValueError, match=message):
+        MAKERS[name](micro_pipeline_folder, timestep_window=(0.0, 0.05))
 
 
 @pytest.mark.parametrize(
