@@ -85,10 +85,16 @@ def test_samples_of_many_steps_have_the_distribution_of_the_data(name):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("steps", [4, 10])
 def test_few_steps_keep_the_mean_with_the_linspace_spacing_of_other_schedulers(kind, eta, steps):
-    """Each step must end at the noise level that the next call assumes. DDIM's own linspace steps do not."""
+    """Each step must end at the noise level that the next call assumes."""
     scheduler = kind(**DIFFUSION)
     assert scheduler.config.timestep_spacing == "linspace"
     assert abs(diffusion_error(steps, scheduler, eta=eta)[0]) < 0.01
+
+
+def test_ddims_own_linspace_steps_lose_a_part_of_the_signal():
+    """What the documentation says of them: they are the pipeline's, so they are kept."""
+    scheduler = DDIMScheduler(**DIFFUSION, clip_sample=False, timestep_spacing="linspace")
+    assert MEAN + diffusion_error(4, scheduler, sampler="ode")[0] == pytest.approx(1.24, abs=0.005)
 
 
 @pytest.mark.parametrize(("error", "name"), [(diffusion_error, "eta"), (flow_error, "noise_level")])
