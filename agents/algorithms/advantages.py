@@ -123,7 +123,8 @@ class GroupRelativeAdvantage:
         scale: the standard deviation: `"group"`, that of the prompt's returns; `"batch"`, that of all returns of the
             rollout (`global_std` in the code of Flow-GRPO); `"none"`, none, and advantages have the reward's unit
             (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783).
-        clip: advantages are clipped to plus/minus this, also those in the reward's unit.
+        clip: advantages are clipped to plus/minus this, also those in the reward's unit. Default: 5, and infinite with
+            `scale="none"`.
 
     Raises:
         ValueError: when called on a rollout that cuts episodes, whose episodes have no prompt, or with a single episode
@@ -131,11 +132,12 @@ class GroupRelativeAdvantage:
     """
 
     scale: Scale = "group"
-    clip: float = 5.0
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         check_value("scale", self.scale, Scale)
-        _check_clip(self.clip)
+        if self.clip is not None:
+            _check_clip(self.clip)
 
     def __call__(self, rollout: TensorRolloutBuffer) -> Tensor:
         """Return the advantages."""
@@ -145,7 +147,9 @@ class GroupRelativeAdvantage:
             group = returns[members]
             divisor = 1.0 if self.scale == "none" else spread(group if self.scale == "group" else returns)
             advantages[members] = (group - group.mean()) / divisor
-        return rollout.per_step(advantages.clip(-self.clip, self.clip))
+        default = np.inf if self.scale == "none" else 5.0
+        limit = default if self.clip is None else self.clip
+        return rollout.per_step(advantages.clip(-limit, limit))
 
 
 @dataclass

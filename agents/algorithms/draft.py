@@ -211,11 +211,14 @@ class DRaFT(TensorOnPolicyAlgorithm):
         sampler = policy.sampler_on(latents.device)
         return sampler.mean(latents, output, sampler.step_index_of(timestep)), output
 
-    @torch.no_grad()
     def _pretrained(self, latents: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        """Return the output of the pretrained denoiser, `(batch, *latent_shape)`."""
+        """Return the pretrained denoiser's output, `(batch, *latent_shape)`, with a gradient if the latents have one.
+
+        The latents after the first of the last steps depend on the weights that learn, and so does this output.
+        """
         policy = self.denoising_policy
-        return policy.predict_output(latents, timestep, conditioning, policy.model.denoiser)
+        with torch.set_grad_enabled(latents.requires_grad):
+            return policy.predict_output(latents, timestep, conditioning, policy.model.denoiser)
 
     @torch.no_grad()
     def _noise(self, batch: LastSteps) -> Tensor:

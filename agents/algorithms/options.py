@@ -86,8 +86,16 @@ class UpdateOptions:
             )
 
     def trained_range(self, steps: int) -> tuple[int, int]:
-        """Return the first step inside `timestep_window` and one past its last, of a trajectory of so many steps."""
+        """Return the first step inside `timestep_window` and one past its last, of a trajectory of so many steps.
+
+        Raises:
+            ValueError: if there is no step inside.
+        """
         start, end = (round(edge * steps) for edge in self.timestep_window)
+        if start == end:
+            raise ValueError(
+                f"timestep_window must contain at least one of the {steps} steps; got {self.timestep_window}"
+            )
         return start, end
 
     def noise_window_at(self, iteration: int, steps: int) -> tuple[int, int] | None:

@@ -1,10 +1,11 @@
 """Reward-weighted regression, the paper's baseline (Black et al. 2023, section 4.2; Peters & Schaal 2007).
 
-    L = E[ w(x_0,c) · ‖ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t, c) − ε‖² ],    w ∝ exp(β r)             (RWR)
-                                                                 or  w = 1[r ≥ percentile]     (RWR-sparse)
+    L = E[ w(x_0,c) · ‖ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t, c) − ε‖² ],    w ∝ exp(β A)             (RWR)
+                                                                 or  w ∝ 1[A ≥ percentile]     (RWR-sparse)
 
 The exponential weights are a softmax of all samples, or of the samples of each prompt, as the authors' configuration of
-the aesthetic experiment has it (`per_prompt_weights` of https://github.com/jannerm/ddpo).
+the aesthetic experiment has it (`per_prompt_weights` of https://github.com/jannerm/ddpo). A is the estimator's
+advantage. In the paper and its code it is the reward as it is, `RawReturn`; the code has β = 1/5.
 
 The policy imitates its own good samples. The policy decides what imitation means: a `DiffusionPolicy` minimises the
 denoising loss of pretraining on final latents, which ignores that sampling is sequential. Any other policy maximises

@@ -355,12 +355,6 @@ class TrainConfig:
                 f"updates_per_iteration must be at most {self.trained_samples // 2} with dpo, which has one pair for "
                 f"each prompt of an iteration; got {training.updates_per_iteration}"
             )
-        start, end = self.update.trained_range(self.num_inference_steps)
-        if start == end:
-            raise ValueError(
-                f"timestep_window must contain at least one of the {self.num_inference_steps} steps; "
-                f"got {self.update.timestep_window}"
-            )
         stochastic = self.policy.stochastic_steps(self.num_inference_steps)
         self.check_noise(stochastic)
         if training.shared_noise and not stochastic.any():

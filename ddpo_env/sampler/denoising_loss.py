@@ -64,8 +64,15 @@ class NoisedSamples:
 def draw_timesteps(
     scheduler: Any, batch: int, device: torch.device | str, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Return timesteps uniform over the scheduler's training range, `(batch,)` int64, from torch's generator or one."""
-    return torch.randint(0, scheduler.config.num_train_timesteps, (batch,), device=device, generator=generator)
+    """Return random timesteps of the scheduler's training range, `(batch,)`, from torch's generator or a given one.
+
+    They are uniform, as in the pretraining of diffusion models: int64, or for a flow float32, whose time is uniform in
+    (0, 1]. Published flow models were pretrained with another distribution of the time, logit-normal or shifted.
+    """
+    steps = scheduler.config.num_train_timesteps
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return steps * (1 - torch.rand(batch, device=device, generator=generator))
+    return torch.randint(0, steps, (batch,), device=device, generator=generator)
 
 
 def add_noise(

@@ -27,6 +27,8 @@ FlowSampler = Literal["flow-sde", "dance", "cps"]
 
 NOISE_LEVELS: dict[FlowSampler, float] = {"flow-sde": 0.7, "dance": 0.3, "cps": 0.8}
 """The noise level η of each sampler in its authors' code."""
+_NEAR_ONE = 1e-4
+"""A flow time that is closer to 1 counts as 1."""
 
 
 def flow_rows(
@@ -77,8 +79,8 @@ def flow_rows(
 def _flow_sde(schedule: Tensor, noise_level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the weights of latent and velocity in the mean, and the standard deviation, each `(steps,)`."""
     sigma, dt = schedule[:-1], schedule.diff()
-    # At sigma = 1 the formula divides by zero, so Flow-GRPO uses the next sigma.
-    denominator = 1 - torch.where(sigma >= 1, schedule[1:], sigma)
+    # At sigma = 1 the formula divides by zero, so Flow-GRPO uses the next sigma. diffusers rounds some to just below 1.
+    denominator = 1 - torch.where(sigma > 1 - _NEAR_ONE, schedule[1:], sigma)
     squared = noise_level**2 * sigma / denominator
     return (
         1 + squared / (2 * sigma) * dt,

@@ -20,9 +20,8 @@ from ddpo_env.validation.choices import SMALLEST_STD, SamplerName
 
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 _FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
-_DDIM_FAMILY = (
-    "DDIMScheduler",
-    "DDIMParallelScheduler",
+_DDIM = ("DDIMScheduler", "DDIMParallelScheduler")
+_REPLACED_BY_DDIM = (
     "PNDMScheduler",
     "LMSDiscreteScheduler",
     "EulerDiscreteScheduler",
@@ -36,6 +35,7 @@ _DDIM_FAMILY = (
     "DEISMultistepScheduler",
     "UniPCMultistepScheduler",
 )
+_DDIM_FAMILY = (*_DDIM, *_REPLACED_BY_DDIM)
 _DDPM_FAMILY = ("DDPMScheduler", "DDPMParallelScheduler")
 _FLOW_FAMILY = ("FlowMatchEulerDiscreteScheduler",)
 
@@ -77,7 +77,7 @@ def read_scheduler(
     elif family in _DDPM_FAMILY:
         rows = ddpm_rows(config, steps, is_deterministic=name == "ode")
     else:
-        rows = ddim_rows(config, steps, noise)
+        rows = ddim_rows(ddim_of(scheduler).config, steps, noise)
     rows = rows.with_least_std(min_std, noise)
     clip = float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", False) else None
     return rows if clip is not None else rows.with_x0_folded(), clip
@@ -106,10 +106,18 @@ def sampler_of(scheduler: Any, sampler: SamplerName | None) -> SamplerName:
 
 
 def ddim_of(scheduler: Any) -> Any:
-    """Return DDIM on the noise schedule of a scheduler; it clips only if that one does, unlike diffusers' default."""
+    """Return DDIM on the noise schedule of a scheduler; it clips only if that one does, unlike diffusers' default.
+
+    A step of diffusers' DDIM ends `num_train_timesteps // num_inference_steps` timesteps lower. With `linspace` spacing
+    the next step begins elsewhere, so that few steps lose a part of the signal. DDIM in the place of another scheduler
+    has `trailing` spacing then, which begins at the same timestep and has no such gaps (arXiv 2305.08891, table 2).
+    """
     from diffusers import DDIMScheduler
 
-    return rebuild_scheduler(DDIMScheduler, {"clip_sample": False, **scheduler.config})
+    config = {"clip_sample": False, **scheduler.config}
+    if type(scheduler).__name__ in _REPLACED_BY_DDIM and config.get("timestep_spacing") == "linspace":
+        config["timestep_spacing"] = "trailing"
+    return rebuild_scheduler(DDIMScheduler, config)
 
 
 def _check_scheduler(scheduler: Any, family: str) -> None:

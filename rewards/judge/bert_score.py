@@ -1,8 +1,9 @@
 """BERTScore recall (Zhang et al. 2020, arXiv 1904.09675): how much of a reference sentence a candidate says.
 
 For each token of the reference, take the largest cosine with a token of the candidate, in a layer of a text encoder.
-Recall is the mean of these cosines, without special tokens and without rescaling. torchmetrics does the matching. The
-encoder runs here, once for each distinct sentence.
+Recall is the mean of these cosines, without special tokens and without rescaling. (In the `bert_score` package a token
+of the reference may also match a special token of the candidate, so its recall can be higher.) torchmetrics does the
+matching. The encoder runs here, once for each distinct sentence.
 """
 
 from __future__ import annotations

@@ -30,6 +30,9 @@ from agents.rollout.buffer import Transitions
 from ddpo_env.validation.options import POSITIVE, check_value
 from rewards.networks.devices import copied_to
 
+_UNCHANGED = torch.zeros(()), torch.ones(())
+"""Mean and standard deviation with which standardised advantages are what they were."""
+
 
 class PPO(TensorOnPolicyAlgorithm):
     """PPO with interchangeable advantages, gradient accumulation and training on a subset of the timesteps.
@@ -88,7 +91,7 @@ class PPO(TensorOnPolicyAlgorithm):
         if is_stock:
             arguments["advantage"] = GeneralizedAdvantage(normalize=False)
         self.normalize_advantage = is_stock if normalize_advantage is None else normalize_advantage
-        self._batch_moments = torch.zeros(()), torch.ones(())
+        self._batch_moments = _UNCHANGED
         super().__init__(
             policy,
             env,
@@ -182,8 +185,9 @@ class PPO(TensorOnPolicyAlgorithm):
             )
 
     def _update(self, indices: npt.NDArray[np.int64], metrics: Metrics) -> bool:
-        if self.normalize_advantage and len(indices) > 1:  # one transition has no spread, as in Stable-Baselines3
+        if self.normalize_advantage:
             rollout = self.rollout_buffer
             chosen = rollout.advantages.flatten()[copied_to(indices, rollout.device)]
-            self._batch_moments = chosen.mean(), chosen.std()
+            # One transition has no spread, so it is left as it is, as in Stable-Baselines3.
+            self._batch_moments = (chosen.mean(), chosen.std()) if len(indices) > 1 else _UNCHANGED
         return super()._update(indices, metrics)

@@ -41,9 +41,10 @@ def example(base: BaseModel, config: TrainConfig, prompt: str | None, strength: 
     classes, scheduler, note = ["DiffusionPipeline"], [], []
     if not isinstance(model.scheduler, FlowMatchEulerDiscreteScheduler):  # a flow is sampled by its own
         classes.insert(0, "DDIMScheduler")
-        # Named, because diffusers' DDIM clips where the configuration says nothing.
-        clip = bool(ddim_of(model.scheduler).config.clip_sample)
-        scheduler = [f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample={clip})"]
+        # Named, because diffusers' DDIM has defaults of its own where the pipeline's scheduler says nothing.
+        own = ddim_of(model.scheduler).config
+        named = f'clip_sample={bool(own.clip_sample)}, timestep_spacing="{own.timestep_spacing}"'
+        scheduler = [f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {named})"]
         if "eta" in model.watched.parameters:
             arguments["eta"] = _eta(config)
             if not _is_finite(ddim_of(model.scheduler), config.num_inference_steps, arguments["eta"]):

@@ -3,6 +3,8 @@
 import math
 
 import pytest
+from helpers.algorithms import MAKERS
+from helpers.micro_agents import STEPS
 
 from agents.algorithms.advantages import (
     BatchAdvantage,
@@ -108,11 +110,26 @@ def test_batch_size_that_does_not_divide_the_rollout_is_told():
         PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=6, device="cpu")
 
 
-@pytest.mark.parametrize("kind", [PerPromptAdvantage, BatchAdvantage, GroupRelativeAdvantage, LeaveOneOutAdvantage])
-@pytest.mark.parametrize("clip", [0, -1.0, math.nan, "5", None])
-def test_clip_of_an_estimator(kind, clip):
-    with pytest.raises(ValueError, match="clip must be .*; got "):
-        kind(clip=clip)
+@pytest.mark.parametrize("name", MAKERS)
+def test_window_without_a_step_of_the_sampler_is_refused_at_once(name, micro_pipeline_folder):
+    message = rf"timestep_window must contain at least one of the {STEPS} steps; got \(0.0, 0.05\)"
+    with pytest.raises(ValueError, match=message):
+        MAKERS[name](micro_pipeline_folder, timestep_window=(0.0, 0.05))
+
+
+@pytest.mark.parametrize(
+    ("kind", "absent"),
+    [
+        (PerPromptAdvantage, [None]),
+        (BatchAdvantage, [None]),
+        (LeaveOneOutAdvantage, [None]),
+        (GroupRelativeAdvantage, []),  # whose default depends on the scale
+    ],
+)
+def test_clip_of_an_estimator(kind, absent):
+    for clip in [0, -1.0, math.nan, "5", *absent]:
+        with pytest.raises(ValueError, match="clip must be .*; got "):
+            kind(clip=clip)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_gradient_is_that_of_the_reward_through_the_last_steps(last_steps, eta, 
     expected = (2 * latents - TARGET).square().sum(1).mean()
     pretrained = model.policy.model.denoiser
     for before, output in seen if kl_coef else ():
-        expected = expected + kl_coef * (output - pretrained(before.detach())).square().mean() / last_steps
+        expected = expected + kl_coef * (output - pretrained(before)).square().mean() / last_steps
     batch = model.transitions(model.select_steps())
     loss, metrics = model.loss(batch)
     torch.testing.assert_close(loss, expected)
@@ -121,6 +121,33 @@ def test_gradient_is_that_of_the_reward_through_the_last_steps(last_steps, eta, 
     torch.testing.assert_close(mine, torch.autograd.grad(expected, [weight, bias]), rtol=1e-4, atol=1e-5)
     assert metrics["reward_difference"] < 1e-5
     assert ("kl_penalty" in metrics) == (kl_coef > 0)
+
+
+@pytest.mark.parametrize("last_steps", [1, 2, LENGTH])
+def test_gradient_of_the_kl_penalty_is_that_of_its_value(last_steps):
+    """Central differences of the formula in float64, where earlier weights change the latents of later steps."""
+    model, noise = on_the_plane(last_steps=last_steps, kl_coef=0.7)
+    stir(model.policy, 0.05)
+    collected(model)
+    first = SAMPLES * (LENGTH - last_steps)
+    start = model.rollout_buffer[np.arange(first, first + SAMPLES)].observations["latents"].double()
+    last_noise = [one.double() for one in noise[-last_steps:]]
+    learning = list(model.policy.denoiser.parameters())
+    numbers = torch.cat([one.detach().double().flatten() for one in learning])
+    before = [one.detach().double() for one in model.policy.model.denoiser.parameters()]
+
+    def penalty(numbers):
+        weight, bias = numbers[:4].view(2, 2), numbers[4:]
+        _, seen = simulated(model, start, last_noise, 1.0, weight, bias, last_steps)
+        distances = [(output - latents @ before[0].T - before[1]).square().mean() for latents, output in seen]
+        return 0.7 * sum(distances) / last_steps
+
+    steps = 1e-5 * torch.eye(len(numbers), dtype=torch.float64)
+    expected = torch.stack([penalty(numbers + step) - penalty(numbers - step) for step in steps]) / 2e-5
+    _, mine = model._denoise_again(model.transitions(model.select_steps()))
+    gradient = torch.cat([one.flatten() for one in torch.autograd.grad(mine, learning)])
+    torch.testing.assert_close(mine.double(), penalty(numbers), rtol=1e-4, atol=0)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-6)
 
 
 def test_gradient_of_the_last_step_in_closed_form():

@@ -125,3 +125,25 @@ def test_advantages_are_standardised_in_each_minibatch():
     assert len(seen) == 2
     assert seen[0] != seen[1]
     assert all(used == measured for used, measured in seen)
+
+
+class InOrder(np.random.Generator):
+    """A generator that shuffles nothing."""
+
+    def permutation(self, x, axis=0):
+        return x
+
+
+def test_update_of_one_transition_is_that_of_stable_baselines3(monkeypatch):
+    """It has no spread, so its advantage is left as it is, whatever the minibatch before it had."""
+    monkeypatch.setattr(np.random, "permutation", np.arange)
+    models = []
+    for kind in (stable_baselines3.PPO, PPO):
+        settings = {"n_steps": 3, "batch_size": 2, "n_epochs": 1, "seed": 0, "device": "cpu"}
+        with pytest.warns(UserWarning, match="mini-batch|does not divide"):
+            model = kind("MlpPolicy", "Pendulum-v1", **settings)
+        if kind is PPO:
+            model.generators.numpy = InOrder(np.random.PCG64(0))
+        models.append(model.learn(3))
+    for theirs, ours in zip(*(model.policy.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)

@@ -42,8 +42,25 @@ def test_group_relative_advantage_is_the_standard_score_within_the_prompt():
 
 
 def test_without_a_standard_deviation_groups_keep_their_scale():
-    advantages = GroupRelativeAdvantage("none", clip=np.inf)(rollout(RETURNS, PROMPTS))
+    advantages = GroupRelativeAdvantage("none")(rollout(RETURNS, PROMPTS))
     assert advantages[0].tolist() == pytest.approx([-1, 0, 6 - 23 / 3, 10 - 23 / 3, 30 - 45 / 4])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"scale": "none"}, [[-45.0, -15.0], [15.0, 45.0]]),
+        ({"scale": "none", "clip": 20.0}, [[-20.0, -15.0], [15.0, 20.0]]),
+    ],
+)
+def test_advantages_in_the_rewards_unit_are_clipped_only_if_told_to(arguments, expected):
+    advantages = GroupRelativeAdvantage(**arguments)(rollout([[60.0, 90.0], [120.0, 150.0]], [["a cat"] * 2] * 2))
+    assert advantages[::3].tolist() == expected
+
+
+def test_standardised_advantages_are_clipped_at_5_by_default():
+    advantages = GroupRelativeAdvantage()(rollout([[0.0] * 30 + [1.0]], [["a cat"] * 31]))  # 5.48 deviations
+    assert advantages[0].max() == 5
 
 
 def test_standard_deviation_of_the_batch_keeps_the_proportions_of_the_groups():

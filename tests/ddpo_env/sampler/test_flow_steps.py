@@ -64,3 +64,19 @@ def test_flow_sde_is_the_default():
     default, named = (GaussianSampler.from_scheduler(scheduler, 5, sampler=name) for name in (None, "flow-sde"))
     assert torch.equal(default.std, named.std)
     assert torch.equal(default.sample_to_mean, named.sample_to_mean)
+
+
+@pytest.mark.parametrize(
+    ("shift", "sigmas"), [(1.18, None), (1.66, None), (1.18, [1.0, 0.6, 0.2]), (1.0, [0.99995, 0.6, 0.2])]
+)
+def test_flow_time_just_below_one_is_treated_as_one(shift, sigmas):
+    """diffusers rounds the first flow time of some shifts to 0.99999994, where flow-sde would divide by 6e-8."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    options = {} if sigmas is None else {"sigmas": sigmas}
+    scheduler.set_timesteps(3, **options)
+    times = scheduler.sigmas.tolist()[:-1]
+    assert 0.9999 < times[0] < 1
+    table = GaussianSampler.from_scheduler(scheduler, 3, **options)
+    exact = GaussianSampler.from_scheduler(FlowMatchEulerDiscreteScheduler(), 3, sigmas=[1.0, *times[1:]])
+    for name in ("sample_to_mean", "output_to_mean", "std"):
+        torch.testing.assert_close(getattr(table, name), getattr(exact, name), rtol=2e-4, atol=0)

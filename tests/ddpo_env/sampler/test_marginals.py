@@ -7,7 +7,13 @@ variance are computed exactly from the table, without samples.
 import math
 
 import pytest
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 
@@ -36,14 +42,15 @@ def flow_error(steps, std=STD, **arguments):
     return mean - MEAN, variance - std**2
 
 
-def diffusion_error(steps, **arguments):
+DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def diffusion_error(steps, scheduler=None, **arguments):
     """Difference from the marginal at the noise level where the last step ends; the first step begins at its own."""
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, clip_sample=False
-    )
-    table = GaussianSampler.from_scheduler(scheduler, steps, **arguments)
-    alphas = scheduler.alphas_cumprod.double()[table.timesteps].tolist()
-    final = float(scheduler.final_alpha_cumprod)
+    ddim = DDIMScheduler(**DIFFUSION, set_alpha_to_one=False, clip_sample=False)
+    table = GaussianSampler.from_scheduler(scheduler or ddim, steps, **arguments)
+    alphas = ddim.alphas_cumprod.double()[table.timesteps].tolist()
+    final = float(ddim.final_alpha_cumprod) if scheduler is None else 1.0
     outputs = []
     for alpha in alphas:
         slope = math.sqrt(1 - alpha) / (alpha * STD**2 + 1 - alpha)  # of E[ε | x]
@@ -72,6 +79,22 @@ def test_samples_of_many_steps_have_the_distribution_of_the_data(name):
     assert abs(mean) < 1e-5
     assert abs(fine) < 0.006, "of a variance of 0.49"
     assert abs(fine) < abs(coarse) / 5, "the error is of first order"
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("steps", [4, 10])
+def test_few_steps_keep_the_mean_with_the_linspace_spacing_of_other_schedulers(kind, eta, steps):
+    """Each step must end at the noise level that the next call assumes."""
+    scheduler = kind(**DIFFUSION)
+    assert scheduler.config.timestep_spacing == "linspace"
+    assert abs(diffusion_error(steps, scheduler, eta=eta)[0]) < 0.01
+
+
+def test_ddims_own_linspace_steps_lose_a_part_of_the_signal():
+    """What the documentation says of them: they are the pipeline's, so they are kept."""
+    scheduler = DDIMScheduler(**DIFFUSION, clip_sample=False, timestep_spacing="linspace")
+    assert MEAN + diffusion_error(4, scheduler, sampler="ode")[0] == pytest.approx(1.24, abs=0.005)
 
 
 @pytest.mark.parametrize(("error", "name"), [(diffusion_error, "eta"), (flow_error, "noise_level")])

@@ -164,12 +164,15 @@ def test_ddpm_with_large_variance_has_a_density_at_a_last_timestep_above_zero():
 @pytest.mark.parametrize(
     "scheduler_class", [PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, DDIMParallelScheduler]
 )
-def test_other_schedulers_of_the_family_become_ddim(scheduler_class):
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_other_schedulers_of_the_family_become_ddim(scheduler_class, spacing):
+    """DDIM's own linspace steps have gaps, so only DDIM itself keeps this spacing."""
     settings = {name: STABLE_DIFFUSION[name] for name in ("beta_start", "beta_end", "beta_schedule", "steps_offset")}
     source = scheduler_class.from_config(
-        settings | {"set_alpha_to_one": False, "timestep_spacing": "leading", "clip_sample": False}
+        settings | {"set_alpha_to_one": False, "timestep_spacing": spacing, "clip_sample": False}
     )
-    expected = GaussianSampler.from_scheduler(DDIMScheduler(**STABLE_DIFFUSION), 20, 0.7)
+    kept = "trailing" if spacing == "linspace" and scheduler_class is not DDIMParallelScheduler else spacing
+    expected = GaussianSampler.from_scheduler(DDIMScheduler(**STABLE_DIFFUSION, timestep_spacing=kept), 20, 0.7)
     actual = GaussianSampler.from_scheduler(source, 20, 0.7)
     for name in ("timesteps", "sample_to_mean", "output_to_mean", "std"):
         torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=0, atol=0)

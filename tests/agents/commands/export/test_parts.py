@@ -3,12 +3,13 @@
 from dataclasses import replace
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from helpers.lora_files import ADAPTED, save_diffusers_lora
 from helpers.micro_families import micro_family
 from helpers.micro_pipeline import micro_pipeline
@@ -25,6 +26,7 @@ from agents.commands.export.model_card import Exported, markdown, model_card
 from agents.config.train_config import TrainConfig
 from agents.evaluation.comparison import Estimate, Result
 from ddpo_env.models import resolve_source
+from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl"])
@@ -91,6 +93,19 @@ def test_example_calls_each_family_in_its_own_way(
     assert ("export_to_video(sample" in code) == (family == "wan")
     assert "DDIMScheduler" not in code
     assert "eta=" not in code
+
+
+def test_example_has_the_timesteps_of_training_where_the_pipeline_has_another_scheduler(tmp_path: Path) -> None:
+    pipe: Any = micro_pipeline()
+    pipe.scheduler = EulerDiscreteScheduler()
+    pipe.save_pretrained(tmp_path)
+    base = base_model(TrainConfig(), str(tmp_path))
+    code = example(base, TrainConfig(), "a cat", 1.0, "me/lora")
+    made: Any = SimpleNamespace(scheduler=EulerDiscreteScheduler.from_pretrained(tmp_path, subfolder="scheduler"))
+    line = next(line for line in code.splitlines() if line.startswith("pipe.scheduler = "))
+    exec(line, {"pipe": made, "DDIMScheduler": DDIMScheduler})
+    made.scheduler.set_timesteps(10)
+    assert made.scheduler.timesteps.tolist() == GaussianSampler.from_scheduler(pipe.scheduler, 10).timesteps.tolist()
 
 
 @pytest.mark.parametrize(("steps", "eta"), [(3, 0.999), (10, 1.0), (50, 0.999)])
