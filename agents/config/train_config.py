@@ -32,9 +32,6 @@ from rewards import check_differentiable_names, parse_options
 from rewards.registry import did_you_mean
 
 _ITERATIONS = 12
-_OLD_GROUPS = {"task"}
-_REMOVED: dict[str, Any] = {"overlap_rewards": True, "keep_checkpoints": 2}
-"""Settings of older versions, and the one value that still describes what a run does."""
 
 
 class AlgorithmDefaults(NamedTuple):
@@ -262,12 +259,9 @@ class TrainConfig:
         if not path.is_file():
             raise ValueError(f"{setting} must be the folder of a run, with a config.yaml; got {str(run_dir)!r}")
         try:
-            values = read_plain_yaml(path)
-            config = cls.from_dict(values)
-            # A file of an older version has fewer settings, and a group named task.
+            config = cls.from_dict(read_plain_yaml(path))
             every = {name for name in cls().flat() if not name.endswith("_sha256")}
-            expected = set() if "task" in values else every
-            if missing := sorted(expected - config._given):
+            if missing := sorted(every - config._given):
                 raise ValueError(f"it must hold every setting; {', '.join(missing)} is missing")
         except (OSError, ValueError) as error:
             raise ValueError(f"{setting}: {str(path)!r} does not hold the settings of a run: {error}") from error
@@ -275,14 +269,17 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Return the configuration that `as_dict` of this or an older version wrote.
+        """Return the configuration that `as_dict` wrote; settings that are left out have their defaults.
 
         Raises:
             ValueError: if it holds something else.
         """
-        groups = {one.name for one in fields(cls) if is_dataclass(getattr(cls(), one.name))} | _OLD_GROUPS
+        own = vars(cls())
+        groups = {name for name, value in own.items() if is_dataclass(value)}
         flat: dict[str, Any] = {}
         for name, value in values.items() if isinstance(values, Mapping) else ():
+            if isinstance(value, Mapping) and name not in own:
+                raise ValueError(f"there is no group of settings {name!r}{did_you_mean(name, groups)}")
             if isinstance(value, Mapping) != (name in groups):
                 what = "a group of settings" if name in groups else "a setting and no group of them"
                 raise ValueError(f"{name} must be {what}; got {shown(value)}")
@@ -290,9 +287,6 @@ class TrainConfig:
             if twice := sorted(flat.keys() & inner.keys()):
                 raise ValueError(f"{', '.join(twice)} must occur once")
             flat |= inner
-        for name, only in _REMOVED.items():
-            if flat.pop(name, only) != only:
-                raise ValueError(f"{name} is no longer a setting, and runs behave as with {only}; go on with 0.1.0")
         if "model" not in flat:
             raise ValueError("it holds no settings of a run")
         for name, value in flat.items():
