@@ -11,7 +11,8 @@ from peft.tuners.lora import LoraLayer
 
 from agents.algorithms import on_policy
 from agents.commands.doctor import speed
-from agents.config.train_config import ALGORITHMS, train_config
+from agents.config.algorithms import ALGORITHMS
+from agents.config.train_config import train_config
 from agents.policy import diffusion_policy
 from agents.training import build
 
