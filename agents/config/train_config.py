@@ -32,11 +32,19 @@ from rewards import check_differentiable_names, parse_options
 from rewards.registry import did_you_mean
 
 _ITERATIONS = 12
+TUNED_POLICY = PolicyOptions(guidance_scale=1.0, lora_rank=8, lora_targets="attention+convolutions")
+TUNED_UPDATE = UpdateOptions(timestep_window=(0.0, 0.9), timestep_fraction=0.5)
+"""Where the defaults of a run differ from those of `PolicyOptions` and `UpdateOptions`, which the Python classes have.
+The classes are for any model and have the DDPO paper's values. A run trains the bundled model by default, and these are
+tuned for it (docs/training.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """All settings of a training run.
+
+    The defaults are tuned for the bundled model. Those of `PolicyOptions` and `UpdateOptions`, which the Python classes
+    have, are the DDPO paper's; `TUNED_POLICY` and `TUNED_UPDATE` are where the two differ.
 
     Raises:
         ValueError: for a value that is not valid, naming the setting.
@@ -76,12 +84,8 @@ class TrainConfig:
     """Folder of a run to continue from its last checkpoint, with its own settings; only iterations can change. Code,
     servers, environment variables and paths outside the folder are used only if they are named again."""
 
-    policy: PolicyOptions = field(
-        default_factory=lambda: PolicyOptions(guidance_scale=1.0, lora_rank=8, lora_targets="attention+convolutions")
-    )
-    update: UpdateOptions = field(
-        default_factory=lambda: UpdateOptions(timestep_window=(0.0, 0.9), timestep_fraction=0.5)
-    )
+    policy: PolicyOptions = TUNED_POLICY
+    update: UpdateOptions = TUNED_UPDATE
     training: TrainingSettings = field(default_factory=TrainingSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     run: RunSettings = field(default_factory=RunSettings)
@@ -212,7 +216,7 @@ class TrainConfig:
 
     @property
     def trained_samples(self) -> int:
-        """Samples of an iteration that are trained on: all, two of a prompt, or the best if no two rewards are equal."""
+        """Samples of an iteration that are trained on: all, two of a prompt, or the best of different rewards."""
         total, training = self.samples_per_iteration, self.training
         if self.traits.samples == "pairs":
             return 2 * total // training.samples_per_prompt
