@@ -18,13 +18,7 @@ import numpy.typing as npt
 from agents.algorithms.options import UpdateOptions, check_noise
 from agents.config.algorithms import ALGORITHMS, Advantage, Algorithm, AlgorithmTraits
 from agents.config.config_file import read_plain_yaml
-from agents.config.settings import (
-    MOST,
-    SEED,
-    OptimizerSettings,
-    RunSettings,
-    TrainingSettings,
-)
+from agents.config.settings import MOST, SEED, OptimizerSettings, RunSettings, TrainingSettings
 from agents.config.sizes import largest_divisor, must_divide
 from agents.policy.options import PolicyOptions, check_trainable
 from ddpo_env.validation.options import Range, check_fields, shown

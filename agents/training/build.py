@@ -55,15 +55,10 @@ def build_algorithm(config: TrainConfig, env: VectorEnvAdapter, processes: Proce
     if "updates_per_iteration" not in traits.always_one:
         trained = config.trained_samples * (_trained_steps(config, env) if traits.trains_on_steps else 1)
         arguments["batch_size"] = math.ceil(trained / training.updates_per_iteration)
-    algorithm_class: type[TensorOnPolicyAlgorithm] = resolve_name(f"agents.algorithms.{traits.made_by}")
-    return algorithm_class(DiffusionPolicy, env, **arguments, **traits.fixed, **_own_arguments(config))
-
-
-def _own_arguments(config: TrainConfig) -> dict[str, Any]:
-    """Return the arguments of the algorithm's class that follow from settings of its own."""
-    training = config.training
     values = vars(training) | {"rwr_per_prompt": "exponential_per_prompt" if training.rwr_per_prompt else "exponential"}
-    return {argument: values[setting] for setting, argument in config.traits.arguments.items()}
+    own = {argument: values[setting] for setting, argument in traits.arguments.items()}
+    algorithm_class: type[TensorOnPolicyAlgorithm] = resolve_name(f"agents.algorithms.{traits.made_by}")
+    return algorithm_class(DiffusionPolicy, env, **arguments, **traits.fixed, **own)
 
 
 def _context_key(env: VectorEnvAdapter) -> str:
