@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from agents.config.presets import preset_config
+from agents.config.resolve import unused_settings
 from agents.config.train_config import TrainConfig
-from agents.config.unused import unused_settings
 from agents.output.terminal import quoted
 
 _SUPPRESSED = ("unconditional_gradient", "merge_lora")

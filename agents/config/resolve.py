@@ -6,11 +6,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from agents.config.algorithms import WITHOUT_EFFECT
 from agents.config.authority import resumed
 from agents.config.content import with_content, with_images
 from agents.config.presets import check_preset, preset_config
 from agents.config.train_config import TrainConfig
-from agents.config.unused import check_unused
 from ddpo_env.validation.options import shown
 
 
@@ -32,10 +32,36 @@ def resolve(config: TrainConfig, processes: int = 1) -> TrainConfig:
         check_preset(replace(own, resume=None))
         _check_resolved(own, processes)
         return with_content(resumed(own, config)).resolved(processes)
-    check_unused(config)
+    _check_unused(config)
     reward = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in config.reward)
     run_dir = config.run_dir or Path("runs") / f"{reward}-{time.strftime('%Y%m%d-%H%M%S')}"
     return with_images(with_content(config.changed(run_dir=run_dir))).resolved(processes)
+
+
+def unused_settings(config: TrainConfig) -> dict[str, str]:
+    """Return the settings without an effect by name, and where that is so: `with nft`, `without noise_window`."""
+    settings = config.flat()
+    settings["advantage"] = settings["advantage"] or config.default_advantage
+    unused = {}
+    for name, deciding in WITHOUT_EFFECT.items():
+        deciders = [one for one, values in deciding.items() if settings[one] in values]
+        if name == "advantage_clip" and name in config.traits.arguments:  # whatever the advantage is
+            deciders = []
+        for decider in deciders[:1]:
+            value = settings[decider]
+            with_value = f"with {value}" if decider == "algorithm" else f"with {decider} {value}"
+            unused[name] = f"without {decider}" if value is None else with_value
+    return unused
+
+
+def _check_unused(config: TrainConfig) -> None:
+    """Refuse settings that were given and have no effect, unless they have their defaults or a preset's values."""
+    settings, defaults = config.flat(), TrainConfig().flat()
+    preset = defaults if config.preset is None else preset_config(config.preset).flat()
+    for name, where in unused_settings(config).items():
+        harmless = [defaults[name], preset[name], *([config.default_advantage] if name == "advantage" else [])]
+        if name in config._given and settings[name] not in harmless:
+            raise ValueError(f"{name} must not be given {where}, where it has no effect; got {settings[name]!r}")
 
 
 def _check_adapters(config: TrainConfig) -> None:

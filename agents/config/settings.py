@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 
 from agents.algorithms.options import BETA, DPO_BETA, LAST_STEPS, PERCENTILE, NonFiniteRewards, TrustRegion
+from agents.config.algorithms import ALGORITHMS, Advantage, Algorithm, GroupAdvantage
 from ddpo_env.validation.choices import Quantization
 from ddpo_env.validation.options import DECAY, Range, check_fields
 from ddpo_env.validation.resolution import Resolution, plain_resolution
@@ -29,10 +30,6 @@ LEAST_EVALUATIONS = 7
 _SIZE = Range(above=0, at_most=1e6)
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
-Algorithm = Literal["ppo", "grpo", "reinforce", "rwr", "rwr_sparse", "nft", "awm", "dpo", "draft"]
-GroupAdvantage = Literal["group", "dr_grpo", "global_std", "gdpo", "leave_one_out"]
-"""Advantages that compare a sample with the others of its prompt in the iteration."""
-Advantage = Literal["per_prompt", "batch", GroupAdvantage, "gae"]
 Schedule = Literal["constant", "linear", "cosine"]
 
 
@@ -102,37 +99,35 @@ class TrainingSettings(_Checked):
         Raises:
             ValueError: naming the setting.
         """
+        traits = ALGORITHMS[algorithm]
         if self.advantage == "gae" and not has_critic:
             raise ValueError("advantage must not be gae without a critic: add --critic")
-        if self.trust_region != "clip" and algorithm not in ("ppo", "grpo"):
+        if self.trust_region != "clip" and not traits.has_ratio:
             raise ValueError(
                 f"trust_region must be clip with {algorithm}, which has no importance ratio of the sampler's steps; "
                 f"got {self.trust_region!r}"
             )
         in_groups = get_args(GroupAdvantage)
-        if algorithm == "grpo" and self.advantage not in in_groups:
+        if traits.needs_group_advantage and self.advantage not in in_groups:
             raise ValueError(
-                f"advantage must be one of {', '.join(in_groups)} with grpo, which compares samples of a prompt; "
-                f"got {self.advantage!r}"
+                f"advantage must be one of {', '.join(in_groups)} with {algorithm}, which compares samples of a "
+                f"prompt; got {self.advantage!r}"
             )
         if self.advantage == "gdpo":
             weights_by_term(reward, "advantage gdpo")
         by_votes = "votes" in {term.partition(":")[0].strip() for term in reward.split(",")}
-        compares = "dpo" if algorithm == "dpo" else "reward votes" if by_votes else f"advantage {self.advantage}"
-        if (algorithm == "dpo" or by_votes or self.advantage in in_groups) and self.samples_per_prompt < 2:
+        has_pairs = traits.samples == "pairs"
+        compares = algorithm if has_pairs else "reward votes" if by_votes else f"advantage {self.advantage}"
+        if (has_pairs or by_votes or self.advantage in in_groups) and self.samples_per_prompt < 2:
             raise ValueError(
                 f"samples_per_prompt must be at least 2 with {compares}, which compares samples of a prompt; "
                 f"got {self.samples_per_prompt}"
             )
-        if algorithm == "reinforce" and (self.epochs, self.updates_per_iteration) != (1, 1):
+        sizes = {name: getattr(self, name) for name in traits.always_one}
+        if any(size != 1 for size in sizes.values()):
             raise ValueError(
-                "epochs and updates_per_iteration must be 1 with reinforce, whose gradient is correct only for the "
-                f"policy that sampled; got {self.epochs} and {self.updates_per_iteration}"
-            )
-        if algorithm == "rwr_sparse" and self.updates_per_iteration != 1:
-            raise ValueError(
-                "updates_per_iteration must be 1 with rwr_sparse, which imitates few samples in many epochs; "
-                f"got {self.updates_per_iteration}"
+                f"{' and '.join(sizes)} must be 1 with {algorithm}, {traits.why_one}; "
+                f"got {' and '.join(map(str, sizes.values()))}"
             )
         if self.stat_min_count > self.stat_buffer_size:
             raise ValueError(

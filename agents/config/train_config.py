@@ -6,25 +6,19 @@ are given flat: `train_config(model="tiny", lora_rank=4)`, on the command line a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from agents.algorithms.options import UpdateOptions, check_noise
+from agents.config.algorithms import ALGORITHMS, Advantage, Algorithm, AlgorithmTraits
 from agents.config.config_file import read_plain_yaml
-from agents.config.settings import (
-    MOST,
-    SEED,
-    Advantage,
-    Algorithm,
-    OptimizerSettings,
-    RunSettings,
-    TrainingSettings,
-)
+from agents.config.settings import MOST, SEED, OptimizerSettings, RunSettings, TrainingSettings
 from agents.config.sizes import largest_divisor, must_divide
 from agents.policy.options import PolicyOptions, check_trainable
 from ddpo_env.validation.options import Range, check_fields, shown
@@ -32,44 +26,19 @@ from rewards import check_differentiable_names, parse_options
 from rewards.registry import did_you_mean
 
 _ITERATIONS = 12
-_OLD_GROUPS = {"task"}
-_REMOVED: dict[str, Any] = {"overlap_rewards": True, "keep_checkpoints": 2}
-"""Settings of older versions, and the one value that still describes what a run does."""
-
-
-class AlgorithmDefaults(NamedTuple):
-    """Values of settings that depend on the algorithm where they are left open."""
-
-    learning_rate: float
-    epochs: int
-    updates_per_iteration: int
-    needs_log_probs: bool = True
-    """Whether the loss trains on log-probabilities, which steps without noise do not have."""
-    penalises_steps: bool = True
-    """Whether its penalty is the divergence of the sampler's steps, which needs noise in them."""
-
-
-_FORWARD_PROCESS = AlgorithmDefaults(3e-3, 1, 1, needs_log_probs=False, penalises_steps=False)
-
-ALGORITHMS: dict[str, AlgorithmDefaults] = {
-    "ppo": AlgorithmDefaults(2e-3, 1, 4),
-    "grpo": AlgorithmDefaults(2e-3, 1, 4),
-    "reinforce": AlgorithmDefaults(1e-2, 1, 1),
-    "rwr": AlgorithmDefaults(2e-3, 5, 1, needs_log_probs=False),
-    "rwr_sparse": AlgorithmDefaults(5e-4, 50, 1, needs_log_probs=False),
-    "nft": _FORWARD_PROCESS,
-    "awm": _FORWARD_PROCESS,
-    "dpo": _FORWARD_PROCESS,
-    "draft": AlgorithmDefaults(5e-3, 1, 4, needs_log_probs=False, penalises_steps=False),
-}
-"""Epochs and updates from the papers. The learning rates of reinforce and rwr are from a search on the bundled model
-(`scripts/experiments/algorithms.py`). For ppo it found 5e-3, by the reward alone; 2e-3 keeps the animals in the images
-(docs/paper.md). nft and awm have what is best on alignment (docs/race.md). Nobody has searched for dpo and draft."""
+TUNED_POLICY = PolicyOptions(guidance_scale=1.0, lora_rank=8, lora_targets="attention+convolutions")
+TUNED_UPDATE = UpdateOptions(timestep_window=(0.0, 0.9), timestep_fraction=0.5)
+"""Where the defaults of a run differ from those of `PolicyOptions` and `UpdateOptions`, which the Python classes have.
+The classes are for any model and have the DDPO paper's values. A run trains the bundled model by default, and these are
+tuned for it (docs/training.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """All settings of a training run.
+
+    The defaults are tuned for the bundled model. Those of `PolicyOptions` and `UpdateOptions`, which the Python classes
+    have, are the DDPO paper's; `TUNED_POLICY` and `TUNED_UPDATE` are where the two differ.
 
     Raises:
         ValueError: for a value that is not valid, naming the setting.
@@ -109,12 +78,8 @@ class TrainConfig:
     """Folder of a run to continue from its last checkpoint, with its own settings; only iterations can change. Code,
     servers, environment variables and paths outside the folder are used only if they are named again."""
 
-    policy: PolicyOptions = field(
-        default_factory=lambda: PolicyOptions(guidance_scale=1.0, lora_rank=8, lora_targets="attention+convolutions")
-    )
-    update: UpdateOptions = field(
-        default_factory=lambda: UpdateOptions(timestep_window=(0.0, 0.9), timestep_fraction=0.5)
-    )
+    policy: PolicyOptions = TUNED_POLICY
+    update: UpdateOptions = TUNED_UPDATE
     training: TrainingSettings = field(default_factory=TrainingSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     run: RunSettings = field(default_factory=RunSettings)
@@ -177,8 +142,7 @@ class TrainConfig:
             ValueError: naming the setting, its value and what is valid; for sizes that do not divide, the nearest that
                 do.
         """
-        training, total = self.training, self.samples_per_iteration
-        defaults = ALGORITHMS[self.algorithm]
+        training, total, defaults = self.training, self.samples_per_iteration, self.traits
         batch = training.sample_batch_size or largest_divisor(total, 72)
         config = self.changed(
             iterations=self.iterations or _ITERATIONS,
@@ -189,17 +153,29 @@ class TrainConfig:
             updates_per_iteration=training.updates_per_iteration
             or largest_divisor(total, defaults.updates_per_iteration),
             epochs=training.epochs or defaults.epochs,
-            advantage=training.advantage or self._default_advantage(),
+            advantage=training.advantage or self.default_advantage,
         )
         check_trainable(config.run.quantization, config.policy)
         config.training.check_algorithm(config.algorithm, config.reward, config.policy.critic)
-        if self.algorithm == "draft":
+        if self.traits.differentiates_reward:
             config._check_backpropagation()
         config._check_sizes(processes)
         parse_options(self.reward_options)
         parse_options(self.run.pipeline_arguments, "pipeline_arguments")
         self.run.check_holdout(config.total_iterations if self.resume is None else None)
         return config
+
+    @property
+    def traits(self) -> AlgorithmTraits:
+        """What the algorithm is."""
+        return ALGORITHMS[self.algorithm]
+
+    @property
+    def default_advantage(self) -> Advantage:
+        """The advantage where it is left open."""
+        if self.traits.needs_group_advantage:
+            return "group"
+        return "gae" if self.policy.critic else "per_prompt"
 
     @property
     def total_iterations(self) -> int:
@@ -227,16 +203,19 @@ class TrainConfig:
         steps = len(stochastic)
         start, end = self.update.trained_range(steps)
         candidates = end - start
-        if ALGORITHMS[self.algorithm].needs_log_probs:  # the others train on steps without noise too
+        if self.traits.needs_log_probs:  # the others train on steps without noise too
             start, end = self.update.noise_window_at(0, steps) or (start, end)
             candidates = int(stochastic[start:end].sum())
         return max(1, min(round(self.update.timestep_fraction * steps), candidates))
 
     @property
     def trained_samples(self) -> int:
-        """Samples of each iteration that are trained on, at most: with dpo two of each prompt, else all."""
-        total = self.samples_per_iteration
-        return 2 * total // self.training.samples_per_prompt if self.algorithm == "dpo" else total
+        """Samples of an iteration that are trained on: all, two of a prompt, or the best of different rewards."""
+        total, training = self.samples_per_iteration, self.training
+        if self.traits.samples == "pairs":
+            return 2 * total // training.samples_per_prompt
+        fraction = training.rwr_percentile / 100 if self.traits.samples == "best" else 0
+        return total - math.ceil(fraction * (total - 1))
 
     @property
     def eval_batch_size(self) -> int:
@@ -262,12 +241,9 @@ class TrainConfig:
         if not path.is_file():
             raise ValueError(f"{setting} must be the folder of a run, with a config.yaml; got {str(run_dir)!r}")
         try:
-            values = read_plain_yaml(path)
-            config = cls.from_dict(values)
-            # A file of an older version has fewer settings, and a group named task.
+            config = cls.from_dict(read_plain_yaml(path))
             every = {name for name in cls().flat() if not name.endswith("_sha256")}
-            expected = set() if "task" in values else every
-            if missing := sorted(expected - config._given):
+            if missing := sorted(every - config._given):
                 raise ValueError(f"it must hold every setting; {', '.join(missing)} is missing")
         except (OSError, ValueError) as error:
             raise ValueError(f"{setting}: {str(path)!r} does not hold the settings of a run: {error}") from error
@@ -275,14 +251,17 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Return the configuration that `as_dict` of this or an older version wrote.
+        """Return the configuration that `as_dict` wrote; settings that are left out have their defaults.
 
         Raises:
             ValueError: if it holds something else.
         """
-        groups = {one.name for one in fields(cls) if is_dataclass(getattr(cls(), one.name))} | _OLD_GROUPS
+        own = vars(cls())
+        groups = {name for name, value in own.items() if is_dataclass(value)}
         flat: dict[str, Any] = {}
         for name, value in values.items() if isinstance(values, Mapping) else ():
+            if isinstance(value, Mapping) and name not in own:
+                raise ValueError(f"there is no group of settings {name!r}{did_you_mean(name, groups)}")
             if isinstance(value, Mapping) != (name in groups):
                 what = "a group of settings" if name in groups else "a setting and no group of them"
                 raise ValueError(f"{name} must be {what}; got {shown(value)}")
@@ -290,9 +269,6 @@ class TrainConfig:
             if twice := sorted(flat.keys() & inner.keys()):
                 raise ValueError(f"{', '.join(twice)} must occur once")
             flat |= inner
-        for name, only in _REMOVED.items():
-            if flat.pop(name, only) != only:
-                raise ValueError(f"{name} is no longer a setting, and runs behave as with {only}; go on with 0.1.0")
         if "model" not in flat:
             raise ValueError("it holds no settings of a run")
         for name, value in flat.items():
@@ -308,52 +284,32 @@ class TrainConfig:
         Raises:
             ValueError: naming the setting.
         """
-        algorithm = ALGORITHMS[self.algorithm]
-        needs = algorithm.needs_log_probs, algorithm.penalises_steps
+        needs = self.traits.needs_log_probs, self.traits.penalises_steps
         check_noise(self.update, stochastic, self.algorithm, *needs)
-
-    def _default_advantage(self) -> Advantage:
-        if self.algorithm == "grpo":
-            return "group"
-        return "gae" if self.policy.critic else "per_prompt"
 
     def _check_backpropagation(self) -> None:
         """Refuse what training by the reward's gradient cannot use."""
         training, steps = self.training, self.num_inference_steps
         check_differentiable_names(self.reward)
-        for name, value, is_valid, valid in (
-            ("critic", self.policy.critic, not self.policy.critic, "False, as it has no use for values"),
-            (
-                "noise_window",
-                self.update.noise_window,
-                self.update.noise_window is None,
-                "None, as it trains other steps",
-            ),
-            (
-                "draft_steps",
-                training.draft_steps,
-                training.draft_steps <= steps,
-                f"at most num_inference_steps={steps}",
-            ),
-            (
-                "train_batch_size",
-                training.train_batch_size,
-                training.train_batch_size > 0,
-                "at least 1, as nobody measures its decoder",
-            ),
-        ):
+        for name, (is_valid, valid) in {
+            "critic": (not self.policy.critic, "False, as it has no use for values"),
+            "noise_window": (self.update.noise_window is None, "None, as it trains other steps"),
+            "draft_steps": (training.draft_steps <= steps, f"at most num_inference_steps={steps}"),
+            "train_batch_size": (training.train_batch_size > 0, "at least 1, as nobody measures its decoder"),
+        }.items():
             if not is_valid:
-                raise ValueError(f"{name} must be {valid}, with algorithm draft; got {value!r}")
+                raise ValueError(f"{name} must be {valid}, with algorithm {self.algorithm}; got {self.flat()[name]!r}")
 
     def _check_sizes(self, processes: int) -> None:
         training, total = self.training, self.samples_per_iteration
         must_divide("sample_batch_size", training.sample_batch_size, "samples_per_iteration", total)
         must_divide("samples_per_prompt", training.samples_per_prompt, "sample_batch_size", training.sample_batch_size)
         must_divide("updates_per_iteration", training.updates_per_iteration, "samples_per_iteration", total)
-        if self.algorithm == "dpo" and training.updates_per_iteration > self.trained_samples // 2:
+        pairs = self.trained_samples // 2
+        if self.traits.samples == "pairs" and training.updates_per_iteration > pairs:
             raise ValueError(
-                f"updates_per_iteration must be at most {self.trained_samples // 2} with dpo, which has one pair for "
-                f"each prompt of an iteration; got {training.updates_per_iteration}"
+                f"updates_per_iteration must be at most {pairs} with {self.algorithm}, which has one pair for each "
+                f"prompt of an iteration; got {training.updates_per_iteration}"
             )
         stochastic = self.policy.stochastic_steps(self.num_inference_steps)
         self.check_noise(stochastic)

@@ -76,17 +76,12 @@ def denoiser_rows(config: TrainConfig) -> DenoiserRows:
     rows = 1 if config.policy.guidance_scale == 1 else 2
     evaluations = 2 + (config.total_iterations - 1) // run.eval_interval if run.eval_interval else 2
     batch = config.eval_batch_size
-    if config.algorithm.startswith("rwr"):  # a denoising loss of each finished sample
-        trained = rows * training.epochs * _imitated(config)
-        measuring = 0
-    elif config.algorithm == "draft":  # the last steps again
-        trained = rows * training.epochs * total * training.draft_steps
-        measuring = 0
-    else:
-        trained = rows * training.epochs * config.trained_samples * config.trained_steps
+    traits, measuring = config.traits, 0
+    trained = rows * training.epochs * config.trained_samples * _trained_calls(config)
+    if traits.trains_on_steps:
         scored = config.update.noise_window or int(config.policy.stochastic_steps(steps).sum())
         measuring = rows * total * (config.trained_steps if training.epochs == 1 else scored) * _recomputes(config)
-    needs_reference = config.update.kl_coef > 0 or config.algorithm == "dpo"
+    needs_reference = config.update.kl_coef > 0 or "pretrained" in traits.compares_with
     measuring += (trained if needs_reference else 0) + _older_policies(config, trained)
     return DenoiserRows(
         sampling=rows * _sampled_rows(config),
@@ -110,29 +105,26 @@ def _sampled_rows(config: TrainConfig) -> int:
 
 
 def pairs_per_update(config: TrainConfig) -> int:
-    """Return the (sample, timestep) pairs in one update of a resolved configuration; with rwr and draft its samples."""
-    if config.algorithm == "rwr_sparse":
-        return _imitated(config)
-    each = 1 if config.algorithm in ("rwr", "draft") else config.trained_steps
+    """Return the (sample, timestep) pairs in one update of a resolved configuration, or its samples."""
+    each = config.trained_steps if config.traits.trains_on_steps else 1
     return math.ceil(config.trained_samples * each / config.training.updates_per_iteration)
 
 
 def _training(config: TrainConfig) -> str:
-    training, total = config.training, config.samples_per_iteration
+    training, total, traits = config.training, config.samples_per_iteration, config.traits
     updates = training.updates_per_iteration
     text = f"training   {config.algorithm}: {_count(training.epochs, 'epoch', 'epochs')} of "
     text += _count(updates, "update", "updates")
-    if config.algorithm.startswith("rwr"):
-        is_sparse = config.algorithm == "rwr_sparse"
-        chosen = f"the best {100 - training.rwr_percentile:g} %" if is_sparse else "all, weighted"
-        size = min(training.train_batch_size, total)
-        return f"{text} on the finished samples ({chosen}), {_call(config, size, 'sample')}"
-    if config.algorithm == "draft":
+    if traits.differentiates_reward:
         last = "step" if training.draft_steps == 1 else f"{training.draft_steps} steps"
         size = min(training.train_batch_size, total // updates)
         return f"{text} through the reward, the decoder and the last {last}, {_call(config, size, 'sample')}"
-    is_dpo = config.algorithm == "dpo"  # its pairs are two samples
-    unit, two = ("row", ", two for a pair of samples at a timestep") if is_dpo else ("pair", "")
+    if not traits.trains_on_steps:
+        chosen = f"the best {100 - training.rwr_percentile:g} %" if traits.samples == "best" else "all, weighted"
+        size = min(training.train_batch_size, total)
+        return f"{text} on the finished samples ({chosen}), {_call(config, size, 'sample')}"
+    has_pairs = traits.samples == "pairs"  # of samples, not of a sample and a timestep
+    unit, two = ("row", ", two for a pair of samples at a timestep") if has_pairs else ("pair", "")
     return (
         f"{text} with {_count(config.trained_samples // updates, 'sample', 'samples')} × {config.trained_steps} of "
         f"{config.num_inference_steps} steps = {_count(pairs_per_update(config), unit, unit + 's')}{two}, "
@@ -227,26 +219,25 @@ def _holdout(config: TrainConfig) -> list[str]:
     return [f"held-out   {settings.holdout_reward}{': ' + ', '.join(notes) if notes else ''}"]
 
 
-def _imitated(config: TrainConfig) -> int:
-    """Return how many samples per iteration reward-weighted regression trains on, if no two have the same reward."""
-    total = config.samples_per_iteration
-    fraction = config.training.rwr_percentile / 100 if config.algorithm == "rwr_sparse" else 0
-    return total - math.ceil(fraction * (total - 1))
+def _trained_calls(config: TrainConfig) -> int:
+    """Return how many calls of the denoiser an epoch differentiates for a sample that is trained on."""
+    if config.traits.differentiates_reward:
+        return config.training.draft_steps
+    return config.trained_steps if config.traits.trains_on_steps else 1
 
 
 def _older_policies(config: TrainConfig, trained: int) -> int:
     """Return the rows of an iteration that are computed with older policies too, out of those that are trained on."""
-    updates = config.training.epochs * config.training.updates_per_iteration
+    traits, updates = config.traits, config.training.epochs * config.training.updates_per_iteration
     later = trained * (updates - 1) // updates
-    of_ppo = 0 if config.training.trust_region == "clip" else later
-    older = {"nft": trained, "awm": trained + later, "draft": later, "ppo": of_ppo, "grpo": of_ppo}
-    return older.get(config.algorithm, 0)
+    compares_later = "sampling" in traits.compares_with or config.training.trust_region != "clip"
+    return later * compares_later + trained * ("lagging" in traits.compares_with)
 
 
 def _recomputes(config: TrainConfig) -> bool:
     """Return whether log-probabilities are computed again before the first update: with a ratio in half precision."""
     recompute = config.update.recompute_log_probs
-    if recompute is not None or config.algorithm not in ("ppo", "grpo"):
+    if recompute is not None or not config.traits.has_ratio:
         return bool(recompute)
     dtype = resolve_dtype(config.policy.autocast or config.run.dtype, resolve_device(config.device))
     return dtype != torch.float32

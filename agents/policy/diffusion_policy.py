@@ -41,7 +41,7 @@ from agents.policy.lora import (
     merged_adapters,
     starting_adapters,
 )
-from agents.policy.matching import check_spaces, find_model
+from agents.policy.matching import check_spaces, find_model, options_for
 from agents.policy.options import PolicyOptions, check_trainable, read_settings
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
 from ddpo_env.models import DiffusionModel, abilities_of, load_model
@@ -75,10 +75,12 @@ class DiffusionPolicy(SamplerAbilities, ActorCriticPolicy):
         num_inference_steps: length of an episode; default: the environment's.
         optimizer_class: optimizer of the weights that learn.
         optimizer_kwargs: its arguments; default for Adam and AdamW: DDPO's betas (0.9, 0.999), weight decay 1e-4.
-        **options: the fields of `PolicyOptions`: `guidance_scale`, `eta`, `lora_rank`, `lora_targets`, ...
+        guidance_scale: see `PolicyOptions`; default: 5, or 1 for a model that takes no prompt.
+        lora_rank: see `PolicyOptions`; default: 4, or 0 for a denoiser without a layer for the default `lora_targets`.
+        **options: the other fields of `PolicyOptions`: `eta`, `lora_targets`, ...
 
     Attributes:
-        options: the `PolicyOptions`.
+        options: the `PolicyOptions`, complete.
         model: the `DiffusionModel`, whose frozen weights the adapters share.
         denoiser: the network that learns.
 
@@ -103,12 +105,16 @@ class DiffusionPolicy(SamplerAbilities, ActorCriticPolicy):
         num_inference_steps: int | None = None,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
+        guidance_scale: float | None = None,
+        lora_rank: int | None = None,
         **options: Any,
     ) -> None:
         """Share the environment's model and add the adapters; see the class docstring for the arguments."""
         if use_sde:
             raise ValueError("use_sde must be False: the sampler's own noise is the exploration; got True")
-        checked = PolicyOptions(**options)
+        open_options = {"guidance_scale": guidance_scale, "lora_rank": lora_rank}
+        options |= {name: value for name, value in open_options.items() if value is not None}
+        PolicyOptions(**options)  # what is wrong with any model is told before one is loaded
         if issubclass(optimizer_class, torch.optim.Adam | torch.optim.AdamW):
             optimizer_kwargs = {"betas": (0.9, 0.999), "weight_decay": 1e-4, **(optimizer_kwargs or {})}
         # ActorCriticPolicy's own constructor would build an MLP; everything that it promises is defined below.
@@ -120,9 +126,9 @@ class DiffusionPolicy(SamplerAbilities, ActorCriticPolicy):
             optimizer_kwargs=optimizer_kwargs,
             squash_output=True,  # Stable-Baselines3 would clip latents to the box otherwise
         )
-        self.options = checked
         handle = find_model(observation_space, model, num_inference_steps)
         self.model, self.num_inference_steps = handle.model, handle.num_inference_steps
+        self.options = options_for(self.model, options)
         self.guidance_embeds = abilities_of(self.model).guidance_embeds
         check_spaces(self.model, observation_space, action_space, self.options.guidance_scale)
         self.share_features_extractor = True

@@ -49,6 +49,11 @@ def guided_output(
     return guide(unconditional, conditional)
 
 
+def can_be_guided(model: DiffusionModel) -> bool:
+    """Return whether a model takes a prompt and its pipeline guides as `ModelAbilities.guide` does."""
+    return bool(model.conditioning_shapes) and abilities_of(model).guidance_problem is None
+
+
 def check_guidance(model: DiffusionModel, guidance_scale: float) -> None:
     """Refuse guidance for a model without conditioning, or whose pipeline has a guidance of another form."""
     if guidance_scale != 1 and not model.conditioning_shapes:

@@ -50,6 +50,12 @@ def share_weights(module: _Module) -> _Module:
     return copy.deepcopy(module, memo)
 
 
+def has_layers(denoiser: nn.Module, targets: LoraTargets) -> bool:
+    """Return whether a denoiser has a layer that targets match."""
+    names = [name for name, _ in denoiser.named_modules()]
+    return any(name == target or name.endswith(f".{target}") for name in names for target in LORA_TARGETS[targets])
+
+
 def add_lora(denoiser: _Module, rank: int, targets: LoraTargets) -> _Module:
     """Return the denoiser with fresh trainable float32 adapters around the shared frozen weights.
 
@@ -67,8 +73,7 @@ def add_lora(denoiser: _Module, rank: int, targets: LoraTargets) -> _Module:
     if targets not in LORA_TARGETS:
         raise ValueError(f"lora_targets must be one of {', '.join(LORA_TARGETS)}; got {targets!r}")
     _check_plain(denoiser)
-    names = [name for name, _ in denoiser.named_modules()]
-    if not any(name == target or name.endswith(f".{target}") for name in names for target in LORA_TARGETS[targets]):
+    if not has_layers(denoiser, targets):
         raise ValueError(
             f"lora_targets={targets!r} matches no layer of this {type(denoiser).__name__}: "
             "train every weight with lora_rank=0"

@@ -1,14 +1,18 @@
-"""Whether a policy's model and its spaces belong together."""
+"""Whether a policy's model, its spaces and its options belong together."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from gymnasium import spaces
 
-from agents.policy.guidance import check_guidance
+from agents.policy.guidance import can_be_guided, check_guidance
+from agents.policy.lora import has_layers
+from agents.policy.options import PolicyOptions
 from ddpo_env.models import DiffusionModel, load_model
 from ddpo_env.spaces import DenoisingObservationSpace, ModelHandle
 
@@ -46,3 +50,18 @@ def check_spaces(
             f"observation_space must be that of model {model.source!r}, {expected}; got {found} "
             f"with action shape {action_space.shape}"
         )
+
+
+def options_for(model: DiffusionModel, given: Mapping[str, Any]) -> PolicyOptions:
+    """Return the options of a policy: what is given, and of the defaults those that the model can have.
+
+    By default there is no guidance for a model that takes no prompt, and every weight learns of a denoiser without a
+    layer that gets an adapter.
+    """
+    options = PolicyOptions(**given)
+    if "guidance_scale" not in given and not can_be_guided(model):
+        options = replace(options, guidance_scale=1.0)
+    is_adapted = bool({"lora_rank", "lora_targets"} & given.keys()) or options.lora is not None
+    if not is_adapted and not has_layers(model.denoiser, options.lora_targets):
+        options = replace(options, lora_rank=0)
+    return options

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from pkgutil import resolve_name
 from typing import Any
 
 from agents.algorithms.advantages import (
@@ -16,15 +17,7 @@ from agents.algorithms.advantages import (
     LeaveOneOutAdvantage,
     PerPromptAdvantage,
 )
-from agents.algorithms.draft import DRaFT
-from agents.algorithms.forward.awm import AWM
-from agents.algorithms.forward.dpo import DPO
-from agents.algorithms.forward.nft import NFT
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
-from agents.algorithms.policy_gradient.grpo import GRPO
-from agents.algorithms.policy_gradient.ppo import PPO
-from agents.algorithms.policy_gradient.reinforce import REINFORCE
-from agents.algorithms.rwr import RWR, Weighting
 from agents.config.train_config import TrainConfig
 from agents.distributed import Processes
 from agents.policy.diffusion_policy import DiffusionPolicy
@@ -38,15 +31,14 @@ def build_algorithm(config: TrainConfig, env: VectorEnvAdapter, processes: Proce
 
     With several processes, `env` holds this process's sub-environments.
     """
-    training, total = config.training, config.samples_per_iteration
-    common: dict[str, Any] = {
+    training, total, traits = config.training, config.samples_per_iteration, config.traits
+    arguments: dict[str, Any] = {
         "learning_rate": _learning_rate(config),
         "n_steps": config.num_inference_steps * total // (env.num_envs * processes.count),
         "micro_batch_size": training.train_batch_size or None,
         "gamma": 1.0,
         "gae_lambda": 1.0,
         "max_grad_norm": config.optimizer.max_grad_norm,
-        "advantage": _advantage(config),
         "non_finite_rewards": training.non_finite_rewards,
         "policy_kwargs": _policy_arguments(config),
         "stats_window_size": total,
@@ -56,47 +48,17 @@ def build_algorithm(config: TrainConfig, env: VectorEnvAdapter, processes: Proce
         "device": env.denoising_env.device if env.denoising_env is not None else "auto",
         **asdict(config.update),
     }
-    if config.algorithm == "reinforce":
-        return REINFORCE(DiffusionPolicy, env, **common)
-    common["n_epochs"] = training.epochs
-    if config.algorithm.startswith("rwr"):
-        return _regression(config, env, common)
-    if config.algorithm == "draft":
-        del common["advantage"]
-        size = total // training.updates_per_iteration
-        return DRaFT(DiffusionPolicy, env, batch_size=size, last_steps=training.draft_steps, **common)
-    trained = config.trained_samples * _trained_steps(config, env)
-    common["batch_size"] = math.ceil(trained / training.updates_per_iteration)
-    if config.algorithm == "dpo":
-        return DPO(DiffusionPolicy, env, beta=training.dpo_beta, **common)
-    if config.algorithm == "awm":
-        return AWM(DiffusionPolicy, env, advantage_clip=training.advantage_clip, **common)
-    if config.algorithm == "nft":
-        return NFT(DiffusionPolicy, env, beta=training.nft_beta, advantage_clip=training.advantage_clip, **common)
-    kind = GRPO if config.algorithm == "grpo" else PPO
-    return kind(
-        DiffusionPolicy,
-        env,
-        clip_range=training.clip_range,
-        trust_region=training.trust_region,
-        divergence_limit=training.divergence_limit,
-        **common,
-    )
-
-
-def _regression(config: TrainConfig, env: VectorEnvAdapter, common: dict[str, Any]) -> RWR:
-    training = config.training
-    is_sparse = config.algorithm == "rwr_sparse"
-    exponential: Weighting = "exponential_per_prompt" if training.rwr_per_prompt else "exponential"
-    return RWR(
-        DiffusionPolicy,
-        env,
-        batch_size=None if is_sparse else config.samples_per_iteration // training.updates_per_iteration,
-        weighting="percentile" if is_sparse else exponential,
-        beta=training.rwr_beta,
-        percentile=training.rwr_percentile,
-        **common,
-    )
+    if not traits.differentiates_reward:
+        arguments["advantage"] = _advantage(config)
+    if "epochs" not in traits.always_one:
+        arguments["n_epochs"] = training.epochs
+    if "updates_per_iteration" not in traits.always_one:
+        trained = config.trained_samples * (_trained_steps(config, env) if traits.trains_on_steps else 1)
+        arguments["batch_size"] = math.ceil(trained / training.updates_per_iteration)
+    values = vars(training) | {"rwr_per_prompt": "exponential_per_prompt" if training.rwr_per_prompt else "exponential"}
+    own = {argument: values[setting] for setting, argument in traits.arguments.items()}
+    algorithm_class: type[TensorOnPolicyAlgorithm] = resolve_name(f"agents.algorithms.{traits.made_by}")
+    return algorithm_class(DiffusionPolicy, env, **arguments, **traits.fixed, **own)
 
 
 def _context_key(env: VectorEnvAdapter) -> str:

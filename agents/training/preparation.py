@@ -111,7 +111,7 @@ def check_run(config: TrainConfig, processes: Processes) -> CheckedRun:
         reward = configured_reward(config.reward, parse_options(config.reward_options))
         if processes.count > 1:
             check_shareable(reward)
-        if config.algorithm == "draft":
+        if config.traits.differentiates_reward:
             check_differentiable(reward)
         prompts = load_prompts(config.prompts)
         check_source(

@@ -81,7 +81,7 @@ def check_plan(examination: Examination) -> Finding:
     per_latent = 1 if config.policy.guidance_scale == 1 else 2
     sampling, training = max(rates.sampling.values()), rates.training[max(rates.training)]
     denoising = (rows.sampling + rows.held_out + rows.measuring) / per_latent / sampling
-    learning = rows.training / (1 if config.algorithm.startswith("rwr") else per_latent) / training
+    learning = rows.training / per_latent / training
     queries = config.total_iterations * config.samples_per_iteration + rows.held_out / per_latent / len(
         examination.policy.sampler
     )

@@ -221,7 +221,8 @@ def _training(exported: Exported) -> str:
     last = summary["iterations"]
     started = [one.name for one in (policy.lora, config.run.base_lora) if one is not None]
     rows = {
-        "algorithm": config.algorithm + ("" if config.algorithm == "draft" else f", advantages: {training.advantage}"),
+        "algorithm": config.algorithm
+        + ("" if config.traits.differentiates_reward else f", advantages: {training.advantage}"),
         "iterations": f"{exported.iteration} of {last}" if exported.iteration != last else last,
         "reward queries": summary["reward_queries"] * exported.iteration // last,
         "samples per iteration": config.samples_per_iteration,

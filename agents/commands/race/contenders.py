@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agents.config.algorithms import WITHOUT_EFFECT
 from agents.config.authority import reaching_out
 from agents.config.config_file import read_handwritten_yaml
 from agents.config.train_config import TrainConfig
-from agents.config.unused import WITHOUT_EFFECT
 from ddpo_env.validation.options import shown
 from rewards.registry import did_you_mean
 

@@ -92,7 +92,7 @@ def test_null_and_missing_lines_are_not_filled_in(tmp_path: Path, lines: dict[st
         ("<<: {model: x}\n", "names must be text"),
         ("model: tiny\nseed: 0\nrun: {seed: 0}\n", "seed must occur once"),
         ("model: tiny\nrun: 5\n", "run must be a group of settings; got 5"),
-        ("model: tiny\nfoo: {seed: 0}\n", "foo must be a setting and no group of them"),
+        ("model: tiny\nfoo: {seed: 0}\n", "there is no group of settings .foo."),
         ("model: tiny\ncolour: blue\n", "there is no setting 'colour'"),
         ("model: tiny\npreset: of-nobody\n", "must hold every setting"),
         ("model: " + "x" * 2_000_000, "at most 1,000,000 bytes"),

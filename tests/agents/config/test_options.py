@@ -131,7 +131,7 @@ def test_run_has_them_and_a_resumed_one_too(micro_pipeline_folder, tmp_path):
     reward = resumed.algorithm.env.denoising_env.reward
     assert (reward.factor, reward.judge_options) == (2, {"timeout": 5})
     del written["reward_options"]
-    assert TrainConfig.from_dict(written).reward_options == (), "a run of an older version has none"
+    assert TrainConfig.from_dict(written).reward_options == (), "the default"
 
 
 def test_plan_shows_them():

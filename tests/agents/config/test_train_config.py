@@ -1,6 +1,7 @@
-"""Settings by name: where they go, what is refused, and files of this and of older versions."""
+"""Settings by name: where they go, what is refused, and files."""
 
 import dataclasses
+import re
 
 import pytest
 import yaml
@@ -78,21 +79,19 @@ def test_file_gives_the_same_configuration(tmp_path):
     assert TrainConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.as_dict()))) == config
 
 
-def test_file_of_version_0_1_is_read():
-    """Its groups were others: run, task, policy, training, optimizer."""
-    old = {
-        "run": {"run_dir": "runs/x", "resume": None, "iterations": 20, "keep_checkpoints": 2},
-        "task": {"model": "tiny", "reward": "aesthetic", "resolution": None},
-        "policy": {"lora_rank": 4, "merge_lora": None},
-        "training": {"algorithm": "ppo", "kl_coef": 0.25, "overlap_rewards": True, "timestep_window": [0.0, 0.5]},
-        "optimizer": {"learning_rate": 0.1},
-    }
-    config = TrainConfig.from_dict(old)
-    assert (config.reward, config.policy.lora_rank, config.update.kl_coef) == ("aesthetic", 4, 0.25)
-    assert (config.update.timestep_window, config.learning_rate) == ((0.0, 0.5), 0.1)
-    old["training"]["overlap_rewards"] = False
-    with pytest.raises(ValueError, match="overlap_rewards is no longer a setting"):
-        TrainConfig.from_dict(old)
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"run": {"keep_checkpoint": 2}}, "there is no setting 'keep_checkpoint'"),
+        ({"samplesperiteration": 8}, "there is no setting 'samplesperiteration'; did you mean samples_per_iteration?"),
+        ({"trainings": {"epochs": 2}}, "there is no group of settings 'trainings'; did you mean training?"),
+        ({"seed": {"epochs": 2}}, "seed must be a setting and no group of them; got"),
+        ({"update": 3}, "update must be a group of settings; got 3"),
+    ],
+)
+def test_name_in_a_file_that_does_not_exist_is_refused_with_the_nearest(values, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TrainConfig.from_dict(TrainConfig().as_dict() | values)
 
 
 @pytest.mark.parametrize("values", [None, "text", [], {}, {"run": {}}, {"run": {"colour": 1}}])

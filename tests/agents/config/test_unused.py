@@ -11,13 +11,13 @@ import yaml
 
 from agents.algorithms.options import UpdateOptions
 from agents.algorithms.policy_gradient.trust_region import surrogate
+from agents.config.algorithms import ALGORITHMS, WITHOUT_EFFECT
 from agents.config.command_line import parse_command_line
 from agents.config.presets import preset_config
 from agents.config.reproduction import reproducing_flags
-from agents.config.resolve import resolve
+from agents.config.resolve import resolve, unused_settings
 from agents.config.settings import TrainingSettings
-from agents.config.train_config import ALGORITHMS, TrainConfig, train_config
-from agents.config.unused import WITHOUT_EFFECT, unused_settings
+from agents.config.train_config import TrainConfig, train_config
 from agents.distributed import Processes
 from agents.policy.abilities import PolicyEvaluation, StepMove
 from agents.training import build
@@ -31,13 +31,10 @@ SIZES = {
 
 def arguments_of(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, Any]]:
     """The class that a run makes, and its arguments."""
-    kinds = ("PPO", "GRPO", "REINFORCE", "RWR", "NFT", "AWM", "DPO", "DRaFT")
-    for kind in kinds:
-        monkeypatch.setattr(build, kind, lambda *_, kind=kind, **named: (kind, named))
+    monkeypatch.setattr(build, "resolve_name", lambda name: lambda *_, **named: (name, named))
     env: Any = SimpleNamespace(num_envs=config.training.sample_batch_size, denoising_env=None)
     kind, named = build.build_algorithm(config, env, Processes())  # type: ignore[misc]
-    unread = {"percentile": "beta"}.get(named.get("weighting"), "percentile")  # of RWR's two kinds of weights
-    return kind, {name: value for name, value in named.items() if name not in ("learning_rate", "processes", unread)}
+    return kind, {name: value for name, value in named.items() if name not in ("learning_rate", "processes")}
 
 
 def changed(value: Any) -> Any:

@@ -9,8 +9,8 @@ from helpers.micro_families import FAMILIES, micro_family
 from helpers.micro_pipeline import micro_pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
+from agents.config.algorithms import ALGORITHMS
 from agents.config.presets import preset_config
-from agents.config.train_config import ALGORITHMS
 from agents.planning import flops
 from agents.planning.flops import Flops, count_flops, describe_seconds, estimate_time
 from agents.planning.plan import denoiser_rows

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from agents.policy.diffusion_policy import DiffusionPolicy
+from agents.policy.options import PolicyOptions
 from ddpo_env.spaces import latent_box
 
 
@@ -275,6 +276,15 @@ def test_space_without_a_model_needs_one_by_name(env, micro_pipeline_folder):
         DiffusionPolicy(*arguments)
     policy = DiffusionPolicy(*arguments, model=micro_pipeline_folder, num_inference_steps=STEPS)
     assert policy.model is env.model
+    assert policy.options == PolicyOptions(), "a model with prompts and attention can have every default"
+
+
+def test_model_with_another_guidance_than_its_pipeline_is_not_guided_by_default(env, monkeypatch):
+    monkeypatch.setattr(env.model, "guidance_problem", "the pipeline guides in another way")
+    spaces = env.single_observation_space, env.single_action_space
+    assert DiffusionPolicy(*spaces, lambda _: 1e-3).options.guidance_scale == 1
+    with pytest.raises(ValueError, match="guidance_scale must be 1 .*in another way; got 5"):
+        DiffusionPolicy(*spaces, lambda _: 1e-3, guidance_scale=5)
 
 
 def test_spaces_of_another_model_are_refused(env):

@@ -1,5 +1,6 @@
 """Whole runs of every algorithm and estimator from a configuration: that they run, resume and refuse."""
 
+import ast
 import traceback
 
 import numpy as np
@@ -8,12 +9,14 @@ import yaml
 from helpers import micro_agents
 from helpers.algorithms import MAKERS
 from helpers.micro_agents import InterruptedReward, brightness, micro_config, resume_config
+from helpers.paths import ROOT
 from helpers.run_comparison import assert_same_run, rows
 
 from agents import AWM, DPO, GRPO, NFT, PPO, REINFORCE, RWR, DRaFT
 from agents.algorithms.advantages import DecoupledAdvantage, GroupRelativeAdvantage
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
-from agents.config.train_config import ALGORITHMS, train_config
+from agents.config.algorithms import ALGORITHMS
+from agents.config.train_config import train_config
 from agents.training.preparation import prepare_run, run_training
 
 SHORT = {"iterations": 2, "eval_interval": 0, "eval_samples": 4}
@@ -74,6 +77,26 @@ CLASSES = {
 
 def test_every_algorithm_has_a_class_and_is_tested():
     assert CLASSES.keys() == ALGORITHMS.keys() == MAKERS.keys() | {"rwr_sparse"}
+
+
+@pytest.mark.parametrize(("algorithm", "kind"), CLASSES.items())
+def test_row_of_an_algorithm_says_what_its_class_says(algorithm, kind):
+    traits = ALGORITHMS[algorithm]
+    said = traits.has_ratio, traits.needs_log_probs, traits.penalises_steps
+    assert said == (kind.compares_with_sampling, kind.needs_log_probs, kind.penalises_steps)
+
+
+def test_only_the_table_knows_an_algorithm_by_its_name():
+    """Except for the default of a run and of the presets."""
+    files = {path: ast.parse(path.read_text("utf-8")) for path in (ROOT / "agents").rglob("*.py")}
+    named = {
+        (path.name, node.value)
+        for path, tree in files.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in ALGORITHMS
+    }
+    table = {("algorithms.py", name) for name in ALGORITHMS}
+    assert named == table | {("train_config.py", "ppo"), ("presets.py", "ppo")}
 
 
 @pytest.mark.parametrize(("algorithm", "kind"), CLASSES.items())

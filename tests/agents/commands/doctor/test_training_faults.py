@@ -2,6 +2,7 @@
 
 import shutil
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from helpers.patients import Patient, finding_of, findings_of
 from peft.tuners.lora import LoraLayer
 
 from agents.algorithms import on_policy
-from agents.config.train_config import ALGORITHMS
+from agents.commands.doctor import speed
+from agents.config.algorithms import ALGORITHMS
+from agents.config.train_config import train_config
 from agents.policy import diffusion_policy
 from agents.training import build
 
@@ -193,3 +196,15 @@ def test_every_weight_learns_without_a_lora(tmp_path):
     assert findings["weights that learn"].level == "green"
     assert findings["gradient"].level != "red"
     assert "there is no LoRA" in findings["LoRA"].meaning
+
+
+@pytest.mark.parametrize(("algorithm", "trained"), [("rwr", 12 * 5 * 72), ("nft", 12 * 72 * 5)])
+def test_time_of_the_plan_counts_guided_latents_as_the_rates_do(algorithm, trained, monkeypatch):
+    monkeypatch.setattr(speed, "_seconds_per_sample", lambda _: (0.0, 0.0))
+    examination = SimpleNamespace(
+        config=train_config(algorithm=algorithm, guidance_scale=3.0).resolved(),
+        once=lambda *_: speed.Rates({1: 1.0}, {1: 1.0}, {}, {}),
+        samples=SimpleNamespace(decoded=[]),
+        policy=SimpleNamespace(sampler=range(10)),
+    )
+    assert speed.check_plan(examination).numbers["training_hours"] == pytest.approx(trained / 3600, abs=1e-4)

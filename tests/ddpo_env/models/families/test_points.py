@@ -1,6 +1,7 @@
 """`DDPO-Points-v0`: training from scratch in seconds, models of one's own, and the exact policy gradient."""
 
 import gc
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,15 +130,31 @@ def test_what_needs_a_prompt_or_attention_is_refused(tmp_path: Path) -> None:
     env = make_vec(2)
     spaces = (env.single_observation_space, env.single_action_space)
     with pytest.raises(ValueError, match=r"guidance_scale must be 1 with model 'points'.*got 5\.0"):
-        DiffusionPolicy(*spaces, lambda _: 0.0, lora_rank=0)
+        DiffusionPolicy(*spaces, lambda _: 0.0, guidance_scale=5.0)
     with pytest.raises(
         ValueError, match="lora_targets='attention' matches no layer of this PointsDenoiser: .*lora_rank=0"
     ):
-        DiffusionPolicy(*spaces, lambda _: 0.0, lora_rank=4, guidance_scale=1.0)
+        DiffusionPolicy(*spaces, lambda _: 0.0, lora_rank=4)
+    with pytest.raises(ValueError, match=r"lora_targets='attention\+convolutions' matches no layer"):
+        DiffusionPolicy(*spaces, lambda _: 0.0, lora_targets="attention+convolutions")
     policy = DiffusionPolicy(*spaces, lambda _: 0.0, **SCRATCH)  # type: ignore[arg-type]
     for save in (policy.save_lora, lambda folder: policy.model.save_lora(policy.denoiser, folder)):
         with pytest.raises(ValueError, match="lora_rank"):
             save(tmp_path)
+
+
+def test_a_policy_without_any_option_learns_without_guidance_and_in_full(tmp_path: Path) -> None:
+    algorithm = PPO(DiffusionPolicy, VectorEnvAdapter(make_vec(4, num_inference_steps=2)), n_steps=2, batch_size=8)
+    policy = algorithm.policy
+    assert isinstance(policy, DiffusionPolicy)
+    assert (policy.options.guidance_scale, policy.options.lora_rank) == (1.0, 0)
+    before = [parameter.clone() for parameter in policy.trainable_parameters()]
+    algorithm.learn(8)
+    assert any(not torch.equal(one, two) for one, two in zip(before, policy.trainable_parameters(), strict=True))
+    policy.save(tmp_path)
+    saved = json.loads((tmp_path / "policy.json").read_text())
+    assert (saved["guidance_scale"], saved["lora_rank"]) == (1.0, 0)
+    assert DiffusionPolicy.load(tmp_path, device="cpu").options == policy.options
 
 
 @pytest.mark.parametrize(("reward", "before", "after"), [("points_ring", 0.5, 0.8), ("points_mixture", -3.5, -1.0)])
