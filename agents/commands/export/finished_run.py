@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from agents.algorithms.saving.stored_values import read_json
 from agents.config.authority import resume_flags
 from agents.config.settings import MOST
 from agents.config.train_config import TrainConfig
@@ -16,7 +17,6 @@ from agents.output.terminal import quoted
 from agents.training.checkpoint import iterations_done, latest_checkpoint
 from agents.training.result import advised_iteration, best_of
 from agents.training.run_folder import MetricsTable
-from agents.training.stored_values import read_json
 from ddpo_env.models.lora.lora_file import PEFT_FILE, find_lora
 from ddpo_env.validation.options import NOT_NEGATIVE, check_value
 
