@@ -24,6 +24,7 @@ from agents.output.terminal import quoted
 from agents.planning.memory import fit_micro_batch_size
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.report.page import write_report
+from agents.report.run_data import ITERATION
 from agents.rollout.vec_env import denoising_env_of
 from agents.training.checkpoint import Checkpoints, iterations_done, latest_checkpoint, run_identity
 from agents.training.checkpoint_state import check_learned
@@ -331,7 +332,7 @@ class Run:
     def _log_evaluation(self) -> None:
         """Log an evaluation that belongs to no iteration of this process; its row has nothing else."""
         with self.processes.fail_together():
-            self.algorithm.logger.record("time/iterations", self.iteration, exclude="tensorboard")
+            self.algorithm.logger.record(ITERATION, self.iteration, exclude="tensorboard")
             self.algorithm.logger.dump(self.iteration)
         self._write_report()
 

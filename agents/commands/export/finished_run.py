@@ -14,6 +14,7 @@ from agents.config.settings import MOST
 from agents.config.train_config import TrainConfig
 from agents.output.files import refuse_links
 from agents.output.terminal import quoted
+from agents.report.run_data import ITERATION
 from agents.training.checkpoint import iterations_done, latest_checkpoint
 from agents.training.result import advised_iteration, best_of
 from agents.training.run_folder import MetricsTable
@@ -140,4 +141,4 @@ def _unfinished(folder: Path, config: TrainConfig) -> str:
 
 
 def _curve(rows: Sequence[Mapping[str, str]], name: str) -> list[tuple[int, float]]:
-    return [(int(row["time/iterations"]), float(row[name])) for row in rows if row.get(name)]
+    return [(int(row[ITERATION]), float(row[name])) for row in rows if row.get(name)]
