@@ -26,7 +26,7 @@ from ddpo_env.initial_states import InitialState, InitialStates
 from ddpo_env.models.image_decoding import decode_samples
 from ddpo_env.models.loading import load_model, with_plain_values
 from ddpo_env.models.prompt_images import with_prompt_images
-from ddpo_env.models.protocol import DiffusionModel, abilities_of
+from ddpo_env.models.protocol import DiffusionModel, abilities_of, check_reward_and_rendering
 from ddpo_env.prompts.distributions import Prompt, load_prompts
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 from ddpo_env.spaces import DenoisingObservationSpace, action_box
@@ -184,7 +184,7 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         self.prompts = load_prompts(prompts)
         pipeline_arguments = with_prompt_images(model, self.prompts, pipeline_arguments)
         self.model = load_model(model, device, dtype, resolution, pipeline_arguments, quantization)
-        validation.check_reward_and_rendering(self.model, self.reward, render_mode)
+        check_reward_and_rendering(self.model, self.reward, render_mode)
         self.device = next(self.model.denoiser.parameters()).device
         self.num_envs, self.num_inference_steps = num_envs, num_inference_steps
         self.backend, self.render_mode = backend, render_mode
