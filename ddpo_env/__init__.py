@@ -16,7 +16,7 @@ from gymnasium.envs.registration import register, registry
 if TYPE_CHECKING:
     from ddpo_env.deferred_reward import DeferredReward
     from ddpo_env.env import DenoisingEnv
-    from ddpo_env.models import DiffusionModel, ModelAbilities, load_model
+    from ddpo_env.models import DiffusionModel, ModelAbilities, load_model, unload_models
     from ddpo_env.sampler.gaussian_sampler import GaussianSampler
     from ddpo_env.spaces import DenoisingObservationSpace
     from ddpo_env.vector_env import DenoisingVectorEnv
@@ -32,6 +32,7 @@ _LAZY_EXPORTS = {
     "GaussianSampler": "ddpo_env.sampler.gaussian_sampler",
     "ModelAbilities": "ddpo_env.models",
     "load_model": "ddpo_env.models",
+    "unload_models": "ddpo_env.models",
 }
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "ModelAbilities",
     "__version__",
     "load_model",
+    "unload_models",
 ]
 
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
+import torch
+from diffusers import DiffusionPipeline
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from ddpo_env.models.loading import with_plain_values
-from ddpo_env.validation.arguments import as_float, seeds_of
+from ddpo_env.models.protocol import DiffusionModel
+from ddpo_env.validation.arguments import as_float
+from ddpo_env.validation.choices import Quantization
+from ddpo_env.validation.resolution import Resolution
 from ddpo_env.vector_env import DenoisingVectorEnv, Latents, Observation
+from rewards import NonFinite
 
 
 class DenoisingEnv(gym.Env[Observation, Latents]):
@@ -49,23 +57,40 @@ class DenoisingEnv(gym.Env[Observation, Latents]):
         self,
         *,
         num_envs: int = 1,
-        samples_per_prompt: int = 1,
+        model: str | Path | DiffusionPipeline | DiffusionModel = "tiny",
+        reward: str | Callable[..., Any] = "jpeg_compressibility",
+        reward_options: Mapping[str, Any] | None = None,
+        prompts: Any = "simple_animals",
+        num_inference_steps: int = 20,
+        max_episode_steps: None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        resolution: Resolution | None = None,
+        pipeline_arguments: Mapping[str, Any] | None = None,
+        quantization: Quantization | None = None,
+        backend: str = "numpy",
         autoreset_mode: str | AutoresetMode = AutoresetMode.DISABLED,
+        samples_per_prompt: int = 1,
+        shared_noise: bool = False,
+        part: tuple[int, int] = (0, 1),
         deferred_rewards: bool = False,
-        **arguments: Any,
+        non_finite_rewards: NonFinite = "raise",
+        render_mode: str | None = None,
     ) -> None:
-        """Make the batch of one; `arguments` are those of `DenoisingVectorEnv`."""
-        for name, value, only in (
-            ("num_envs", num_envs, (1,)),
-            ("samples_per_prompt", samples_per_prompt, (1,)),
-            ("autoreset_mode", autoreset_mode, (AutoresetMode.DISABLED.value, AutoresetMode.DISABLED)),
-            ("deferred_rewards", deferred_rewards, (False,)),
+        """Make the batch of one; the arguments are those of `DenoisingVectorEnv`."""
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        for name, only in (
+            ("num_envs", (1,)),
+            ("samples_per_prompt", (1,)),
+            ("autoreset_mode", (AutoresetMode.DISABLED.value, AutoresetMode.DISABLED)),
+            ("deferred_rewards", (False,)),
         ):
-            if value not in only:
+            if arguments[name] not in only:
                 raise ValueError(
-                    f"{name} of one environment must be {only[0]!r}, use gym.make_vec for other values; got {value!r}"
+                    f"{name} of one environment must be {only[0]!r}, use gym.make_vec for other values; "
+                    f"got {arguments[name]!r}"
                 )
-        self.batch = DenoisingVectorEnv(1, autoreset_mode=AutoresetMode.DISABLED, **arguments)
+        self.batch = DenoisingVectorEnv(**arguments)
         self.observation_space = self.batch.single_observation_space
         self.action_space = self.batch.single_action_space
         self.render_mode = self.batch.render_mode
@@ -82,10 +107,7 @@ class DenoisingEnv(gym.Env[Observation, Latents]):
         Returns:
             The first observation, and an info with the `prompt`.
         """
-        seeds_of(seed, 1)
-        super().reset(seed=seed)
-        self.batch.np_random = (self.np_random,)
-        observation, infos = self.batch.reset(options=options)
+        observation, infos = self.batch.reset(seed=seed, options=options)
         return _first(observation), _first_info(infos)
 
     def step(self, action: Latents) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -101,6 +123,28 @@ class DenoisingEnv(gym.Env[Observation, Latents]):
         """Return the decoded current latent, uint8 `(height, width, 3)`."""
         frames = self.batch.render()
         return None if frames is None else frames[0]
+
+    def close(self) -> None:
+        """Close the batch."""
+        self.batch.close()
+
+    @property
+    def np_random(self) -> np.random.Generator:
+        """The generator of the prompt and the initial noise."""
+        return self.batch.np_random[0]
+
+    @np_random.setter
+    def np_random(self, generator: np.random.Generator) -> None:
+        self.batch.np_random = (generator,)
+
+    @property
+    def np_random_seed(self) -> int:
+        """The seed of the generator; -1 if it is not known."""
+        return self.batch.np_random_seed[0]
+
+    @property
+    def _np_random(self) -> np.random.Generator:  # type: ignore[override]
+        return self.np_random  # where Gymnasium's checker looks for it
 
     @property
     def spec(self) -> EnvSpec | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copyreg
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -37,7 +37,7 @@ CONDITIONING_BOUND = 1.0e4
 """Bound of the conditioning tensors in the observation space (text embeddings stay well below 100)."""
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, kw_only=True)
 class ModelHandle:
     """The model that an environment is made for, and the length of its episodes.
 
@@ -60,15 +60,16 @@ class ModelHandle:
     device: str
     dtype: str
     resolution: Resolution | None
-    pipeline_arguments: Mapping[str, Any]
+    pipeline_arguments: Mapping[str, Any] = field(hash=False)
     quantization: str | None
     num_inference_steps: int
     identity: str
     scheduler: str
 
-    def __init__(self, model: DiffusionModel, num_inference_steps: int) -> None:
-        """Take a loaded model."""
-        vars(self).update(
+    @classmethod
+    def of(cls, model: DiffusionModel, num_inference_steps: int) -> ModelHandle:
+        """Return the handle of a loaded model, which it holds."""
+        handle = cls(
             source=model.source,
             device=str(next(model.denoiser.parameters()).device),
             dtype=str(loaded_dtype(model.denoiser)).removeprefix("torch."),
@@ -78,8 +79,9 @@ class ModelHandle:
             num_inference_steps=num_inference_steps,
             identity=abilities_of(model).identity or model.source,
             scheduler=_describe(model.scheduler),
-            model=model,
         )
+        vars(handle)["model"] = model  # what the property finds has been found
+        return handle
 
     def is_same_task(self, other: ModelHandle) -> bool:
         """Whether the other has the same weights, sizes and timesteps, from any folder, in any dtype."""
@@ -115,7 +117,7 @@ def _model_of(handle: ModelHandle) -> DiffusionModel:
 
 
 def _by_name(model: PipelineModel) -> tuple[Callable[..., Any], tuple[ModelHandle]]:
-    return _model_of, (ModelHandle(model, 0),)
+    return _model_of, (ModelHandle.of(model, 0),)
 
 
 # A pipeline's model has members that cannot be pickled, and weights that a copy of an environment shares.
@@ -147,7 +149,7 @@ class DenoisingObservationSpace(spaces.Dict):
         for name, shape in model.conditioning_shapes.items():
             boxes[name] = spaces.Box(-CONDITIONING_BOUND, CONDITIONING_BOUND, shape, np.float32)
         super().__init__(boxes, seed=seed)
-        self.handle = ModelHandle(model, num_inference_steps)
+        self.handle = ModelHandle.of(model, num_inference_steps)
         self.conditioning_keys = tuple(model.conditioning_shapes)
 
     def __eq__(self, other: object) -> bool:

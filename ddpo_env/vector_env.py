@@ -26,7 +26,7 @@ from ddpo_env.initial_states import InitialState, InitialStates
 from ddpo_env.models.image_decoding import decode_samples
 from ddpo_env.models.loading import load_model, with_plain_values
 from ddpo_env.models.prompt_images import with_prompt_images
-from ddpo_env.models.protocol import DiffusionModel, abilities_of
+from ddpo_env.models.protocol import DiffusionModel, abilities_of, check_reward_and_rendering
 from ddpo_env.prompts.distributions import Prompt, load_prompts
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 from ddpo_env.spaces import DenoisingObservationSpace, action_box
@@ -116,7 +116,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
 
     With `deferred_rewards=True`, a step that ends episodes returns before the reward is called: its reward is 0, and
     the last info has `deferred_reward` (`ddpo_env.DeferredReward`: `done()`, `result()`, `details()`) instead of
-    `reward_details`. `result()` raises the reward's exception, or else the next step; `reset`, `close` wait for it.
+    `reward_details`. `result()` raises the reward's exception, or else the next step. `close` and a `reset` without a
+    mask wait; what has failed by then is an error of `result()` only.
 
     ```python
     >>> import gymnasium as gym
@@ -183,15 +184,13 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         self.prompts = load_prompts(prompts)
         pipeline_arguments = with_prompt_images(model, self.prompts, pipeline_arguments)
         self.model = load_model(model, device, dtype, resolution, pipeline_arguments, quantization)
-        validation.check_reward_and_rendering(self.model, self.reward, render_mode)
+        check_reward_and_rendering(self.model, self.reward, render_mode)
         self.device = next(self.model.denoiser.parameters()).device
-        self.num_envs = num_envs
-        self.num_inference_steps = num_inference_steps
-        self.backend = backend
+        self.num_envs, self.num_inference_steps = num_envs, num_inference_steps
+        self.backend, self.render_mode = backend, render_mode
         self.samples_per_prompt, self.shared_noise = samples_per_prompt, shared_noise
         self.part, self.deferred_rewards = part, deferred_rewards
         self.non_finite_rewards: NonFinite = non_finite_rewards
-        self.render_mode = render_mode
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self._caller = RewardCaller(in_thread=deferred_rewards, measures=part[1] > 1, non_finite=non_finite_rewards)
         first = part[0] * num_envs
@@ -222,7 +221,8 @@ class DenoisingVectorEnv(VectorEnv[Observation, Latents, npt.NDArray[Any]]):
         prompts = validation.given_prompts(options.get("prompts"), self.num_envs, self.prompts)
         latents = validation.given_latents(options.get("latents"), self.num_envs, self.model.latent_shape)
         self._starts.seed(validation.seeds_of(seed, self.num_envs, self.first_index), mask)
-        self._caller.discard()
+        if mask.all():
+            self._caller.discard()
         infos = self._begin(self._starts.sample(np.flatnonzero(mask), prompts, latents), {})
         return self.observe(), infos
 

@@ -347,7 +347,7 @@ def _instantiated(reward: Any, label: str, options: Mapping[str, Any], setting: 
         raise TypeError(f"reward {label} must be callable as (images, prompts, metadata); got {reward!r}")
     forward = getattr(reward, "forward", None) if is_torch_module(reward) else None  # its __call__ takes anything
     for function in (reward, type(reward).__call__, forward):
-        if any(is_kind(function) for is_kind in _DEFERRED_KINDS):
+        if is_deferred(function):
             raise TypeError(f"reward {label} must be a plain function that returns scores; it is async or a generator")
     try:
         inspect.signature(forward or reward).bind(None, None, None)
@@ -358,4 +358,7 @@ def _instantiated(reward: Any, label: str, options: Mapping[str, Any], setting: 
     return cast(Reward, reward)
 
 
-_DEFERRED_KINDS = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+def is_deferred(function: Any) -> bool:
+    """Return whether a call returns something to wait for or to go through, and no result: async, or a generator."""
+    kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    return any(is_kind(function) for is_kind in kinds)

@@ -103,6 +103,16 @@ def wrong_directions(graph: dict[str, set[str]]) -> list[str]:
     return sorted(wrong)
 
 
+def room_graph(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The rooms of a package, its folders and the files beside them, and the rooms that their files import."""
+    rooms: dict[str, set[str]] = {}
+    for file, imports in graph.items():
+        room, *entered = (Path(path).with_suffix("").parts[1] for path in (file, *imports))
+        if room != "__init__":
+            rooms.setdefault(room, set()).update(set(entered) - {room, "__init__"})
+    return rooms
+
+
 def unknown_rooms(root: Path) -> set[str]:
     """Folders and files of `agents` whose place among the rooms nobody has said."""
     return {path.stem for path in entries(root / "agents")} - {"__init__"} - ROOMS.keys()
@@ -156,6 +166,13 @@ def test_files_do_not_import_each_other_in_a_circle(package):
     graph = import_graph(ROOT, [package])
     assert len(graph) > 5
     assert circle(graph) == ""
+
+
+@pytest.mark.parametrize("package", LIBRARY)
+def test_rooms_do_not_import_each_other_in_a_circle(package):
+    rooms = room_graph(import_graph(ROOT, [package]))
+    assert len(rooms) > 5
+    assert circle(rooms) == ""
 
 
 def test_imports_go_one_way():
@@ -247,6 +264,15 @@ def test_circle_is_told(tree):
     shown = circle(import_graph(root, ["rewards"]))
     assert all(f"rewards/{name}.py" in shown for name in "abc")
     assert shown.count(" is imported by ") == 3
+
+
+def test_circle_of_rooms_without_a_circle_of_files_is_told(tree):
+    files = {"rewards/clip/a.py": "import rewards.judge.a", "rewards/judge/a.py": "", "rewards/judge/b.py": ""}
+    root = tree(files)
+    assert room_graph(import_graph(root, ["rewards"])) == {"clip": {"judge"}, "judge": set()}
+    graph = import_graph(tree({"rewards/judge/b.py": "import rewards.clip.a"}), ["rewards"])
+    assert circle(graph) == ""
+    assert circle(room_graph(graph))
 
 
 def test_imports_of_what_is_above_are_told(tree):

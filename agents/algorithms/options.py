@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ddpo_env.validation.options import DECAY, POSITIVE, Range, check_fields, check_value
-
-if TYPE_CHECKING:
-    import torch
 
 NonFiniteRewards = Literal["raise", "drop"]
 TrustRegion = Literal["clip", "guard", "dppo"]
@@ -186,7 +183,10 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         raise ValueError(
             f"advantage must be an estimator such as agents.PerPromptAdvantage(), or None; got {given['advantage']!r}"
         )
-    _check_device(given["device"])
+    # Imported here because a command line reads the options above without torch.
+    from rewards.networks.devices import resolve_device
+
+    resolve_device(given["device"])  # Stable-Baselines3 would take the CPU instead of a device that is not there
 
 
 def check_timesteps(total_timesteps: float) -> None:
@@ -198,17 +198,3 @@ def check_timesteps(total_timesteps: float) -> None:
     check_value("total_timesteps", total_timesteps, Annotated[float, Range(at_least=0, at_most=1e15)])
     if total_timesteps != int(total_timesteps):
         raise ValueError(f"total_timesteps must be a whole number; got {total_timesteps!r}")
-
-
-def _check_device(device: torch.device | str) -> None:
-    """Refuse a device that torch does not know or does not have; Stable-Baselines3 would take the CPU instead."""
-    import torch  # imported here because a command line reads the options above without it
-
-    try:
-        chosen = None if device == "auto" else torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device must be 'auto' or a device of torch, such as 'cpu' or 'cuda:0'; got {device!r}"
-        ) from error
-    if chosen is not None and chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be 'auto' or 'cpu' where torch finds no CUDA device; got {device!r}")

@@ -29,7 +29,7 @@ from torch import Tensor
 from agents.algorithms.advantages import AdvantageEstimator, GeneralizedAdvantage
 from agents.algorithms.generators import Generators
 from agents.algorithms.options import RATE, NonFiniteRewards, check_arguments, check_timesteps
-from agents.algorithms.saving import SavableAlgorithm
+from agents.algorithms.saving.algorithm_file import SavableAlgorithm
 from agents.distributed import Processes, Rows
 from agents.policy.abilities import PolicyAbilities, abilities_of
 from agents.rollout.buffer import TensorRolloutBuffer

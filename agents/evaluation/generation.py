@@ -10,15 +10,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpo_env.prompts import PromptSet
 from ddpo_env.prompts.images import IMAGE, read_image
+from ddpo_env.validation.choices import Quantization
 from ddpo_env.validation.options import Range, check_fields
-from ddpo_env.validation.resolution import plain_resolution
+from ddpo_env.validation.resolution import Resolution, plain_resolution
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,12 +39,12 @@ class GenerationArguments:
 
     model: str = "tiny"
     """Bundled name, a folder in diffusers' layout, a .safetensors file, or a Hub id."""
-    resolution: int | str | None = None
+    resolution: Resolution | None = None
     """Of the images in pixels, such as 512, or 832x1216 for width x height. Default: the model's own; use the one that
     the LoRA was trained with."""
     pipeline_arguments: tuple[str, ...] = ()
     """Arguments of the pipeline's call as key=value, such as max_sequence_length=128."""
-    quantization: Literal["int8", "nf4"] | None = None
+    quantization: Quantization | None = None
     """Hold the denoiser's linear layers in 8 bits (int8) or 4 (nf4)."""
     lora: Path | None = None
     """Folder or file of a LoRA, such as runs/<name>/lora."""

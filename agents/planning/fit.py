@@ -15,7 +15,7 @@ from ddpo_env.models.loading import is_object
 from ddpo_env.models.lora.adapters import check_mergeable
 from ddpo_env.models.lora.lora_file import find_lora
 from ddpo_env.models.outline import outline_model
-from ddpo_env.validation.arguments import check_reward_and_rendering
+from ddpo_env.models.protocol import check_reward_and_rendering
 from rewards import Reward
 from rewards.networks.devices import resolve_device, resolve_dtype
 

@@ -7,7 +7,6 @@ module tree that holds the *same* frozen tensors; full training works on a copy 
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -193,34 +192,3 @@ def merged_adapters(denoiser: nn.Module) -> Iterator[None]:
         for layer, weight in zip(layers, frozen, strict=True):
             layer.base_layer.weight = weight
             switch(layer, True)
-
-
-@contextmanager
-def scaled_adapters(denoiser: nn.Module, strength: float) -> Iterator[None]:
-    """Use `W + strength · B A` in each adapted layer inside this context, as diffusers' `set_adapters` with a weight.
-
-    0 is the pretrained denoiser, 1 is what was learned. `merged_adapters` inside this context merges the scaled ones.
-
-    Args:
-        denoiser: with adapters.
-        strength: a finite number; above 1 exaggerates.
-
-    Raises:
-        ValueError: for a strength that is not finite, or a denoiser without adapters.
-    """
-    if not math.isfinite(strength):
-        raise ValueError(f"strength of the LoRA must be a finite number; got {strength}")
-    layers = [layer for layer in denoiser.modules() if isinstance(layer, LoraLayer)]
-    if not layers:
-        raise ValueError(
-            f"strength of the LoRA must be 1 with a {type(denoiser).__name__} that has no adapters (lora_rank=0); "
-            f"got {strength}"
-        )
-    before = [layer.scaling[ADAPTER] for layer in layers]
-    try:
-        for layer in layers:
-            layer.set_scale(ADAPTER, strength)
-        yield
-    finally:
-        for layer, scale in zip(layers, before, strict=True):
-            layer.scaling[ADAPTER] = scale

@@ -28,13 +28,13 @@ def find_model(
     if isinstance(space, DenoisingObservationSpace):
         handle = space.handle
         loaded = handle.model if model is None else load_model(model, *handle.variant)
-        return ModelHandle(loaded, num_inference_steps or handle.num_inference_steps)
+        return ModelHandle.of(loaded, num_inference_steps or handle.num_inference_steps)
     if model is None or num_inference_steps is None:
         raise ValueError(
             "model and num_inference_steps must be given in policy_kwargs, because observation_space does not name "
             f"them: it is a {type(space).__name__}, not a DenoisingObservationSpace"
         )
-    return ModelHandle(load_model(model), num_inference_steps)
+    return ModelHandle.of(load_model(model), num_inference_steps)
 
 
 def check_spaces(

@@ -22,6 +22,7 @@ from agents.config.train_config import TrainConfig
 from agents.report.evaluation_files import EvaluationRecord, evaluation_name, read_evaluation
 
 ITERATION = "time/iterations"
+"""Column of `progress.csv` that numbers the rows, as Stable-Baselines3 calls it."""
 Curve = list[tuple[int, float]]
 """(iteration, value), in order."""
 _ANSWERS = 12

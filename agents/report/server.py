@@ -6,21 +6,18 @@ import hashlib
 import threading
 from collections.abc import Iterable, Sequence
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 from agents.output.terminal import print_error
 from agents.report.page import render
+from rewards.votes.local_server import FOREIGN_NAME, LocalServer
 
-_HOST = "127.0.0.1"
 _WATCHED = ("config.yaml", "progress.csv", "summary.json", "error.txt", "doctor.json", "judge/**/answers.jsonl")
 
 
-class ReportServer(ThreadingHTTPServer):
-    """Answers `GET /` with the report of run folders, on the loopback address only.
-
-    A request that names another host is refused, so that no page from elsewhere can read the report under a name that
-    leads here.
+class ReportServer(LocalServer):
+    """Answers `GET /` with the report of run folders.
 
     Args:
         paths: of the run folders.
@@ -30,23 +27,13 @@ class ReportServer(ThreadingHTTPServer):
         ValueError: if the port is taken, or as `render`.
     """
 
-    daemon_threads = True
-
     def __init__(self, paths: Sequence[Path], port: int) -> None:
         """Render the first page, which shows whether the folders can be read, and take the port."""
         self.paths = paths
         self._rendering = threading.Lock()
         self._page = self._version = ""
         self.current_page()
-        try:
-            super().__init__((_HOST, port), _Handler)
-        except OSError as error:
-            raise ValueError(f"port must be free on this machine, or 0 for any; got {port}: {error}") from error
-
-    @property
-    def address(self) -> str:
-        """Where a browser finds the report."""
-        return f"http://{_HOST}:{self.server_port}/"
+        super().__init__(port, _Handler)
 
     def version(self) -> str:
         """Return a text that changes when the run folders do."""
@@ -78,9 +65,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Print nothing for a request."""
 
     def _answer(self, has_body: bool) -> None:
-        names = {f"{name}:{self.server.server_port}" for name in (_HOST, "localhost")}
-        if self.headers.get("Host") not in names:
-            return self._send(HTTPStatus.FORBIDDEN, "this server answers only to its own address", has_body=has_body)
+        if not self.server.is_named_in(self):
+            return self._send(*FOREIGN_NAME, has_body=has_body)
         if self.path != "/":
             return self._send(HTTPStatus.NOT_FOUND, "there is only the report, at /", has_body=has_body)
         try:

@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs, VecEnvStepReturn
@@ -182,8 +183,8 @@ class VectorEnvAdapter(VecEnv):
     def env_is_wrapped(
         self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None
     ) -> list[bool]:
-        """Return false everywhere: a wrapper of single environments cannot be around a sub-environment."""
-        return [False for _ in self._get_indices(indices)]
+        """Return true for `Monitor`, whose `episode` the infos have; no other wrapper is around a sub-environment."""
+        return [wrapper_class is Monitor for _ in self._get_indices(indices)]
 
     def _refuse_indices(self, indices: VecEnvIndices) -> None:
         if indices is not None and len(list(self._get_indices(indices))) != self.num_envs:

@@ -23,10 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
+from agents.algorithms.saving.state import Stateful
+from agents.algorithms.saving.stored_values import read_json, restore, store
 from agents.config.train_config import TrainConfig
 from agents.output.files import fresh_name, remove_leftovers, sync, write_file
-from agents.training.algorithm_state import Stateful, algorithm_state, load_algorithm_state
-from agents.training.stored_values import read_json, restore, store
+from agents.training.checkpoint_state import checkpoint_state, load_checkpoint_state
 
 _NAME = re.compile(r"iteration_(\d{6,12})")
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -62,7 +63,7 @@ class Snapshot:
             FloatingPointError: if what has been learned is NaN or infinite.
             TypeError: if the state of a component cannot be stored.
         """
-        tensors, state = algorithm_state(algorithm)
+        tensors, state = checkpoint_state(algorithm)
         stored: dict[str, Tensor] = {}
         states = {name: store(one.state_dict(), f"component.{name}", stored) for name, one in components.items()}
         tensors |= {name: value.detach().cpu().contiguous().clone() for name, value in stored.items()}
@@ -215,7 +216,7 @@ def load_checkpoint(checkpoint: Path, algorithm: TensorOnPolicyAlgorithm, compon
     tensors, state = algorithm.processes.from_main(lambda: _read(checkpoint))
     try:
         states = state["components"]
-        load_algorithm_state(algorithm, tensors, state)
+        load_checkpoint_state(algorithm, tensors, state)
         for name, component in components.items():
             component.load_state_dict(restore(states[name], tensors))
     except KeyError as error:

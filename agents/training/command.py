@@ -21,7 +21,9 @@ if TYPE_CHECKING:  # imports that take seconds are in `prepare`, where Ctrl-C is
 
 STARTED = time.perf_counter()
 FAILED, SIGNALLED = 1, 128
-_EXPECTED = (ValueError, TypeError, ImportError, OSError, RuntimeError)
+"""Exit codes: of a run that has failed, and what is added to the number of a signal."""
+EXPECTED = (ValueError, TypeError, ImportError, OSError, RuntimeError)
+"""Errors whose message says enough, without their type."""
 
 
 def main() -> int:
@@ -64,7 +66,7 @@ def prepare() -> Run | int:
         raise
     except BaseException as error:  # a module of the user's may even call sys.exit
         if processes.is_main:
-            print_error(describe(error, _EXPECTED))
+            print_error(describe(error, EXPECTED))
         processes.shutdown(error)
         return BAD_ARGUMENTS
     if processes.is_main:

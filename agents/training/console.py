@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from stable_baselines3.common.logger import KVWriter, TensorBoardOutputFormat
 from torch.utils.tensorboard import SummaryWriter
 
+from agents.report.run_data import ITERATION
+
 _SHOWN = (
     ("rollout/reward_mean", "reward", ".3f"),
     ("train/approx_kl", "KL", ".1e"),
@@ -90,4 +92,4 @@ class TensorBoardCurves(TensorBoardOutputFormat):
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
         """Add a point to every curve; `step`, which Stable-Baselines3 counts in environment steps, is not used."""
-        super().write(key_values, key_excluded, int(key_values["time/iterations"]))
+        super().write(key_values, key_excluded, int(key_values[ITERATION]))

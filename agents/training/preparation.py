@@ -50,7 +50,7 @@ from rewards import (
 )
 
 _ENVIRONMENT = "ddpo_env:DDPO-SD-v0"
-_EVAL_SEED_OFFSET = 1_000_000
+EVAL_SEED_OFFSET = 1_000_000
 """Held-out seeds start this far above the run's; the training sub-environments use the ones right above the run's."""
 
 
@@ -247,7 +247,7 @@ def _listeners(config: TrainConfig, holdout: Reward | None, eval_env: DenoisingV
     if holdout is not None:
         metadata = dict(abilities_of(eval_env.model).sample_metadata)
         scored = HoldoutReward(holdout, str(settings.holdout_reward), config.eval_batch_size, metadata)
-    seed, window = config.seed + _EVAL_SEED_OFFSET, config.update.timestep_window
+    seed, window = config.seed + EVAL_SEED_OFFSET, config.update.timestep_window
     noisy = config.policy.sampler_table(eval_env.model, config.num_inference_steps).is_stochastic.numpy()
     images = HeldOutImages(eval_env, settings.eval_samples, settings.eval_interval, seed, window, scored, noisy)
     brake = [OverOptimisationBrake()] if settings.stop_at_overoptimisation else []

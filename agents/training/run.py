@@ -15,6 +15,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger
 
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
+from agents.algorithms.saving.state import Stateful
 from agents.config.train_config import TrainConfig
 from agents.evaluation.evaluate import Evaluation
 from agents.evaluation.plots import reward_curve
@@ -23,9 +24,10 @@ from agents.output.terminal import quoted
 from agents.planning.memory import fit_micro_batch_size
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.report.page import write_report
+from agents.report.run_data import ITERATION
 from agents.rollout.vec_env import denoising_env_of
-from agents.training.algorithm_state import Stateful, check_learned
 from agents.training.checkpoint import Checkpoints, iterations_done, latest_checkpoint, run_identity
+from agents.training.checkpoint_state import check_learned
 from agents.training.console import ConsoleWriter, TensorBoardCurves
 from agents.training.monitoring.divergence import DEVIATIONS, ITERATIONS, DivergenceError, has_diverged, is_worse
 from agents.training.result import RunResult, best_of
@@ -330,7 +332,7 @@ class Run:
     def _log_evaluation(self) -> None:
         """Log an evaluation that belongs to no iteration of this process; its row has nothing else."""
         with self.processes.fail_together():
-            self.algorithm.logger.record("time/iterations", self.iteration, exclude="tensorboard")
+            self.algorithm.logger.record(ITERATION, self.iteration, exclude="tensorboard")
             self.algorithm.logger.dump(self.iteration)
         self._write_report()
 

@@ -38,9 +38,9 @@ from filelock import FileLock, Timeout
 from stable_baselines3.common.logger import KVWriter, filter_excluded_keys
 
 from agents.output.files import refuse_links, remove_leftovers, write_file
+from agents.report.run_data import ITERATION
 
 _FOLDERS = ("samples", "tensorboard", "lora", "policy", "best", "checkpoints", "judge")
-_ITERATION = "time/iterations"
 _FILES = (
     "config.yaml",
     "progress.csv",
@@ -224,8 +224,8 @@ class MetricsTable(KVWriter):
             rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")), strict=True))
             if any(None in row or None in row.values() for row in rows):
                 raise ValueError("its rows have different lengths")
-            if rows and _ITERATION not in rows[0]:
-                raise ValueError(f"it has no column {_ITERATION}")
+            if rows and ITERATION not in rows[0]:
+                raise ValueError(f"it has no column {ITERATION}")
             return [row for row in rows if _iteration(row) <= iterations]
         except (ValueError, OverflowError, csv.Error) as error:
             raise ValueError(
@@ -251,7 +251,7 @@ class MetricsTable(KVWriter):
 
 
 def _iteration(row: Mapping[str, Any]) -> int:
-    return int(row[_ITERATION] or 0)
+    return int(row[ITERATION] or 0)
 
 
 def _holds_files(path: Path) -> bool:

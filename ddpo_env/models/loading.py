@@ -183,7 +183,10 @@ def load_model(
 
 
 def unload_models() -> None:
-    """Drop every loaded model, so that its memory can be freed once nobody else holds it."""
+    """Drop every model that was loaded by name, so that its memory can be freed once nobody else holds it.
+
+    Environments, policies and spaces keep their models. The next `load_model` of a name loads it anew.
+    """
     _loaded.clear()
     _changed.clear()
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ddpo_env.models.lora.lora_file import MergedLora, peft_adapters
 from ddpo_env.prompts.distributions import Prompt
 from ddpo_env.validation.resolution import Resolution
-from rewards.kinds import SampleKind
+from rewards import Reward, reward_name
+from rewards.kinds import KINDS, SampleKind, described, kinds_of
 
 Conditioning: TypeAlias = Mapping[str, Tensor]
 """Conditioning tensors by their diffusers names, each `(batch, ...)`."""
@@ -253,3 +254,23 @@ def abilities_of(model: DiffusionModel) -> ModelAbilities:
             "ddpo_env.models.ModelAbilities, which declares such abilities"
         )
     return _DefaultAbilities(model)
+
+
+def check_reward_and_rendering(model: DiffusionModel, reward: Reward, render_mode: str | None) -> None:
+    """Refuse a reward for other samples than the model's, and rendering, if the model has no images.
+
+    Raises:
+        ValueError: naming the reward or the render mode, and the model.
+    """
+    abilities = abilities_of(model)
+    kind = abilities.sample_kind
+    if kind not in kinds_of(reward):
+        raise ValueError(
+            f"reward {reward_name(reward)} scores {described(kinds_of(reward))}, and model {model.source!r} generates "
+            f"{KINDS[kind]}; give a reward for its samples"
+        )
+    if render_mode is not None and not abilities.can_render:
+        raise ValueError(
+            f"render_mode must be None with model {model.source!r}, which generates no images and has no method "
+            f"render(latents); got {render_mode!r}"
+        )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -24,6 +23,7 @@ from ddpo_env.models.families.watching import check_form
 from ddpo_env.models.files.pipelines import PipelineIndex, read_index
 from ddpo_env.models.files.single_file import check_single_file, configuration_of
 from ddpo_env.models.protocol import DiffusionModel
+from rewards.networks.pretrained import HUB_ID
 from rewards.registry import did_you_mean
 
 BUNDLED_MODELS: dict[str, str] = {
@@ -46,8 +46,6 @@ VALID_MODELS = (
 
 PIPELINE_OBJECT = "pipeline/"
 """How the source of a pipeline object begins."""
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def resolve_source(model: str | Path) -> str:
@@ -73,7 +71,7 @@ def resolve_source(model: str | Path) -> str:
         check_single_file(folder)
         return os.path.abspath(folder)  # not through a link, whose name says where the configurations are
     looks_like_path = name.startswith((".", "/", "~")) or isinstance(model, Path)
-    if _HUB_ID.fullmatch(name) and not looks_like_path:
+    if HUB_ID.fullmatch(name) and not looks_like_path:
         return name
     raise ValueError(f"model must be {VALID_MODELS}; got {name!r}{did_you_mean(name, BUNDLED_MODELS)}")
 
@@ -109,16 +107,6 @@ def family_in(location: str, with_weights: bool = True) -> tuple[Any, PipelineIn
         check_form(getattr(diffusers, index.class_name), location)
     index.check(with_weights and weights is None)
     return family_of(index.class_name), index
-
-
-def model_fingerprint(model: str | Path) -> str | None:
-    """Return a hash that tells a folder or single file from others, wherever it is; `None` for other models.
-
-    It reads the configurations, and parts of the weights: milliseconds. A changed weight may go unnoticed, another
-    training of the same model does not. The arguments and errors are those of `resolve_source`.
-    """
-    location = resolve_source(model)
-    return family_in(location)[1].fingerprint() if Path(location).exists() else None
 
 
 def family_of(pipeline_class: str) -> Any:

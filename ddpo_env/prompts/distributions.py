@@ -21,7 +21,7 @@ import numpy as np
 
 from ddpo_env.prompts import vocabulary
 from ddpo_env.prompts.files import read_prompt_file, split_prompt
-from rewards.registry import did_you_mean
+from rewards.registry import did_you_mean, is_deferred
 
 if TYPE_CHECKING:
     import inflect
@@ -143,7 +143,7 @@ def _check_signature(function: Callable[..., Any], name: str) -> None:
     Raises:
         TypeError: Its signature does not take one argument, or it is async or a generator.
     """
-    if any(is_kind(one) for is_kind in _DEFERRED_KINDS for one in (function, type(function).__call__)):
+    if is_deferred(function) or is_deferred(type(function).__call__):
         raise TypeError(f"{name} must be a plain function that returns a prompt; it is async or a generator")
     try:
         inspect.signature(function).bind(None)
@@ -153,9 +153,6 @@ def _check_signature(function: Callable[..., Any], name: str) -> None:
         ) from error
     except ValueError:
         pass  # a function written in C may have no signature
-
-
-_DEFERRED_KINDS = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 
 
 def _collect(prompts: Iterable[Prompt]) -> PromptSet:

@@ -17,11 +17,9 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from ddpo_env.models.protocol import DiffusionModel, abilities_of
 from ddpo_env.prompts.distributions import Prompt, PromptDistribution, PromptSet, load_prompts
 from ddpo_env.prompts.images import IMAGE
-from rewards import NonFinite, Reward, reward_name
-from rewards.kinds import KINDS, described, kinds_of
+from rewards import NonFinite
 
 BACKENDS = ("numpy", "torch")
 RESET_OPTIONS = ("prompts", "latents", "reset_mask")
@@ -91,22 +89,6 @@ def autoreset_mode_of(mode: str | AutoresetMode) -> AutoresetMode:
     except ValueError:
         valid = ", ".join(repr(m.value) for m in AutoresetMode)
         raise ValueError(f"autoreset_mode must be one of {valid}; got {mode!r}") from None
-
-
-def check_reward_and_rendering(model: DiffusionModel, reward: Reward, render_mode: str | None) -> None:
-    """Refuse a reward for other samples than the model's, and rendering, if the model has no images."""
-    abilities = abilities_of(model)
-    kind = abilities.sample_kind
-    if kind not in kinds_of(reward):
-        raise ValueError(
-            f"reward {reward_name(reward)} scores {described(kinds_of(reward))}, and model {model.source!r} generates "
-            f"{KINDS[kind]}; give a reward for its samples"
-        )
-    if render_mode is not None and not abilities.can_render:
-        raise ValueError(
-            f"render_mode must be None with model {model.source!r}, which generates no images and has no method "
-            f"render(latents); got {render_mode!r}"
-        )
 
 
 def reset_options(options: Mapping[str, Any] | None) -> dict[str, Any]:

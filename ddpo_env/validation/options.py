@@ -60,7 +60,6 @@ class Range:
         return " ".join(f"{word} {bound}" for word, bound in given.items()) or "finite"
 
 
-AT_LEAST_1 = Range(at_least=1)
 NOT_NEGATIVE = Range(at_least=0)
 POSITIVE = Range(above=0)
 DECAY = Range(at_least=0, below=1)

@@ -10,7 +10,8 @@ from ddpo_env.validation.options import shown
 Resolution: TypeAlias = int | str
 """Side of a square, or `"<width>x<height>"`, in pixels."""
 
-_MOST = 65_536
+MOST_PIXELS = 2**14
+"""A larger side of an image is a mistake, and would fail later for lack of memory."""
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
 
 
@@ -25,10 +26,10 @@ def height_and_width(resolution: Resolution) -> tuple[int, int]:
         sides = int(match[2]), int(match[1])
     elif isinstance(resolution, int) and not isinstance(resolution, bool):
         sides = resolution, resolution
-    if not sides or not all(1 <= side <= _MOST for side in sides):
+    if not sides or not all(1 <= side <= MOST_PIXELS for side in sides):
         raise ValueError(
             "resolution must be None, a number of pixels such as 512, or width x height such as '832x1216', with sides "
-            f"from 1 to {_MOST}; got {shown(resolution)}"
+            f"from 1 to {MOST_PIXELS}; got {shown(resolution)}"
         )
     return sides[0], sides[1]
 

@@ -65,7 +65,7 @@ class AnswerLog:
             self._next = 1 + max(map(int, numbers), default=0)
         chosen = np.unique(np.linspace(0, len(images) - 1, min(self.per_call, len(images))).round().astype(int))
         path = self.folder / "answers.jsonl"
-        with open(path, "a", encoding="utf-8", errors="replace", opener=_open_without_links) as lines:
+        with open(path, "a", encoding="utf-8", errors="replace", opener=open_without_links) as lines:
             for index in chosen.tolist():
                 name = f"{self._next:06d}.jpg"
                 with (self.folder / name).open("xb") as file:
@@ -85,5 +85,6 @@ def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} [cut: {_LONGEST} of {len(text)} characters]"
 
 
-def _open_without_links(path: str, flags: int) -> int:
+def open_without_links(path: str, flags: int) -> int:
+    """Open a file unless its name is a link, as the `opener` of `open`."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)  # Windows has no such flag

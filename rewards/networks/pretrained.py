@@ -50,7 +50,7 @@ _NOT_FOLLOWED = (
 _ATTENTIONS = (None, "eager", "sdpa")
 """Other attention implementations may be code on the Hub."""
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)/([\w./+-]+)")
 
 _T = TypeVar("_T")
@@ -87,7 +87,7 @@ def resolve_source(model: str | Path, purpose: str = "") -> str:
         if not (folder / "config.json").is_file():
             raise ValueError(f"model folder {name!r} contains no transformers model: it has no config.json")
         return str(folder.resolve())
-    if isinstance(model, Path) or name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
+    if isinstance(model, Path) or name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
         bundled = f"{TINY!r} for the bundled one, " if purpose in BUNDLED_MODELS else ""
         with_bundled = "aesthetic, clip_score, votes, vlm_alignment and vlm_vqa"
         missing = "" if bundled or name != TINY else f": only {with_bundled} have a bundled model"

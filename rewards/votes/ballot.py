@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rewards.judge.answer_log import open_without_links
 
 Side: TypeAlias = Literal["left", "right"]
 Voter: TypeAlias = Literal["person", "simulation"]
@@ -118,7 +119,7 @@ class VoteFile:
         if self.path is not None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+b", opener=_open_without_links) as file:
+        with open(path, "a+b", opener=open_without_links) as file:
             file.seek(0)
             whole, end, unfinished = file.read().rpartition(b"\n")
             for number, line in enumerate((whole + end).split(b"\n")[:-1], 1):
@@ -152,13 +153,9 @@ class VoteFile:
         prompt, left, right = _key(comparison)
         when = datetime.now(UTC).isoformat(timespec="seconds")
         line = json.dumps(asdict(Vote(left, right, prompt, self._question, winner, self._voter, when)))
-        with open(self.path, "a", encoding="ascii", opener=_open_without_links) as file:
+        with open(self.path, "a", encoding="ascii", opener=open_without_links) as file:
             file.write(line + "\n")
 
 
 def _key(comparison: Comparison) -> tuple[str, str, str]:
     return comparison.prompt, comparison.left.digest, comparison.right.digest
-
-
-def _open_without_links(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)  # Windows has no such flag

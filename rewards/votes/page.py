@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from functools import cache
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from importlib.resources import files
 from typing import Any
 
@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rewards.votes.ballot import Comparison, Side
+from rewards.votes.local_server import FOREIGN_NAME, LocalServer
 from rewards.votes.voters import Cast
 
-_HOST = "127.0.0.1"
 _LARGEST_REQUEST = 1000
 """Bytes of a vote; the page sends less than 100."""
 _FILES = {
@@ -68,7 +68,7 @@ class VotingPage:
         """Where a browser finds the page."""
         self.open()
         assert self._server is not None
-        return f"http://{_HOST}:{self._server.server_port}/{self._server.token}/"
+        return f"{self._server.address}{self._server.token}/"
 
     def open(self) -> None:
         """Take the port and print the address.
@@ -78,10 +78,7 @@ class VotingPage:
         """
         if self._server is not None:
             return
-        try:
-            self._server = _Server(self, self._port)
-        except OSError as error:
-            raise ValueError(f"port must be free on this machine, or 0 for any; got {self._port}: {error}") from error
+        self._server = _Server(self, self._port)
         threading.Thread(target=self._server.serve_forever, name="votes", daemon=True).start()
         print(f"votes: open {self.address} to vote", file=sys.stderr, flush=True)
 
@@ -131,13 +128,11 @@ class VotingPage:
             return True
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
+class _Server(LocalServer):
     def __init__(self, page: VotingPage, port: int) -> None:
         self.page = page
         self.token = secrets.token_urlsafe(24)
-        super().__init__((_HOST, port), _Handler)
+        super().__init__(port, _Handler)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -183,9 +178,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _name(self) -> str | None:
         """Return what is asked for, below the token; None if the request has been refused."""
-        names = {f"{name}:{self.server.server_port}" for name in (_HOST, "localhost")}
-        if self.headers.get("Host") not in names:
-            self._refuse(HTTPStatus.FORBIDDEN, "this server answers only to its own address")
+        if not self.server.is_named_in(self):
+            self._refuse(*FOREIGN_NAME)
             return None
         token, separator, name = self.path.removeprefix("/").partition("/")
         if not separator or not hmac.compare_digest(token.encode(), self.server.token.encode()):

@@ -26,8 +26,7 @@ import numpy as np
 import torch
 import tyro
 
-HELD_OUT = 1_000_000
-"""Distance of the episodes' seeds from the seed of a training, whose own episodes begin right above it."""
+from agents.training.preparation import EVAL_SEED_OFFSET
 
 
 @dataclass(kw_only=True)
@@ -107,7 +106,7 @@ def play(env: gym.vector.VectorEnv[Any, Any, Any], act: Act, episodes: int, seed
     returns: list[float] = []
     started = time.perf_counter()
     for first in range(0, episodes, env.num_envs):
-        observation, _ = env.reset(seed=seed + HELD_OUT + first)
+        observation, _ = env.reset(seed=seed + EVAL_SEED_OFFSET + first)
         total, over = np.zeros(env.num_envs), False
         while not over:
             observation, rewards, terminations, _, _ = env.step(act(observation))

@@ -207,7 +207,7 @@ def test_ctrl_c_in_one_process_stops_all_at_a_finished_iteration(micro_pipeline_
         ({"eval_samples": 3}, "eval_samples must be a multiple of the number of processes, 2; got 3"),
         ({"device": "cuda:0"}, "device must be auto, cpu or cuda with several processes"),
         (
-            {"reward": "helpers.micro_agents:Remembering"},
+            {"reward": "helpers.stateful_rewards:Remembering"},
             "reward Remembering keeps a state (state_dict)",
         ),
     ],

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
-from helpers.micro_agents import Remembering, Shareable, brightness
+from helpers.micro_agents import brightness
+from helpers.stateful_rewards import Remembering, Shareable
 
 from ddpo_env import DeferredReward, DenoisingVectorEnv
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import io
 import pickle
 import warnings
@@ -16,6 +17,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import RecordEpisodeStatistics, RecordVideo, TimeLimit
 from PIL import Image
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
@@ -196,6 +198,43 @@ def test_generator_of_the_environment_is_the_one_that_samples(make_env: MakeEnv)
     second, _ = env.reset()
     assert np.array_equal(second["latents"], np.random.default_rng(7).standard_normal((4, 8, 8), np.float32))
     assert not np.array_equal(first["latents"], env.reset()[0]["latents"])
+
+
+def test_seed_is_that_of_the_environment_and_of_its_batch(make_env: MakeEnv) -> None:
+    env: Any = make_env().unwrapped
+    env.reset(seed=7)
+    env.reset()
+    assert (env.np_random_seed, env.batch.np_random_seed) == (7, (7,))
+    env.np_random = np.random.default_rng(7)
+    assert (env.np_random_seed, env.batch.np_random_seed) == (-1, (-1,))
+
+
+def test_refused_reset_leaves_the_generator_alone(make_env: MakeEnv) -> None:
+    env = make_env().unwrapped
+    env.reset(seed=7)
+    before = copy.deepcopy(env.np_random)
+    with pytest.raises(ValueError, match="options"):
+        env.reset(seed=8, options={"latents": 3})
+    assert env.np_random.bit_generator.state == before.bit_generator.state
+
+
+def test_signature_is_that_of_the_batch(make_env: MakeEnv) -> None:
+    own, of_batch = (
+        {name: (one.default, one.annotation) for name, one in inspect.signature(kind).parameters.items()}
+        for kind in (ddpo_env.DenoisingEnv, ddpo_env.DenoisingVectorEnv)
+    )
+    modes = own.pop("autoreset_mode"), of_batch.pop("autoreset_mode")
+    assert own == of_batch
+    assert [default for default, _ in modes] == [AutoresetMode.DISABLED, AutoresetMode.NEXT_STEP]
+    with pytest.raises(TypeError, match="DenoisingEnv.* unexpected keyword argument 'num_inference_step'"):
+        make_env(num_inference_step=3)
+
+
+def test_close_closes_the_batch(make_env: MakeEnv) -> None:
+    env: Any = make_env()
+    env.close()
+    env.close()
+    assert env.unwrapped.batch.closed
 
 
 def test_returned_observations_and_infos_are_never_written_to_again(make_env: MakeEnv) -> None:

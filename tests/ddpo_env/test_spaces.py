@@ -29,7 +29,7 @@ def test_handle_names_the_model(space: DenoisingObservationSpace) -> None:
     assert handle.model is load_model("tiny", "cpu")
     assert (handle.source, handle.device, handle.dtype, handle.resolution) == ("tiny", "cpu", "float32", None)
     assert handle.num_inference_steps == 7
-    assert ModelHandle(load_model("tiny", "cpu", resolution=128), 7).resolution == 128
+    assert ModelHandle.of(load_model("tiny", "cpu", resolution=128), 7).resolution == 128
 
 
 def test_space_keeps_gymnasiums_own_attributes(space: DenoisingObservationSpace) -> None:
@@ -40,6 +40,12 @@ def test_space_keeps_gymnasiums_own_attributes(space: DenoisingObservationSpace)
 def test_handle_does_not_change(space: DenoisingObservationSpace) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         space.handle.num_inference_steps = 3  # type: ignore[misc]
+
+
+def test_equal_handles_are_one_key(space: DenoisingObservationSpace) -> None:
+    model = space.handle.model
+    assert {space.handle: "found"}[ModelHandle.of(model, 7)] == "found"
+    assert hash(space.handle) != hash(ModelHandle.of(model, 6))
 
 
 def test_copies_have_the_same_handle(space: DenoisingObservationSpace) -> None:
@@ -96,7 +102,7 @@ def test_pickle_holds_names_and_finds_the_model_again(space: DenoisingObservatio
 
 def test_model_of_ones_own_is_found_in_its_process_and_missed_in_another(tmp_path: Path) -> None:
     model = ConstantModel()
-    handle = ModelHandle(load_model(model), 1)
+    handle = ModelHandle.of(load_model(model), 1)
     (tmp_path / "handle.pkl").write_bytes(pickle.dumps(handle))
     assert pickle.loads(pickle.dumps(handle)).model is model
     code = (

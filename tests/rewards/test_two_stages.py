@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from helpers.images import PROMPTS, random_images
+from helpers.stateful_rewards import Shareable
 
 from rewards import (
     StatefulReward,
@@ -21,14 +22,15 @@ from rewards import (
 from rewards.sums.composite import Composite
 
 HERE = __name__
+STATEFUL = "helpers.stateful_rewards"
 SUM = f"{HERE}:brightness:1,{HERE}:contrast:0.5"
-NESTED = f"{HERE}:Pair:2,{HERE}:contrast:-0.5:raw,{HERE}:AboveAverage:1"
+NESTED = f"{HERE}:Pair:2,{HERE}:contrast:-0.5:raw,{STATEFUL}:Shareable:1"
 SPECS = {
     "standardised": SUM,
     "raw": f"{HERE}:brightness:100:raw,{HERE}:contrast:1",
     "without some scores": f"{HERE}:brightness:1,{HERE}:sometimes_nan:1",
     "nested": NESTED,
-    "own two stages": f"{HERE}:AboveAverage",
+    "own two stages": f"{STATEFUL}:Shareable",
 }
 
 
@@ -49,40 +51,6 @@ class Pair(Composite):
 
     def __init__(self):
         super().__init__(SUM)
-
-
-class Remembering:
-    """Brightness above the mean of all images so far, in one stage."""
-
-    def __init__(self):
-        self.seen, self.total = 0, 0.0
-
-    def __call__(self, images, prompts, metadata):
-        return self.above_average(brightness(images, prompts, metadata))
-
-    def above_average(self, values):
-        self.seen, self.total = self.seen + len(values), self.total + float(values.sum())
-        return values - self.total / max(self.seen, 1)
-
-    def state_dict(self):
-        return {"seen": self.seen, "total": self.total}
-
-    def load_state_dict(self, state):
-        self.seen, self.total = state["seen"], state["total"]
-
-
-class AboveAverage(Remembering):
-    """The same in two stages."""
-
-    def __call__(self, images, prompts, metadata):
-        return self.combine(self.measure(images, prompts, metadata))
-
-    def measure(self, images, prompts, metadata):
-        return brightness(images, prompts, metadata)
-
-    def combine(self, measurements):
-        scores = self.above_average(np.array(measurements))
-        return scores, {"seen": [float(self.seen)] * len(scores)}
 
 
 def measured_in_pieces(reward, images, prompts, edges, non_finite="keep"):
@@ -144,7 +112,7 @@ def test_nested_sum_is_standardised_like_any_term():
     scores, details = load_reward(NESTED)(images, PROMPTS, [{}] * 4)
     np.testing.assert_allclose(scores, expected)
     assert details[f"{HERE}:Pair"] == pair.tolist()
-    assert details[f"{HERE}:AboveAverage/seen"] == [4] * 4
+    assert details[f"{STATEFUL}:Shareable/seen"] == [4] * 4
 
 
 def test_non_finite_score_is_the_same_error_as_with_one_caller():
@@ -158,32 +126,32 @@ def test_non_finite_score_is_the_same_error_as_with_one_caller():
 
 @pytest.mark.parametrize(("measured", "count"), [([1.0, 2.0], "2"), (None, "None"), ("four", "None")])
 def test_wrong_number_of_measurements_is_an_error(monkeypatch, measured, count):
-    monkeypatch.setattr(AboveAverage, "measure", lambda self, images, prompts, metadata: measured)
-    message = f"reward AboveAverage: measure must return 4 measurements, one per sample; got {count}"
+    monkeypatch.setattr(Shareable, "measure", lambda self, images, prompts, metadata: measured)
+    message = f"reward Shareable: measure must return 4 measurements, one per sample; got {count}"
     with pytest.raises(ValueError, match=message):
-        measure_reward(AboveAverage(), random_images(4), PROMPTS, [{}] * 4)
+        measure_reward(Shareable(), random_images(4), PROMPTS, [{}] * 4)
 
 
 def test_errors_of_both_stages_name_the_reward(monkeypatch):
     def broken(self, *_):
         raise KeyError("no idea")
 
-    monkeypatch.setattr(AboveAverage, "combine", lambda self, measurements: [1.0])
-    message = r"reward AboveAverage must return shape \(4,\), one score per sample; got \(1,\)"
+    monkeypatch.setattr(Shareable, "combine", lambda self, measurements: [1.0])
+    message = r"reward Shareable must return shape \(4,\), one score per sample; got \(1,\)"
     with pytest.raises(ValueError, match=message):
-        measured_in_pieces(AboveAverage(), random_images(4), PROMPTS, (0, 4))
-    monkeypatch.setattr(AboveAverage, "combine", broken)
+        measured_in_pieces(Shareable(), random_images(4), PROMPTS, (0, 4))
+    monkeypatch.setattr(Shareable, "combine", broken)
     with pytest.raises(KeyError, match="no idea") as caught:
-        measured_in_pieces(AboveAverage(), random_images(2), PROMPTS[:2], (0, 2))
-    assert caught.value.__notes__ == ["raised by the reward AboveAverage, combining 2 measurements"]
-    monkeypatch.setattr(AboveAverage, "measure", broken)
+        measured_in_pieces(Shareable(), random_images(2), PROMPTS[:2], (0, 2))
+    assert caught.value.__notes__ == ["raised by the reward Shareable, combining 2 measurements"]
+    monkeypatch.setattr(Shareable, "measure", broken)
     with pytest.raises(KeyError, match="no idea") as caught:
-        measure_reward(AboveAverage(), random_images(2), PROMPTS[:2], [{}] * 2)
-    assert caught.value.__notes__ == ["raised by the reward AboveAverage, measuring 2 samples"]
+        measure_reward(Shareable(), random_images(2), PROMPTS[:2], [{}] * 2)
+    assert caught.value.__notes__ == ["raised by the reward Shareable, measuring 2 samples"]
 
 
 def test_samples_are_checked_before_they_are_measured():
-    reward = images_only(type("Marked", (AboveAverage,), {}))()
+    reward = images_only(type("Marked", (Shareable,), {}))()
     with pytest.raises(ValueError, match="reward Marked scores images, uint8"):
         measure_reward(reward, np.zeros((2, 2)), PROMPTS[:2], [{}] * 2)
 
@@ -198,8 +166,8 @@ def test_rewards_that_processes_can_share(spec):
 @pytest.mark.parametrize(
     ("spec", "name"),
     [
-        (f"{HERE}:Remembering", "Remembering"),
-        (f"{HERE}:brightness:1,{HERE}:Remembering:1:raw", f"{HERE}:Remembering"),
+        (f"{STATEFUL}:Remembering", "Remembering"),
+        (f"{HERE}:brightness:1,{STATEFUL}:Remembering:1:raw", f"{STATEFUL}:Remembering"),
     ],
 )
 def test_state_that_processes_cannot_share_is_refused(spec, name):

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from agents.algorithms.saving.stored_values import read_json
 from agents.config.authority import resume_flags
 from agents.config.settings import MOST
 from agents.config.train_config import TrainConfig
 from agents.output.files import refuse_links
 from agents.output.terminal import quoted
+from agents.report.run_data import ITERATION
 from agents.training.checkpoint import iterations_done, latest_checkpoint
 from agents.training.result import advised_iteration, best_of
 from agents.training.run_folder import MetricsTable
-from agents.training.stored_values import read_json
 from ddpo_env.models.lora.lora_file import PEFT_FILE, find_lora
 from ddpo_env.validation.options import NOT_NEGATIVE, check_value
 
@@ -140,4 +141,4 @@ def _unfinished(folder: Path, config: TrainConfig) -> str:
 
 
 def _curve(rows: Sequence[Mapping[str, str]], name: str) -> list[tuple[int, float]]:
-    return [(int(row["time/iterations"]), float(row[name])) for row in rows if row.get(name)]
+    return [(int(row[ITERATION]), float(row[name])) for row in rows if row.get(name)]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from agents.algorithms.saving.stored_values import read_json
 from agents.evaluation.comparison import BASE, Estimate, Result, best_strengths
-from agents.training.stored_values import read_json
 from ddpo_env.models.files.pipelines import file_fingerprint
 from ddpo_env.validation.options import NOT_NEGATIVE, Range, check_value
 

@@ -30,13 +30,11 @@ from typing import TYPE_CHECKING
 from agents.commands.race.halving import Unit
 from agents.config.command_line import CommandLine, parse_settings_line
 from agents.output.terminal import BAD_ARGUMENTS, INTERRUPTED, print_error, print_line, quoted, tolerate_encodings
+from agents.training.command import EXPECTED, FAILED, SIGNALLED, describe, start_of_command
 
 if TYPE_CHECKING:  # imports that take seconds are in `race`, so that --help appears at once
     from agents.commands.race.race import Race
     from agents.distributed import Processes
-
-FAILED, SIGNALLED = 1, 128
-_EXPECTED = (ValueError, TypeError, ImportError, OSError, RuntimeError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +76,6 @@ def run_race(line: RaceLine) -> int:
     """Run the race of a command line; return the exit code of `main`."""
     from agents.commands.race.table import describe_race
     from agents.distributed import Processes
-    from agents.training.command import describe
     from agents.training.preparation import start_run_processes
 
     processes = Processes()
@@ -87,7 +84,7 @@ def run_race(line: RaceLine) -> int:
         race = prepare_race(line, processes)
     except Exception as error:
         if processes.is_main:
-            print_error(describe(error, _EXPECTED))
+            print_error(describe(error, EXPECTED))
         processes.shutdown(error)
         return BAD_ARGUMENTS
     if processes.is_main:
@@ -120,7 +117,6 @@ def prepare_race(line: RaceLine, processes: Processes) -> Race:
 def _train(race: Race) -> int:
     """Train, print how it goes, write the figure and the winner's settings, and return the exit code."""
     from agents.commands.race.table import result_line, table
-    from agents.training.command import describe, start_of_command
 
     processes = race.processes
 
@@ -135,9 +131,9 @@ def _train(race: Race) -> int:
             print_line("\nStopped; what has been trained is saved. To go on with the race, give the same command:")
             print_line(f"  {quoted(*start_of_command(processes), *sys.argv[1:])}")
         return SIGNALLED + (processes.stopped_by or signal.SIGINT)
-    except _EXPECTED as error:
+    except EXPECTED as error:
         if processes.is_main:
-            print_error(describe(error, _EXPECTED))
+            print_error(describe(error, EXPECTED))
             print_line("What has been trained is saved. To go on with the race, give the same command again.")
         if processes.count > 1 and error is not processes.agreed:
             raise

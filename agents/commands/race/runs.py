@@ -18,6 +18,7 @@ from agents.config.train_config import TrainConfig
 from agents.distributed import Processes
 from agents.output.files import remove
 from agents.output.terminal import escaped
+from agents.report.run_data import ITERATION
 from agents.training.preparation import prepare_run
 from agents.training.run import Run, RunListener
 from agents.training.run_folder import MetricsTable
@@ -119,7 +120,7 @@ def evaluations(folder: Path, iterations: int) -> list[Evaluated]:
     """
     found = [
         Evaluated(
-            int(row["time/iterations"]),
+            int(row[ITERATION]),
             float(row["eval/reward_mean"]),
             _number(row.get("eval/holdout_reward_mean")),
             _number(row.get("eval/kl_to_pretrained")),

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from agents.algorithms.saving.stored_values import read_json
 from agents.commands.race.halving import Failure, Result
 from agents.output.files import write_file
-from agents.training.stored_values import read_json
 from ddpo_env.validation.options import Range, check_value, shown
 
 _VERSION = 1

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ddpo_env.validation.resolution import Resolution, height_and_width
+from ddpo_env.validation.resolution import MOST_PIXELS, Resolution, height_and_width
 
-_MOST_PIXELS = 2**14
-"""A larger side of an image is a mistake, and would fail later for lack of memory."""
 _PATCHES = (1, 2, 4, 8)
 
 
@@ -26,7 +24,7 @@ def check_resolution(
     Raises:
         ValueError: naming the resolution, and the multiple that its sides must be.
     """
-    most = _MOST_PIXELS if most_patches is None else min(_MOST_PIXELS, most_patches * scale)
+    most = MOST_PIXELS if most_patches is None else min(MOST_PIXELS, most_patches * scale)
     height, width = height_and_width(resolution)
     if all(scale <= side <= most for side in (height, width)) and accepts(height, width):
         return

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from helpers.algorithms import MAKERS
 from helpers.micro_agents import STEPS
 
@@ -32,7 +33,7 @@ EVERY_ALGORITHM = {
     "vf_coef": [*NUMBER, 1e12],
     "max_grad_norm": [*NUMBER, 0],
     "seed": [-1, 2**32, 1.5, "0", True],
-    "device": ["gpu", "", "cuda:x", 1.5],
+    "device": ["gpu", "", "cuda:x", "cuda:99", "mps:x", 1.5],
     "stats_window_size": [0, -1, 1.5, None],
     "verbose": [3, -1, "yes"],
     "target_kl": [math.nan, math.inf, 0, -1.0],
@@ -90,6 +91,12 @@ CASES = [
 def test_argument_of_an_algorithm(kind, name, value):
     with pytest.raises(ValueError, match=rf"^{name}(\[\d\])? must be .*; got "):
         kind("MlpPolicy", "CartPole-v1", **{"n_steps": 8, "device": "cpu", name: value})
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has the device")
+def test_device_that_the_machine_does_not_have():
+    with pytest.raises(ValueError, match="^device must be auto or one of cpu.* on this machine; got 'mps'"):
+        PPO("MlpPolicy", "CartPole-v1", n_steps=8, device="mps")
 
 
 def test_schedule_that_leaves_the_valid_range_is_told():

@@ -170,6 +170,23 @@ def test_what_begins_anew_finishes_the_work_and_leaves_the_error_to_who_asks(mak
         env.step(actions(0))
 
 
+def test_reset_of_some_keeps_the_failure_of_an_ended_episode_for_the_next_step(make: Any) -> None:
+    """With staggered episodes, sub-environment 0 ends and begins anew alone; its reward has failed."""
+    gate = Gate(broken)
+    env = make(gate, AutoresetMode.DISABLED)
+    env.reset(seed=0)
+    env.step(actions(0))
+    env.reset(options={"reset_mask": np.array([False, True, True])})
+    assert env.step(actions(1))[2].tolist() == [True, False, False]
+    env.reset(options={"reset_mask": np.array([True, False, False])})
+    assert not gate.prompts, "it does not wait, just as a step that resets does not"
+    gate.open.set()
+    env.wait_for_rewards()
+    with pytest.raises(KeyError, match="no judge"):
+        env.step(actions(2))
+    assert env.step(actions(2))[2].tolist() == [False, True, True]
+
+
 def test_state_dict_waits_and_the_next_step_still_raises(make: Any) -> None:
     gate = Gate(broken)
     env = make(gate)

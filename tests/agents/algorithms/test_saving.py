@@ -98,6 +98,61 @@ def test_class_of_ones_own_has_to_be_given_again(tmp_path):
     assert isinstance(loaded.policy, OwnPolicy)
 
 
+class Baseline:
+    """An estimator of one's own with a state: the mean of all rewards that it has seen."""
+
+    def __init__(self):
+        self.seen = np.zeros(0)
+
+    def __call__(self, rollout):
+        self.seen = np.append(self.seen, rollout.rewards)
+        return torch.as_tensor(rollout.rewards - self.seen.mean(), dtype=torch.float32)
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+def test_state_of_an_estimator_of_ones_own_comes_back(tmp_path):
+    model = small_ppo(advantage=Baseline()).learn(32)
+    assert len(model.advantage.seen) == 32
+    model.save(tmp_path / "model")
+    loaded = PPO.load(tmp_path / "model", advantage=Baseline(), device="cpu")
+    np.testing.assert_array_equal(loaded.advantage.seen, model.advantage.seen)
+    other = PPO.load(tmp_path / "model", advantage=PerPromptAdvantage(), device="cpu")
+    assert other.advantage.history == {}, "another estimator begins anew"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), KeyError("own fault")], ids=repr)
+def test_error_of_a_policy_is_not_called_a_fault_of_the_file(tmp_path, error):
+    class Failing(PPO.policy_aliases["MlpPolicy"]):
+        fails = False
+
+        def __init__(self, *arguments, **named):
+            if self.fails:
+                raise error
+            super().__init__(*arguments, **named)
+
+    PPO(Failing, "CartPole-v1", n_steps=8, batch_size=8, device="cpu").save(tmp_path / "model")
+    Failing.fails = True
+    with pytest.raises(type(error)) as caught:
+        PPO.load(tmp_path / "model", custom_objects={"policy_class": Failing}, device="cpu")
+    assert caught.value is error
+
+
+def test_memory_that_ends_when_a_state_is_loaded_is_not_called_a_fault_of_the_file(tmp_path, monkeypatch):
+    small_ppo().save(tmp_path / "model")
+
+    def full(self, state):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch.optim.Adam, "load_state_dict", full)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        PPO.load(tmp_path / "model", device="cpu")
+
+
 class Bomb:
     """Pickled, it makes a folder when it is read."""
 

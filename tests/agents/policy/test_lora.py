@@ -14,8 +14,6 @@ from agents.policy.lora import (
     LORA_TARGETS,
     add_lora,
     copy_for_full_training,
-    merged_adapters,
-    scaled_adapters,
     share_weights,
 )
 
@@ -152,33 +150,3 @@ def sample_with_pipeline(pipeline, prompt, latents):
         prompt, latents=latents, num_inference_steps=STEPS, guidance_scale=GUIDANCE, eta=1.0, output_type="pil"
     ).images
     return np.asarray(images[0])
-
-
-@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0, 1.5, -1.0])
-def test_scaled_adapters_are_those_of_stock_diffusers_with_that_weight(env, micro_pipeline_folder, tmp_path, strength):
-    policy = stir(micro_policy(env))
-    policy.save_lora(tmp_path)
-    pipeline = stock_pipeline(micro_pipeline_folder, tmp_path)
-    pipeline.set_adapters(pipeline.get_active_adapters(), strength)
-    with torch.no_grad():
-        expected = pipeline.unet(*inputs(env)).sample
-        whole = policy.denoiser(*inputs(env)).sample
-        with scaled_adapters(policy.denoiser, strength):
-            torch.testing.assert_close(policy.denoiser(*inputs(env)).sample, expected, rtol=1e-4, atol=1e-5)
-            with merged_adapters(policy.denoiser):
-                torch.testing.assert_close(policy.denoiser(*inputs(env)).sample, expected, rtol=1e-4, atol=1e-5)
-        assert torch.equal(policy.denoiser(*inputs(env)).sample, whole), "afterwards it is as before"
-        assert (expected - whole).abs().max() > 1e-3 or strength == 1
-
-
-def test_strength_of_no_adapters_and_one_that_is_no_number_are_refused(env):
-    with (
-        pytest.raises(ValueError, match=r"strength .* finite number; got nan"),
-        scaled_adapters(micro_policy(env).denoiser, float("nan")),
-    ):
-        pass
-    with (
-        pytest.raises(ValueError, match=r"strength .* must be 1 .* no adapters \(lora_rank=0\); got 0.5"),
-        scaled_adapters(env.model.denoiser, 0.5),
-    ):
-        pass

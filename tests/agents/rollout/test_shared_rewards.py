@@ -21,13 +21,13 @@ from ddpo_env.deferred_reward import RewardCaller
 from rewards import load_reward
 
 SUM = "helpers.micro_agents:brightness:1,helpers.micro_agents:contrast:0.5"
-NESTED = "helpers.micro_agents:Pair:2,helpers.micro_agents:contrast:-0.5:raw,helpers.micro_agents:Shareable:1"
+NESTED = "helpers.micro_agents:Pair:2,helpers.micro_agents:contrast:-0.5:raw,helpers.stateful_rewards:Shareable:1"
 REWARDS = {
     "standardised": SUM,
     "raw": "helpers.micro_agents:brightness:100:raw,helpers.micro_agents:contrast:1",
     "without a score for some": "helpers.micro_agents:brightness:1,helpers.micro_agents:spotty:1",
     "nested": NESTED,
-    "two stages of its own": "helpers.micro_agents:Shareable",
+    "two stages of its own": "helpers.stateful_rewards:Shareable",
 }
 SPOTTY = ["a cat", "a bee", "an ant", "a toad"]
 """The last two have a length that `spotty` does not like."""
@@ -149,7 +149,7 @@ CHOICES = {
     "groups that processes share": (SUM, {"samples_per_prompt": 4, "train_batch_size": 3, "advantage": "group"}),
     "dropped": ("helpers.micro_agents:brightness:1,helpers.micro_agents:spotty:1", DROP),
     "nested": (NESTED, {}),
-    "two stages of its own": ("helpers.micro_agents:Shareable", {"advantage": "batch"}),
+    "two stages of its own": ("helpers.stateful_rewards:Shareable", {"advantage": "batch"}),
 }
 
 

@@ -1,5 +1,7 @@
 """The native batch as a Stable-Baselines3 `VecEnv`: step by step what Stable-Baselines3's own classes do."""
 
+import warnings
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -7,6 +9,8 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from helpers.micro_agents import STEPS, micro_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 import ddpo_env  # noqa: F401  (registers DDPO-SD-v0)
@@ -211,6 +215,20 @@ def test_attributes_and_methods_are_the_batchs(micro_pipeline_folder):
     images = adapter.get_images()
     assert len(images) == 4
     assert images[0].shape == (32, 32, 3)
+
+
+def test_stock_evaluation_finds_the_episodes_and_does_not_ask_for_a_monitor():
+    adapter = VectorEnvAdapter(gym.make_vec("CartPole-v1", 2, "sync", vector_kwargs=SAME_STEP))
+    expected = VecMonitor(DummyVecEnv([lambda: gym.make("CartPole-v1")] * 2))
+    model = PPO("MlpPolicy", adapter, n_steps=8, batch_size=16, seed=0, device="cpu")
+    results = []
+    for vec_env in (adapter, expected):
+        vec_env.seed(3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            results.append(evaluate_policy(model, vec_env, n_eval_episodes=4, return_episode_rewards=True))
+    assert results[0] == results[1]
+    assert adapter.env_is_wrapped(Monitor, indices=[1]) == [True]
 
 
 def test_nothing_is_rendered_without_a_render_mode(micro_pipeline_folder):

@@ -297,7 +297,7 @@ def test_settings_that_do_not_fit_together_are_refused(settings, message):
         ("jpeg_compressibility:1,astetic:1", "^holdout_reward must be one of .*'astetic'"),
         ("helpers.micro_agents:no", "^holdout_reward 'helpers.micro_agents:no': module"),
         ("jpeg_compressibility", "jpeg_compressibility scores images"),  # and points are none
-        ("helpers.micro_agents:Remembering", "has a state that changes .* no method frozen"),
+        ("helpers.stateful_rewards:Remembering", "has a state that changes .* no method frozen"),
     ],
 )
 def test_held_out_reward_that_does_not_fit_is_refused_early_by_its_setting(tmp_path, spec, message):

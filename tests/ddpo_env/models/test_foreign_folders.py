@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ddpo_env.models import check_source, load_model, unload_models
 from ddpo_env.models.outline import outline_model
-from ddpo_env.models.sources import model_fingerprint
+from ddpo_env.models.sources import family_in
 
 READERS = [outline_model, check_source, load_model]
 Change = Callable[[str, dict[str, Any]], None]
@@ -248,10 +248,13 @@ def test_full_files_beside_a_variant_are_taken_and_two_variants_alone_refused(fo
         check_source(folder)
 
 
+def fingerprint(folder: Path) -> str:
+    return str(family_in(str(folder))[1].fingerprint())
+
+
 def test_fingerprint_follows_the_content_and_not_the_place(folder: Path, micro_pipeline_folder: Path) -> None:
-    first = model_fingerprint(micro_pipeline_folder)
-    assert model_fingerprint(folder) == first
+    first = fingerprint(micro_pipeline_folder)
+    assert fingerprint(folder) == first
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({key: 1.001 * value for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
-    assert model_fingerprint(folder) != first
-    assert model_fingerprint("points") is None
+    assert fingerprint(folder) != first

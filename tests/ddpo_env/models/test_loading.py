@@ -5,6 +5,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,19 @@ def test_unloading_forgets_the_models(micro_pipeline_folder: Path) -> None:
     first = load_model(micro_pipeline_folder)
     unload_models()
     assert load_model(micro_pipeline_folder) is not first
+
+
+def test_unloading_frees_the_weights_that_nobody_holds(micro_pipeline_folder: Path) -> None:
+    weight = next(load_model(micro_pipeline_folder, resolution=48).denoiser.parameters())
+    env = gym.make("DDPO-SD-v0", model=micro_pipeline_folder)
+    found = weakref.ref(weight)
+    del weight
+    unload_models()
+    gc.collect()
+    assert found() is not None, "the environment has it"
+    del env
+    gc.collect()
+    assert found() is None
 
 
 def test_pipeline_object_is_a_model(pipeline: StableDiffusionPipeline) -> None:

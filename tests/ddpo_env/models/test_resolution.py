@@ -106,13 +106,15 @@ def test_stable_diffusion_xl_is_told_the_size():
         assert told[-1] == [[side, side, 0, 0, side, side]]
 
 
-@pytest.mark.parametrize("resolution", [30, 3, "32x30", "30x32", "32x65536"])
+@pytest.mark.parametrize("resolution", [30, 3, "32x30", "30x32", "32x16380"])
 def test_a_size_that_is_no_multiple_is_refused(micro_pipeline_folder, resolution):
     with pytest.raises(ValueError, match=rf"resolution must be a multiple of 8 pixels .*; got {resolution!r}$"):
         load_model(micro_pipeline_folder, "cpu", resolution=resolution)
 
 
-@pytest.mark.parametrize("resolution", [0, -4, 32.0, True, "", "32", "32x", "x32", "32 x 32", "32X32", "0x32", "٣٢x32"])
+@pytest.mark.parametrize(
+    "resolution", [0, -4, 32.0, True, "", "32", "32x", "x32", "32 x 32", "32X32", "0x32", "٣٢x32", 16385, "32x20000"]
+)
 def test_a_size_of_another_form_is_refused(micro_pipeline_folder, resolution):
     for refuse in (load_model, check_source):
         with pytest.raises(ValueError, match=r"resolution must be None, a number .* such as '832x1216', with sides"):

@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ddpo_env.models import check_source, load_model
 from ddpo_env.models.outline import outline_model
-from ddpo_env.models.sources import model_fingerprint
+from ddpo_env.models.sources import family_in
 
 
 def micro_xl() -> StableDiffusionXLPipeline:
@@ -63,15 +63,19 @@ def test_what_the_file_lacks_comes_from_the_folder(file: Path) -> None:
     assert all(torch.equal(vae.state_dict()[name], value) for name, value in pipeline.vae.state_dict().items())
 
 
+def fingerprint(file: Path) -> str:
+    return str(family_in(str(file))[1].fingerprint())
+
+
 def test_fingerprint_follows_the_weights(file: Path, tmp_path: Path) -> None:
-    before = model_fingerprint(file)
+    before = fingerprint(file)
     moved = shutil.move(file, tmp_path / "moved.safetensors")
     file.with_suffix("").rename(tmp_path / "moved")
-    assert model_fingerprint(moved) == before
+    assert fingerprint(moved) == before
     weights = load_file(moved)
     name = "model.diffusion_model.out.2.bias"
     save_file(weights | {name: weights[name] + 1}, moved)
-    assert model_fingerprint(moved) != before
+    assert fingerprint(moved) != before
 
 
 @pytest.mark.parametrize(

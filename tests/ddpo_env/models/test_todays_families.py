@@ -252,7 +252,7 @@ def test_weights_that_diffusers_keeps_in_float32_stay_and_the_model_has_one_dtyp
     kept = [name for name, weight in model.denoiser.named_parameters() if weight.dtype == torch.float32]
     assert "scale_shift_table" in kept
     assert load_model(model) is model
-    assert ModelHandle(model, 2).dtype == "bfloat16"
+    assert ModelHandle.of(model, 2).dtype == "bfloat16"
     inputs: list[torch.dtype] = []
     model.denoiser.register_forward_pre_hook(
         lambda _, __, given: inputs.extend(given[name].dtype for name in ("hidden_states", "encoder_hidden_states")),

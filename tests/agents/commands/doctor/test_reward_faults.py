@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from helpers.micro_agents import Remembering, brightness
+from helpers.micro_agents import brightness
 from helpers.patients import Patient, examination_of, finding_of, findings_of
+from helpers.stateful_rewards import Remembering
 
 from agents.commands.doctor.checks import CHECKS
 from agents.commands.doctor.examination import examine

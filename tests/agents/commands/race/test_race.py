@@ -189,7 +189,7 @@ def test_seconds_are_timed_once_and_buy_iterations(race, tmp_path, monkeypatch):
         (["--reduction=1"], r"reduction must be in \[2, "),
         (["--seeds", "1", "1"], "seeds must be different numbers"),
         (["--updates-per-iteration=3"], "updates_per_iteration.*of contender 'ppo-0.0001'"),
-        (["--reward=helpers.micro_agents:Remembering"], "no common scale.*name:weight:raw"),
+        (["--reward=helpers.stateful_rewards:Remembering"], "no common scale.*name:weight:raw"),
         (["--contenders=absent.yaml"], "absent.yaml"),
     ],
 )

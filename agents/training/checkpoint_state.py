@@ -1,90 +1,59 @@
-"""The state of an algorithm and its environment between two iterations: tensors, and plain values for JSON."""
+"""What a checkpoint holds: an algorithm, its environment and the global generators, as tensors and plain values."""
 
 from __future__ import annotations
 
 import random
 from collections import deque
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
+from agents.algorithms.saving.state import (
+    COUNTERS,
+    algorithm_state,
+    averages_of,
+    below,
+    learned_tensors,
+    load_algorithm_state,
+    to_store,
+)
+from agents.algorithms.saving.stored_values import check_like
 from agents.policy.weight_copies import AVERAGE, LAGGING
 from agents.rollout.vec_env import denoising_env_of
-from agents.training.stored_values import check_like, restore, store
 from ddpo_env.vector_env import DenoisingVectorEnv
 
-_COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining")
 _WEIGHTS = ("policy.", f"{AVERAGE}.", f"{LAGGING}.")
 _LEARNED = (*_WEIGHTS, "optimizer.")
 
 
-@runtime_checkable
-class Stateful(Protocol):
-    """Anything whose state is numbers, text, arrays and tensors, in lists and dictionaries."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        ...
-
-
-def algorithm_state(algorithm: TensorOnPolicyAlgorithm) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def checkpoint_state(algorithm: TensorOnPolicyAlgorithm) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return copies of the tensors on the host, and the rest for JSON.
 
     Raises:
         FloatingPointError: if a weight, an average or the optimizer's state is NaN or infinite.
     """
-    tensors = _learned(algorithm)
+    tensors, state = algorithm_state(algorithm)
     check_finite(tensors)
-    optimizer = algorithm.policy.optimizer.state_dict()
-    averages, _ = _averages(algorithm)
     tensors["random.torch"] = torch.get_rng_state()
     if algorithm.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(algorithm.device)
-    advantage = algorithm.advantage
     env_tensors, env_state = _env_state(algorithm)
-    state = {
-        "counters": {name: getattr(algorithm, name) for name in _COUNTERS},
+    state |= {
         "episodes": list(algorithm.ep_info_buffer or []),
         "successes": list(algorithm.ep_success_buffer or []),
-        "optimizer": optimizer["param_groups"],
-        "averages": averages,
-        "scaler": algorithm.scaler.state_dict(),
-        "advantage": store(advantage.state_dict(), "advantage", tensors) if isinstance(advantage, Stateful) else {},
-        "generators": algorithm.generator_state(),
         # The algorithm draws from none of these; a user's reward or callback may.
         "random": {"python": random.getstate(), "numpy": _numpy_state()},
         "env": env_state,
     }
-    # Cloned, because safetensors refuses tensors that share memory.
-    return {name: value.detach().cpu().contiguous().clone() for name, value in (tensors | env_tensors).items()}, state
+    return to_store(tensors | env_tensors), state
 
 
 def check_learned(algorithm: TensorOnPolicyAlgorithm) -> None:
     """Refuse an algorithm that has diverged; see `check_finite` for the error."""
-    check_finite(_learned(algorithm))
-
-
-def _learned(algorithm: TensorOnPolicyAlgorithm) -> dict[str, Tensor]:
-    """Return the weights that learn, the optimizer's state and the averages."""
-    tensors = {f"policy.{name}": value for name, value in algorithm.policy.state_dict().items()}
-    for index, values in algorithm.policy.optimizer.state_dict()["state"].items():
-        for name, value in values.items():
-            tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
-    return tensors | _averages(algorithm)[1]
-
-
-def _averages(algorithm: TensorOnPolicyAlgorithm) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """Return the settings and counters of the averages of the weights, and their tensors."""
-    states = {name: one.state_dict() for name, one in algorithm.averages().items()}
-    shadows = {name: one.pop("shadow_params") for name, one in states.items()}
-    return states, {f"{name}.{index}": value for name, one in shadows.items() for index, value in enumerate(one)}
+    check_finite(learned_tensors(algorithm))
 
 
 def check_finite(tensors: dict[str, Tensor]) -> None:
@@ -101,36 +70,19 @@ def check_finite(tensors: dict[str, Tensor]) -> None:
         )
 
 
-def load_algorithm_state(algorithm: TensorOnPolicyAlgorithm, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Restore what `algorithm_state` returned; first it is checked against the algorithm's own state.
+def load_checkpoint_state(
+    algorithm: TensorOnPolicyAlgorithm, tensors: dict[str, Tensor], state: dict[str, Any]
+) -> None:
+    """Restore what `checkpoint_state` returned; first it is checked against the algorithm's own state.
 
     Raises:
         ValueError: if a tensor or a value does not fit.
     """
     _check_fits(algorithm, tensors, state)
-
-    def below(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-    algorithm.policy.load_state_dict(below("policy."))
-    optimizer_state: dict[int, dict[str, Tensor]] = {}
-    for name, value in below("optimizer.").items():
-        index, key = name.split(".", 1)
-        optimizer_state.setdefault(int(index), {})[key] = value
-    algorithm.policy.optimizer.load_state_dict({"state": optimizer_state, "param_groups": state["optimizer"]})
-    for name, average in algorithm.averages().items():
-        shadow = below(f"{name}.")
-        parameters = [shadow[str(index)].to(algorithm.device) for index in range(len(shadow))]
-        average.load_state_dict({**state["averages"][name], "shadow_params": parameters})
-    algorithm.scaler.load_state_dict(state["scaler"])
-    for name in _COUNTERS:
-        setattr(algorithm, name, state["counters"][name])
+    load_algorithm_state(algorithm, tensors, state)
     algorithm.ep_info_buffer = deque(state["episodes"], maxlen=algorithm._stats_window_size)
     algorithm.ep_success_buffer = deque(state["successes"], maxlen=algorithm._stats_window_size)
-    if isinstance(algorithm.advantage, Stateful):
-        algorithm.advantage.load_state_dict(restore(state["advantage"], tensors))
-    _load_env_state(algorithm, below("env."), state["env"])
-    algorithm.load_generator_state(state["generators"])
+    _load_env_state(algorithm, below("env.", tensors), state["env"])
     version, internal, gauss = state["random"]["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(state["random"]["numpy"])
@@ -141,7 +93,7 @@ def load_algorithm_state(algorithm: TensorOnPolicyAlgorithm, tensors: dict[str, 
 
 def _check_fits(algorithm: TensorOnPolicyAlgorithm, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     own = {f"policy.{name}": value for name, value in algorithm.policy.state_dict().items()}
-    averages, shadows = _averages(algorithm)
+    averages, shadows = averages_of(algorithm)
     own |= shadows
     for name, value in own.items():
         if name not in tensors:
@@ -169,7 +121,7 @@ def _check_fits(algorithm: TensorOnPolicyAlgorithm, tensors: dict[str, Tensor], 
     check_like(
         {str(i): one for i, one in enumerate(saved_groups)}, {str(i): one for i, one in enumerate(groups)}, "optimizer"
     )
-    check_like(state["counters"], {name: getattr(algorithm, name) for name in _COUNTERS}, "counters")
+    check_like(state["counters"], {name: getattr(algorithm, name) for name in COUNTERS}, "counters")
     check_like(state["averages"], averages, "averages")
     check_like(state["scaler"], algorithm.scaler.state_dict(), "scaler")
     for episode in (*state["episodes"], *state["successes"]):

@@ -11,7 +11,8 @@ import inspect
 import io
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +29,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from torch import Tensor, nn
 
 from agents.algorithms import advantages
+from agents.algorithms.saving.state import algorithm_state, below, load_algorithm_state, optimizer_state, to_store
 from agents.policy.diffusion_policy import DiffusionPolicy
 from ddpo_env.models import load_model
 from ddpo_env.models.loading import plain_arguments
@@ -36,7 +38,8 @@ from ddpo_env.spaces import DenoisingObservationSpace
 SavePath = str | Path | io.BufferedIOBase
 
 _DATA, _TENSORS = "algorithm.json", "tensors.safetensors"
-_COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining")
+_UNREADABLE = (KeyError, TypeError, AttributeError, IndexError)
+"""What reading a file with other content raises."""
 _LEFT_OUT = {"self", "policy", "env", "device", "processes", "tensorboard_log", "_init_setup_model"}
 """Arguments that a file does not decide: what is there when it is loaded, and where logs are written."""
 _SPACES: dict[str, Callable[..., spaces.Space[Any]]] = {
@@ -120,14 +123,7 @@ class SavableAlgorithm(OnPolicyAlgorithm):
 
 def save_algorithm(algorithm: Any, path: SavePath) -> None:
     """Write an algorithm; a path without a suffix gets `.zip`."""
-    optimizer = algorithm.policy.optimizer.state_dict()
-    tensors = {f"policy.{name}": value for name, value in algorithm.policy.state_dict().items()}
-    for index, values in optimizer["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
-    averages = {name: one.state_dict() for name, one in algorithm.averages().items()}
-    for name, one in averages.items():
-        tensors |= {f"{name}.{index}": value for index, value in enumerate(one.pop("shadow_params"))}
-    estimator = algorithm.advantage
+    tensors, state = algorithm_state(algorithm)
     data = {
         "class": type(algorithm).__name__,
         "policy": _policy_name(algorithm),
@@ -135,15 +131,9 @@ def save_algorithm(algorithm: Any, path: SavePath) -> None:
         "observation_space": _encoded_space(algorithm.observation_space),
         "action_space": _encoded_space(algorithm.action_space),
         "n_envs": algorithm.n_envs,
-        "counters": {name: getattr(algorithm, name) for name in _COUNTERS},
-        "generators": algorithm.generator_state(),
-        "optimizer": optimizer["param_groups"],
-        "averages": averages,
-        "scaler": algorithm.scaler.state_dict(),
-        "advantage": estimator.state_dict() if isinstance(estimator, advantages.PerPromptAdvantage) else None,
+        **state,
     }
-    # Cloned, because safetensors refuses tensors that share memory.
-    stored = save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()})
+    stored = save(to_store(tensors))
     file = open_path(path, "w", suffix="zip")
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(_DATA, json.dumps(data))
@@ -157,32 +147,44 @@ def load_algorithm(kind: Any, path: SavePath, env: Any, device: Any, given: dict
     data, tensors = _read(path)
     if data.get("class") != kind.__name__:
         raise ValueError(f"path must hold a {kind.__name__}; {str(path)!r} holds a {data.get('class')!r}")
-    try:
-        given = dict(given)
+    given = dict(given)
+    with _reading(path, *_UNREADABLE):
         policy = given.pop("policy", None) or _policy_class(kind, data["policy"])
         decided = {"observation_space": None, "action_space": None} | given
         saved_spaces = {name: decided.pop(name) or data[name] for name in ("observation_space", "action_space")}
         arguments = {name: value for name, value in data["arguments"].items() if name not in decided}
         arguments = {name: _decoded(name, value) for name, value in arguments.items()} | decided
-        if env is not None:
-            env = kind._wrap_env(env, arguments.get("verbose", 0))
-            _check_spaces(saved_spaces, env)
+        if "advantage" in given and not _are_of_one_class(given["advantage"], data["arguments"].get("advantage")):
+            data["advantage"] = None  # the state of another estimator
+        known = {"n_envs": data["n_envs"]} if env is None else {}
+        known |= {name: _decoded_space(one, device) for name, one in saved_spaces.items() if env is None}
+    if env is not None:
+        env = kind._wrap_env(env, arguments.get("verbose", 0))
+        _check_spaces(saved_spaces, env)
+    with _reading(path, TypeError):
         algorithm = kind(policy, env, device=device, _init_setup_model=False, **arguments)
-        if env is None:
-            algorithm.observation_space = _decoded_space(saved_spaces["observation_space"], device)
-            algorithm.action_space = _decoded_space(saved_spaces["action_space"], device)
-            algorithm.n_envs = data["n_envs"]
-        algorithm._setup_model()
-        _load_state(algorithm, data, tensors)
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise ValueError(f"path must hold what save wrote; {str(path)!r} does not fit: {error!r}") from error
+    vars(algorithm).update(known)
+    algorithm._setup_model()
+    with _reading(path, *_UNREADABLE, RuntimeError):
+        load_algorithm_state(algorithm, tensors, data)
     return algorithm
+
+
+@contextmanager
+def _reading(path: SavePath, *kinds: type[Exception]) -> Iterator[None]:
+    """Say of errors of some kinds that the file is the cause."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except kinds as error:
+        raise ValueError(f"path must hold what save wrote; {str(path)!r} does not fit: {error!r}") from error
 
 
 def read_parameters(path: SavePath) -> dict[str, Any]:
     """Return the weights and the optimizer's state out of a file, as `set_parameters` takes them."""
     data, tensors = _read(path)
-    return {"policy": _below("policy.", tensors), "policy.optimizer": _optimizer_state(data, tensors)}
+    return {"policy": below("policy.", tensors), "policy.optimizer": optimizer_state(tensors, data)}
 
 
 def _read(path: SavePath) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -208,37 +210,6 @@ def _read(path: SavePath) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(data, dict):
         raise ValueError(f"path must hold what agents' save wrote; {str(path)!r} has no settings")
     return data, tensors
-
-
-def _load_state(algorithm: Any, data: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    algorithm.policy.load_state_dict(_below("policy.", tensors))
-    algorithm.policy.optimizer.load_state_dict(_optimizer_state(data, tensors))
-    for name, average in algorithm.averages().items():
-        shadow = _below(f"{name}.", tensors)
-        parameters = [shadow[str(index)].to(algorithm.device) for index in range(len(shadow))]
-        average.load_state_dict({**data["averages"][name], "shadow_params": parameters})
-    if data["scaler"]:
-        algorithm.scaler.load_state_dict(data["scaler"])
-    for name in _COUNTERS:
-        value = data["counters"][name]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name} must be a number; got {value!r}")
-        setattr(algorithm, name, value)
-    algorithm.load_generator_state(data["generators"])
-    if data["advantage"] is not None and isinstance(algorithm.advantage, advantages.PerPromptAdvantage):
-        algorithm.advantage.load_state_dict(data["advantage"])
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _optimizer_state(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in _below("optimizer.", tensors).items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    return {"state": state, "param_groups": data["optimizer"]}
 
 
 def _constructor_arguments(algorithm: Any) -> dict[str, Any]:
@@ -282,6 +253,12 @@ def _encoded(value: Any) -> Any:
         settings = {field.name: _encoded(getattr(value, field.name)) for field in fields(value) if field.repr}
         return {"estimator": type(value).__name__, "settings": settings}
     return {"not_saved": f"{type(value).__module__}.{type(value).__qualname__}"}
+
+
+def _are_of_one_class(value: Any, encoded: Any) -> bool:
+    """Return whether an argument is of the class that `_encoded` named."""
+    one, other = ({**(form or {}), "settings": None} for form in (_encoded(value), encoded))
+    return one == other
 
 
 def _decoded(name: str, value: Any) -> Any:
