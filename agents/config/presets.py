@@ -45,13 +45,12 @@ _MINIATURES: dict[str, dict[str, Any]] = {
         "reward": "vlm_alignment",
         "reward_options": ("model=tiny",),
         "prompts": "animal_activities",
-        # The descriptions of a judge are a coarser signal than a file's size: larger groups of samples, smaller steps.
+        # The descriptions of a judge are a coarser signal than a file's size: more samples for each update.
         "iterations": 20,
         "num_inference_steps": 5,
         "samples_per_iteration": 144,
         "sample_batch_size": 72,
         "updates_per_iteration": 2,
-        "learning_rate": 3e-3,
         "eval_interval": 5,
     },
 }
