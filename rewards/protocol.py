@@ -14,6 +14,7 @@ import reprlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, suppress
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -259,7 +260,7 @@ def raise_or_flag_non_finite(
         raise ValueError(
             f"reward {name} must be finite{limit}; got {scores[first]} for prompt {prompts[first]!r}"
             f" (sample {first} of {len(scores)}, {invalid.sum()} not finite){''.join(causes)};"
-            " the option non_finite_rewards can leave such samples out"
+            " an environment and training can leave such samples out (non_finite_rewards)"
         )
     return details
 
@@ -360,7 +361,9 @@ def _as_numbers(scores: Any, name: str) -> NDArray[np.float64]:
         scores = [_as_numpy(score) for score in scores]
     try:
         array = np.ma.filled(np.asanyarray(_as_numpy(scores)), np.nan)
-    except (ValueError, TypeError, RuntimeError) as error:
+        if array.dtype == object and all(isinstance(one, Real) for one in array.flat):
+            array = array.astype(np.float64)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise TypeError(f"reward {name} must return one number per sample; got {scores!r}") from error
     if array.dtype.kind not in "fiub":
         raise TypeError(f"reward {name} must return one number per sample; got {scores!r}")

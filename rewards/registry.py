@@ -216,10 +216,11 @@ def _is_weighted_sum(spec: str) -> bool:
 def _imported_by_user(spec: str, setting: str) -> Any:
     """Import `module:attribute` from `sys.path` or the current folder."""
     module_name, separator, attribute = spec.partition(":")
+    near = _of_file(module_name, attribute)
     if not separator or not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
         raise ValueError(
             f"{setting} must be one of {', '.join(BUILTIN_REWARDS)}; or module:function; or a weighted sum such as "
-            f"aesthetic:1,clip_score:0.5; got {spec!r}{did_you_mean(module_name, BUILTIN_REWARDS)}"
+            f"aesthetic:1,clip_score:0.5; got {spec!r}{near or did_you_mean(module_name, BUILTIN_REWARDS)}"
         )
     _user_modules.allow(module_name.partition(".")[0], os.getcwd())
     try:
@@ -230,6 +231,7 @@ def _imported_by_user(spec: str, setting: str) -> Any:
             raise
         raise ValueError(
             f"{setting} {spec!r}: there is no module {error.name!r}; it must be in the current folder or on PYTHONPATH"
+            f"{near}"
         ) from error
     if not hasattr(module, attribute):
         public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
@@ -238,6 +240,13 @@ def _imported_by_user(spec: str, setting: str) -> Any:
             f"{attribute!r}; it has {', '.join(public) or 'no functions'}"
         )
     return getattr(module, attribute)
+
+
+def _of_file(module_name: str, attribute: str) -> str:
+    """Return the end of an error's message for a file in the place of a module: how its module is written."""
+    module = module_name.removeprefix("./").removesuffix(".py").replace("/", ".")
+    is_file = module_name.endswith(".py") and all(part.isidentifier() for part in module.split("."))
+    return f"; did you mean {module}:{attribute}?" if is_file else ""
 
 
 class _UserModules(MetaPathFinder):

@@ -12,6 +12,7 @@ from agents.config.content import with_content, with_images
 from agents.config.presets import check_preset, preset_config
 from agents.config.train_config import TrainConfig
 from ddpo_env.validation.options import shown
+from rewards import parse_options
 
 
 def resolve(config: TrainConfig, processes: int = 1) -> TrainConfig:
@@ -33,9 +34,17 @@ def resolve(config: TrainConfig, processes: int = 1) -> TrainConfig:
         _check_resolved(own, processes)
         return with_content(resumed(own, config)).resolved(processes)
     _check_unused(config)
+    _check_holdout(config)
     reward = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in config.reward)
     run_dir = config.run_dir or Path("runs") / f"{reward}-{time.strftime('%Y%m%d-%H%M%S')}"
     return with_images(with_content(config.changed(run_dir=run_dir))).resolved(processes)
+
+
+def _check_holdout(config: TrainConfig) -> None:
+    """Refuse the reward itself as the held-out reward of a new run: it could show no over-optimisation."""
+    trained = config.reward, parse_options(config.reward_options)
+    if (config.run.holdout_reward, parse_options(config.run.holdout_reward_options)) == trained:
+        raise ValueError(f"holdout_reward must differ from reward, which is trained on; got {config.reward!r} twice")
 
 
 def unused_settings(config: TrainConfig) -> dict[str, str]:

@@ -39,7 +39,7 @@ from agents.evaluation.generation import (
 )
 from agents.evaluation.image_grid import write_image
 from agents.evaluation.intervals import RESAMPLES
-from agents.output.files import write_file
+from agents.output.files import check_writable, leaving_traceback, write_file
 from agents.output.terminal import print_line, run_command, tolerate_encodings
 from ddpo_env.prompts import PromptSet, load_prompts
 from ddpo_env.validation.options import Range
@@ -55,6 +55,7 @@ from rewards import (
     parse_options,
 )
 
+_SCORES, _RESULTS = "scores.csv", "evaluation.json"
 _IN_GRID = 24
 """Prompts of a set whose first image is in the grid."""
 
@@ -96,14 +97,19 @@ class EvaluateArguments(GenerationArguments):
         if self.lora is None and self.strengths != (1.0,):
             raise ValueError(f"strengths must be used with a LoRA: add --lora; got {self.strengths}")
         if self.output.exists() or self.output.is_symlink():
-            raise ValueError(f"output must be a folder that does not exist yet; got {str(self.output)!r}")
+            is_unfinished = (self.output / _SCORES).is_file() and not (self.output / _RESULTS).exists()
+            raise ValueError(
+                f"output must be a folder that does not exist yet; got {str(self.output)!r}"
+                + (", which holds an evaluation that did not finish and may be deleted" if is_unfinished else "")
+            )
+        check_writable("output", self.output, "folder")
 
 
 def main() -> int:
     """Parse the command line, evaluate and write the results: the command `ddpo-evaluate`.
 
     Returns:
-        The exit code: 0, or 2 after an error in the arguments, which is printed.
+        The exit code: 0, or 2 after an error, which is printed.
     """
     tolerate_encodings()
     arguments = tyro.cli(Annotated[EvaluateArguments, tyro.conf.arg(name="")], description=__doc__)
@@ -113,13 +119,15 @@ def main() -> int:
 def evaluate_models(arguments: EvaluateArguments) -> str:
     """Generate and score the images, and write everything to the folder `output`.
 
-    The scores of every image are written as they come, so an evaluation that is interrupted leaves them.
+    The scores of every image are written as they come, so an evaluation that is interrupted leaves them. The traceback
+    of an error in generating and scoring is in the folder's `error.txt`.
 
     Returns:
         The tables, in Markdown.
 
     Raises:
         ValueError: for an argument that is not valid, before any image is generated; or for a score that is not finite.
+        Exception: whatever a reward raises, with a note that names it.
     """
     from ddpo_env.models.files.pipelines import file_fingerprint
     from ddpo_env.models.lora.lora_file import find_lora
@@ -135,7 +143,10 @@ def evaluate_models(arguments: EvaluateArguments) -> str:
     scored: list[ScoredImage] = []
     with stock_images(arguments) as images:
         arguments.output.mkdir(parents=True)
-        with (arguments.output / "scores.csv").open("x", newline="", encoding="utf-8") as file:
+        with (
+            leaving_traceback(arguments.output / "error.txt"),
+            (arguments.output / _SCORES).open("x", newline="", encoding="utf-8") as file,
+        ):
             table = ImageTable(file)
             for name, prompts in sets.items():
                 scored += _score_set(images, rewards, name, prompts, table, arguments)
@@ -147,7 +158,7 @@ def evaluate_models(arguments: EvaluateArguments) -> str:
         "results": [asdict(result) for result in results],
         "best_strengths": best_strengths(results),
     }
-    write_file(arguments.output / "evaluation.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_file(arguments.output / _RESULTS, json.dumps(report, indent=1, allow_nan=False) + "\n")
     written = tables(results)
     write_file(arguments.output / "evaluation.md", written)
     write_comparison_figure(arguments.output / "rewards.png", results)
@@ -156,6 +167,8 @@ def evaluate_models(arguments: EvaluateArguments) -> str:
 
 def prompt_sets(names: tuple[str, ...]) -> dict[str, PromptSet]:
     """Return the prompt sets by name; that of a file is the file's name without its ending.
+
+    A prompt that occurs again, with the same metadata, is left out: it would count as another one in the intervals.
 
     Raises:
         ValueError: if there is no such set or file, or two have the same name.
@@ -167,7 +180,9 @@ def prompt_sets(names: tuple[str, ...]) -> dict[str, PromptSet]:
         name = Path(given).stem
         if name in sets or name == "rewards":
             raise ValueError(f"prompts must have names of their own, {name!r} is taken; rename the file {given!r}")
-        sets[name] = found
+        different = load_prompts(list({repr(one): one for one in found}.values()))
+        assert isinstance(different, PromptSet)
+        sets[name] = different
     return sets
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -22,14 +22,19 @@ from ddpo_env.validation.options import Range, check_fields
 from ddpo_env.validation.resolution import Resolution, plain_resolution
 
 if TYPE_CHECKING:
+    from diffusers import DDIMScheduler
     from torch import Tensor
 
+    from agents.policy.options import PolicyOptions
     from ddpo_env.models.families.pipeline_model import PipelineModel
 
 SEEDS_APART = 1000
 """Distance between the seeds of two prompts, so that no two images of a usual set have the same noise."""
 SEED = Range(at_least=0, at_most=10**18)
 """torch takes seeds below 2**63; this leaves room for the prompts."""
+LARGEST_SAFE_ETA = 0.999
+"""With eta 1, a step from pure noise leaves nothing of it but new noise: diffusers takes the root of a difference of
+equal numbers, which rounding may make negative."""
 _CALLBACK = "callback_on_step_end"
 
 
@@ -47,7 +52,7 @@ class GenerationArguments:
     quantization: Quantization | None = None
     """Hold the denoiser's linear layers in 8 bits (int8) or 4 (nf4)."""
     lora: Path | None = None
-    """Folder or file of a LoRA, such as runs/<name>/lora."""
+    """Folder or file of a LoRA, such as runs/<name>/lora; of a run's folder it is this one."""
     num_inference_steps: Annotated[int, Range(at_least=1, at_most=1_000_000)] = 20
     """Denoising steps."""
     guidance_scale: Annotated[float, Range(at_least=0, at_most=1000)] = 1.0
@@ -70,8 +75,49 @@ class GenerationArguments:
 
             find_lora(self.lora)
 
+    def command(self, name: str) -> list[str]:
+        """Return the command line that gives these arguments; those of the defaults are left out but for the steps."""
+        words = [name]
+        for one in fields(GenerationArguments):
+            value = getattr(self, one.name)
+            if value != one.default or one.name == "num_inference_steps":
+                values = value if isinstance(value, tuple) else (value,)
+                words += [f"--{one.name.replace('_', '-')}", *map(str, values)]
+        return words
+
 
 _Arguments = TypeVar("_Arguments", bound=GenerationArguments)
+
+
+def stock_eta(model: PipelineModel, options: PolicyOptions, num_inference_steps: int) -> float | None:
+    """Return the noise with which diffusers' DDIM samples most nearly as a policy does.
+
+    It is `LARGEST_SAFE_ETA` where rounding errors of diffusers would make NaN of the policy's own. Noise by step is not
+    a DDIM of diffusers; its eta is 1.
+
+    Returns:
+        The eta, at most 1; `None` for flow matching, which diffusers always samples without noise.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from ddpo_env.sampler.scheduler_table import ddim_of
+
+    if isinstance(model.scheduler, FlowMatchEulerDiscreteScheduler):
+        return None
+    if options.sampler == "ode":
+        return 0.0
+    eta = min(options.eta, 1.0) if isinstance(options.eta, float | int) else 1.0
+    return eta if _is_finite(ddim_of(model.scheduler), num_inference_steps, eta) else LARGEST_SAFE_ETA
+
+
+def _is_finite(scheduler: DDIMScheduler, steps: int, eta: float) -> bool:
+    """Return whether no step of diffusers' DDIM makes NaN of zeros."""
+    import torch
+
+    scheduler.set_timesteps(steps)
+    zeros = torch.zeros(1, 1, 1, 1)
+    made = [scheduler.step(zeros, time, zeros, eta=eta, variance_noise=zeros) for time in scheduler.timesteps]
+    return all(bool(one.prev_sample.isfinite()) for one in made)
 
 
 def check_model(arguments: GenerationArguments) -> None:
@@ -207,7 +253,7 @@ class StockImages:
             raise ValueError(
                 f"the pipeline's images are not finite with num_inference_steps={options['num_inference_steps']} and "
                 f"eta={options.get('eta')}. In a DDIM step with eta 1 diffusers may take the root of a number that "
-                "rounding made negative; eta 0.999 avoids that"
+                f"rounding made negative; eta {LARGEST_SAFE_ETA} avoids that"
             )
         return np.asarray((images * 255).round().astype(np.uint8))
 

@@ -26,6 +26,7 @@ from agents.evaluation.generation import (
     stock_images,
     with_images,
 )
+from agents.output.files import check_writable
 from agents.output.terminal import run_command, tolerate_encodings
 from ddpo_env.prompts import PROMPT_SETS, Prompt, PromptSet, PromptSource, load_prompts
 from ddpo_env.prompts.files import SUFFIXES
@@ -183,8 +184,7 @@ def _check_output(name: str, output: Path, kind: str) -> None:
         raise ValueError(
             f"{name} must be a file in a folder; {str(nearest)!r} is not what it needs; got {str(output)!r}"
         )
-    if not os.access(nearest, os.W_OK):
-        raise ValueError(f"{name} must be a file that can be written; {str(nearest)!r} cannot; got {str(output)!r}")
+    check_writable(name, output, "file")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,12 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 _LEFTOVERS = ".*.part"
 
@@ -37,6 +40,16 @@ def write_file(path: Path, content: str | bytes | Callable[[Path], object]) -> N
             file.flush()
             os.fsync(file.fileno())  # of a writable handle, because Windows refuses others
         unfinished.replace(path)
+
+
+@contextmanager
+def leaving_traceback(file: Path) -> Iterator[None]:
+    """Write the traceback of an error inside this context to a file, with its causes, and raise the error again."""
+    try:
+        yield
+    except Exception as error:
+        write_file(file, "".join(traceback.format_exception(error)))
+        raise
 
 
 def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
@@ -67,6 +80,30 @@ def write_new_folder(folder: Path, write: Callable[[Path], object]) -> None:
         for file in unfinished.iterdir():
             sync(file)
         unfinished.rename(folder)
+
+
+def check_writable(name: str, path: Path, kind: Literal["file", "folder"]) -> None:
+    """Refuse a place where a command could not write in the end; nothing is left there.
+
+    Args:
+        name: of the argument, for the message.
+        path: of what will be written; the folders above it need not exist.
+        kind: what it will be.
+
+    Raises:
+        ValueError: naming the argument, and the file or folder that cannot be written.
+    """
+    nearest = next(one for one in (path, *path.absolute().parents) if one.exists())
+    is_replaced = kind == "file" and nearest == path and path.is_file()
+    try:  # not only os.access, which says yes to root for folders such as /proc
+        if is_replaced and not os.access(path, os.W_OK):
+            raise PermissionError(f"{path} is read-only")
+        with tempfile.TemporaryFile(dir=path.absolute().parent if is_replaced else nearest):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name} must be a {kind} that can be written; {str(nearest)!r} is not; got {str(path)!r}"
+        ) from error
 
 
 def sync(file: Path) -> None:

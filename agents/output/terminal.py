@@ -16,6 +16,8 @@ from rich.text import Text
 
 BAD_ARGUMENTS, INTERRUPTED = 2, 130
 """Exit codes of commands."""
+EXPECTED = (ValueError, TypeError, ImportError, OSError, RuntimeError)
+"""Errors whose message says everything, so that their type is left out."""
 
 
 def tolerate_encodings() -> None:
@@ -52,8 +54,17 @@ def print_error(message: object) -> None:
     Console(stderr=True).print(line, highlight=False, soft_wrap=True)
 
 
+def describe(error: BaseException, expected: tuple[type[BaseException], ...] = ()) -> str:
+    """Return an error and its notes in one line, with its type unless that is expected."""
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    kind = "" if isinstance(error, expected) else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{error}{notes}".split())
+
+
 def run_command(work: Callable[[], None], output: Path) -> int:
     """Do the work of a command that writes something, and say where; an error is one line.
+
+    So is every error of code of the user's, such as a reward, which has a note that says so.
 
     Args:
         work: what the command does.
@@ -64,8 +75,10 @@ def run_command(work: Callable[[], None], output: Path) -> int:
     """
     try:
         work()
-    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-        print_error(error)
+    except Exception as error:
+        if not isinstance(error, EXPECTED) and not hasattr(error, "__notes__"):
+            raise
+        print_error(describe(error, EXPECTED))
         return BAD_ARGUMENTS
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)

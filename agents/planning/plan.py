@@ -139,10 +139,11 @@ def _noise(config: TrainConfig) -> list[str]:
     if config.policy.sampler is not None:
         notes.append(config.policy.sampler)
     if update.noise_window is not None:
-        notes.append(
-            f"in {update.noise_window} of {config.num_inference_steps} steps, which move on by "
-            f"{update.noise_window_stride} every {_count(update.noise_window_iterations, 'iteration', 'iterations')}"
-        )
+        steps, every = config.num_inference_steps, update.noise_window_iterations
+        places = {update.noise_window_at(iteration, steps) for iteration in range(0, config.total_iterations, every)}
+        moves = f"which move on by {update.noise_window_stride} every {_count(every, 'iteration', 'iterations')}"
+        stay = "the same ones in the whole run"
+        notes.append(f"in {update.noise_window} of {steps} steps, {moves if len(places) > 1 else stay}")
     if config.training.shared_noise:
         notes.append("samples of a prompt start from the same noise")
     return [f"noise      {', '.join(notes)}"] if notes else []

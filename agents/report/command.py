@@ -13,6 +13,7 @@ from typing import Annotated
 
 import tyro
 
+from agents.output.files import check_writable
 from agents.output.terminal import BAD_ARGUMENTS, print_error, print_line, run_command, tolerate_encodings
 
 DEFAULT_PORT, MOST_PORT = 8631, 65_535
@@ -63,6 +64,8 @@ class ReportArguments:
                 )
         if self.output is not None and self.output.is_dir():
             raise ValueError(f"output must be a file; got the folder {str(self.output)!r}")
+        if not self.serve:
+            check_writable("output", self.file, "file")
 
     @property
     def file(self) -> Path:

@@ -25,11 +25,19 @@ from torch import Tensor
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.algorithms.saving.state import Stateful
 from agents.algorithms.saving.stored_values import read_json, restore, store
+from agents.config.content import PLACES
 from agents.config.train_config import TrainConfig
 from agents.output.files import fresh_name, remove_leftovers, sync, write_file
 from agents.training.checkpoint_state import checkpoint_state, load_checkpoint_state
 
 _NAME = re.compile(r"iteration_(\d{6,12})")
+_MAY_CHANGE = {
+    *("run_dir", "resume", "iterations", "device", "process_timeout"),
+    *(f"{place}{of_content}" for place in PLACES for of_content in ("", "_sha256")),
+    *("reward_options", "holdout_reward_options"),  # of which text, such as a server, may be named anew
+    "train_batch_size",  # found after the start if it is left open
+}
+"""Settings that may be others when a run is resumed."""
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 
@@ -178,15 +186,11 @@ def latest_checkpoint(folder: Path, settings: Mapping[str, Any] | None = None) -
 
 
 def run_identity(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that tell one run from another, and that stay when a run is moved or goes on for longer."""
-    return {
-        "algorithm": config.algorithm,
-        "reward": config.reward,
-        "seed": config.seed,
-        "num_inference_steps": config.num_inference_steps,
-        "samples_per_iteration": config.samples_per_iteration,
-        "lora_rank": config.policy.lora_rank,
-    }
+    """Return the settings that tell one run from another, and that stay when a run is moved or goes on for longer.
+
+    A `config.yaml` that somebody has changed is that of another run.
+    """
+    return {name: value for name, value in config.flat().items() if name not in _MAY_CHANGE}
 
 
 def iterations_done(checkpoint: Path) -> int:
@@ -243,11 +247,14 @@ def _check_whole(checkpoint: Path, settings: Mapping[str, Any] | None) -> None:
     if junk := names - {_MANIFEST, _TENSORS, _STATE}:
         raise ValueError(f"{', '.join(sorted(junk))} does not belong there")
     manifest = read_json((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
-    for name, value in _as_json(settings or {}).items():
-        own = manifest.get("settings")
-        saved = own.get(name) if isinstance(own, dict) else None
-        if saved != value:
-            raise ValueError(f"it belongs to another run, with {name}={saved!r} instead of {value!r}")
+    own, wanted = manifest.get("settings"), _as_json(settings or {})
+    if not isinstance(own, dict) or (wanted and not own):
+        raise ValueError("it does not say what run it belongs to")
+    for name in sorted(wanted.keys() & own):  # older versions wrote fewer of them
+        if own[name] != wanted[name]:
+            raise ValueError(
+                f"it belongs to another run, with {name}={own[name]!r} instead of {wanted[name]!r} in config.yaml"
+            )
     if manifest.get("iteration") != iterations_done(checkpoint):
         raise ValueError(f"it is of iteration {manifest.get('iteration')!r}")
     for name in (_TENSORS, _STATE):

@@ -10,20 +10,29 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
-from agents.output.terminal import BAD_ARGUMENTS, INTERRUPTED, print_error, print_line, quoted, tolerate_encodings
+from agents.output.terminal import (
+    BAD_ARGUMENTS,
+    EXPECTED,
+    INTERRUPTED,
+    describe,
+    print_error,
+    print_line,
+    quoted,
+    tolerate_encodings,
+)
 
 if TYPE_CHECKING:  # imports that take seconds are in `prepare`, where Ctrl-C is handled
     from agents.config.train_config import TrainConfig
     from agents.distributed import Processes
     from agents.training.run import Run, RunResult
+    from ddpo_env.models import DiffusionModel
 
 STARTED = time.perf_counter()
 FAILED, SIGNALLED = 1, 128
 """Exit codes: of a run that has failed, and what is added to the number of a signal."""
-EXPECTED = (ValueError, TypeError, ImportError, OSError, RuntimeError)
-"""Errors whose message says enough, without their type."""
 
 
 def main() -> int:
@@ -80,6 +89,8 @@ def prepare() -> Run | int:
 
 def train(run: Run) -> int:
     """Train, print how it went, and return the exit code."""
+    from agents.policy.diffusion_policy import DiffusionPolicy
+
     processes = run.processes
     if run.was_finished and processes.is_main and run.stopped_early is not None:
         print_line(f"\nThe run had ended already, after {run.iteration} iterations ({run.stopped_early}).")
@@ -101,7 +112,7 @@ def train(run: Run) -> int:
         print_line(f"\nStopped after {result.iterations} iterations; the run is saved. To continue:")
         print_line(resume_command(result.config, processes))
     elif processes.is_main and not run.was_finished:
-        print_line(summary(result, done_before))
+        print_line(summary(result, cast(DiffusionPolicy, run.algorithm.policy).model, done_before))
     processes.shutdown()
     return SIGNALLED + (processes.stopped_by or signal.SIGINT) if stopped else 0
 
@@ -124,13 +135,6 @@ def report(error: BaseException, run: Run) -> None:
         print_line(resume_command(run.config, run.processes))
 
 
-def describe(error: BaseException, expected: tuple[type[BaseException], ...] = ()) -> str:
-    """Return an error and its notes in one line, with its type unless that is expected."""
-    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    kind = "" if isinstance(error, expected) else f"{type(error).__name__}: "
-    return " ".join(f"{kind}{error}{notes}".split())
-
-
 def resume_command(config: TrainConfig, processes: Processes) -> str:
     """Return the command that continues a run; with several processes, what their launcher must start."""
     from agents.config.authority import resume_flags
@@ -145,11 +149,12 @@ def start_of_command(processes: Processes) -> list[str]:
     return [*start, sys.argv[0]]
 
 
-def summary(result: RunResult, done_before: int = 0) -> str:
+def summary(result: RunResult, model: DiffusionModel, done_before: int = 0) -> str:
     """Return the last words of a finished run: reward before and after, and where to look.
 
     Args:
         result: of the run.
+        model: of the run, pretrained.
         done_before: iterations that were finished when this process began; its seconds are those of the others.
     """
     folder, config = result.folder, result.config
@@ -182,7 +187,7 @@ def summary(result: RunResult, done_before: int = 0) -> str:
         if file.exists():
             lines.append(f"  {folder.shown(file)}    {content}")
     lines.append(f"  {quoted('tensorboard', '--logdir', folder.shown(folder.tensorboard))}")
-    lines += _advice(result)
+    lines += _advice(result, model)
     return "\n".join(lines)
 
 
@@ -199,12 +204,13 @@ def _holdout_lines(result: RunResult) -> list[str]:
     return lines
 
 
-def _advice(result: RunResult) -> list[str]:
+def _advice(result: RunResult, model: DiffusionModel) -> list[str]:
     """Say which weights to use: the last ones, or the best evaluation's if the held-out reward knows better ones."""
-    from agents.config.train_config import TrainConfig
-    from agents.training.result import advised_iteration
+    from agents.training.result import NO_GRADIENT, advised_iteration
 
     folder, has_lora = result.folder, result.config.policy.lora_rank > 0
+    if not result.has_learned:
+        return [f"Nothing was learned: no iteration had a gradient, {NO_GRADIENT}."]
     advised = advised_iteration(result.holdout_evaluations, result.iterations)
     is_better = advised != result.iterations
     if advised == 0:
@@ -214,10 +220,29 @@ def _advice(result: RunResult) -> list[str]:
         policy = folder.shown(folder.best / "policy")
         return [f"{use}: agents.DiffusionPolicy.load({policy!r})"] if is_better else []
     lora = folder.shown(folder.best / "lora" if is_better else folder.lora)
-    sample = ["ddpo-sample", "--lora", lora, "--num-inference-steps", str(result.config.num_inference_steps)]
-    if result.config.model != TrainConfig().model:
-        sample += ["--model", result.config.model]
-    return [f"{use}: pipe.load_lora_weights({lora!r}), or {quoted(*sample)}"]
+    loads = f"{use}: pipe.load_lora_weights({lora!r})"
+    sample = sample_command(result.config, model, lora)
+    return [f"{loads}, or {quoted(*sample)}" if sample else loads]
+
+
+def sample_command(config: TrainConfig, model: DiffusionModel, lora: str) -> list[str]:
+    """Return the command that samples with a LoRA most nearly as the run did; empty where `ddpo-sample` cannot."""
+    from agents.evaluation.generation import GenerationArguments, stock_eta
+    from ddpo_env.models.families.pipeline_model import PipelineModel
+
+    if not isinstance(model, PipelineModel) or model.sample_kind != "image":
+        return []
+    eta = stock_eta(model, config.policy, config.num_inference_steps)
+    arguments = GenerationArguments(
+        model=config.model,
+        resolution=config.run.resolution,
+        pipeline_arguments=config.run.pipeline_arguments,
+        lora=Path(lora),
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.policy.guidance_scale,
+        eta=GenerationArguments.eta if eta is None else eta,
+    )
+    return arguments.command("ddpo-sample")
 
 
 if __name__ == "__main__":

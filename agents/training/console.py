@@ -3,21 +3,52 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from stable_baselines3.common.logger import KVWriter, TensorBoardOutputFormat
+from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
 from torch.utils.tensorboard import SummaryWriter
 
+from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.report.run_data import ITERATION
+from agents.training.run_folder import MetricsTable, RunFolder
 
 _SHOWN = (
     ("rollout/reward_mean", "reward", ".3f"),
     ("train/approx_kl", "KL", ".1e"),
     ("rollout/dropped_samples", "dropped", "d"),
 )
+
+
+@contextmanager
+def logging_run(
+    algorithm: TensorOnPolicyAlgorithm, folder: RunFolder, iterations: int, start: int
+) -> Iterator[ConsoleWriter | None]:
+    """Log to TensorBoard, `progress.csv` and the screen; a resumed run keeps the rows of finished iterations.
+
+    Only the main process logs; the others get no writer.
+
+    Args:
+        algorithm: whose logger is set.
+        folder: of the run.
+        iterations: number of iterations of the run.
+        start: number of iterations that are done already.
+    """
+    if not algorithm.processes.is_main:
+        algorithm.set_logger(Logger(None, []))
+        yield None
+        return
+    table = MetricsTable(folder.progress, MetricsTable.read(folder.progress, start))
+    console = ConsoleWriter(iterations, start)
+    algorithm.set_logger(Logger(None, [table, TensorBoardCurves(folder.tensorboard, start), console]))
+    try:
+        yield console
+    finally:
+        algorithm.logger.close()
 
 
 class ConsoleWriter(KVWriter):

@@ -5,7 +5,6 @@ A dry run stops between the two (`check_run`), so it refuses whatever a real run
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from stable_baselines3.common.utils import set_random_seed
 from agents.config.resolve import resolve
 from agents.config.train_config import TrainConfig
 from agents.distributed import Processes, start_processes
+from agents.output.files import check_writable
 from agents.planning.fit import check_fit
 from agents.rollout.vec_env import VectorEnvAdapter
 from agents.training.build import build_algorithm
@@ -105,7 +105,7 @@ def check_run(config: TrainConfig, processes: Processes) -> CheckedRun:
     with processes.fail_together():
         assert config.run_dir is not None
         folder = RunFolder(config.run_dir, resume=config.resume is not None, unique=not is_named)
-        _check_writable(folder.path)
+        check_writable("run_dir", folder.path, "folder")
         if folder.is_resumed:
             check_resumable(folder.checkpoints, config.total_iterations, run_identity(config))
         reward = configured_reward(config.reward, parse_options(config.reward_options))
@@ -126,13 +126,6 @@ def check_run(config: TrainConfig, processes: Processes) -> CheckedRun:
             with naming_holdout_reward(config.run.holdout_reward):
                 check_fit(config, holdout)
     return CheckedRun(config, folder, reward, prompts, holdout)
-
-
-def _check_writable(folder: Path) -> None:
-    """Refuse a folder that this process cannot make or write to; nothing is written."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"run_dir must be a folder that can be written; {str(nearest)!r} is not; got {str(folder)!r}")
 
 
 def prepare_run(config: TrainConfig, processes: Processes | None = None) -> Run:

@@ -9,6 +9,8 @@ from typing import Any
 from agents.config.train_config import TrainConfig
 from agents.training.run_folder import RunFolder
 
+NO_GRADIENT = "as where all rewards that are compared are equal"
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -24,6 +26,7 @@ class RunResult:
         evaluations: (iteration, mean reward) on the held-out seeds.
         holdout_evaluations: the same of the held-out reward; empty if there is none.
         stopped_early: why the run ended before its last planned iteration, if a rule ended it.
+        has_learned: whether any iteration had a gradient.
     """
 
     config: TrainConfig
@@ -35,6 +38,7 @@ class RunResult:
     evaluations: tuple[tuple[int, float], ...] = ()
     holdout_evaluations: tuple[tuple[int, float], ...] = ()
     stopped_early: str | None = None
+    has_learned: bool = True
 
     @property
     def best_evaluation(self) -> tuple[int, float] | None:

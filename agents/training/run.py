@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, cast
 
+import numpy as np
+import numpy.typing as npt
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
-from stable_baselines3.common.logger import Logger
 
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.algorithms.saving.state import Stateful
@@ -28,11 +29,12 @@ from agents.report.run_data import ITERATION
 from agents.rollout.vec_env import denoising_env_of
 from agents.training.checkpoint import Checkpoints, iterations_done, latest_checkpoint, run_identity
 from agents.training.checkpoint_state import check_learned
-from agents.training.console import ConsoleWriter, TensorBoardCurves
-from agents.training.monitoring.divergence import DEVIATIONS, ITERATIONS, DivergenceError, has_diverged, is_worse
-from agents.training.result import RunResult, best_of
-from agents.training.run_folder import MetricsTable, RunFolder
+from agents.training.console import ConsoleWriter, logging_run
+from agents.training.monitoring.divergence import LARGEST_KL, spread, watch_reward
+from agents.training.result import NO_GRADIENT, RunResult, best_of
+from agents.training.run_folder import RunFolder
 from ddpo_env.validation.options import NOT_NEGATIVE, Range, check_value
+from ddpo_env.vector_env import DenoisingVectorEnv
 from rewards import StatefulReward, is_stateful
 
 
@@ -70,7 +72,9 @@ class Run:
         holdout_evaluations: the same of the held-out reward; empty if there is none.
         stopped_early: why a rule has ended the run before its last planned iteration; `None`: none has.
         pretrained_std: standard deviation of the pretrained policy's rewards: the larger one of the held-out samples'
-            and the first iteration's.
+            and the first iteration's; 0 if both have too few samples or prompts for one.
+        has_learned: whether any iteration had a gradient.
+        was_finished: whether another process has finished this run, to its summary.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class Run:
         self.holdout_evaluations: list[tuple[int, float]] = []
         self.stopped_early: str | None = None
         self.pretrained_std = 0.0
+        self.has_learned = False
         self.checkpoints = Checkpoints(
             folder.checkpoints,
             algorithm,
@@ -99,7 +104,8 @@ class Run:
             settings=run_identity(config),
         )
         self._is_new = True
-        self._was_finished = False
+        self.was_finished = False
+        self._warned: set[int] = set()
         self._callback: BaseCallback = CallbackList([])
         self._console: ConsoleWriter | None = None
 
@@ -108,7 +114,7 @@ class Run:
         self.checkpoints.restore()
         self._is_new = False
         written = self.processes.from_main(self.folder.summary.exists)
-        self._was_finished = self.is_finished and written
+        self.was_finished = self.is_finished and written
 
     def train(self, started: float | None = None) -> RunResult:
         """Run the iterations that are left.
@@ -151,11 +157,6 @@ class Run:
             self.folder.release()
         return self._result(started, finished)
 
-    @property
-    def was_finished(self) -> bool:
-        """Whether another process has finished this run, to its summary."""
-        return self._was_finished
-
     def record_evaluation(self, evaluation: Evaluation) -> None:
         """Add an evaluation of the current iteration to the curves, and save the policy if it is the best so far."""
         rewards, holdout, before = evaluation.finite_rewards(), evaluation.holdout_rewards, self.best_evaluation
@@ -163,7 +164,7 @@ class Run:
         if holdout is not None:
             self.holdout_evaluations.append((self.iteration, float(holdout.mean())))
         if self.iteration == 0:
-            self.pretrained_std = max(self.pretrained_std, float(rewards.std()))
+            self._note_spread(rewards, evaluation.prompts)
         elif self.best_evaluation != before:
             self.processes.from_main(lambda: self._save_weights(self.folder.best))
         for listener in self.listeners:
@@ -200,6 +201,7 @@ class Run:
             "holdout_evaluations": self.holdout_evaluations,
             "stopped_early": self.stopped_early,
             "pretrained_std": self.pretrained_std,
+            "has_learned": self.has_learned,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -224,15 +226,20 @@ class Run:
         self.evaluations, self.holdout_evaluations = curves["evaluations"], curves["holdout_evaluations"]
         self.stopped_early = reason
         self.pretrained_std = state["pretrained_std"]
+        self.has_learned = bool(state.get("has_learned", True))  # older checkpoints do not say
 
     def _components(self) -> dict[str, Stateful]:
         """Return what a checkpoint holds beside the algorithm: the run, listeners with a state, the reward's state."""
         components: dict[str, Stateful] = {"run": self}
         components |= {type(one).__name__: one for one in self.listeners if isinstance(one, Stateful)}
-        env = denoising_env_of(self.algorithm.env) if self.algorithm.env is not None else None
-        if env is not None and is_stateful(env.reward):
-            components["reward"] = cast(StatefulReward, env.reward)
+        if self._env is not None and is_stateful(self._env.reward):
+            components["reward"] = cast(StatefulReward, self._env.reward)
         return components
+
+    @property
+    def _env(self) -> DenoisingVectorEnv | None:
+        assert self.algorithm.env is not None
+        return denoising_env_of(self.algorithm.env)
 
     def _begin(self) -> None:
         """Get ready to iterate; a new run gets its first checkpoint, so that it can be resumed from anywhere."""
@@ -259,7 +266,8 @@ class Run:
         try:
             with ExitStack() as stack:
                 with self.processes.hold_interrupts():
-                    stack.enter_context(self._logging())
+                    logging = logging_run(self.algorithm, self.folder, self.config.total_iterations, self.iteration)
+                    self._console = stack.enter_context(logging)
                     self._begin()
                 for listener in self.listeners:
                     listener.on_start(self)
@@ -288,7 +296,8 @@ class Run:
         for listener in self.listeners:
             listener.on_end(self)
         summary = self._result(started, finished=True).summary(self.processes.count)
-        self.processes.from_main(self._draw_curve)
+        curve, file = (self.training_rewards, self.evaluations, self.config.reward), self.folder.path / "reward.png"
+        self.processes.from_main(lambda: reward_curve(file, *curve))
         self.processes.from_main(lambda: self.folder.write_summary(summary))
 
     def _run_iteration(self) -> None:
@@ -300,7 +309,9 @@ class Run:
         returns = algorithm.rollout_buffer.segment_returns()
         self.training_rewards.append(float(returns.mean()))
         if number == 1:
-            self.pretrained_std = max(self.pretrained_std, float(returns.std()))
+            self._note_spread(returns, algorithm.rollout_buffer.contexts)
+        measured = dict(algorithm.logger.name_to_value)
+        self._watch_update(measured)
         for listener in self.listeners:
             listener.on_iteration(self)
         with self.processes.hold_interrupts():
@@ -309,25 +320,33 @@ class Run:
             self.checkpoints.finished(number)
         if not self.is_finished and self.evaluations[-1][0] == number:
             self._write_report()
-        self._watch_reward()
+        self._watch_reward(measured.get("train/kl_to_pretrained"))
 
-    def _watch_reward(self) -> None:
+    def _note_spread(self, rewards: npt.NDArray[np.float64], prompts: Sequence[Hashable]) -> None:
+        """Widen the scale on which a reward is far worse than the pretrained policy's."""
+        source = None if self._env is None else self._env.prompts
+        self.pretrained_std = max(self.pretrained_std, spread(rewards, prompts, source))
+
+    def _watch_update(self, measured: Mapping[str, float]) -> None:
+        """Note whether the iteration had a gradient; warn of the first without, and of the first that went too far."""
+        has_gradient, kl = measured.get("train/grad_norm") != 0, measured.get("train/kl_to_sampling", 0.0)
+        self.has_learned |= has_gradient
+        faults = {
+            f"had no gradient, {NO_GRADIENT}: nothing was learned": not has_gradient,
+            f"moved the policy by {kl:.3g} nats per dimension of a step: lower learning_rate": kl > LARGEST_KL,
+        }
+        for index, (words, is_there) in enumerate(faults.items()):
+            if is_there and index not in self._warned and self._console is not None:
+                self._warned.add(index)
+                self._console.warn(f"iteration {self.iteration} {words}")
+
+    def _watch_reward(self, kl: float | None) -> None:
         """Warn of an iteration that is far worse than the first one; stop the run after some in a row."""
-        rewards, std = self.training_rewards, self.pretrained_std
-        if self.config.run.stop_on_divergence and self.stopped_early is None and has_diverged(rewards, std):
-            raise self.processes.mark_agreed(
-                DivergenceError(
-                    f"the mean reward fell from {rewards[0]:.4g} in the first iteration to {rewards[-1]:.4g}; in the "
-                    f"last {ITERATIONS} iterations it was more than {DEVIATIONS:g} standard deviations of the "
-                    f"pretrained policy's rewards ({std:.4g}) lower: lower learning_rate, or set "
-                    "stop_on_divergence=False"
-                )
-            )
-        if is_worse(rewards[-1], rewards[0], std) and self._console is not None:
-            self._console.warn(
-                f"the mean reward of iteration {self.iteration}, {rewards[-1]:.4g}, is more than {DEVIATIONS:g} "
-                f"standard deviations below the first iteration's {rewards[0]:.4g}"
-            )
+        stops = self.config.run.stop_on_divergence and self.stopped_early is None
+        with self.processes.fail_together():
+            warning = watch_reward(self.training_rewards, self.pretrained_std, kl, stops)
+        if warning is not None and self._console is not None:
+            self._console.warn(warning)
 
     def _log_evaluation(self) -> None:
         """Log an evaluation that belongs to no iteration of this process; its row has nothing else."""
@@ -347,6 +366,7 @@ class Run:
             evaluations=tuple(self.evaluations),
             holdout_evaluations=tuple(self.holdout_evaluations),
             stopped_early=self.stopped_early,
+            has_learned=self.has_learned,
         )
 
     def _write_error(self, error: BaseException) -> None:
@@ -367,28 +387,8 @@ class Run:
                 self._console.warn(f"report.html was not written: {error} (the run is whole; try {again})")
 
     def _cancel_rewards(self) -> None:
-        assert self.algorithm.env is not None
-        if (env := denoising_env_of(self.algorithm.env)) is not None:
-            env.cancel_rewards()
-
-    @contextmanager
-    def _logging(self) -> Iterator[None]:
-        """Log to TensorBoard, `progress.csv` and the screen; a resumed run keeps the rows of finished iterations."""
-        if not self.processes.is_main:
-            self.algorithm.set_logger(Logger(None, []))
-            yield
-            return
-        table = MetricsTable(self.folder.progress, MetricsTable.read(self.folder.progress, self.iteration))
-        self._console = ConsoleWriter(self.config.total_iterations, self.iteration)
-        tensorboard = TensorBoardCurves(self.folder.tensorboard, self.iteration)
-        self.algorithm.set_logger(Logger(None, [table, tensorboard, self._console]))
-        try:
-            yield
-        finally:
-            self.algorithm.logger.close()
-
-    def _draw_curve(self) -> None:
-        reward_curve(self.folder.path / "reward.png", self.training_rewards, self.evaluations, self.config.reward)
+        if self._env is not None:
+            self._env.cancel_rewards()
 
     def _save_weights(self, folder: Path) -> None:
         policy = self.algorithm.policy

@@ -131,6 +131,6 @@ def decode_samples(
         raise ValueError(
             f"samples of model {model.source!r} must be finite; its decoder returned NaN or infinite values for prompt "
             f"{prompts[first]!r} (sample {first} of {len(samples)}, {(~finite).sum()} not finite). {advice}"
-            "The option non_finite_rewards can leave such samples out"
+            "An environment and training can leave such samples out (non_finite_rewards)"
         )
     return samples, finite

@@ -219,7 +219,10 @@ class GaussianSampler:
         found = matches.any(dim=1)
         if timestep.device.type == "cpu" and not found.all():
             unknown = timestep[~found].tolist()
-            raise ValueError(f"timestep must be one of {self.timesteps.tolist()}; got {unknown}")
+            raise ValueError(
+                f"timestep must be one of {self.timesteps.tolist()}; got {unknown} (does a wrapper, such as "
+                "VecNormalize, change the observation?)"
+            )
         return torch.where(found, matches.to(torch.uint8).argmax(dim=1), len(self))
 
     def predict_x0(self, latents: Tensor, model_output: Tensor, step_index: Tensor) -> Tensor:

@@ -120,7 +120,8 @@ class Composite:
             setting: What the user calls the sum, for errors.
 
         Raises:
-            ValueError: The spelling is wrong, there is no such reward, or an option does not belong to a term.
+            ValueError: The spelling is wrong, every weight is 0, there is no such reward, or an option does not belong
+                to a term.
         """
         options = options or {}
         if isinstance(terms, str):
@@ -130,6 +131,8 @@ class Composite:
         else:
             raise ValueError(f"terms must be a text such as aesthetic:1,clip_score:0.5, or Terms; got {terms!r}")
         names = [term.name for term in self.terms]
+        if not any(term.weight for term in self.terms):
+            raise ValueError(f"{setting} must have a term whose weight is not 0; got {terms!r}")
         if unknown := set(options) - set(names):
             raise ValueError(f"options must be of {', '.join(names)}; got {', '.join(unknown)}")
         self.rewards: dict[str, Reward] = {

@@ -54,6 +54,7 @@ def test_terms_are_read_from_text(spec, terms):
         ("clip_score:raw", "got 'clip_score:raw'"),
         ("clip_score:", "got 'clip_score:'"),
         ("clip_score:1,clip_score:2", "must name each term once; clip_score occurs more often"),
+        ("jpeg_compressibility:0", "reward must have a term whose weight is not 0; got 'jpeg_compressibility:0'"),
         ("jpeg:1,hps_v2:1", "reward must be one of jpeg_compressibility, .*; got 'jpeg'"),
     ],
 )

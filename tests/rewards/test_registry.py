@@ -65,6 +65,9 @@ def test_reward_class_is_instantiated_with_its_options(user_module):
     ("spec", "error", "message"),
     [
         ("no_such_module:score", ValueError, "there is no module 'no_such_module'; it must be .* on PYTHONPATH"),
+        ("my_rewards.py:score", ValueError, r"on PYTHONPATH; did you mean my_rewards:score\?"),
+        ("./my_rewards.py:score", ValueError, r"got '\./my_rewards\.py:score'; did you mean my_rewards:score\?"),
+        ("folder/my_rewards.py:score", ValueError, r"did you mean folder\.my_rewards:score\?"),
         ("my_rewards.inner:score", ValueError, "there is no module 'my_rewards.inner'"),
         ("my_rewards:scor", ValueError, "module 'my_rewards' of .*my_rewards.py has no 'scor'; it has .*score"),
         ("my_rewards:LIMIT", TypeError, r"my_rewards:LIMIT must be callable as \(images, prompts, metadata\); got 3"),

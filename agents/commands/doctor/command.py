@@ -6,7 +6,6 @@ own call. Each check is green, amber or red, and says what its number means and 
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -15,7 +14,16 @@ from pathlib import Path
 import tyro
 
 from agents.config.command_line import SettingsLine, parse_settings_line
-from agents.output.terminal import BAD_ARGUMENTS, INTERRUPTED, print_error, print_line, tolerate_encodings
+from agents.output.files import check_writable
+from agents.output.terminal import (
+    BAD_ARGUMENTS,
+    EXPECTED,
+    INTERRUPTED,
+    describe,
+    print_error,
+    print_line,
+    tolerate_encodings,
+)
 
 HEALTHY, RED = 0, 1
 
@@ -57,7 +65,6 @@ def doctor(line: DoctorLine) -> int:
         write_settings,
     )
     from agents.distributed import Processes
-    from agents.training.command import describe
     from agents.training.preparation import check_run
 
     try:
@@ -66,11 +73,11 @@ def doctor(line: DoctorLine) -> int:
                 f"resume must not be given to the doctor, which examines new runs; got {str(line.resume)!r}"
             )
         folder = line.output or Path("doctor") / time.strftime("%Y%m%d-%H%M%S")
-        _check_folder(folder)
+        check_writable("output", folder, "folder")
         checked = check_run(line.config, Processes())
         folder.mkdir(parents=True, exist_ok=True)
     except Exception as error:
-        print_error(describe(error, (ValueError, TypeError, ImportError, OSError, RuntimeError)))
+        print_error(describe(error, EXPECTED))
         return BAD_ARGUMENTS
     config = checked.config
     print_line(f"model {config.model}, reward {config.reward}, {config.algorithm}\n")
@@ -85,13 +92,6 @@ def doctor(line: DoctorLine) -> int:
         print_line(f"  {train_command(line.config, changes)}")
     print_summary(findings, [folder / file.name for file in written])
     return RED if any(finding.level == "red" for finding in findings) else HEALTHY
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written to; nothing is written."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"output must be a folder that can be written; {str(nearest)!r} is not; got {str(folder)!r}")
 
 
 if __name__ == "__main__":

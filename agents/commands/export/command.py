@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from agents.output.files import check_writable
 from agents.output.terminal import print_line, quoted, run_command, tolerate_encodings
 
 _REPO_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
@@ -52,6 +53,7 @@ class ExportArguments:
         """
         if self.output.exists() or self.output.is_symlink():
             raise ValueError(f"output must be a folder that does not exist yet; got {str(self.output)!r}")
+        check_writable("output", self.output, "folder")
         if self.license is not None and not _LICENCE.fullmatch(self.license):
             raise ValueError(f"license must be an identifier of the Hub such as apache-2.0; got {self.license!r}")
         if self.repo_id is not None and not _REPO_ID.fullmatch(self.repo_id):

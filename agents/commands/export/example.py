@@ -6,19 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from agents.commands.export.base_model import PACKAGED, BaseModel
 from agents.config.train_config import TrainConfig
+from agents.evaluation.generation import LARGEST_SAFE_ETA, stock_eta
 from ddpo_env.models.lora.lora_file import DIFFUSERS_FILE
 from ddpo_env.prompts import PROMPT_SETS, PromptSet, load_prompts
 from ddpo_env.prompts.images import IMAGE
 from ddpo_env.sampler.scheduler_table import ddim_of
 
-_LARGEST_SAFE_ETA = 0.999
-"""With eta 1, a step from pure noise leaves nothing of it but new noise: diffusers takes the root of a difference of
-equal numbers, which rounding may make negative."""
 _PACKAGED = 'str(files("ddpo_env") / "data" / "tiny")'
 
 
@@ -46,10 +43,9 @@ def example(base: BaseModel, config: TrainConfig, prompt: str | None, strength: 
         named = f'clip_sample={bool(own.clip_sample)}, timestep_spacing="{own.timestep_spacing}"'
         scheduler = [f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {named})"]
         if "eta" in model.watched.parameters:
-            arguments["eta"] = _eta(config)
-            if not _is_finite(ddim_of(model.scheduler), config.num_inference_steps, arguments["eta"]):
+            arguments["eta"] = stock_eta(model, config.policy, config.num_inference_steps)
+            if arguments["eta"] == LARGEST_SAFE_ETA != config.policy.eta:
                 note = ["# not the training's eta 1, with which a rounding error of diffusers makes this image NaN"]
-                arguments["eta"] = _LARGEST_SAFE_ETA
     is_packaged, takes_image = base.name == PACKAGED, IMAGE in model.prompt_fields
     functions = [name for name, used in (("export_to_video", is_video), ("load_image", takes_image)) if used]
     values = {name: _literal(value) for name, value in arguments.items()}
@@ -92,18 +88,3 @@ def _prompt(config: TrainConfig, given: str | None) -> str:
             "shows it: add --prompt with an example"
         )
     return given or named_prompts(config)[0]
-
-
-def _eta(config: TrainConfig) -> float:
-    """Return the noise of the sampler that is nearest to the training's; that by step is not a DDIM of diffusers."""
-    if config.policy.sampler == "ode":
-        return 0.0
-    return config.policy.eta if isinstance(config.policy.eta, float | int) else 1.0
-
-
-def _is_finite(scheduler: DDIMScheduler, steps: int, eta: float) -> bool:
-    """Return whether no step of diffusers' DDIM makes NaN of zeros."""
-    scheduler.set_timesteps(steps)
-    zeros = torch.zeros(1, 1, 1, 1)
-    made = [scheduler.step(zeros, time, zeros, eta=eta, variance_noise=zeros) for time in scheduler.timesteps]
-    return all(bool(one.prev_sample.isfinite()) for one in made)

@@ -29,8 +29,17 @@ from typing import TYPE_CHECKING
 
 from agents.commands.race.halving import Unit
 from agents.config.command_line import CommandLine, parse_settings_line
-from agents.output.terminal import BAD_ARGUMENTS, INTERRUPTED, print_error, print_line, quoted, tolerate_encodings
-from agents.training.command import EXPECTED, FAILED, SIGNALLED, describe, start_of_command
+from agents.output.terminal import (
+    BAD_ARGUMENTS,
+    EXPECTED,
+    INTERRUPTED,
+    describe,
+    print_error,
+    print_line,
+    quoted,
+    tolerate_encodings,
+)
+from agents.training.command import FAILED, SIGNALLED, start_of_command
 
 if TYPE_CHECKING:  # imports that take seconds are in `race`, so that --help appears at once
     from agents.commands.race.race import Race

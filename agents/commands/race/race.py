@@ -37,7 +37,7 @@ from agents.config.settings import SEED
 from agents.config.train_config import TrainConfig
 from agents.distributed import Processes
 from agents.output.files import refuse_links, remove
-from agents.training.command import describe
+from agents.output.terminal import describe
 from agents.training.preparation import check_run
 from ddpo_env.validation.options import Range, check_fields
 from rewards import Reward, is_stateful, reward_name

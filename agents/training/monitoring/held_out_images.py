@@ -140,8 +140,11 @@ class HeldOutImages(RunListener):
         chosen = {"before": self._shown[0], "during": middle, "after": self._shown[-1]}
         if len(self._shown) < 3:
             del chosen["during"]
+        # Read back, because a resumed run did not generate its first images itself; somebody may have deleted them.
+        chosen = {name: one for name, one in chosen.items() if _strip(run, one[0]).is_file()}
+        if not chosen:
+            return
         labels = [f"{name}\niteration {iteration}\n{reward:.2f}" for name, (iteration, reward) in chosen.items()]
-        # Read back, because a resumed run did not generate its first images itself.
         rows = [read_strip(_strip(run, iteration), self.columns) for iteration, _ in chosen.values()]
         write_image(run.folder.samples / "before_after.png", image_grid(rows, labels, self._captions))
 

@@ -68,13 +68,16 @@ def find_lora(path: str | Path, setting: str = "lora") -> Path:
     """Return the absolute path of the file of a LoRA.
 
     Args:
-        path: the file itself, or its folder, in diffusers' or peft's layout, or with one .safetensors file.
+        path: the file itself, or its folder, in diffusers' or peft's layout, or with one .safetensors file; or the
+            folder of a run, whose `lora` it is then.
         setting: what named it, for the message.
 
     Raises:
         ValueError: if there is none.
     """
     given = Path(path).expanduser()
+    if (given / "config.yaml").is_file():  # a run's folder
+        given /= "lora"
     found = [given / name for name in _FILES if (given / name).is_file()] or sorted(given.glob("*.safetensors"))
     file = given if given.is_file() else found[0] if len(found) == 1 else None
     if file is None or file.suffix != ".safetensors":

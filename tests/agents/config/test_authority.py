@@ -89,8 +89,8 @@ def test_held_out_reward_is_named_again_too(tmp_path: Path, monkeypatch: pytest.
     other = ("server=http://localhost:8000", "device=cpu")
     assert resolve(train_config(resume=run, holdout_reward_options=other)).run.holdout_reward_options == other
     assert resume_flags(TrainConfig.read(run).changed(run_dir=run)) == ["--holdout-reward-options", *server]
-    run = write_run(tmp_path / "plain", holdout_reward="jpeg_compressibility")
-    assert resolve(train_config(resume=run)).run.holdout_reward == "jpeg_compressibility"
+    run = write_run(tmp_path / "plain", holdout_reward="jpeg_incompressibility")
+    assert resolve(train_config(resume=run)).run.holdout_reward == "jpeg_incompressibility"
 
 
 def test_text_that_reaches_nothing_is_not_asked_for(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from agents.evaluation import compare as command
-from agents.evaluation.compare import EvaluateArguments, evaluate_models
+from agents.evaluation.compare import EvaluateArguments, evaluate_models, prompt_sets
 from agents.evaluation.comparison import Result, ScoredImage, best_strengths, compare
 from agents.evaluation.comparison_report import comparison_grid
 from agents.evaluation.generation import GenerationArguments, stock_images
@@ -220,6 +220,13 @@ def test_prompts_and_not_samples_are_the_independent_units() -> None:
     assert many[1].images == 80
 
 
+def test_prompt_that_occurs_again_counts_once(tmp_path: Path) -> None:
+    lines = ["a cat", "a cat", {"prompt": "a cat", "colour": "red"}, "a dog", {"prompt": "a cat", "colour": "red"}]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = prompt_sets((str(tmp_path / "set.jsonl"),))["set"]
+    assert [(text, bool(metadata)) for text, metadata in found] == [("a cat", False), ("a cat", True), ("a dog", False)]
+
+
 def test_best_strength_is_the_one_with_the_highest_mean() -> None:
     scores = {0.0: 1.0, 0.5: 3.0, 1.0: 2.0}
     results: list[Result] = compare([image("a", p, 0, s, v + p) for s, v in scores.items() for p in range(2)])
@@ -277,6 +284,46 @@ def test_wrong_arguments_are_one_line_before_a_model_is_loaded(
     assert message in shown.err
     assert "Traceback" not in shown.err + shown.out
     assert not (tmp_path / "evaluation").exists()
+
+
+REWARDS_THAT_FAIL = """
+def boom(images, prompts, metadata):
+    return {}["foo"]
+
+def nan(images, prompts, metadata):
+    return [float("nan")] * len(images)
+"""
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("boom", "error: KeyError: 'foo' (raised by the reward boom, asked about 2 samples)\n"),
+        ("nan", "error: reward nan must be finite; got nan for prompt 'a cat'"),
+    ],
+)
+def test_reward_that_fails_is_one_line_and_leaves_its_traceback(
+    micro_pipeline_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    reward: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "failing_rewards.py").write_text(REWARDS_THAT_FAIL)
+    (tmp_path / "two.txt").write_text("a cat\na dog\n")
+    given = ["--rewards", f"failing_rewards:{reward}", "--prompts", "two.txt", "--model", micro_pipeline_folder]
+    given += ["--num-inference-steps", "1", "--samples-per-prompt", "1", "--device", "cpu"]
+    assert run_script("evaluate", given, monkeypatch) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
+    assert "the option non_finite_rewards" not in shown
+    assert "Traceback" in (tmp_path / "evaluation" / "error.txt").read_text()
+    assert run_script("evaluate", given, monkeypatch) == 2
+    assert "'evaluation', which holds an evaluation that did not finish and may be deleted" in capsys.readouterr().err
 
 
 def test_grid_cuts_long_texts_and_no_others() -> None:

@@ -8,7 +8,9 @@ import torch
 from helpers.scripts import run_script
 from safetensors.torch import save_file
 
+from agents.evaluation.sample import SampleArguments
 from ddpo_env.models import loading
+from ddpo_env.models.lora.lora_file import find_lora
 
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
@@ -82,3 +84,14 @@ def test_wrong_arguments_are_one_line(
     assert message in shown.err
     assert "Traceback" not in shown.err + shown.out
     assert not list(tmp_path.glob("*.png/*")) + list(tmp_path.glob("samples.png"))
+
+
+def test_folder_of_a_run_stands_for_its_lora(tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    save_file({"unet.layer.lora_A.weight": torch.zeros(2, 4)}, file)
+    with pytest.raises(ValueError, match=r"lora must be a \.safetensors file, or a folder with"):
+        SampleArguments(lora=tmp_path).check()
+    (tmp_path / "config.yaml").touch()
+    SampleArguments(lora=tmp_path).check()
+    assert find_lora(tmp_path) == find_lora(tmp_path / "lora") == file

@@ -3,10 +3,11 @@
 import errno
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
-from agents.output.files import refuse_links, write_file, write_folder, write_new_folder
+from agents.output.files import check_writable, refuse_links, write_file, write_folder, write_new_folder
 
 
 def names(folder):
@@ -64,6 +65,24 @@ def test_new_folder_appears_whole_and_replaces_nothing(tmp_path):
         write_new_folder(tmp_path / "late", lambda empty: (empty / "a").touch())
     assert names(tmp_path / "late") == ["b"]
     assert names(tmp_path) == ["late", "new"]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder in which nobody can write")
+@pytest.mark.parametrize(("path", "kind"), [("/proc/x.png", "file"), ("/proc/some/folder", "folder")])
+def test_place_that_cannot_be_written_is_named_before_the_work(path, kind):
+    with pytest.raises(ValueError, match=f"output must be a {kind} that can be written; '/proc' is not; got '{path}'"):
+        check_writable("output", Path(path), kind)
+
+
+def test_check_of_a_place_leaves_nothing(tmp_path):
+    (tmp_path / "old").write_text("old")
+    check_writable("output", tmp_path / "old", "file")
+    check_writable("output", tmp_path / "new" / "folder" / "file", "file")
+    check_writable("output", tmp_path, "folder")
+    with pytest.raises(ValueError, match="output must be a folder that can be written; .*old' is not"):
+        check_writable("output", tmp_path / "old" / "folder", "folder")
+    assert names(tmp_path) == ["old"]
+    assert (tmp_path / "old").read_text() == "old"
 
 
 def test_link_in_place_of_a_file_is_replaced_and_of_a_folder_refused(tmp_path):

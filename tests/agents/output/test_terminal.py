@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from agents.output.terminal import escaped, print_error, print_line, quoted
+from agents.output.terminal import escaped, print_error, print_line, quoted, run_command
 
 
 def test_control_characters_are_written_out(capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,6 +22,14 @@ def test_errors_show_markup_and_emoji_codes_as_they_are(capsys: pytest.CaptureFi
 
 def test_commands_are_quoted_to_be_pasted() -> None:
     assert quoted("ddpo-sample", "--lora", "my run/$(x)") == "ddpo-sample --lora 'my run/$(x)'"
+
+
+def test_faults_of_the_program_itself_keep_their_traceback(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise KeyError("a fault")
+
+    with pytest.raises(KeyError, match="a fault"):
+        run_command(fail, tmp_path)
 
 
 def test_any_text_is_printed_in_any_encoding() -> None:

@@ -78,6 +78,8 @@ def test_rows_and_words_of_a_window_with_shared_noise():
     assert rows.measuring == 2 * 3 * 8
     assert denoiser_rows(config.changed(shared_noise=False)).sampling == 2 * 3 * 24
     assert denoiser_rows(config.changed(noise_window=None)).sampling == 2 * 3 * (4 + 16)
+    resting = config.changed(noise_window_iterations=3)
+    assert "in 1 of 3 steps, the same ones in the whole run" in "".join(describe_plan(resting))
     (noise,) = [line for line in describe_plan(config) if line.startswith("noise")]
     assert noise == (
         "noise      ddim, in 1 of 3 steps, which move on by 1 every 1 iteration, samples of a prompt start from the "

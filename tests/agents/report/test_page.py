@@ -147,7 +147,7 @@ def test_report_of_a_run_that_an_error_stopped_says_so(tmp_path, monkeypatch):
 
     run = prepare_run(micro_config("points", tmp_path / "run", reward="points_ring"))
 
-    def fail(self):
+    def fail(*_):
         raise RuntimeError("no more power")
 
     monkeypatch.setattr(Run, "_watch_reward", fail)

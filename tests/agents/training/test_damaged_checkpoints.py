@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers.micro_agents import STEPS, micro_env
+from helpers.micro_agents import STEPS, micro_config, micro_env, resume_config
 from safetensors.torch import load_file, save_file
 
 from agents.algorithms.policy_gradient.ppo import PPO
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.vec_env import VectorEnvAdapter
 from agents.training.checkpoint import Checkpoints, latest_checkpoint, load_checkpoint
+from agents.training.preparation import run_training
 
 SETTINGS = {"seed": 0, "reward": "brightness"}
 
@@ -161,3 +162,18 @@ def test_iteration_with_weights_that_are_not_finite_is_never_finished(model, tmp
     checkpoints.restore()
     assert latest_checkpoint(tmp_path).name == "iteration_000001"
     assert torch.equal(model.policy.trainable_parameters()[0], kept)
+
+
+def test_settings_that_somebody_has_changed_are_named(tmp_path):
+    run_training(micro_config("points", tmp_path, iterations=1, eval_interval=0, eval_samples=2))
+    file = tmp_path / "config.yaml"
+    text = file.read_text()
+    file.write_text(text.replace("learning_rate: 0.002", "learning_rate: 0.5"))
+    with pytest.raises(ValueError, match=r"with learning_rate=0.002 instead of 0.5 in config.yaml"):
+        run_training(resume_config(tmp_path, iterations=2))
+    file.write_text(text)
+    old = latest_checkpoint(tmp_path / "checkpoints") / "manifest.json"
+    manifest = json.loads(old.read_text())
+    del manifest["settings"]["learning_rate"]  # as versions before this one wrote it
+    old.write_text(json.dumps(manifest))
+    assert run_training(resume_config(tmp_path, iterations=2)).iterations == 2

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from helpers.scripts import MINIATURE, run_script
 
 import agents.training.run
 from agents import RunListener, prepare_run
+from agents.output.files import remove
 from agents.training import command
 from agents.training.checkpoint import Snapshot, latest_checkpoint
 from agents.training.console import TensorBoardCurves
@@ -287,3 +289,16 @@ def test_help_is_shown_where_the_terminal_lacks_letters(monkeypatch):
     assert left.value.code == 0
     terminal.seek(0)
     assert "--clip-range" in terminal.read()
+
+
+@pytest.mark.parametrize("kept", ["samples/images/iteration_0003.png", None])
+def test_run_whose_images_somebody_has_deleted_goes_on_to_its_end(whole, learner, tmp_path, kept):
+    shutil.copytree(whole.folder.path, tmp_path / "run")
+    for name in ("samples", "lora", "progress.csv"):
+        remove(tmp_path / "run" / name)
+    if kept is not None:
+        (tmp_path / "run" / kept).parent.mkdir(parents=True)
+        shutil.copyfile(whole.folder.path / kept, tmp_path / "run" / kept)
+    run_training(resume_config(tmp_path / "run", iterations=4))
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert (tmp_path / "run" / "samples" / "before_after.png").exists()

@@ -10,9 +10,10 @@ from helpers.run_comparison import assert_same_run, rows
 from helpers.scripts import MINIATURE, run_script
 from safetensors.torch import load_file
 
+from agents.training import command
 from agents.training.checkpoint import latest_checkpoint
-from agents.training.monitoring.divergence import DivergenceError
-from agents.training.preparation import run_training
+from agents.training.monitoring.divergence import DivergenceError, spread
+from agents.training.preparation import prepare_run, run_training
 
 
 def assert_finite(folder):
@@ -92,11 +93,11 @@ class Falling:
         return brightness(images, prompts, metadata) - (1e4 if self.left < 0 else 0)
 
 
-# Calls of the reward: 2 before training, then 2 per iteration.
+# Calls of the reward: 4 before training, then 2 per iteration.
 @pytest.mark.parametrize("stops", [True, False])
 def test_collapse_of_the_reward_stops_the_run(learner, monkeypatch, tmp_path, capsys, stops):
-    monkeypatch.setattr(micro_agents, "brightness", Falling(4))
-    settings = {"iterations": 6, "eval_interval": 0, "stop_on_divergence": stops}
+    monkeypatch.setattr(micro_agents, "brightness", Falling(6))
+    settings = {"iterations": 6, "eval_interval": 0, "eval_samples": 16, "stop_on_divergence": stops}
     config = micro_config(learner, tmp_path, **settings)
     if not stops:
         assert run_training(config).iterations == 6
@@ -105,6 +106,43 @@ def test_collapse_of_the_reward_stops_the_run(learner, monkeypatch, tmp_path, ca
             run_training(config)
         assert latest_checkpoint(tmp_path / "checkpoints").name == "iteration_000004"
     assert "warning: the mean reward of iteration 2, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"eval_samples": 16, "learning_rate": 1e-12}, {"eval_samples": 6}],
+    ids=["a policy that has not moved", "a scale from few samples"],
+)
+def test_rewards_that_training_cannot_have_lowered_stop_no_run(learner, monkeypatch, tmp_path, capsys, settings):
+    monkeypatch.setattr(micro_agents, "brightness", Falling(6))
+    assert run_training(micro_config(learner, tmp_path, iterations=6, eval_interval=0, **settings)).iterations == 6
+    assert "standard deviations" not in capsys.readouterr().out
+
+
+def test_spread_needs_samples_of_several_prompts_or_of_all_that_there_are():
+    rewards, many, few = np.arange(16.0), list("abcd") * 4, list("abc") * 5 + ["a"]
+    assert spread(rewards, many, None) == rewards.std()
+    assert spread(rewards[:15], many[:15], None) == 0
+    assert spread(rewards, few, None) == spread(rewards, few, range(4)) == 0
+    assert spread(rewards, few, range(3)) == rewards.std()
+
+
+@pytest.mark.parametrize("score", [np.zeros_like, lambda x: x], ids=["constant", "varied"])
+def test_run_without_a_gradient_says_that_it_learned_nothing(learner, monkeypatch, capsys, tmp_path, score):
+    monkeypatch.setattr(micro_agents, "brightness", scoring(score))
+    assert command.train(prepare_run(micro_config(learner, tmp_path, iterations=2))) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("had no gradient") == shown.count("Nothing was learned") == (score is np.zeros_like)
+    assert ("load_lora" in shown) == (score is not np.zeros_like and learner != "points")
+
+
+@pytest.mark.parametrize(("rate", "warnings"), [(2e-3, 0), (3.0, 1)])
+def test_update_that_moves_the_policy_absurdly_far_is_warned_of_once(learner, capsys, tmp_path, rate, warnings):
+    settings = {"learning_rate": rate, "stop_on_divergence": False, "eval_interval": 0}
+    run_training(micro_config(learner, tmp_path, **settings))
+    moved = [float(row["train/kl_to_sampling"]) for row in rows(tmp_path)[1:]]
+    assert (max(moved) > 1) == bool(warnings)
+    assert capsys.readouterr().out.count("nats per dimension of a step: lower learning_rate") == warnings
 
 
 def test_best_evaluation_is_kept(learner, monkeypatch, tmp_path):

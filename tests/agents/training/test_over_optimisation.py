@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from agents import prepare_run, run_training, train_config
+from agents.config.resolve import resolve
 from agents.config.settings import LEAST_EVALUATIONS
 from agents.evaluation.intervals import is_higher
 from agents.training import command
 from agents.training.checkpoint import Checkpoints, latest_checkpoint
 from agents.training.monitoring.holdout_reward import HoldoutReward, configured_holdout_reward
 from agents.training.monitoring.over_optimisation import over_optimisation
+from ddpo_env.models.families.points import PointsModel
 from rewards import load_reward
 
 NEAR_ONE = "helpers.points_models:near_one"
@@ -57,7 +59,7 @@ def test_best_policy_is_that_of_a_run_that_ends_there(braked, tmp_path):
 
 
 def test_last_words_say_why_it_stopped_and_what_to_use(braked):
-    text = command.summary(braked)
+    text = command.summary(braked, PointsModel())
     assert "Stopped early: over-optimisation: the held-out reward was best after iteration 3" in text
     assert "Use the policy after iteration 3, the best by the held-out reward" in text
     assert str(braked.folder.best / "policy") in text
@@ -71,7 +73,7 @@ def test_braked_run_stays_ended(braked, capsys):
 
 
 def test_run_whose_held_out_reward_rises_goes_on_to_the_end(tmp_path):
-    settings = {**BRAKED, "holdout_reward": "helpers.points_models:rightward", "iterations": 6}
+    settings = {**BRAKED, "holdout_reward": "helpers.points_models:rightward:1:raw", "iterations": 6}
     result = run_training(points_config(tmp_path, **settings))
     assert (result.iterations, result.stopped_early) == (6, None)
 
@@ -237,6 +239,13 @@ def test_held_out_reward_that_is_not_finite_is_an_error_that_names_it(tmp_path, 
 def test_options_of_the_held_out_reward_are_refused_by_their_setting(spec, option, message):
     with pytest.raises(ValueError, match=message):
         configured_holdout_reward(train_config(holdout_reward=spec, holdout_reward_options=(option,)))
+
+
+def test_held_out_reward_is_another_than_the_one_that_is_trained_on():
+    same = points_config(None, reward=NEAR_ONE, holdout_reward=NEAR_ONE)
+    with pytest.raises(ValueError, match="^holdout_reward must differ from reward, which is trained on; got"):
+        resolve(same)
+    resolve(same.changed(holdout_reward="helpers.points_models:rightward"))
 
 
 def test_held_out_reward_that_fails_is_named(tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.training import command
 from agents.training.console import ConsoleWriter
 from agents.training.preparation import run_training
+from ddpo_env.models.families.points import PointsModel
 
 
 def test_run_folder_holds_what_its_docstring_says(finished):
@@ -69,7 +70,7 @@ def test_run_folder_holds_what_its_docstring_says(finished):
     [(-2.0, -1.5, "+25.0% of |before|"), (1e-16, -2.0, "(-2.000)"), (0.0, 0.25, "(+0.250)")],
 )
 def test_last_words_have_a_percentage_only_of_what_is_not_zero(finished, before, after, change):
-    text = command.summary(replace(finished, reward_before=before, reward_after=after))
+    text = command.summary(replace(finished, reward_before=before, reward_after=after), PointsModel())
     assert change in text
     assert ("%" in text) == ("%" in change)
 

@@ -168,7 +168,7 @@ def test_seconds_are_timed_once_and_buy_iterations(race, tmp_path, monkeypatch):
     code, printed, _ = race(
         "--output=timed",
         "--budget-unit=seconds",
-        "--holdout-reward=helpers.micro_agents:brightness",
+        "--holdout-reward=helpers.micro_agents:brightness:1:raw",
         contenders="contenders: {a: {}, slow: {samples_per_iteration: 16}}",
         budget=3.5,
         seeds=(0,),
