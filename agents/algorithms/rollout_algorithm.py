@@ -31,7 +31,7 @@ from agents.algorithms.generators import Generators
 from agents.algorithms.options import RATE, NonFiniteRewards, check_arguments, check_timesteps
 from agents.algorithms.saving.algorithm_file import SavableAlgorithm
 from agents.distributed import Processes, Rows
-from agents.policy.abilities import PolicyAbilities, abilities_of
+from agents.policy.abilities import PolicyAbilities, policy_abilities
 from agents.rollout.buffer import TensorRolloutBuffer
 from agents.rollout.latents_check import LatentsCheck
 from agents.rollout.scores import PendingScores, details_by_name, numeric_details, score_measured
@@ -158,7 +158,7 @@ class RolloutAlgorithm(SavableAlgorithm):
     @property
     def abilities(self) -> PolicyAbilities:
         """What the policy can do beyond Stable-Baselines3's interface."""
-        return abilities_of(self.policy)
+        return policy_abilities(self.policy)
 
     def sampling(self) -> AbstractContextManager[None]:
         """Return the context in which a rollout is sampled."""

@@ -226,6 +226,6 @@ class _StockAbilities(PolicyAbilities):
         return self._policy.evaluate_actions(obs, actions if is_discrete else actions.reshape(len(actions), -1))
 
 
-def abilities_of(policy: ActorCriticPolicy) -> PolicyAbilities:
+def policy_abilities(policy: ActorCriticPolicy) -> PolicyAbilities:
     """Return the policy's abilities: the policy itself if it declares them, else the defaults."""
     return policy if isinstance(policy, PolicyAbilities) else _StockAbilities(policy)

@@ -6,7 +6,7 @@ from helpers.micro_agents import micro_env, micro_policy
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from agents import PolicyAbilities, Transitions
-from agents.policy.abilities import abilities_of
+from agents.policy.abilities import policy_abilities
 
 
 def stock_policy():
@@ -14,7 +14,7 @@ def stock_policy():
 
 
 def test_stock_policy_has_the_defaults():
-    abilities = abilities_of(stock_policy())
+    abilities = policy_abilities(stock_policy())
     assert (abilities.knows_reference, abilities.shares_batches, abilities.rows) == (False, False, None)
     assert abilities.compute_dtype == torch.float32
     with abilities.sampling_weights():
@@ -25,14 +25,14 @@ def test_stock_policy_imitates_by_likelihood():
     policy = stock_policy()
     observations, actions = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
     zeros = torch.zeros(5)
-    loss = abilities_of(policy).regression_loss(Transitions(observations, actions, zeros, zeros, zeros, zeros))
+    loss = policy_abilities(policy).regression_loss(Transitions(observations, actions, zeros, zeros, zeros, zeros))
     assert torch.equal(loss, -policy.evaluate_actions(observations, actions)[1])
-    assert abilities_of(policy).evaluate_with_reference(observations, actions)[3] is None
+    assert policy_abilities(policy).evaluate_with_reference(observations, actions)[3] is None
 
 
 def test_diffusion_policy_declares_its_own(micro_pipeline_folder):
     policy = micro_policy(micro_env(micro_pipeline_folder))
     assert isinstance(policy, PolicyAbilities)
-    assert abilities_of(policy) is policy
+    assert policy_abilities(policy) is policy
     assert policy.knows_reference
     assert policy.shares_batches
