@@ -44,7 +44,7 @@ def test_run_that_was_killed_after_its_log_has_each_point_once(whole, learner, t
     for iteration in range(4 - lost, 4):  # as if it had been killed before this checkpoint
         shutil.rmtree(tmp_path / "checkpoints" / f"iteration_{iteration:06d}")
     if lost == 2:
-        run_training(micro_config(learner, tmp_path / "short", iterations=1))
+        run_training(micro_config(learner, tmp_path / "short", iterations=1, schedule_iterations=3))
         source = tmp_path / "short" / "checkpoints" / "iteration_000001"
         shutil.copytree(source, tmp_path / "checkpoints" / "iteration_000001")
     run_training(resume_config(tmp_path))
