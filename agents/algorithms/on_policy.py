@@ -39,7 +39,7 @@ from agents.distributed import Maximum, Metric, Rows
 from agents.policy.abilities import PolicyEvaluation
 from agents.policy.weight_copies import AVERAGE, using_weights
 from agents.rollout.buffer import DROPPED, Transitions
-from agents.rollout.timesteps import choose_steps
+from agents.rollout.timesteps import choose_steps, measured_steps
 from ddpo_env.validation.options import Range, check_value, shows_options, split_options
 from rewards.networks.devices import copied_to, read_numbers
 
@@ -127,8 +127,7 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
     def sampling(self) -> Iterator[None]:
         """Sample with noise in this iteration's window only, if there is one, inside this context."""
         steps = self.abilities.stochastic_steps()
-        iteration = self.num_timesteps // (self.n_steps * self.n_envs * self.processes.count)
-        window = None if steps is None else self.options.noise_window_at(iteration, len(steps))
+        window = None if steps is None else self.options.noise_window_at(self._rollouts, len(steps))
         with super().sampling(), self.abilities.noise_within(window):
             yield
 
@@ -140,9 +139,10 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         """Return flat indices of up to `count` random steps inside `timestep_window` that have a log-probability."""
         return self.generators.numpy.permutation(self._scored_steps(1.0))[:count]
 
-    def _drift_steps(self, trained: int) -> npt.NDArray[np.int64]:
-        """Return the steps on which drift is measured: a 25th of those trained on, 1 to 16, so that it costs little."""
-        return self.random_steps(min(16, max(1, trained // 25)))
+    @property
+    def _rollouts(self) -> int:
+        """The number of finished rollouts, also those before a checkpoint."""
+        return self.num_timesteps // (self.n_steps * self.n_envs * self.processes.count)
 
     def _scored_steps(self, fraction: float) -> npt.NDArray[np.int64]:
         rollout, window = self.rollout_buffer, self.options.timestep_window
@@ -159,7 +159,7 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
                 self._recompute_log_probs(indices)
             if not self._pass(indices, metrics):
                 break
-        for name, value in self.drift(self._drift_steps(len(indices))).items():
+        for name, value in self.drift(self.random_steps(measured_steps(len(indices), self._rollouts))).items():
             if not math.isfinite(value):
                 fault = f"train/{name} is {value} after {self._n_updates} updates: lower learning_rate or clip_range"
                 raise self.processes.mark_agreed(FloatingPointError(fault))
@@ -200,10 +200,8 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
             loss = loss + self.options.kl_coef * penalty
             logged["kl_penalty"] = self.options.kl_coef * penalty.detach()
         log_ratio = policy.log_ratio.detach()
-        logged["loss"] = loss.detach()
-        logged["approx_kl"] = approximate_kl(log_ratio)
-        logged["ratio_deviation"] = Maximum(torch.expm1(log_ratio).abs().max())
-        return loss, logged
+        logged |= {"loss": loss.detach(), "approx_kl": approximate_kl(log_ratio)}
+        return loss, logged | {"ratio_deviation": Maximum(torch.expm1(log_ratio).abs().max())}
 
     @torch.no_grad()
     def drift(self, indices: npt.NDArray[np.int64]) -> dict[str, float]:
@@ -260,7 +258,8 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         if target_kl is None or metrics["approx_kl"]:
             return True
         # A loss without log-probabilities does not show the KL: measure it once per epoch.
-        return self.drift(self._drift_steps(len(indices)))["kl_to_sampling"] <= 1.5 * target_kl
+        count = max(1, measured_steps(len(indices), self._rollouts))
+        return self.drift(self.random_steps(count))["kl_to_sampling"] <= 1.5 * target_kl
 
     def _update(self, indices: npt.NDArray[np.int64], metrics: Metrics) -> bool:
         """Take one optimizer step on the transitions at `indices`; return False if the KL target stopped it."""

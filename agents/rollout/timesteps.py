@@ -1,7 +1,8 @@
-"""The steps of a rollout that an update trains on: a fraction of each episode's steps, drawn from a window of it."""
+"""The steps of a rollout that an update trains on, and on how many of them its effect is measured."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,20 @@ def choose_steps(
     quota = np.maximum(1, np.round(fraction * lengths))[flat[candidates]]
     draw = rng.random(len(candidates))
     return kept[candidates[_rank_within(flat[candidates], draw) < quota]]
+
+
+def measured_steps(trained: int, rollout: int) -> int:
+    """Return on how many steps to measure what the updates on a rollout did: one for every 40 trained on, at most 16.
+
+    A measured step goes forward twice, without and with what was learned, and a trained one forward in sampling, and
+    forward and backward in an update. So the measure costs less than 2 %. After rollouts of fewer than 40 trained steps
+    there is none after some of them: with 16 it is measured after the first, the third, the sixth, ...
+
+    Args:
+        trained: number of steps trained on in each rollout.
+        rollout: number of the rollout, from 1.
+    """
+    return min(16, math.ceil(trained * rollout / 40) - math.ceil(trained * (rollout - 1) / 40))
 
 
 def _rank_within(groups: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:

@@ -24,6 +24,8 @@ def perform(
 ) -> None:
     """Train the runs that are not in the file yet, and append the rows of each run when it ends; say what is kept.
 
+    The error of a run ends this, after the runs that have begun; the same call goes on with what is left.
+
     Args:
         runs: the runs; the first `key` values of a run identify it.
         train: trains one run, in a process of its own, and returns its rows.
@@ -41,6 +43,8 @@ def perform(
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         futures = {pool.submit(train, run): run for run in left}
         for count, future in enumerate(as_completed(futures), 1):
+            if future.exception() is not None:  # now, and not when all others have finished
+                pool.shutdown(cancel_futures=True)
             rows = future.result()
             new = not file.is_file()
             with file.open("a", newline="") as table:

@@ -70,6 +70,7 @@ def refilled(smaller, larger):
     """Fill the smaller algorithm's buffer, step by step, with the episodes that the larger one kept."""
     smaller._setup_learn(1)
     smaller._update_current_progress_remaining(0, 1)
+    smaller.num_timesteps = smaller.n_steps * smaller.n_envs
     source, target = larger.rollout_buffer, smaller.rollout_buffer
     for step in range(source.buffer_size):
         rows = source[step * ENVS + np.array(KEPT)]

@@ -11,6 +11,7 @@ from helpers.micro_agents import STEPS, micro_env, stir
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from agents import PPO, DiffusionPolicy
+from agents.rollout.timesteps import measured_steps
 
 
 def without_adapters(policy, observation):
@@ -112,14 +113,26 @@ def test_bad_argument_is_refused(micro_pipeline_folder, arguments, message):
         PPO(DiffusionPolicy, env, **arguments)
 
 
-@pytest.mark.parametrize(("trained", "measured"), [(16, 1), (49, 1), (50, 2), (100, 4)])
-def test_drift_is_measured_on_a_25th_of_the_trained_steps(micro_pipeline_folder, monkeypatch, trained, measured):
-    """A measured step takes two rows forward, and a trained one is sampled, and goes forward and backward."""
+@pytest.mark.parametrize(
+    ("trained", "measured"),
+    [(1, [1, 0, 0, 0, 0, 0]), (16, [1, 0, 1, 0, 0, 1]), (40, [1] * 6), (100, [3, 2] * 3), (10_000, [16] * 6)],
+)
+def test_drift_is_measured_on_a_40th_of_the_trained_steps(micro_pipeline_folder, monkeypatch, trained, measured):
     model = collected(denoising_ppo(micro_pipeline_folder))
     steps, rows = np.resize(np.arange(6 * STEPS), trained), []
     monkeypatch.setattr(model, "select_steps", lambda: steps)
+    monkeypatch.setattr(model, "random_steps", np.arange)
     monkeypatch.setattr(model, "drift", lambda indices: rows.append(len(indices)) or {})
     monkeypatch.setattr(model, "_pass", lambda indices, metrics: True)
     monkeypatch.setattr(model, "_record_training", lambda metrics: None)
-    model.train()
-    assert rows == [measured]
+    for rollout in range(1, 7):
+        model.num_timesteps = rollout * model.n_steps * model.n_envs
+        model.train()
+    assert rows == measured
+
+
+@pytest.mark.parametrize("trained", [1, 16, 324])
+def test_what_is_measured_costs_at_most_2_percent(trained):
+    """A call forward for a sampled step, two for a trained one (LoRA's backward costs one more), two for a measured."""
+    measured = sum(measured_steps(trained, rollout) for rollout in range(1, 1001))
+    assert 0.01 < 2 * measured / (3 * trained * 1000) < 0.02
