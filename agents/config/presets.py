@@ -49,7 +49,6 @@ _MINIATURES: dict[str, dict[str, Any]] = {
         "iterations": 20,
         "num_inference_steps": 5,
         "samples_per_iteration": 144,
-        "sample_batch_size": 72,
         "updates_per_iteration": 2,
         "eval_interval": 5,
     },

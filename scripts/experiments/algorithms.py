@@ -14,10 +14,13 @@ import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import tyro
 from comparisons.many_runs import held_out_rewards, perform, read_rows, use_one_thread
+
+if TYPE_CHECKING:
+    from agents.config.train_config import TrainConfig
 
 LABELS = {"ppo": "DDPO-IS", "reinforce": "DDPO-SF", "rwr": "RWR", "rwr_sparse": "RWR-sparse"}
 COLOURS = {"ppo": "#0b6e99", "reinforce": "#d9730d", "rwr": "#6940a5", "rwr_sparse": "#448361"}
@@ -118,30 +121,35 @@ def searches(arguments: Arguments) -> list[Run]:
     ]
 
 
-def train(arguments: Arguments, run: Run) -> list[dict[str, str]]:
-    """Train once, in a process of its own; return one row per evaluation."""
-    use_one_thread()
+def configuration(arguments: Arguments, run: Run, run_dir: Path) -> "TrainConfig":
+    """Return the settings of a run."""
     from agents.config.presets import preset_config
 
     samples = SAMPLES[run.algorithm]
+    return preset_config(f"tiny-{run.task}").changed(
+        model=arguments.model,
+        algorithm=run.algorithm,
+        samples_per_iteration=samples,
+        updates_per_iteration=UPDATES[run.algorithm],
+        iterations=max(1, run.queries // samples),
+        advantage="per_prompt" if run.algorithm in ("ppo", "reinforce") else "batch",
+        rwr_beta=arguments.rwr_beta if run.algorithm == "rwr" else 1.0,
+        rwr_per_prompt=run.algorithm == "rwr" and run.task == "aesthetic",  # as the authors' configurations
+        learning_rate=run.learning_rate,
+        seed=run.seed,
+        run_dir=run_dir,
+        eval_samples=arguments.eval_samples,
+        eval_interval=max(1, 1024 // samples),
+        checkpoint_interval=0,
+    )
+
+
+def train(arguments: Arguments, run: Run) -> list[dict[str, str]]:
+    """Train once, in a process of its own; return one row per evaluation."""
+    use_one_thread()
     with tempfile.TemporaryDirectory() as folder:
-        config = preset_config(f"tiny-{run.task}").changed(
-            model=arguments.model,
-            algorithm=run.algorithm,
-            samples_per_iteration=samples,
-            updates_per_iteration=UPDATES[run.algorithm],
-            iterations=max(1, run.queries // samples),
-            advantage="per_prompt" if run.algorithm in ("ppo", "reinforce") else "batch",
-            rwr_beta=arguments.rwr_beta if run.algorithm == "rwr" else 1.0,
-            rwr_per_prompt=run.algorithm == "rwr" and run.task == "aesthetic",  # as the authors' configurations
-            learning_rate=run.learning_rate,
-            seed=run.seed,
-            run_dir=Path(folder) / "run",
-            eval_samples=arguments.eval_samples,
-            eval_interval=max(1, 1024 // samples),
-            checkpoint_interval=0,
-        )
-        evaluations = held_out_rewards(config)
+        evaluations = held_out_rewards(configuration(arguments, run, Path(folder) / "run"))
+    samples = SAMPLES[run.algorithm]
     return [
         dict(zip(FIELDS, [*map(str, run[:KEY]), str(at), str(at * samples), f"{reward:.6f}"], strict=True))
         for at, reward in evaluations

@@ -1,6 +1,7 @@
 """A miniature of `scripts/experiments/algorithms.py` and `points.py`."""
 
 import csv
+from itertools import product
 
 import pytest
 from helpers.scripts import run_script
@@ -34,6 +35,16 @@ def test_comparison_trains_every_algorithm(scripts_on_path, micro_pipeline_folde
         assert [row["reward_queries"] for row in rows] == ["0", "8"]
         assert all(float(row["eval_reward"]) > 0 for row in rows)
         assert rows[0]["eval_reward"] != rows[1]["eval_reward"]
+
+
+def test_settings_of_every_run_are_valid(scripts_on_path, tmp_path):
+    import algorithms as script
+
+    arguments = script.Arguments()
+    for task, algorithm in product(arguments.tasks, script.LABELS):
+        run = script.Run("same_rate", algorithm, task, 0, 2e-3, 2048)
+        config = script.configuration(arguments, run, tmp_path / "run").resolved()
+        assert config.total_iterations * script.SAMPLES[algorithm] == 2048
 
 
 def test_search_takes_the_best_last_reward_of_each_task(scripts_on_path, tmp_path):
