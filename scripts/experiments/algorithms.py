@@ -5,8 +5,8 @@
 Every algorithm gets the same number of reward queries. DDPO-IS makes 4 updates with 256 samples and DDPO-SF one, as in
 the paper; RWR and RWR-sparse imitate 1,024 samples at a time in 5 and 50 epochs, as the authors' RWR-sparse does
 (their RWR has 10,240). There are two protocols: `same_rate` gives all of them one learning rate, as the paper does, and
-`best_rate` gives each the best of a grid, which shorter runs with another seed search first. A run whose rows are
-already in the CSV file is not repeated.
+`best_rate` gives each the best of a grid, which runs with another seed search first. A run whose rows are already in
+the CSV file is not repeated, nor one whose best learning rate is that of `same_rate`.
 """
 
 import sys
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import tyro
-from comparisons.many_runs import held_out_rewards, perform, read_rows, use_one_thread
+from comparisons.many_runs import append_rows, held_out_rewards, perform, read_rows, use_one_thread
 
 if TYPE_CHECKING:
     from agents.config.train_config import TrainConfig
@@ -103,6 +103,8 @@ def main() -> None:
                 for algorithm in arguments.algorithms
                 for rate in [arguments.same_rate if protocol == "same_rate" else best[algorithm, task]]
             ]
+            if protocol == "best_rate":
+                reuse(runs, results_file)
             perform(runs, partial(train, arguments), results_file, FIELDS, KEY, arguments.jobs)
     rows = read_rows(results_file)
     if not rows:
@@ -119,6 +121,17 @@ def searches(arguments: Arguments) -> list[Run]:
         for algorithm in arguments.algorithms
         for rate in arguments.learning_rates
     ]
+
+
+def reuse(runs: list[Run], file: Path) -> None:
+    """Add the rows of runs that are in the CSV file under the other protocol, with the same learning rate."""
+    rows = read_rows(file)
+    there = {tuple(row[name] for name in FIELDS[:KEY]) for row in rows}
+    for run in runs:
+        key, same = tuple(map(str, run[:KEY])), tuple(map(str, run._replace(protocol="same_rate")[:KEY]))
+        found = [row for row in rows if tuple(row[name] for name in FIELDS[:KEY]) == same]
+        if found and key not in there and int(found[-1]["reward_queries"]) == run.queries:
+            append_rows(file, FIELDS, [row | {"protocol": run.protocol} for row in found])
 
 
 def configuration(arguments: Arguments, run: Run, run_dir: Path) -> "TrainConfig":

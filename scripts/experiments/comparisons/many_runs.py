@@ -39,19 +39,13 @@ def perform(
     left = [run for run in runs if tuple(map(str, run[:key])) not in done]
     if kept := len(runs) - len(left):
         print(f"{kept} of {len(runs)} runs are in {file} already and are not repeated; another --output repeats them.")
-    file.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         futures = {pool.submit(train, run): run for run in left}
         for count, future in enumerate(as_completed(futures), 1):
             if future.exception() is not None:  # now, and not when all others have finished
                 pool.shutdown(cancel_futures=True)
             rows = future.result()
-            new = not file.is_file()
-            with file.open("a", newline="") as table:
-                writer = csv.DictWriter(table, fields, lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerows(rows)
+            append_rows(file, fields, rows)
             print(f"{time.strftime('%H:%M:%S')} {count}/{len(left)} {futures[future]}: {rows[-1]}", flush=True)
 
 
@@ -79,6 +73,17 @@ def held_out_rewards(config: TrainConfig) -> list[tuple[int, float]]:
             return run.evaluations
         except FloatingPointError:
             return [(config.resolved().total_iterations, float("-inf"))]
+
+
+def append_rows(file: Path, fields: Sequence[str], rows: list[Row]) -> None:
+    """Append rows to a CSV file, which gets its header with the first ones."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = not file.is_file()
+    with file.open("a", newline="") as table:
+        writer = csv.DictWriter(table, fields, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_rows(file: Path) -> list[Row]:

@@ -37,6 +37,19 @@ def test_comparison_trains_every_algorithm(scripts_on_path, micro_pipeline_folde
         assert rows[0]["eval_reward"] != rows[1]["eval_reward"]
 
 
+def test_run_with_the_same_rate_is_not_trained_for_the_best_one_too(scripts_on_path, tmp_path):
+    import algorithms as script
+
+    file = tmp_path / "rows.csv"
+    write(file, script.FIELDS, rows_of([("same_rate", "ppo", 0, 0.002, queries, 1.5) for queries in (0, 2048)]))
+    run = script.Run("best_rate", "ppo", "aesthetic", 0, 0.002, 2048)
+    others = [run._replace(learning_rate=0.005), run._replace(seed=1), run._replace(queries=4096)]
+    for _ in range(2):  # nothing is added twice
+        script.reuse([run, *others], file)
+    rows = [row for row in script.read_rows(file) if row["protocol"] == "best_rate"]
+    assert rows == rows_of([("best_rate", "ppo", 0, 0.002, queries, 1.5) for queries in (0, 2048)])
+
+
 def test_settings_of_every_run_are_valid(scripts_on_path, tmp_path):
     import algorithms as script
 
