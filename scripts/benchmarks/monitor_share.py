@@ -1,12 +1,13 @@
-"""Measure how much of a run its monitors take: what is measured on the held-out samples of an evaluation.
+"""Measure how much of a run its monitors take: after an update, and on the held-out samples of an evaluation.
 
     python scripts/benchmarks/monitor_share.py                                      # the default run
     python scripts/benchmarks/monitor_share.py --samples 4 --num-inference-steps 4  # iterations of 16 transitions
 
 It trains as `scripts/train_ppo.py` does and evaluates after every iteration. The time is the processor time of this
-process, which other programs on the machine change little. An iteration is its sampling and its update, without the
-evaluation. The monitors are the calls of the denoiser that compare the policy with the pretrained one, and the measures
-of the samples. A run with `--eval-interval 5` has them after every fifth iteration only.
+process, which other programs on the machine change little. An iteration is its sampling, its update and its drift,
+without the evaluation. Drift is what is measured after an update: how far the policy has moved. The monitors are the
+calls of the denoiser that compare the policy with the pretrained one in an evaluation, and the measures of the samples.
+A run with `--eval-interval 5` has them after every fifth iteration only.
 """
 
 import sys
@@ -16,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 from unittest import mock
 
@@ -70,7 +71,10 @@ class Clock:
 
 
 def measure(arguments: Arguments, folder: Path) -> dict[str, float]:
-    """Return the median processor seconds of an iteration, of an evaluation, and of the monitors in one."""
+    """Return the processor seconds of an iteration, of the drift in it, of an evaluation, and of the monitors in one.
+
+    Those of an iteration and of its drift are means, because drift is not measured in every small iteration.
+    """
     clock = Clock()
     run: Run = prepare_run(
         train_config(
@@ -88,6 +92,7 @@ def measure(arguments: Arguments, folder: Path) -> dict[str, float]:
     assert isinstance(run.algorithm.policy, DiffusionPolicy)
     with (
         mock.patch.object(type(run.algorithm), "iterate", clock.timed("iteration", type(run.algorithm).iterate)),
+        mock.patch.object(type(run.algorithm), "drift", clock.timed("drift", type(run.algorithm).drift)),
         mock.patch.object(HeldOutImages, "_evaluate", clock.timed("evaluation", HeldOutImages._evaluate)),
         mock.patch.object(Monitors, "on_evaluation", clock.timed("measures", Monitors.on_evaluation)),
         mock.patch.object(
@@ -100,7 +105,8 @@ def measure(arguments: Arguments, folder: Path) -> dict[str, float]:
     evaluations = len(clock.seconds["evaluation"])
     monitors = median(clock.seconds["measures"]) + sum(clock.seconds["comparison"]) / evaluations
     return {
-        "iteration": median(clock.seconds["iteration"]),
+        "iteration": mean(clock.seconds["iteration"]),
+        "drift": sum(clock.seconds["drift"]) / len(clock.seconds["iteration"]),
         "evaluation": median(clock.seconds["evaluation"]),
         "monitors": monitors,
     }
@@ -119,10 +125,13 @@ def main() -> int:
     for name, value in seconds.items():
         print(f"{name:<11}{value:8.3f} s of processor time")
     whole = seconds["iteration"] + seconds["evaluation"]
+    print(f"drift / iteration                                    {seconds['drift'] / seconds['iteration']:.2%}")
     print(f"monitors / evaluation                                {seconds['monitors'] / seconds['evaluation']:.2%}")
     print(f"monitors / (iteration + evaluation)                  {seconds['monitors'] / whole:.2%}")
     five = 5 * seconds["iteration"] + seconds["evaluation"]
+    watching = 5 * seconds["drift"] + seconds["monitors"]
     print(f"monitors / (5 iterations + evaluation), the default  {seconds['monitors'] / five:.2%}")
+    print(f"drift and monitors / (5 iterations + evaluation)     {watching / five:.2%}")
     return 0
 
 

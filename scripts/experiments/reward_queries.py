@@ -6,6 +6,8 @@ r"""Count the reward queries until samples are a quarter better, in the runs of 
         --prompts docs/prompts/simple_animals.txt > trl-0.csv
     python scripts/experiments/reward_queries.py races/few_queries --trl trl-0.csv
 
+`--points 20` asks for 20 points more of the images that the held-out reward reads, instead of a better reward.
+
 The runs of a race are scored on held-out samples after every iteration. TRL's trainer has no held-out samples, so its
 curve is the mean reward of the samples that it trains on, which the policy of that moment generated.
 """
@@ -32,6 +34,8 @@ class Arguments:
     """CSV files that scripts/benchmarks/train_trl.py has printed, one for each seed."""
     change: float = 0.25
     """Improvement that is asked for, as a fraction of the reward before training."""
+    points: float | None = None
+    """Percentage points that the held-out reward is to rise by, instead of a change of the reward."""
     output: Path = Path("reward_queries.png")
     """File of the figure."""
 
@@ -68,22 +72,40 @@ def trl_curve(file: Path) -> Curve:
     return Curve([int(row["reward_queries"]) for row in rows], [float(row["reward_mean"]) for row in rows], [])
 
 
-def first_better(curve: Curve, change: float) -> int | None:
-    """Return the place of the first reward that is better than the first one by a fraction; None if none is."""
-    goal = curve.rewards[0] + change * abs(curve.rewards[0])
-    return next((place for place, reward in enumerate(curve.rewards) if reward >= goal), None)
+def goal(values: list[float], arguments: Arguments) -> float:
+    """Return the value that is asked for; the first of `values` is that before training."""
+    if arguments.points is not None:
+        return values[0] + arguments.points / 100
+    return values[0] + arguments.change * abs(values[0])
 
 
-def table(curves: dict[str, list[Curve]], change: float) -> str:
+def judged(curve: Curve, arguments: Arguments) -> list[float]:
+    """Return the values of a run of which the goal is one: its rewards, or the fractions that the reader reads."""
+    return curve.rewards if arguments.points is None else curve.read
+
+
+def first_better(curve: Curve, arguments: Arguments) -> int | None:
+    """Return the place of the first evaluation that reaches the goal; None if none does."""
+    values = judged(curve, arguments)
+    return next((place for place, value in enumerate(values) if value >= goal(values, arguments)), None)
+
+
+def asked(arguments: Arguments) -> str:
+    """Return the goal in words."""
+    return f"{arguments.change:+.0%}" if arguments.points is None else f"{arguments.points:+g} points"
+
+
+def table(curves: dict[str, list[Curve]], arguments: Arguments) -> str:
     """Return what each contender needed, and what was left of the images then, as a Markdown table."""
+    needs = f"queries to {asked(arguments)}, by seed"
     lines = [
-        f"| contender | queries to {change:+.0%}, by seed | median | images read then | reward at the end, by seed |",
+        f"| contender | {needs} | median | images read then | reward at the end, by seed |",
         "| --- | --- | --- | --- | --- |",
     ]
     for contender, runs in curves.items():
         needed, shown, read = [], [], []
         for run in runs:
-            place = first_better(run, change)
+            place = first_better(run, arguments)
             needed.append(float("inf") if place is None else run.queries[place])
             shown.append(f"not in {run.queries[-1]}" if place is None else str(run.queries[place]))
             read.append(f"{run.read[place]:.0%}" if place is not None and run.read else "–")
@@ -93,8 +115,8 @@ def table(curves: dict[str, list[Curve]], change: float) -> str:
     return "\n".join(lines)
 
 
-def plot(curves: dict[str, list[Curve]], change: float, file: Path) -> None:
-    """Draw every run, one colour for each contender, and the reward that is asked for."""
+def plot(curves: dict[str, list[Curve]], arguments: Arguments) -> None:
+    """Draw every run, one colour for each contender, and the value that is asked for."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -104,16 +126,16 @@ def plot(curves: dict[str, list[Curve]], change: float, file: Path) -> None:
     for number, (contender, runs) in enumerate(curves.items()):
         for place, run in enumerate(runs):
             label = contender if place == 0 else None
-            axis.plot(run.queries, run.rewards, color=f"C{number}", linewidth=1.5, alpha=0.8, label=label)
-    start = statistics.mean(run.rewards[0] for runs in curves.values() for run in runs)
-    axis.axhline(start + change * abs(start), color="#555555", linestyle=":", label=f"{change:.0%} better")
-    axis.set(xlabel="reward queries", ylabel="mean reward")
+            axis.plot(run.queries, judged(run, arguments), color=f"C{number}", linewidth=1.5, alpha=0.8, label=label)
+    start = statistics.mean(judged(run, arguments)[0] for runs in curves.values() for run in runs)
+    axis.axhline(goal([start], arguments), color="#555555", linestyle=":", label=asked(arguments))
+    axis.set(xlabel="reward queries", ylabel="mean reward" if arguments.points is None else "fraction read")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    figure.savefig(file, dpi=130)
+    figure.savefig(arguments.output, dpi=130)
 
 
 def main() -> None:
@@ -124,8 +146,10 @@ def main() -> None:
         sys.exit(f"error: race must be the folder of a race; got {arguments.race}, which has no contenders/*/seed-*")
     if arguments.trl:
         curves["TRL's trainer"] = [trl_curve(file) for file in arguments.trl]
-    print(table(curves, arguments.change))
-    plot(curves, arguments.change, arguments.output)
+    if arguments.points is not None and not all(run.read for runs in curves.values() for run in runs):
+        sys.exit("error: points needs runs with --holdout-reward, which TRL's trainer does not have")
+    print(table(curves, arguments))
+    plot(curves, arguments)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,13 @@ def write_run(folder: Path, samples: int, rewards: list[float], read: list[float
 
 
 def test_queries_are_those_before_the_first_evaluation_that_is_good_enough(script):
-    falling = script.Curve([0, 72, 144, 216], [-2.0, -1.6, -1.5, -1.7], [])
-    assert script.first_better(falling, 0.25) == 2
-    assert script.first_better(falling, 0.26) is None
-    assert script.first_better(script.Curve([0, 72], [2.0, 2.6], []), 0.25) == 1  # a reward above 0
+    falling = script.Curve([0, 72, 144, 216], [-2.0, -1.6, -1.5, -1.7], [0.5, 0.6, 0.75, 0.7])
+    quarter = script.Arguments(Path("race"))
+    assert script.first_better(falling, quarter) == 2
+    assert script.first_better(falling, replace(quarter, change=0.26)) is None
+    assert script.first_better(script.Curve([0, 72], [2.0, 2.6], []), quarter) == 1  # a reward above 0
+    assert script.first_better(falling, replace(quarter, points=10)) == 1
+    assert script.first_better(falling, replace(quarter, points=30)) is None
 
 
 def test_table_and_figure_of_a_race_beside_trl(script, tmp_path, monkeypatch, capsys):
@@ -52,6 +56,9 @@ def test_table_and_figure_of_a_race_beside_trl(script, tmp_path, monkeypatch, ca
     assert "| ppo | not in 144 | – | – | -1.800 |" in printed
     assert "| TRL's trainer | 72 | 72 | – | -1.400 |" in printed
     assert Image.open(figure).size[0] > 300
+    monkeypatch.setattr(sys, "argv", [*given, "--points", "20"])
+    with pytest.raises(SystemExit, match="points needs runs with --holdout-reward"):
+        script.main()
 
 
 def test_folder_without_a_race_is_refused(script, tmp_path, monkeypatch):
