@@ -24,6 +24,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def stable_baselines3_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Give Stable-Baselines3 one folder, where it would make one in the system's temporary folder for every `learn`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SB3_LOGDIR", str(tmp_path_factory.mktemp("stable_baselines3")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def micro_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random micro `StableDiffusionPipeline`, as `save_pretrained` writes it."""
