@@ -309,12 +309,17 @@ def _of_pipeline(arguments: GenerationArguments) -> dict[str, Any]:
 
 
 def _load_lora(pipeline: Any, lora: Path) -> None:
-    """Load a LoRA; diffusers skips weights that it does not know with no more than a warning."""
+    """Load a LoRA; diffusers skips weights that it does not know with no more than a warning.
+
+    It also warns if there are none for the text encoders, which nothing here trains.
+    """
+    from ddpo_env.models.files.silence import quiet
     from ddpo_env.models.lora.lora_file import find_lora, lora_tensors
 
     tensors = lora_tensors(find_lora(lora))
     try:
-        pipeline.load_lora_weights(tensors)
+        with quiet():
+            pipeline.load_lora_weights(tensors)
     except Exception as error:  # of many kinds, as the file is anybody's
         raise ValueError(f"lora {str(lora)!r} does not fit the model: {error}") from error
     if not pipeline.get_list_adapters():

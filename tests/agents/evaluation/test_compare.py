@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from helpers.scripts import run_script
 from numpy.typing import NDArray
 from PIL import Image
@@ -127,6 +129,21 @@ def test_strength_multiplies_the_change_of_the_weights(micro_pipeline_folder: Pa
     options = {"num_inference_steps": 2, "guidance_scale": 1.0, "eta": 1.0, "output_type": "np"}
     image = pipe("a cat", generator=torch.Generator().manual_seed(7), **options).images[0]
     assert np.abs(found[0].astype(int) - (image * 255).round()).max() <= 1
+
+
+def test_lora_without_a_text_encoder_is_loaded_without_a_warning(micro_pipeline_folder: Path, lora: Path) -> None:
+    shown: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: shown.append(record.getMessage())  # type: ignore[method-assign]
+    diffusers_logging.add_handler(handler)
+    try:
+        StableDiffusionPipeline.from_pretrained(micro_pipeline_folder).load_lora_weights(lora)
+        assert "No LoRA keys associated to CLIPTextModel" in shown.pop()  # what diffusers says
+        shown.clear()
+        with stock_images(GenerationArguments(**settings(micro_pipeline_folder, lora))):
+            assert shown == []
+    finally:
+        diffusers_logging.remove_handler(handler)
 
 
 def right_colour(images: NDArray[np.uint8], prompts: list[str], metadata: Any) -> Any:
