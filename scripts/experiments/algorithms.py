@@ -9,6 +9,7 @@ the paper; RWR and RWR-sparse imitate 1,024 samples at a time in 5 and 50 epochs
 the CSV file is not repeated, nor one whose best learning rate is that of `same_rate`.
 """
 
+import math
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -189,34 +190,35 @@ def curves(rows: list[dict[str, str]], protocol: str, algorithm: str, task: str)
 
 
 def plot(rows: list[dict[str, str]], file: Path) -> None:
-    """Plot a row of panels per protocol, one per task: the mean over seeds, and a band from worst to best seed."""
+    """Plot a panel for each task and protocol: the mean over seeds, and a band from worst to best seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    protocols = list(dict.fromkeys(row["protocol"] for row in rows))
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    size = (4.2 * len(tasks), 3.6 * len(protocols))
-    figure, axes = pyplot.subplots(len(protocols), len(tasks), figsize=size, squeeze=False)
-    for panels, protocol in zip(axes, protocols, strict=True):
-        for axis, task in zip(panels, tasks, strict=True):
-            for algorithm, label in LABELS.items():
-                queries, values = curves(rows, protocol, algorithm, task)
-                if not queries:
-                    continue
-                means = [sum(one) / len(one) for one in values]
-                colour = COLOURS[algorithm]
-                axis.plot(queries, means, label=label, color=colour, linewidth=2)
-                lowest, highest = list(map(min, values)), list(map(max, values))
-                axis.fill_between(queries, lowest, highest, color=colour, alpha=0.18, linewidth=0)
-            axis.set(title=f"{task}, {protocol.replace('_', ' ')}", xlabel="reward queries", ylabel="held-out reward")
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.grid(alpha=0.25)
+    pairs = list(dict.fromkeys((row["protocol"], row["task"]) for row in rows))
+    columns = min(len(pairs), 2 if len(pairs) % 3 else 3)
+    size = (4.2 * columns, 3.6 * math.ceil(len(pairs) / columns))
+    figure, axes = pyplot.subplots(round(size[1] / 3.6), columns, figsize=size, squeeze=False)
+    for axis in axes.flat[len(pairs) :]:
+        axis.set_axis_off()
+    for axis, (protocol, task) in zip(axes.flat, pairs, strict=False):
+        for algorithm, label in LABELS.items():
+            queries, values = curves(rows, protocol, algorithm, task)
+            if not queries:
+                continue
+            means = [sum(one) / len(one) for one in values]
+            colour = COLOURS[algorithm]
+            axis.plot(queries, means, label=label, color=colour, linewidth=2)
+            lowest, highest = list(map(min, values)), list(map(max, values))
+            axis.fill_between(queries, lowest, highest, color=colour, alpha=0.18, linewidth=0)
+        axis.set(title=f"{task}, {protocol.replace('_', ' ')}", xlabel="reward queries", ylabel="held-out reward")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
     seeds = len({row["seed"] for row in rows})
     figure.tight_layout()
-    figure.subplots_adjust(right=1 - 2 / (size[0] + 2))
-    figure.set_figwidth(size[0] + 2)
+    figure.subplots_adjust(right=1 - 2.5 / (size[0] + 2.5))
+    figure.set_figwidth(size[0] + 2.5)
     handles, labels = axes[0][0].get_legend_handles_labels()
     title = f"mean and range of {seeds} seeds"
     figure.legend(handles, labels, frameon=False, title=title, loc="center right")
