@@ -12,9 +12,9 @@ from torch import Tensor
 
 from agents.policy.diffusion_policy import DiffusionPolicy
 
-_LEAST, _FRACTION = 16, 100
-"""Every step in the window is compared once, or 16 of them, or one in a hundred transitions if that is more. Each costs
-two rows of the denoiser: with 90 samples or more, about 2 % of those that generate them."""
+_FRACTION = 100
+"""One in a hundred transitions is compared, at least one. Each costs two rows of the denoiser: 2 % of those that
+generate the samples."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,7 @@ def compare_with_pretrained(
 def chosen_transitions(
     samples: int, steps: int, window: tuple[float, float], stochastic: npt.NDArray[np.bool_] | None = None
 ) -> list[tuple[int, int]]:
-    """Choose a few transitions, evenly over the samples and over the steps in a window: one in a hundred, at least 16.
-
-    If the window has fewer steps than 16, one of each is enough.
+    """Choose a few transitions, evenly over the samples and over the steps in a window: one in a hundred, at least one.
 
     Args:
         samples: number of samples.
@@ -106,7 +104,7 @@ def chosen_transitions(
     """
     first, last = (round(edge * steps) for edge in window)
     compared = [step for step in range(first, last) if stochastic is None or stochastic[step]] or range(first, last)
-    count = max(min(len(compared), _LEAST), samples * steps // _FRACTION)
+    count = max(1, samples * steps // _FRACTION)
 
     def spread(number: int, total: int) -> int:
         return (2 * number + 1) * total // (2 * count)

@@ -70,11 +70,18 @@ def test_outputs_of_norm_0_have_no_ratio():
 
 @pytest.mark.parametrize(
     ("samples", "steps", "window", "count"),
-    [(90, 10, (0.0, 0.9), 9), (64, 50, (0.0, 1.0), 32), (64, 1000, (0.0, 1.0), 640), (2, 4, (0.5, 1.0), 2)],
+    [
+        (90, 10, (0.0, 0.9), 9),
+        (64, 50, (0.0, 1.0), 32),
+        (64, 1000, (0.0, 1.0), 640),
+        (90, 4, (0.0, 1.0), 3),
+        (2, 4, (0.5, 1.0), 1),
+    ],
 )
 def test_transitions_are_spread_over_samples_and_trained_steps(samples, steps, window, count):
     chosen = chosen_transitions(samples, steps, window)
     assert len(chosen) == count
+    assert count == 1 or 2 * count <= 0.02 * samples * steps  # two rows for each
     assert all(0 <= sample < samples and window[0] * steps <= step < window[1] * steps for sample, step in chosen)
     assert len({step for _, step in chosen}) == min(count, round((window[1] - window[0]) * steps))
     assert len({sample for sample, _ in chosen}) == min(count, samples)
