@@ -75,6 +75,13 @@ def test_last_words_have_a_percentage_only_of_what_is_not_zero(finished, before,
     assert ("%" in text) == ("%" in change)
 
 
+def test_last_words_name_a_faster_algorithm_only_where_it_was_measured(finished):
+    slow = train_config(model="tiny", reward="vlm_alignment", reward_options=("model=tiny",))
+    assert "nft" in command.summary(replace(finished, config=slow), PointsModel())
+    for change in ({"algorithm": "nft"}, {"reward": "jpeg_compressibility", "reward_options": ()}):
+        assert "nft" not in command.summary(replace(finished, config=slow.changed(**change)), PointsModel())
+
+
 def test_summary_says_how_the_run_went(finished):
     summary = json.loads((finished.folder.path / "summary.json").read_text())
     assert (summary["reward_before"], summary["reward_after"]) == (finished.reward_before, finished.reward_after)
