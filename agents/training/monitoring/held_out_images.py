@@ -12,11 +12,12 @@ import numpy.typing as npt
 import torch
 from stable_baselines3.common.logger import Image as LoggedImage
 
+from agents.evaluation.comparison_report import read_text
 from agents.evaluation.evaluate import Evaluation, evaluate, evaluation_prompts
 from agents.evaluation.image_grid import image_grid, read_strip, write_image, write_strip
 from agents.evaluation.pretrained_comparison import chosen_transitions
 from agents.policy.diffusion_policy import DiffusionPolicy
-from agents.report.evaluation_files import SHOWN, evaluation_name, write_evaluation
+from agents.report.evaluation_files import SHOWN, evaluation_name, read_evaluation, write_evaluation
 from agents.report.sample_files import write_samples
 from agents.training.monitoring.holdout_reward import HoldoutReward
 from agents.training.run import Run, RunListener
@@ -29,7 +30,8 @@ class HeldOutImages(RunListener):
     """Generates and scores the same held-out samples before training, every few iterations, and after it.
 
     It writes `samples/iteration_NNNN.png` and its images alone, logs the mean reward as `eval/reward_mean` and the grid
-    to TensorBoard, and at the end writes `samples/before_after.png`. There are no such files for a model whose samples
+    to TensorBoard, and at the end writes `samples/before_after.png`, in which a judge's descriptions are beneath the
+    images. There are no such files for a model whose samples
     are no images and which does not render them. What was scored is in `samples/images/iteration_NNNN.json`, with the
     shown videos and sounds beside it. Where the environment keeps rewards that are NaN or infinite, the mean is that of
     the others, and `eval/dropped_samples` is their number. Each prompt occurs at least twice, so that samples of the
@@ -130,7 +132,7 @@ class HeldOutImages(RunListener):
 
     def _write(self, run: Run, images: npt.NDArray[Any], shown: float) -> None:
         write_strip(_strip(run, run.iteration), images)
-        grid = image_grid([images], [f"iteration {run.iteration}\n{shown:.2f}"], self._captions)
+        grid = image_grid([images], [f"iteration {run.iteration}\n{self._mean(shown)}"], self._headings)
         write_image(run.folder.samples / f"{evaluation_name(run.iteration)}.png", grid)
         pixels = torch.as_tensor(np.array(grid)).permute(2, 0, 1)
         run.algorithm.logger.record("samples", LoggedImage(pixels, "CHW"), exclude=("stdout", "csv"))
@@ -144,12 +146,26 @@ class HeldOutImages(RunListener):
         chosen = {name: one for name, one in chosen.items() if _strip(run, one[0]).is_file()}
         if not chosen:
             return
-        labels = [f"{name}\niteration {iteration}\n{reward:.2f}" for name, (iteration, reward) in chosen.items()]
+        labels = [
+            f"{name}\niteration {iteration}\n{self._mean(reward)}" for name, (iteration, reward) in chosen.items()
+        ]
         rows = [read_strip(_strip(run, iteration), self.columns) for iteration, _ in chosen.values()]
-        write_image(run.folder.samples / "before_after.png", image_grid(rows, labels, self._captions))
+        texts = [self._texts(run, iteration) for iteration, _ in chosen.values()]
+        captions = texts if any(map(any, texts)) else ()
+        write_image(run.folder.samples / "before_after.png", image_grid(rows, labels, self._headings, captions))
+
+    def _mean(self, reward: float) -> str:
+        """Say the mean reward of the samples that are shown; that of all samples is another one."""
+        return f"mean of {self.columns}\n{reward:.2f}"
+
+    def _texts(self, run: Run, iteration: int) -> list[str]:
+        """Return what a judge said of each sample that is shown, as far as its record is still there."""
+        file = run.folder.images / f"{evaluation_name(iteration)}.json"
+        details = read_evaluation(file).details if file.is_file() else {}
+        return [read_text({name: values[place] for name, values in details.items()}) for place in range(self.columns)]
 
     @property
-    def _captions(self) -> list[str]:
+    def _headings(self) -> list[str]:
         return [prompt for prompt, _ in self.prompts[: self.columns]]
 
 
