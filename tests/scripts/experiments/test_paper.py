@@ -3,6 +3,7 @@
 import csv
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,19 @@ def test_tables_and_figures_are_those_of_the_runs(script, tmp_path, monkeypatch,
     make_run(tmp_path / "aesthetic-7", (6.0, 7.0, 6.2), 20)
     (tmp_path / "aesthetic-evaluation").mkdir()
     (tmp_path / "aesthetic-evaluation/evaluation.md").write_text("| of the evaluation |\n", "utf-8")
-    arguments = ["--only-draw", "--tasks", "aesthetic", "--seeds", "7", "--output", str(tmp_path)]
+    (tmp_path / "over_optimisation/images").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "over_optimisation/images/over_optimisation.png")
+    arguments = [
+        "--only-draw",
+        "--tasks",
+        "aesthetic",
+        "--seeds",
+        "7",
+        "--others",
+        "over_optimisation",
+        "--output",
+        str(tmp_path),
+    ]
     monkeypatch.setattr("sys.argv", ["paper.py", *arguments])
     script.main()
     printed = capsys.readouterr().out
@@ -52,7 +65,31 @@ def test_tables_and_figures_are_those_of_the_runs(script, tmp_path, monkeypatch,
     assert row in printed
     assert "| of the evaluation |" in printed
     images = tmp_path / "images"
-    assert {path.name for path in images.iterdir()} == {"four_tasks.png", "aesthetic_before_after.png"}
+    drawn = {"four_tasks.png", "aesthetic_before_after.png", "over_optimisation.png"}
+    assert {path.name for path in images.iterdir()} == drawn
+
+
+def test_missing_package_of_the_judge_ends_it_before_the_first_run(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a run began"))
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    monkeypatch.setattr("sys.argv", ["paper.py", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match="torchmetrics"):
+        script.main()
+
+
+def test_all_experiments_of_the_paper_follow_in_folders_of_their_own(script, tmp_path, monkeypatch):
+    commands: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command[1:]))
+    make_run(tmp_path / "aesthetic-7", (6.0, 7.0, 6.2), 20)
+    (tmp_path / "aesthetic-evaluation").mkdir()
+    (tmp_path / "aesthetic-evaluation/evaluation.md").touch()
+    for name in ("trainings", "evaluations"):
+        monkeypatch.setattr(script, name, lambda _: ())
+    monkeypatch.setattr("sys.argv", ["paper.py", "--tasks", "aesthetic", "--seeds", "7", "--output", str(tmp_path)])
+    script.main()
+    assert [Path(command[0]).stem for command in commands] == ["over_optimisation", "algorithms", "typographic_attack"]
+    assert [Path(command[-1]) for command in commands] == [tmp_path / name for name in script.OTHERS]
+    assert all((script.ROOT / command[0]).is_file() for command in commands)
 
 
 def test_what_ended_is_not_repeated_and_what_was_interrupted_is_resumed(script, tmp_path, monkeypatch):
