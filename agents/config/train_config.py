@@ -323,12 +323,24 @@ class TrainConfig:
         needs = self.traits.needs_log_probs, self.traits.penalises_steps
         check_noise(self.update, stochastic, self.algorithm, *needs)
 
+    def check_prompt_images(self, has_images: bool) -> None:
+        """Refuse prompts whose images the pipeline gets, for an algorithm that gives the reward only their texts.
+
+        Raises:
+            ValueError: naming the prompts.
+        """
+        if has_images and self.traits.differentiates_reward:
+            raise ValueError(
+                f"prompts must have no images that the pipeline gets with algorithm {self.algorithm}, whose reward is "
+                f"given only the text of each; got {self.prompts!r}"
+            )
+
     def _check_backpropagation(self) -> None:
         """Refuse what training by the reward's gradient cannot use."""
         training, steps = self.training, self.num_inference_steps
         check_differentiable_names(self.reward)
+        self.check_prompt_images(str(self.run.size[1].get("image")).startswith("prompt:"))
         for name, (is_valid, valid) in {
-            "critic": (not self.policy.critic, "False, as it has no use for values"),
             "noise_window": (self.update.noise_window is None, "None, as it trains other steps"),
             "draft_steps": (training.draft_steps <= steps, f"at most num_inference_steps={steps}"),
             "train_batch_size": (training.train_batch_size > 0, "at least 1, as nobody measures its decoder"),
