@@ -161,11 +161,12 @@ def check_noise(
             "target_kl": options.target_kl is not None,
         }.items():
             if needs_noise:
-                what = f"be {algorithm}" if name == "algorithm" else f"be {getattr(options, name)}"
+                value = algorithm if name == "algorithm" else getattr(options, name)
+                others = ", or an algorithm without log-probabilities: nft, awm, dpo or rwr" * (name == "algorithm")
                 raise ValueError(
-                    f"{name} must not {what} with a sampler without noise in the steps that are trained on, {start} to "
-                    f"{end - 1} of {steps}: such steps have no log-probability. Choose a sampler with noise there, "
-                    "another timestep_window, or an algorithm without log-probabilities such as rwr"
+                    f"{name} must not be {value} with a sampler without noise in the steps that are trained on, "
+                    f"{start} to {end - 1} of {steps}: such steps have no log-probability. Choose a sampler with noise "
+                    f"there or another timestep_window{others}"
                 )
 
 

@@ -26,12 +26,14 @@ class AlgorithmTraits:
         why_one: the reason, for the error.
         arguments: settings that it reads, and the argument of the class that gets each.
         fixed: other arguments of the class.
+        keeps: arguments of the class with the name of a setting that is something else, and the default that they keep.
         samples: of an iteration that it trains on: all, the best ones, or the best and the worst of each prompt.
         trains_on_steps: whether an update counts steps of samples, and not samples.
         has_ratio: whether the loss compares log-probabilities with those of the policy that sampled.
         needs_log_probs: whether the loss trains on log-probabilities, which steps without noise do not have.
         penalises_steps: whether the penalty is the divergence of the sampler's steps, which needs noise in them.
         needs_group_advantage: whether the advantage must be one of `GroupAdvantage`.
+        takes_critic: whether a critic learns beside it.
         differentiates_reward: whether the loss is the reward, through the last steps; it has no advantage then.
         compares_with: denoisers that the loss runs too: the pretrained one or a lagging one in every call, the one that
             sampled in every call after the first update.
@@ -45,12 +47,14 @@ class AlgorithmTraits:
     why_one: str = ""
     arguments: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    keeps: Mapping[str, Any] = field(default_factory=dict)
     samples: Literal["all", "best", "pairs"] = "all"
     trains_on_steps: bool = True
     has_ratio: bool = False
     needs_log_probs: bool = True
     penalises_steps: bool = True
     needs_group_advantage: bool = False
+    takes_critic: bool = True
     differentiates_reward: bool = False
     compares_with: tuple[Literal["pretrained", "lagging", "sampling"], ...] = ()
 
@@ -58,7 +62,9 @@ class AlgorithmTraits:
 _RATIO = {name: name for name in ("clip_range", "trust_region", "divergence_limit")}
 _with_ratio = partial(AlgorithmTraits, learning_rate=2e-3, updates_per_iteration=4, arguments=_RATIO, has_ratio=True)
 _regression = partial(AlgorithmTraits, made_by="rwr:RWR", trains_on_steps=False, needs_log_probs=False)
-_on_noised = partial(AlgorithmTraits, learning_rate=3e-3, needs_log_probs=False, penalises_steps=False)
+_on_noised = partial(
+    AlgorithmTraits, learning_rate=3e-3, needs_log_probs=False, penalises_steps=False, takes_critic=False
+)
 _CLIP = {"advantage_clip": "advantage_clip"}
 
 ALGORITHMS = {
@@ -81,7 +87,12 @@ ALGORITHMS = {
         samples="best",
     ),
     "nft": _on_noised(made_by="forward.nft:NFT", arguments={"nft_beta": "beta", **_CLIP}, compares_with=("lagging",)),
-    "awm": _on_noised(made_by="forward.awm:AWM", arguments=_CLIP, compares_with=("lagging", "sampling")),
+    "awm": _on_noised(
+        made_by="forward.awm:AWM",
+        arguments=_CLIP,
+        keeps={"clip_range": 1.0},
+        compares_with=("lagging", "sampling"),
+    ),
     "dpo": _on_noised(
         made_by="forward.dpo:DPO", arguments={"dpo_beta": "beta"}, samples="pairs", compares_with=("pretrained",)
     ),
@@ -93,6 +104,7 @@ ALGORITHMS = {
         trains_on_steps=False,
         needs_log_probs=False,
         penalises_steps=False,
+        takes_critic=False,
         differentiates_reward=True,
         compares_with=("sampling",),
     ),
@@ -127,11 +139,18 @@ WITHOUT_EFFECT = {
     "stat_buffer_size": _STATISTICS,
     "stat_min_count": _STATISTICS,
     "timestep_fraction": _algorithms(lambda traits: not traits.trains_on_steps),
+    "timestep_window": _algorithms(lambda traits: not (traits.trains_on_steps or traits.differentiates_reward)),
+    "recompute_log_probs": _algorithms(lambda traits: not traits.penalises_steps),
     "noise_window_iterations": _MOVES,
     "noise_window_stride": _MOVES,
 }
-"""By setting: the settings that decide that it has no effect, and their values with which it has none. A setting that
-changes only what is measured, such as `timestep_window` with draft, has an effect."""
+"""By setting: the settings that decide that it has no effect, and their values with which it has none. That
+of `timestep_window` with draft is only on what is measured."""
+NEVERTHELESS: dict[str, dict[str, Any]] = {
+    "timestep_window": {"noise_window": None, "kl_coef": 0.0, "target_kl": None},
+    "recompute_log_probs": {"target_kl": None},
+}
+"""By setting of the table above: settings that give it an effect after all, unless they have these values."""
 _OWN = dict.fromkeys(name for traits in ALGORITHMS.values() for name in traits.arguments)
 # An algorithm that does not read `trust_region` takes only its default: see `TrainingSettings.check_algorithm`.
 WITHOUT_EFFECT |= {name: _not_reading(name) for name in _OWN if name not in ("trust_region", *WITHOUT_EFFECT)}

@@ -28,7 +28,7 @@ class SettingsLine(TrainConfig):
     @property
     def config(self) -> TrainConfig:
         """The settings alone, with a note of which ones were given."""
-        return TrainConfig(**_settings(self)).with_given(self._given)
+        return TrainConfig(**_settings(self)).with_given(self._given).with_tuning(self._tuning)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,8 @@ def parse_settings_line(
     known = _defaults_in(arguments)
     try:
         _refuse_empty(arguments)
-        default = command(**_settings(_default_config(known)))
+        settings = _default_config(known)
+        default = command(**_settings(settings))
         kind: Any = Annotated[command, tyro.conf.OmitArgPrefixes]
         line = tyro.cli(kind, args=arguments, description=description, default=default)
         given = {flag.removeprefix("no_") for flag in _flags(arguments)} & line.flat().keys()
@@ -81,7 +82,7 @@ def parse_settings_line(
     except ValueError as error:
         print_error(error)
         raise SystemExit(2) from error
-    return cast(_Line, line.with_given(given))
+    return cast(_Line, line.with_given(given).with_tuning(settings._tuning.without(given)))
 
 
 def _default_config(known: _Defaults) -> TrainConfig:

@@ -3,13 +3,15 @@
 `sd14-*` are the paper's own, with Stable Diffusion 1.4. The table of `docs/training.md` says which numbers come from
 the paper, which from its author's PyTorch repository (https://github.com/kvablack/ddpo-pytorch), and which are ours.
 `tiny-*` are the same tasks in miniature, with the bundled model and bundled rewards.
+
+All are tuned for PPO. With another algorithm, what is tuned for PPO alone has that algorithm's default.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from agents.config.train_config import TrainConfig, train_config
+from agents.config.train_config import TrainConfig, Tuning, train_config
 from rewards.registry import did_you_mean
 
 
@@ -58,8 +60,17 @@ PRESETS = (*_EXPERIMENTS, *_MINIATURES)
 """Names of the presets, for `preset_config` and `--preset`."""
 
 
+_OF_THE_ALGORITHM = frozenset({"updates_per_iteration", "epochs"})
+"""Settings that a preset has for its algorithm, whatever the model is."""
+_OF_THE_BUNDLED_MODEL = frozenset({"learning_rate"})
+"""The defaults of the algorithms are tuned on the bundled model, so they take the place only of a miniature's."""
+
+
 def preset_config(name: str) -> TrainConfig:
     """Return the configuration of a preset; `changed` returns a variant.
+
+    A variant with another algorithm resolves to that algorithm's updates and epochs, and with `tiny-*` to its learning
+    rate, unless it names them.
 
     Args:
         name: one of `PRESETS`.
@@ -70,8 +81,9 @@ def preset_config(name: str) -> TrainConfig:
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}{did_you_mean(name, PRESETS)}")
     if name in _MINIATURES:
-        return train_config(preset=name, **_MINIATURES[name])
-    return train_config(
+        return _tuned(_OF_THE_ALGORITHM | _OF_THE_BUNDLED_MODEL, preset=name, **_MINIATURES[name])
+    return _tuned(
+        _OF_THE_ALGORITHM,
         preset=name,
         model="CompVis/stable-diffusion-v1-4",
         **_EXPERIMENTS[name]._asdict(),
@@ -106,6 +118,12 @@ def preset_config(name: str) -> TrainConfig:
         eval_samples=64,
         eval_interval=10,
     )
+
+
+def _tuned(names: frozenset[str], **settings: Any) -> TrainConfig:
+    """Return the settings of a preset, of which those with these names are for its algorithm alone."""
+    config = train_config(**settings)
+    return config.with_tuning(Tuning(config.algorithm, names.intersection(settings)))
 
 
 def check_preset(config: TrainConfig) -> None:

@@ -45,7 +45,9 @@ def reproducing_flags(config: TrainConfig, processes: int = 1) -> list[str]:
     unused = unused_settings(config)
     wanted = _compared(config, unused)
     defaults = TrainConfig() if config.preset is None else preset_config(config.preset)
-    given = {name: value for name, value in wanted.items() if value != defaults.flat()[name]}
+    own = defaults.changed(algorithm=config.algorithm).with_algorithm_defaults().flat()
+    own["algorithm"] = defaults.algorithm
+    given = {name: value for name, value in wanted.items() if value != own[name]}
     if unreachable := [name for name in _SUPPRESSED if name in given]:
         raise ValueError(f"only Python can set {', '.join(unreachable)}, with train_config")
     for name in list(given):  # what the other settings resolve to need not be given

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from agents.config.algorithms import WITHOUT_EFFECT
+from agents.config.algorithms import NEVERTHELESS, WITHOUT_EFFECT
 from agents.config.authority import resumed
 from agents.config.content import with_content, with_images
 from agents.config.presets import check_preset, preset_config
@@ -56,6 +56,8 @@ def unused_settings(config: TrainConfig) -> dict[str, str]:
         deciders = [one for one, values in deciding.items() if settings[one] in values]
         if name == "advantage_clip" and name in config.traits.arguments:  # whatever the advantage is
             deciders = []
+        if any(settings[other] != value for other, value in NEVERTHELESS.get(name, {}).items()):
+            deciders = []
         for decider in deciders[:1]:
             value = settings[decider]
             with_value = f"with {value}" if decider == "algorithm" else f"with {decider} {value}"
@@ -70,7 +72,10 @@ def _check_unused(config: TrainConfig) -> None:
     for name, where in unused_settings(config).items():
         harmless = [defaults[name], preset[name], *([config.default_advantage] if name == "advantage" else [])]
         if name in config._given and settings[name] not in harmless:
-            raise ValueError(f"{name} must not be given {where}, where it has no effect; got {settings[name]!r}")
+            why = "where it has no effect"
+            if name in config.traits.keeps:
+                why = f"whose class has another {name}, which is {config.traits.keeps[name]} in every run"
+            raise ValueError(f"{name} must not be given {where}, {why}; got {settings[name]!r}")
 
 
 def _check_adapters(config: TrainConfig) -> None:

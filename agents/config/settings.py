@@ -100,6 +100,10 @@ class TrainingSettings(_Checked):
             ValueError: naming the setting.
         """
         traits = ALGORITHMS[algorithm]
+        if has_critic and not traits.takes_critic:
+            raise ValueError(f"critic must be False with {algorithm}, which has no use for values; got True")
+        if self.advantage == "gae" and not traits.takes_critic:
+            raise ValueError(f"advantage must not be gae with {algorithm}, which takes no critic; got 'gae'")
         if self.advantage == "gae" and not has_critic:
             raise ValueError("advantage must not be gae without a critic: add --critic")
         if self.trust_region != "clip" and not traits.has_ratio:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,22 @@ TUNED_UPDATE = UpdateOptions(timestep_window=(0.0, 0.9), timestep_fraction=0.5)
 """Where the defaults of a run differ from those of `PolicyOptions` and `UpdateOptions`, which the Python classes have.
 The classes are for any model and have the DDPO paper's values. A run trains the bundled model by default, and these are
 tuned for it (docs/training.md)."""
+
+
+class Tuning(NamedTuple):
+    """Settings that a preset has tuned for its algorithm.
+
+    Attributes:
+        algorithm: the preset's; empty without a preset.
+        settings: their names, without those that the user gave.
+    """
+
+    algorithm: str = ""
+    settings: frozenset[str] = frozenset()
+
+    def without(self, given: Iterable[str]) -> Tuning:
+        """Return the same without settings that the user gave."""
+        return self._replace(settings=self.settings.difference(given))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +102,8 @@ class TrainConfig:
 
     _given: ClassVar[frozenset[str]] = frozenset()
     """Names of the settings that the user gave; an attribute of the instance, and no setting itself."""
+    _tuning: ClassVar[Tuning] = Tuning()
+    """What is tuned for a preset's algorithm; an attribute of the instance too."""
 
     def __post_init__(self) -> None:
         for name in ("run_dir", "resume"):
@@ -113,7 +131,21 @@ class TrainConfig:
         """Return the same settings, and note that the user gave these."""
         config = replace(self)
         object.__setattr__(config, "_given", frozenset(names))
+        return config.with_tuning(self._tuning)
+
+    def with_tuning(self, tuning: Tuning) -> TrainConfig:
+        """Return the same settings, and note which are tuned for a preset's algorithm."""
+        config = replace(self)
+        object.__setattr__(config, "_given", self._given)
+        object.__setattr__(config, "_tuning", tuning)
         return config
+
+    def with_algorithm_defaults(self) -> TrainConfig:
+        """Return the same settings; what a preset has tuned for another algorithm is open again."""
+        if self.algorithm == self._tuning.algorithm:
+            return self
+        defaults = TrainConfig().flat()
+        return self.changed(**{name: defaults[name] for name in self._tuning.settings}).with_given(self._given)
 
     def changed(self, **settings: Any) -> TrainConfig:
         """Return a configuration with other values of some settings, by name.
@@ -130,10 +162,13 @@ class TrainConfig:
                 own[owners[name]] = replace(group, **{name: value})
             elif name not in groups:
                 raise ValueError(f"there is no setting {name!r}{did_you_mean(name, [*groups, *owners])}")
-        return replace(self, **own).with_given(self._given | settings.keys())
+        config = replace(self, **own).with_given(self._given | settings.keys())
+        return config.with_tuning(self._tuning.without(settings))
 
     def resolved(self, processes: int = 1) -> TrainConfig:
         """Return the settings with every open one filled in, once they fit together.
+
+        What a preset has tuned for another algorithm counts as open, unless the user gave it.
 
         Args:
             processes: number of processes that divide every batch among them; sizes are totals.
@@ -142,12 +177,13 @@ class TrainConfig:
             ValueError: naming the setting, its value and what is valid; for sizes that do not divide, the nearest that
                 do.
         """
-        training, total, defaults = self.training, self.samples_per_iteration, self.traits
+        own = self.with_algorithm_defaults()
+        training, total, defaults = own.training, self.samples_per_iteration, self.traits
         batch = training.sample_batch_size or largest_divisor(total, 72)
-        config = self.changed(
+        config = own.changed(
             iterations=self.iterations or _ITERATIONS,
             schedule_iterations=self.optimizer.schedule_iterations or self.iterations or _ITERATIONS,
-            learning_rate=self.learning_rate or defaults.learning_rate,
+            learning_rate=own.learning_rate or defaults.learning_rate,
             sample_batch_size=batch,
             samples_per_prompt=training.samples_per_prompt or largest_divisor(batch, 8),
             updates_per_iteration=training.updates_per_iteration
@@ -287,12 +323,24 @@ class TrainConfig:
         needs = self.traits.needs_log_probs, self.traits.penalises_steps
         check_noise(self.update, stochastic, self.algorithm, *needs)
 
+    def check_prompt_images(self, has_images: bool) -> None:
+        """Refuse prompts whose images the pipeline gets, for an algorithm that gives the reward only their texts.
+
+        Raises:
+            ValueError: naming the prompts.
+        """
+        if has_images and self.traits.differentiates_reward:
+            raise ValueError(
+                f"prompts must have no images that the pipeline gets with algorithm {self.algorithm}, whose reward is "
+                f"given only the text of each; got {self.prompts!r}"
+            )
+
     def _check_backpropagation(self) -> None:
         """Refuse what training by the reward's gradient cannot use."""
         training, steps = self.training, self.num_inference_steps
         check_differentiable_names(self.reward)
+        self.check_prompt_images(str(self.run.size[1].get("image")).startswith("prompt:"))
         for name, (is_valid, valid) in {
-            "critic": (not self.policy.critic, "False, as it has no use for values"),
             "noise_window": (self.update.noise_window is None, "None, as it trains other steps"),
             "draft_steps": (training.draft_steps <= steps, f"at most num_inference_steps={steps}"),
             "train_batch_size": (training.train_batch_size > 0, "at least 1, as nobody measures its decoder"),

@@ -32,6 +32,8 @@ def build_algorithm(config: TrainConfig, env: VectorEnvAdapter, processes: Proce
     With several processes, `env` holds this process's sub-environments.
     """
     training, total, traits = config.training, config.samples_per_iteration, config.traits
+    context_key = _context_key(env)
+    config.check_prompt_images(context_key == "context")  # known before only of models that are not on the Hub
     arguments: dict[str, Any] = {
         "learning_rate": _learning_rate(config),
         "n_steps": config.num_inference_steps * total // (env.num_envs * processes.count),
@@ -44,7 +46,7 @@ def build_algorithm(config: TrainConfig, env: VectorEnvAdapter, processes: Proce
         "stats_window_size": total,
         "processes": processes,
         "seed": config.seed,
-        "context_key": _context_key(env),
+        "context_key": context_key,
         "device": env.denoising_env.device if env.denoising_env is not None else "auto",
         **asdict(config.update),
     }

@@ -86,6 +86,7 @@ def write_settings(folder: Path, config: TrainConfig) -> Path:
 
 def train_command(given: TrainConfig, changes: dict[str, Any]) -> str:
     """Return the command that trains with the settings that the user gave and the recommended ones."""
+    given = given.with_algorithm_defaults()
     settings = {name: value for name, value in given.flat().items() if name in given.given} | changes
     return quoted("ddpo-train", *flags_of(settings))
 

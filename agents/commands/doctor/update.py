@@ -257,7 +257,24 @@ def check_update(examination: Examination) -> Finding:
     if update.steps != expected and config.update.target_kl is None:
         meaning = f"The optimizer took {update.steps} steps, not epochs × updates_per_iteration = {expected}."
         return Finding(name, "red", numbers, meaning, "Compare the algorithm's batch_size and n_epochs.")
+    if not config.traits.has_ratio:
+        return _report_kl(name, numbers, kl, rate)
     return _judge_kl(name, numbers, kl, clip, rate)
+
+
+def _report_kl(name: str, numbers: dict[str, Any], kl: float, rate: float) -> Finding:
+    """Report the KL divergence of an iteration of an algorithm without a ratio: no clip range says what is large."""
+    steps = numbers["optimizer_steps"]
+    took = f"{steps} {'step' if steps == 1 else 'steps'}"
+    norm = f"gradient norm {numbers.get('grad_norm', math.nan):.2g}."
+    if "kl_to_sampling" not in numbers:  # no step has noise
+        return Finding(name, "green", numbers, f"{took} moved the policy; its KL is not measured; {norm}")
+    meaning = f"{took} moved the policy by KL {kl:.1g} nats; {norm}"
+    if not math.isfinite(kl):
+        lower = rate / 100
+        advice = f"The learning rate is far too large: try {lower:g}."
+        return Finding(name, "red", numbers, meaning, advice, {"learning_rate": lower})
+    return Finding(name, "green", numbers, meaning)
 
 
 _LEAST_KL, _GOOD_KL, _MOST_KL, _BROKEN_KL = 1e-2, 10.0, 1e3, 1e5

@@ -133,7 +133,7 @@ class Standings:
         """
         if rung == 0:
             return list(self.names)
-        best = self._ranked(rung - 1)[: self.rungs[rung].contenders]
+        best = self.ranked(rung - 1)[: self.rungs[rung].contenders]
         return [name for name in self.names if name in best]
 
     def ended(self, rung: int) -> bool:
@@ -157,21 +157,21 @@ class Standings:
         """
         order: list[str] = []
         for rung in reversed(range(len(self.rungs) if self.current is None else self.current + 1)):
-            order += [name for name in self._ranked(rung) if name not in order and name not in self.failures]
+            order += [name for name in self.ranked(rung) if name not in order and name not in self.failures]
         order += [name for name in self.names if name not in order and name not in self.failures]
         return order + sorted(self.failures, key=lambda name: (-self.failures[name].rung, self.names.index(name)))
 
     @property
     def winner(self) -> str | None:
         """The best of the last rung; `None` while the race goes on, and if nobody is left."""
-        ranked = self._ranked(len(self.rungs) - 1) if self.current is None else []
+        ranked = self.ranked(len(self.rungs) - 1) if self.current is None else []
         return ranked[0] if ranked else None
 
     def _is_out(self, name: str, rung: int) -> bool:
         """Whether a contender has failed in a rung or before."""
         return name in self.failures and self.failures[name].rung <= rung
 
-    def _ranked(self, rung: int) -> list[str]:
-        """Return those who have ended a rung without a failure, from the best to the worst."""
+    def ranked(self, rung: int) -> list[str]:
+        """Return those who have ended a rung with every seed and without a failure, from the best to the worst."""
         there = [name for name in self.starters(rung) if not self._is_out(name, rung) and self.results(name, rung)]
         return sorted(there, key=lambda name: -self.mean_reward(name, rung))

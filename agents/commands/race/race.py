@@ -9,7 +9,7 @@ for each rung:
 <output>/
     race.json                     the results so far
     contenders/<name>/seed-<n>/   the run folders: ddpo-train --resume, ddpo-sample and TensorBoard work on them
-    log.txt                       what the runs printed
+    log.txt                       what the runs printed, and the traceback of each that failed
     race.png                      rewards against the budget
     config.yaml                   settings of the winner
     .lock                         held by the process that writes to the folder
@@ -18,6 +18,7 @@ for each rung:
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class Race:
         self._resolved = self._checked()
         if settings.budget_unit != "seconds":
             for name in self.contenders:
-                self.iterations(name)
+                self._check_iterations(name)
         self.state = self.processes.from_main(self._read)
 
     @property
@@ -187,17 +188,25 @@ class Race:
             if self.settings.budget_unit == "seconds" and name not in self.state.seconds:
                 self.state.seconds[name] = self._measure(name)
                 with self.processes.fail_together():
-                    self.iterations(name)
+                    self._check_iterations(name)
             self.state.results.append(self._train(name, rung, seed))
         except _NOT_A_CONTENDERS_FAULT:
             raise
         except Exception as error:
             if self.processes.count > 1 and error is not self.processes.agreed:
                 raise  # the other processes do not know of it
-            reason = self.processes.from_main(partial(describe, error))
+            reason = self.processes.from_main(
+                partial(self._log_failure, error, f"rung {rung + 1}, {name}, seed {seed}")
+            )
             self.state.failures.append(Failure(contender=name, rung=rung, reason=reason))
         self._write()
         return True
+
+    def _log_failure(self, error: Exception, label: str) -> str:
+        """Append the traceback of an error, with its causes, to the log, and return the error in one line."""
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(f"{label} failed:\n{''.join(traceback.format_exception(error))}")
+        return describe(error)
 
     def _train(self, name: str, rung: int, seed: int) -> Result:
         """Train a run to the end of a rung, from its checkpoint if it has one."""
@@ -225,6 +234,7 @@ class Race:
         for name, contender in self.contenders.items():
             config = contender.config.changed(run_dir=self.run_folder(name, self.settings.seeds[0]))
             try:
+                _refuse_brake(config)
                 resolved[name] = self.processes.from_main(partial(resolve, config, self.processes.count))
                 if (model := (config.policy, config.run)) not in models:  # a check takes half a second
                     self._check_model(config)
@@ -233,6 +243,19 @@ class Race:
                 error.add_note(f"of contender {name!r}")
                 raise
         return resolved
+
+    def _check_iterations(self, name: str) -> None:
+        """Refuse what a run of a contender would refuse with the iterations of any rung.
+
+        Raises:
+            ValueError: naming the setting and the contender; also if the first rung's budget does not buy an iteration.
+        """
+        for count in self.iterations(name):
+            try:
+                self._resolved[name].changed(iterations=count).resolved(self.processes.count)
+            except ValueError as error:
+                error.add_note(f"of contender {name!r}")
+                raise
 
     def _check_model(self, config: TrainConfig) -> None:
         """Refuse what a run of these settings would refuse before it loads anything, and rewards without a scale."""
@@ -285,6 +308,14 @@ class Race:
             yield
         finally:
             lock.release()
+
+
+def _refuse_brake(config: TrainConfig) -> None:
+    if config.run.stop_at_overoptimisation:
+        raise ValueError(
+            "stop_at_overoptimisation must be False in a race, because a run that it ends has not spent the budget of "
+            "the others; got True"
+        )
 
 
 def _without_scale(reward: Reward, name: str) -> str | None:

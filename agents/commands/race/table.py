@@ -63,13 +63,20 @@ def table(race: Race) -> str:
 
 
 def result_line(race: Race, name: str) -> str:
-    """Return one line about the run of a contender that has just ended a rung, or that failed."""
+    """Return one line about the run of a contender that has just ended a rung, or that failed.
+
+    After its last seed the line has the place of the contender among those that have ended the rung so far.
+    """
     if (failure := race.standings.failures.get(name)) is not None:
         return f"rung {failure.rung + 1}  {name}: failed: {failure.reason}"
     last = race.state.results[-1]
     count = f"{last.iterations:,} iteration{'s' if last.iterations != 1 else ''}"
     spent = f"{count}, {amount(race.cost(name, last.iterations))} {race.settings.budget_unit}"
-    return f"rung {last.rung + 1}  {name}, seed {last.seed}: {spent}, reward {last.before:.4f} → {last.reward:.4f}"
+    ranked = race.standings.ranked(last.rung)
+    place = f", place {ranked.index(name) + 1} of {len(ranked)} so far" if name in ranked else ""
+    return (
+        f"rung {last.rung + 1}  {name}, seed {last.seed}: {spent}, reward {last.before:.4f} → {last.reward:.4f}{place}"
+    )
 
 
 def last_results(standings: Standings, name: str) -> tuple[int, list[Result]]:

@@ -282,7 +282,7 @@ def test_whatever_cannot_be_differentiated_is_refused_by_name(micro_pipeline_fol
             {"reward": "jpeg_compressibility"},
             "reward must be differentiable, and jpeg_compressibility is not: take aesth",
         ),
-        ({"critic": True}, "critic must be False, .* with algorithm draft; got True"),
+        ({"critic": True}, "critic must be False with draft, .*; got True"),
         ({"noise_window": 2}, "noise_window must be None, .* with algorithm draft; got 2"),
         ({"draft_steps": 11}, "draft_steps must be at most num_inference_steps=10, with algorithm draft; got 11"),
         ({"train_batch_size": 0}, "train_batch_size must be at least 1, .* with algorithm draft; got 0"),

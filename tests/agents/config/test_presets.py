@@ -7,11 +7,13 @@ import sys
 
 import pytest
 import torch
+import yaml
 from helpers.micro_agents import resume_config
 from helpers.scripts import MINIATURE, SCRIPTS, run_script
 
 from agents.config.command_line import parse_command_line
 from agents.config.presets import PRESETS, preset_config
+from agents.config.reproduction import flags_of, reproducing_flags
 from agents.config.train_config import TrainConfig
 from agents.distributed import Processes
 from agents.planning.plan import describe_plan
@@ -181,6 +183,50 @@ def test_epochs_are_those_of_the_algorithm():
     assert parse_command_line(["--preset=sd14-aesthetic"]).config.resolved().training.epochs == 1
 
 
+TUNED = ("learning_rate", "updates_per_iteration", "epochs")
+
+
+def tuned(config):
+    flat = settings(config.resolved())
+    return tuple(flat[name] for name in TUNED)
+
+
+@pytest.mark.parametrize(
+    ("preset", "algorithm", "expected"),
+    [
+        ("tiny-alignment", "nft", (3e-3, 1, 1)),
+        ("tiny-aesthetic", "awm", (3e-3, 1, 1)),
+        ("tiny-aesthetic", "ppo", (5e-3, 4, 1)),
+        ("tiny-alignment", "grpo", (2e-3, 4, 1)),
+        ("tiny-alignment", "reinforce", (1e-2, 1, 1)),
+        ("tiny-alignment", "rwr_sparse", (5e-4, 1, 50)),
+        ("sd14-aesthetic", "nft", (3e-4, 1, 1)),  # the rate of the published model, and not of the bundled one
+    ],
+)
+def test_what_is_tuned_for_the_algorithm_of_a_preset_is_not_for_another(preset, algorithm, expected):
+    line = parse_command_line([f"--preset={preset}", f"--algorithm={algorithm}"]).config
+    variant = preset_config(preset).changed(algorithm=algorithm)
+    assert tuned(line) == tuned(variant) == expected
+    assert tuned(line.resolved()) == expected
+    command = reproducing_flags(line.resolved())
+    assert not {f"--{name.replace('_', '-')}" for name in TUNED}.intersection(command)
+    assert parse_command_line(command).config.resolved() == line.resolved()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({"learning_rate": 5e-3}, (5e-3, 1, 1)), ({"updates_per_iteration": 2}, (3e-3, 2, 1))]
+)
+def test_what_the_user_gives_comes_before_the_algorithm_of_a_preset(given, expected, tmp_path):
+    """The values are those of the presets, which nobody but the user wants for another algorithm."""
+    name = "tiny-aesthetic" if "learning_rate" in given else "tiny-alignment"
+    line = parse_command_line([f"--preset={name}", "--algorithm=nft", *flags_of(given)]).config
+    assert tuned(line) == tuned(preset_config(name).changed(**given, algorithm="nft")) == expected
+    again = parse_command_line(reproducing_flags(line.resolved())).config
+    assert tuned(again) == expected
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(line.resolved().as_dict()))
+    assert tuned(parse_command_line([f"--config={tmp_path}", "--reward-options=model=tiny"]).config) == expected
+
+
 def test_help_shows_the_options_and_the_defaults_of_the_preset(capsys):
     for arguments, samples in ([], "72"), (["--preset=sd14-alignment"], "288"):
         with pytest.raises(SystemExit) as stop:
@@ -203,7 +249,10 @@ def test_help_shows_the_options_and_the_defaults_of_the_preset(capsys):
             ["--preset=sd14-aesthetic", "--stat-buffer-size=8"],
             "stat_min_count must be between 2 and stat_buffer_size=8",
         ),
-        (["--preset=sd14-aesthetic", "--algorithm=reinforce"], "updates_per_iteration must be 1 with reinforce"),
+        (
+            ["--preset=sd14-aesthetic", "--algorithm=reinforce", "--updates-per-iteration=2"],
+            "updates_per_iteration must be 1 with reinforce",
+        ),
         (["--preset=sd14-aesthetic", "--prompts=animalz"], "prompts must be one of simple_animals, .*'animalz'"),
         (["--preset=sd14-aesthetic", "--reward=jpg"], "reward must be one of jpeg_compressibility, .*'jpg'"),
         (["--preset=sd14-aesthetic", "--reward-options=factor=2"], "reward_options of aesthetic must be .* got factor"),

@@ -1,5 +1,6 @@
 """A setting that has no effect with the others is refused, and the table of such settings is what the code reads."""
 
+import inspect
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from agents import AWM
 from agents.algorithms.options import UpdateOptions
 from agents.algorithms.policy_gradient.trust_region import surrogate
 from agents.config.algorithms import ALGORITHMS, WITHOUT_EFFECT
@@ -96,6 +98,13 @@ def test_table_has_settings_and_their_values() -> None:
         ({"algorithm": "awm", "draft_steps": 2}, "with awm"),
         ({"algorithm": "nft", "clip_range": 0.1}, "with nft"),
         ({"algorithm": "rwr", "timestep_fraction": 0.2}, "with rwr"),
+        ({"algorithm": "rwr", "timestep_window": (0.0, 0.5)}, "with rwr"),
+        ({"algorithm": "rwr_sparse", "kl_coef": 0.0, "timestep_window": (0.0, 0.5)}, "with rwr_sparse"),
+        ({"preset": "sd14-aesthetic", "algorithm": "rwr", "timestep_window": (0.0, 0.5)}, "with rwr"),
+        ({"algorithm": "nft", "recompute_log_probs": True}, "with nft"),
+        ({"algorithm": "awm", "recompute_log_probs": True}, "with awm"),
+        ({"algorithm": "dpo", "recompute_log_probs": True}, "with dpo"),
+        ({"algorithm": "draft", "reward": "aesthetic", "recompute_log_probs": True}, "with draft"),
         ({"algorithm": "draft", "reward": "aesthetic", "advantage": "batch"}, "with draft"),
         ({"trust_region": "clip", "divergence_limit": 1.0}, "with trust_region clip"),
         ({"trust_region": "dppo", "clip_range": 0.1}, "with trust_region dppo"),
@@ -112,6 +121,13 @@ def test_setting_without_an_effect_is_refused(settings: dict[str, Any], where: s
         resolve(train_config(**settings))
 
 
+def test_error_does_not_say_of_an_argument_of_the_class_that_it_has_no_effect() -> None:
+    message = "clip_range must not be given with awm, whose class has another clip_range, which is 1.0 .*; got 0.1"
+    with pytest.raises(ValueError, match=message):
+        resolve(train_config(algorithm="awm", clip_range=0.1))
+    assert inspect.signature(AWM).parameters["clip_range"].default == 1.0
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -120,6 +136,10 @@ def test_setting_without_an_effect_is_refused(settings: dict[str, Any], where: s
         {"algorithm": "draft", "reward": "aesthetic", "advantage": "per_prompt"},
         {"trust_region": "guard", "clip_range": 0.1},
         {"noise_window": 2, "noise_window_stride": 2},
+        {"algorithm": "rwr", "timestep_window": (0.0, 0.5), "kl_coef": 0.1},
+        {"algorithm": "rwr", "timestep_window": (0.0, 0.5), "noise_window": 2},
+        {"algorithm": "rwr_sparse", "timestep_window": (0.0, 0.5), "target_kl": 1.0},
+        {"algorithm": "nft", "recompute_log_probs": True, "target_kl": 1.0},
     ],
 )
 def test_defaults_and_settings_with_an_effect_are_taken(settings: dict[str, Any]) -> None:

@@ -71,7 +71,7 @@ VARIANTS = [
     {"critic": True, "advantage": "gae", "kl_coef": 0.1, "non_finite_rewards": "drop"},
     {"algorithm": "rwr", "kl_coef": 0.1},
     {"algorithm": "awm"},
-    {"algorithm": "nft", "kl_coef": 0.1, "critic": True},
+    {"algorithm": "nft", "kl_coef": 0.1},
     {"autocast": "float16", "target_kl": 1.0},
 ]
 

@@ -59,6 +59,18 @@ def config_of(folder: Path, run: Path, **settings: Any) -> TrainConfig:
     return micro_config(folder / "model", run, **own | settings)
 
 
+def test_draft_refuses_images_of_the_prompts_before_and_after_the_model_is_known(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(folder, tmp_path / "run", algorithm="draft", reward="aesthetic", reward_options=("model=tiny",))
+    message = "^prompts must have no images that the pipeline gets with algorithm draft, .*edits.jsonl'$"
+    with pytest.raises(ValueError, match=message):
+        check_run(config, Processes())
+    monkeypatch.setattr("agents.config.resolve.with_images", lambda config: config)  # as with a model on the Hub
+    with pytest.raises(ValueError, match=message):
+        prepare_run(config)
+
+
 def test_run_trains_on_the_image_of_each_prompt(folder: Path, tmp_path: Path) -> None:
     run = prepare_run(config_of(folder, tmp_path / "run"))
     assert run.config.run.pipeline_arguments == (*ARGUMENTS, "image=prompt:32x32")

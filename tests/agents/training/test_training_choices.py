@@ -193,6 +193,13 @@ def test_details_of_a_reward_are_logged(learner, tmp_path, monkeypatch):
             "reward must have no raw terms with advantage gdpo, .*; got clip_score:raw",
         ),
         ({"advantage": "gae"}, "advantage must not be gae without a critic: add --critic"),
+        ({"algorithm": "nft", "critic": True}, "critic must be False with nft, .*; got True"),
+        ({"algorithm": "awm", "advantage": "gae"}, "advantage must not be gae with awm, which takes no critic; got"),
+        ({"algorithm": "dpo", "advantage": "batch", "critic": True}, "critic must be False with dpo, .*; got True"),
+        (
+            {"algorithm": "grpo", "eta": 0.0},
+            "algorithm must not be grpo with .*log-probabilities: nft, awm, dpo or rwr",
+        ),
         ({"advantage": "group", "samples_per_prompt": 1}, "samples_per_prompt must be at least 2 with advantage group"),
         ({"algorithm": "reinforce", "epochs": 2}, "epochs and updates_per_iteration must be 1 with reinforce"),
         ({"algorithm": "rwr_sparse", "updates_per_iteration": 2}, "updates_per_iteration must be 1 with rwr_sparse"),

@@ -159,6 +159,13 @@ def test_command_has_what_the_user_gave_and_what_is_recommended():
     assert again.flat() == given.changed(timestep_window=(0.0, 0.8), dtype="float32").flat()
 
 
+def test_command_does_not_give_another_algorithm_what_a_preset_is_tuned_for():
+    given = parse_command_line(["--preset=tiny-aesthetic", "--algorithm=nft"]).config
+    again = parse_command_line(shlex.split(train_command(given, {}))[1:]).config
+    assert again.resolved() == given.resolved()
+    assert again.resolved().learning_rate == 3e-3
+
+
 def test_json_has_no_number_that_json_lacks(tmp_path):
     finding = Finding("a", "red", {"loss": float("nan"), "by_step": {1.5: [float("inf"), 2]}}, "broken")
     write_json(tmp_path, TrainConfig(), [finding])

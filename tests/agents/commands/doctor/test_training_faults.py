@@ -179,7 +179,16 @@ def test_other_algorithms_are_healthy(algorithm, tmp_path):
         Patient(), tmp_path, "gradient", "timesteps", "ratio", "update", **settings, algorithm=algorithm
     )
     assert {name: one.meaning for name, one in findings.items() if one.level == "red"} == {}
-    assert findings["update"].numbers["optimizer_steps"] == settings["epochs"]
+    update = findings["update"]
+    assert update.numbers["optimizer_steps"] == settings["epochs"]
+    has_clip = algorithm == "grpo"  # the others refuse a clip range, so it is no unit of theirs
+    assert ("clip_range" in update.meaning) == ("kl_in_clip_ranges" in update.numbers) == has_clip
+    assert update.level == "green" or has_clip
+
+
+def test_update_without_a_measured_divergence_is_healthy(tmp_path):
+    finding = finding_of(Patient(), tmp_path, "update", algorithm="nft", eta=0.0, updates_per_iteration=1)
+    assert (finding.level, "its KL is not measured" in finding.meaning) == ("green", True)
 
 
 def test_layers_before_one_that_begins_at_zero_get_a_gradient(tmp_path):

@@ -52,6 +52,23 @@ def test_base_comes_before_the_preset(read):
     assert one.config.reward == "vlm_alignment"
 
 
+def test_contender_with_another_algorithm_than_the_preset_has_the_defaults_of_its_own(read):
+    text = """
+    contenders:
+      ppo: {}
+      nft: {algorithm: nft}
+      slow: {algorithm: nft, learning_rate: 1e-3, updates_per_iteration: 2}
+    """
+    found = [resolve(one.config) for one in read(text, "--preset=tiny-alignment")]
+    assert [(one.learning_rate, one.training.updates_per_iteration) for one in found] == [
+        (2e-3, 2),
+        (3e-3, 1),
+        (1e-3, 2),
+    ]
+    (shared,) = read("base: {updates_per_iteration: 2}\ncontenders: {nft: {algorithm: nft}}", "--preset=tiny-alignment")
+    assert resolve(shared.config).training.updates_per_iteration == 2
+
+
 def test_what_all_share_need_not_have_an_effect_on_each(read):
     text = """
     base: {clip_range: 0.1}

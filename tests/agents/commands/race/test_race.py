@@ -191,6 +191,10 @@ def test_seconds_are_timed_once_and_buy_iterations(race, tmp_path, monkeypatch):
         (["--updates-per-iteration=3"], "updates_per_iteration.*of contender 'ppo-0.0001'"),
         (["--reward=helpers.stateful_rewards:Remembering"], "no common scale.*name:weight:raw"),
         (["--contenders=absent.yaml"], "absent.yaml"),
+        (
+            ["--holdout-reward=helpers.micro_agents:brightness:1:raw", "--stop-at-overoptimisation"],
+            "stop_at_overoptimisation must be False in a race.*got True .of contender 'ppo-0.0001'",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(race, tmp_path, arguments, message):
@@ -206,6 +210,44 @@ def test_dry_run_prints_the_iterations_and_writes_nothing(race, tmp_path):
     assert re.search(r"ppo-0.01 +2, 5  \(16, 40 queries\)", printed)
     assert re.search(r"sf +1, 2  \(16, 32 queries\)", printed)
     assert {path.name for path in tmp_path.iterdir()} == {"four.yaml"}
+
+
+def test_settings_are_checked_with_the_iterations_of_every_rung(race, tmp_path, monkeypatch):
+    resolved = TrainConfig.resolved
+
+    def refuse(config, processes=1):
+        if config.iterations == 4:
+            raise ValueError("iterations must not be 4")
+        return resolved(config, processes)
+
+    monkeypatch.setattr(TrainConfig, "resolved", refuse)
+    code, _, error = race()
+    assert code == 2
+    assert "iterations must not be 4 (of contender 'ppo-0.0001')" in " ".join(error.split())
+    assert {path.name for path in tmp_path.iterdir()} == {"four.yaml"}
+
+
+def test_traceback_of_a_contender_that_cannot_be_prepared_is_in_the_log(race, tmp_path, monkeypatch):
+    prepare_run = runs.prepare_run
+
+    def prepare(config, processes):
+        if config.learning_rate == 1e4:
+            raise ValueError("there is no such layer")
+        return prepare_run(config, processes)
+
+    monkeypatch.setattr(runs, "prepare_run", prepare)
+    contenders = "contenders: {a: {}, b: {learning_rate: 1e-4}, wild: {learning_rate: 1e4}}"
+    code, printed, _ = race("--output=log", "--reduction=3", contenders=contenders, budget=8)
+    assert code == 0
+    log = (tmp_path / "log" / "log.txt").read_text()
+    assert "rung 1, wild, seed 0 failed:\nTraceback (most recent call last):\n" in log
+    assert log.rstrip().endswith("ValueError: there is no such layer")
+
+    # a contender has a place once it has trained with every seed
+    lines = [line for line in printed.splitlines() if line.startswith("rung 1 ")]
+    assert ["place" in line for line in lines] == [False, False, True, False, True, False]
+    assert lines[2].endswith(", place 1 of 1 so far")
+    assert lines[4].endswith((", place 1 of 2 so far", ", place 2 of 2 so far"))
 
 
 def test_a_folder_belongs_to_one_race(race, tmp_path):
