@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
-from agents.algorithms.options import LAST_STEPS
+from agents.algorithms.options import LAST_STEPS, check_whole_episodes
 from agents.distributed import Metric
 from agents.policy.abilities import SamplerAbilities
 from agents.policy.weight_copies import WeightSnapshot
-from agents.rollout.buffer import Transitions
+from agents.rollout.buffer import TensorRolloutBuffer, Transitions
 from agents.rollout.vec_env import denoising_env_of
 from ddpo_env.models import abilities_of
 from ddpo_env.validation.options import check_value
@@ -94,7 +94,7 @@ class DRaFT(TensorOnPolicyAlgorithm):
             n_steps=n_steps,
             batch_size=batch_size,
             n_epochs=n_epochs,
-            **arguments,
+            **arguments | {"advantage": _no_advantage},
         )
 
     def _setup_model(self) -> None:
@@ -124,10 +124,10 @@ class DRaFT(TensorOnPolicyAlgorithm):
             ),
             ("context_key", self.context_key, self.context_key == "prompt", "'prompt', which its reward is given"),
             ("last_steps", self.last_steps, self.last_steps <= steps, f"at most {steps}, the length of an episode"),
-            ("n_steps", self.n_steps, self.n_steps % steps == 0, f"a multiple of {steps}, the length of an episode"),
         ):
             if not is_valid:
                 raise ValueError(f"{name} must be {valid}, with DRaFT; got {value!r}")
+        check_whole_episodes(self.n_steps, policy.stochastic_steps(), "DRaFT")
 
     def _check_decoder(self, policy: SamplerAbilities) -> None:
         model = policy.model
@@ -226,6 +226,11 @@ class DRaFT(TensorOnPolicyAlgorithm):
         with self._sampled.in_use():
             mean, _ = self._mean(*_state(batch, slice(None)))
         return batch.actions - mean
+
+
+def _no_advantage(rollout: TensorRolloutBuffer) -> Tensor:
+    """Return zeros, `(buffer_size, n_envs)`: the loss does not read advantages."""
+    return torch.zeros_like(rollout.advantages)
 
 
 def _state(batch: LastSteps, rows: slice) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -169,6 +169,28 @@ def check_noise(
                 )
 
 
+def check_whole_episodes(n_steps: int, stochastic: npt.NDArray[np.bool_] | None, needing: str) -> None:
+    """Refuse a rollout that cuts episodes, before it is sampled.
+
+    Args:
+        n_steps: steps of each sub-environment in a rollout.
+        stochastic: which steps of an episode have noise, `(steps,)`; `None`: the policy does not know their number.
+        needing: name of what needs whole episodes, for the error.
+
+    Raises:
+        ValueError: naming the nearest numbers of steps that are valid.
+    """
+    if stochastic is None or n_steps % len(stochastic) == 0:
+        return
+    length = len(stochastic)
+    below = n_steps - n_steps % length
+    nearest = f"{below} and {below + length} are" if below else f"{length} is"
+    raise ValueError(
+        f"n_steps must be a multiple of {length}, the length of an episode, with {needing}; got {n_steps}: "
+        f"{nearest} the nearest"
+    )
+
+
 def check_arguments(given: Mapping[str, Any]) -> None:
     """Check the arguments that every algorithm has, by name.
 
