@@ -65,7 +65,8 @@ class UpdateOptions:
     noise_window_stride: Annotated[int, _COUNT] = 1
     """Number of steps by which they move on."""
     target_kl: Annotated[float | None, Range(above=0, at_most=1e12)] = None
-    """An iteration's updates end when the estimated KL from the sampling policy exceeds 1.5 times this."""
+    """An iteration's updates end when the estimated KL from the sampling policy exceeds 1.5 times this. Where the loss
+    has no log-probabilities (rwr, nft, awm, dpo, draft) it is measured between the updates, as train/kl_to_sampling."""
     kl_coef: Annotated[float, Range(at_least=0, at_most=1e6)] = 0.0
     """Weight of the KL divergence from the pretrained policy in the loss, reduced like the log-probability; for
     nft, awm, dpo and draft, of the squared distance of the denoiser's outputs."""
