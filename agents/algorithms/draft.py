@@ -22,8 +22,8 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import Tensor
 from torch.nn import functional
 
-from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
-from agents.algorithms.options import LAST_STEPS, check_whole_episodes
+from agents.algorithms.options import LAST_STEPS
+from agents.algorithms.whole_episodes import WholeEpisodesAlgorithm
 from agents.distributed import Metric
 from agents.policy.abilities import SamplerAbilities
 from agents.policy.weight_copies import WeightSnapshot
@@ -45,7 +45,7 @@ class LastSteps(Transitions):
     prompts: list[str]
 
 
-class DRaFT(TensorOnPolicyAlgorithm):
+class DRaFT(WholeEpisodesAlgorithm):
     """Training by the gradient of a differentiable reward.
 
     There are no advantages, and `timestep_window` and `timestep_fraction` have no effect. The sampler may be any, with
@@ -57,7 +57,7 @@ class DRaFT(TensorOnPolicyAlgorithm):
         env: a denoising environment whose reward can be differentiated (`rewards.DifferentiableReward`). What wrappers
             do to its rewards has no effect.
         learning_rate: a number, or a function of the remaining progress.
-        n_steps: steps of each sub-environment in a rollout, a multiple of the episode's length.
+        n_steps: steps of each sub-environment in a rollout, a multiple of the episode's length; default: one episode.
         batch_size: samples in one update; default: all of the rollout. `micro_batch_size` counts samples too, and their
             last steps, decoder and reward are all in memory at once.
         n_epochs: passes over the rollout.
@@ -77,7 +77,7 @@ class DRaFT(TensorOnPolicyAlgorithm):
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str,
         learning_rate: float | Schedule = 1e-3,
-        n_steps: int = 256,
+        n_steps: int | None = None,
         batch_size: int | None = None,
         n_epochs: int = 1,
         last_steps: int = 1,
@@ -127,7 +127,7 @@ class DRaFT(TensorOnPolicyAlgorithm):
         ):
             if not is_valid:
                 raise ValueError(f"{name} must be {valid}, with DRaFT; got {value!r}")
-        check_whole_episodes(self.n_steps, policy.stochastic_steps(), "DRaFT")
+        self.check_episodes()
 
     def _check_decoder(self, policy: SamplerAbilities) -> None:
         model = policy.model
