@@ -63,7 +63,7 @@ class UpdateOptions:
     noise_window_iterations: Annotated[int, _COUNT] = 25
     """Iterations after which the steps with noise move on."""
     noise_window_stride: Annotated[int, _COUNT] = 1
-    """Number of steps by which they move on."""
+    """Number of steps by which they move on; fewer for the last move, so that the end of timestep_window is reached."""
     target_kl: Annotated[float | None, Range(above=0, at_most=1e12)] = None
     """An iteration's updates end when the estimated KL from the sampling policy exceeds 1.5 times this. Where the loss
     has no log-probabilities (rwr, nft, awm, dpo, draft) it is measured between the updates, as train/kl_to_sampling."""
@@ -101,7 +101,8 @@ class UpdateOptions:
 
         Where the window stands follows from the iteration alone (MixGRPO, arXiv 2507.21802, "progressive" with
         "roll_back" in its code), so a resumed run needs no state for it. It is always whole: its last place is the
-        last one inside `timestep_window`.
+        last one inside `timestep_window`. A stride that does not divide the room before that place, or is larger, gets
+        a shorter last move. MixGRPO's code shrinks the window instead.
 
         Args:
             iteration: from 0.
@@ -119,8 +120,9 @@ class UpdateOptions:
                 f"noise_window must be at most {end - start}, the number of steps inside "
                 f"timestep_window={self.timestep_window} of {steps}; got {self.noise_window}"
             )
-        places = room // self.noise_window_stride + 1
-        first = start + iteration // self.noise_window_iterations % places * self.noise_window_stride
+        places = -(-room // self.noise_window_stride) + 1
+        place = iteration // self.noise_window_iterations % places
+        first = start + min(place * self.noise_window_stride, room)
         return first, first + self.noise_window
 
 
