@@ -17,6 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from agents.algorithms.options import check_whole_episodes
+from agents.policy.abilities import PolicyAbilities
 from agents.rollout.buffer import TensorRolloutBuffer
 from ddpo_env.validation.options import POSITIVE, Range, check_value
 
@@ -275,6 +277,43 @@ class GeneralizedAdvantage:
         kept = values.ravel()[rollout.kept_steps()]
         scaled = standardized(values, kept, ddof=1)  # as Stable-Baselines3 does
         return torch.as_tensor(scaled, dtype=torch.float32, device=rollout.device)
+
+
+def fitting_estimator(given: AdvantageEstimator | None, policy: PolicyAbilities, n_steps: int) -> AdvantageEstimator:
+    """Return the estimator that was given, or the default one, once it fits the policy.
+
+    Without a critic all values are 0. Then generalized advantages depend on how far a step is from the end of its
+    episode, and hardly on the sample, so the default is DDPO's own estimator, as on the command line.
+
+    Args:
+        given: `None`: the default, `GeneralizedAdvantage` with a critic and `PerPromptAdvantage` without.
+        policy: abilities of the policy.
+        n_steps: steps of each sub-environment in a rollout.
+
+    Raises:
+        ValueError: for generalized advantages without a critic, or an `n_steps` that cuts the episodes of an estimator
+            that needs whole ones.
+    """
+    if given is None:
+        given = GeneralizedAdvantage() if policy.has_critic else PerPromptAdvantage()
+    if isinstance(given, GeneralizedAdvantage) and not policy.has_critic:
+        raise ValueError(
+            "advantage must not be GeneralizedAdvantage without a critic: give the policy one, such as with "
+            f"policy_kwargs={{'critic': True}}, or take PerPromptAdvantage(); got {given!r}"
+        )
+    if isinstance(given, _OF_WHOLE_EPISODES):
+        check_whole_episodes(n_steps, policy.stochastic_steps(), type(given).__name__)
+    return given
+
+
+_OF_WHOLE_EPISODES = (
+    PerPromptAdvantage,
+    BatchAdvantage,
+    GroupRelativeAdvantage,
+    DecoupledAdvantage,
+    LeaveOneOutAdvantage,
+    RawReturn,
+)
 
 
 def _check_clip(clip: float) -> None:

@@ -22,12 +22,12 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import Tensor
 from torch.nn import functional
 
-from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.algorithms.options import LAST_STEPS
+from agents.algorithms.whole_episodes import WholeEpisodesAlgorithm
 from agents.distributed import Metric
 from agents.policy.abilities import SamplerAbilities
 from agents.policy.weight_copies import WeightSnapshot
-from agents.rollout.buffer import Transitions
+from agents.rollout.buffer import TensorRolloutBuffer, Transitions
 from agents.rollout.vec_env import denoising_env_of
 from ddpo_env.models import abilities_of
 from ddpo_env.validation.options import check_value
@@ -45,7 +45,7 @@ class LastSteps(Transitions):
     prompts: list[str]
 
 
-class DRaFT(TensorOnPolicyAlgorithm):
+class DRaFT(WholeEpisodesAlgorithm):
     """Training by the gradient of a differentiable reward.
 
     There are no advantages, and `timestep_window` and `timestep_fraction` have no effect. The sampler may be any, with
@@ -57,7 +57,7 @@ class DRaFT(TensorOnPolicyAlgorithm):
         env: a denoising environment whose reward can be differentiated (`rewards.DifferentiableReward`). What wrappers
             do to its rewards has no effect.
         learning_rate: a number, or a function of the remaining progress.
-        n_steps: steps of each sub-environment in a rollout, a multiple of the episode's length.
+        n_steps: steps of each sub-environment in a rollout, a multiple of the episode's length; default: one episode.
         batch_size: samples in one update; default: all of the rollout. `micro_batch_size` counts samples too, and their
             last steps, decoder and reward are all in memory at once.
         n_epochs: passes over the rollout.
@@ -77,7 +77,7 @@ class DRaFT(TensorOnPolicyAlgorithm):
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str,
         learning_rate: float | Schedule = 1e-3,
-        n_steps: int = 256,
+        n_steps: int | None = None,
         batch_size: int | None = None,
         n_epochs: int = 1,
         last_steps: int = 1,
@@ -94,7 +94,7 @@ class DRaFT(TensorOnPolicyAlgorithm):
             n_steps=n_steps,
             batch_size=batch_size,
             n_epochs=n_epochs,
-            **arguments,
+            **arguments | {"advantage": _no_advantage},
         )
 
     def _setup_model(self) -> None:
@@ -124,10 +124,10 @@ class DRaFT(TensorOnPolicyAlgorithm):
             ),
             ("context_key", self.context_key, self.context_key == "prompt", "'prompt', which its reward is given"),
             ("last_steps", self.last_steps, self.last_steps <= steps, f"at most {steps}, the length of an episode"),
-            ("n_steps", self.n_steps, self.n_steps % steps == 0, f"a multiple of {steps}, the length of an episode"),
         ):
             if not is_valid:
                 raise ValueError(f"{name} must be {valid}, with DRaFT; got {value!r}")
+        self.check_episodes()
 
     def _check_decoder(self, policy: SamplerAbilities) -> None:
         model = policy.model
@@ -226,6 +226,11 @@ class DRaFT(TensorOnPolicyAlgorithm):
         with self._sampled.in_use():
             mean, _ = self._mean(*_state(batch, slice(None)))
         return batch.actions - mean
+
+
+def _no_advantage(rollout: TensorRolloutBuffer) -> Tensor:
+    """Return zeros, `(buffer_size, n_envs)`: the loss does not read advantages."""
+    return torch.zeros_like(rollout.advantages)
 
 
 def _state(batch: LastSteps, rows: slice) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

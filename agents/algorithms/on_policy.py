@@ -11,7 +11,7 @@ One iteration (`RolloutAlgorithm.iterate`):
             for micro_batch in batch, micro_batch_size at a time:   gradients add up
                 loss(micro_batch).backward()
             clip the gradient; optimizer.step(); update the averaged weights
-        stop early if the estimated KL from the sampling policy exceeds target_kl
+            stop early if the estimated KL from the sampling policy exceeds target_kl
 """
 
 from __future__ import annotations
@@ -251,15 +251,16 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
 
     def _pass(self, indices: npt.NDArray[np.int64], metrics: Metrics) -> bool:
         """Run one epoch; return False if the KL target stopped it."""
-        for batch in self._batches(indices):
-            if not self._update(batch, metrics):
-                return False
-        target_kl = self.options.target_kl
-        if target_kl is None or metrics["approx_kl"]:
-            return True
-        # A loss without log-probabilities does not show the KL: measure it once per epoch.
         count = max(1, measured_steps(len(indices), self._rollouts))
-        return self.drift(self.random_steps(count))["kl_to_sampling"] <= 1.5 * target_kl
+        batches = self._batches(indices)
+        return not any(self._is_beyond_target(count, metrics) or not self._update(one, metrics) for one in batches)
+
+    def _is_beyond_target(self, count: int, metrics: Metrics) -> bool:
+        """Measure the KL on `count` steps before each update but the first, where the loss does not show it."""
+        target_kl = self.options.target_kl
+        if target_kl is None or metrics["approx_kl"] or not any(metrics.values()):
+            return False
+        return self.drift(self.random_steps(count))["kl_to_sampling"] > 1.5 * target_kl
 
     def _update(self, indices: npt.NDArray[np.int64], metrics: Metrics) -> bool:
         """Take one optimizer step on the transitions at `indices`; return False if the KL target stopped it."""

@@ -63,9 +63,10 @@ class UpdateOptions:
     noise_window_iterations: Annotated[int, _COUNT] = 25
     """Iterations after which the steps with noise move on."""
     noise_window_stride: Annotated[int, _COUNT] = 1
-    """Number of steps by which they move on."""
+    """Number of steps by which they move on; fewer for the last move, so that the end of timestep_window is reached."""
     target_kl: Annotated[float | None, Range(above=0, at_most=1e12)] = None
-    """An iteration's updates end when the estimated KL from the sampling policy exceeds 1.5 times this."""
+    """An iteration's updates end when the estimated KL from the sampling policy exceeds 1.5 times this. Where the loss
+    has no log-probabilities (rwr, nft, awm, dpo, draft) it is measured between the updates, as train/kl_to_sampling."""
     kl_coef: Annotated[float, Range(at_least=0, at_most=1e6)] = 0.0
     """Weight of the KL divergence from the pretrained policy in the loss, reduced like the log-probability; for
     nft, awm, dpo and draft, of the squared distance of the denoiser's outputs."""
@@ -100,7 +101,8 @@ class UpdateOptions:
 
         Where the window stands follows from the iteration alone (MixGRPO, arXiv 2507.21802, "progressive" with
         "roll_back" in its code), so a resumed run needs no state for it. It is always whole: its last place is the
-        last one inside `timestep_window`.
+        last one inside `timestep_window`. A stride that does not divide the room before that place, or is larger, gets
+        a shorter last move. MixGRPO's code shrinks the window instead.
 
         Args:
             iteration: from 0.
@@ -118,8 +120,9 @@ class UpdateOptions:
                 f"noise_window must be at most {end - start}, the number of steps inside "
                 f"timestep_window={self.timestep_window} of {steps}; got {self.noise_window}"
             )
-        places = room // self.noise_window_stride + 1
-        first = start + iteration // self.noise_window_iterations % places * self.noise_window_stride
+        places = -(-room // self.noise_window_stride) + 1
+        place = iteration // self.noise_window_iterations % places
+        first = start + min(place * self.noise_window_stride, room)
         return first, first + self.noise_window
 
 
@@ -168,6 +171,28 @@ def check_noise(
                     f"{start} to {end - 1} of {steps}: such steps have no log-probability. Choose a sampler with noise "
                     f"there or another timestep_window{others}"
                 )
+
+
+def check_whole_episodes(n_steps: int, stochastic: npt.NDArray[np.bool_] | None, needing: str) -> None:
+    """Refuse a rollout that cuts episodes, before it is sampled.
+
+    Args:
+        n_steps: steps of each sub-environment in a rollout.
+        stochastic: which steps of an episode have noise, `(steps,)`; `None`: the policy does not know their number.
+        needing: name of what needs whole episodes, for the error.
+
+    Raises:
+        ValueError: naming the nearest numbers of steps that are valid.
+    """
+    if stochastic is None or n_steps % len(stochastic) == 0:
+        return
+    length = len(stochastic)
+    below = n_steps - n_steps % length
+    nearest = f"{below} and {below + length} are" if below else f"{length} is"
+    raise ValueError(
+        f"n_steps must be a multiple of {length}, the length of an episode, with {needing}; got {n_steps}: "
+        f"{nearest} the nearest"
+    )
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:

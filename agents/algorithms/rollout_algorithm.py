@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numbers
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from agents.algorithms.advantages import AdvantageEstimator, GeneralizedAdvantage
+from agents.algorithms.advantages import AdvantageEstimator, fitting_estimator
 from agents.algorithms.generators import Generators
 from agents.algorithms.options import RATE, NonFiniteRewards, check_arguments, check_timesteps
 from agents.algorithms.saving.algorithm_file import SavableAlgorithm
@@ -38,8 +38,6 @@ from agents.rollout.scores import PendingScores, details_by_name, numeric_detail
 from agents.rollout.shared_prefix import EqualRows, SharedPrefix, shared_prefix_of
 from agents.rollout.vec_env import checked_env, denoising_env_of, env_actions, pending_scores_of
 from ddpo_env.spaces import DenoisingObservationSpace
-
-_Algorithm = TypeVar("_Algorithm", bound="RolloutAlgorithm")
 
 
 class RolloutAlgorithm(SavableAlgorithm):
@@ -55,7 +53,8 @@ class RolloutAlgorithm(SavableAlgorithm):
         ent_coef: weight of the entropy bonus.
         vf_coef: weight of the critic's loss.
         max_grad_norm: gradients are clipped to this norm.
-        advantage: estimator; default: `GeneralizedAdvantage`.
+        advantage: estimator; default: `GeneralizedAdvantage` for a policy with a critic, whose values it needs, and
+            `PerPromptAdvantage` for one without, such as `DiffusionPolicy` by default. That needs whole episodes.
         non_finite_rewards: `"raise"`: a reward that is NaN or infinite is an error. `"drop"`: its sample is removed and
             counted in `rollout/dropped_samples`. The environment must not raise by itself then
             (`DenoisingVectorEnv(non_finite_rewards="keep")`).
@@ -83,6 +82,7 @@ class RolloutAlgorithm(SavableAlgorithm):
     }
     penalises_steps: ClassVar[bool] = True
     """Whether `kl_coef` is the weight of the divergence of the sampler's steps, which needs noise in them."""
+    advantage: AdvantageEstimator
     rollout_buffer: TensorRolloutBuffer  # type: ignore[assignment]
 
     def __init__(
@@ -111,7 +111,7 @@ class RolloutAlgorithm(SavableAlgorithm):
     ) -> None:
         check_arguments(locals())
         self.non_finite_rewards: NonFiniteRewards = non_finite_rewards
-        self.advantage: AdvantageEstimator = advantage if advantage is not None else GeneralizedAdvantage()
+        self._given_advantage = advantage
         self.context_key = context_key
         self.processes = processes if processes is not None else Processes()
         super().__init__(
@@ -143,6 +143,7 @@ class RolloutAlgorithm(SavableAlgorithm):
         self.generators = Generators(self.seed, self.device)
         with self.generators.as_global():
             super()._setup_model()
+        self.advantage = fitting_estimator(self._given_advantage, self.abilities, self.n_steps)
         if self.seed is not None:  # for `predict` and user code, which draw other numbers than training does
             torch.manual_seed(self.seed + 1)
         if self.processes.count > 1 and not self.abilities.shares_batches:
@@ -195,14 +196,14 @@ class RolloutAlgorithm(SavableAlgorithm):
         self.generators.load_state(state)
 
     def learn(
-        self: _Algorithm,
+        self,
         total_timesteps: int,
         callback: MaybeCallback = None,
         log_interval: int = 1,
         tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
-    ) -> _Algorithm:
+    ) -> Self:
         """Train for at least `total_timesteps` environment steps; arguments as in Stable-Baselines3.
 
         Schedules see the progress of this call, whatever came before it: 1 in its first iteration, and 1 / n in the
@@ -282,7 +283,7 @@ class RolloutAlgorithm(SavableAlgorithm):
             reward = None if denoising_env is None else denoising_env.reward
             score_measured(episodes, rollout_buffer, reward, "keep" if self.non_finite_rewards == "drop" else "raise")
             scored = [episode for episode in episodes if episode.is_finite(rollout_buffer)]
-            self._note_episodes([episode.statistics for episode in scored])
+            self._update_info_buffer([episode.statistics for episode in scored], np.ones(len(scored), np.bool_))
             self._drop_or_raise(rollout_buffer)
             rollout_buffer.details = numeric_details(scored, rollout_buffer)
             rollout_buffer.set_monte_carlo_returns()
@@ -352,10 +353,6 @@ class RolloutAlgorithm(SavableAlgorithm):
         scope = nullcontext() if abilities.draws_from_generator else self.generators.as_global()
         with torch.no_grad(), scope, abilities.computing(rows, self.generators.noise, equal_rows):
             return self.policy(observation)
-
-    def _note_episodes(self, infos: list[dict[str, Any]]) -> None:
-        """Add the last infos of finished episodes to the statistics that Stable-Baselines3 logs."""
-        self._update_info_buffer(infos, np.ones(len(infos), np.bool_))
 
     def _require_finite(self, rewards: npt.NDArray[np.floating]) -> None:
         if not np.isfinite(rewards).all():

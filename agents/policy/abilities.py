@@ -88,6 +88,11 @@ class PolicyAbilities:
         """Dtype in which the policy's network computes."""
         return torch.float32
 
+    @property
+    def has_critic(self) -> bool:
+        """Whether the policy predicts values; without a critic they are all 0."""
+        return True
+
     def sampling_weights(self) -> AbstractContextManager[None]:
         """Return a context for many calls without gradients, in which the weights do not change."""
         return nullcontext()
@@ -169,6 +174,11 @@ class SamplerAbilities(PolicyAbilities):
     reference_kl: Callable[[Any, DenoisingDistribution], Tensor]
     _host_sampler: GaussianSampler
     _stochastic_steps: npt.NDArray[np.bool_]
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the policy predicts values."""
+        return self.critic is not None
 
     def use_sampler(self, table: GaussianSampler) -> None:
         """Take the steps of a table on the host, which moves to the device when it is used."""

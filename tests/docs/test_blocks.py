@@ -88,6 +88,12 @@ def check_readme(names: dict[str, Any]) -> None:
     assert names["reward"] < 0
 
 
+def check_algorithms(names: dict[str, Any]) -> None:
+    algorithm = names["algorithm"]
+    assert (algorithm.n_steps, algorithm.num_timesteps) == (4, 32)
+    assert Path("nft_lora", LORA_FILE).is_file()
+
+
 def check_doctor(names: dict[str, Any]) -> None:
     from agents.commands.doctor.checks import CHECKS
 
@@ -159,6 +165,7 @@ def check_training(names: dict[str, Any]) -> None:
 
 PROMISED: dict[str, Callable[[dict[str, Any]], None]] = {
     "README.md": check_readme,
+    "algorithms.md": check_algorithms,
     "doctor.md": check_doctor,
     "environment.md": check_environment,
     "own-model.md": check_own_model,

@@ -40,7 +40,7 @@ class AWM(LaggingAlgorithm):
         policy: `DiffusionPolicy`, or another policy with a denoiser. The paper has no guidance (`guidance_scale=1`).
         env: environment, vectorized environment or id.
         learning_rate: a number, or a function of the remaining progress.
-        n_steps: steps of each sub-environment in a rollout, a multiple of the episode's length.
+        n_steps: steps of each sub-environment in a rollout, a multiple of the episode's length; default: one episode.
         batch_size: pairs of a sample and a timestep in one update; default: all of the rollout.
         n_epochs: passes over the rollout.
         clip_range: ε of the ratio. It has an effect from the second update of an iteration on.
@@ -61,7 +61,7 @@ class AWM(LaggingAlgorithm):
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str,
         learning_rate: float | Schedule = 3e-4,
-        n_steps: int = 256,
+        n_steps: int | None = None,
         batch_size: int | None = None,
         n_epochs: int = 1,
         clip_range: float = 1.0,

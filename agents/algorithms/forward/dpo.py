@@ -45,7 +45,7 @@ class DPO(ForwardProcessAlgorithm):
         policy: `DiffusionPolicy`, or another policy with a denoiser and a pretrained one.
         env: environment, vectorized environment or id, with at least two samples for a prompt.
         learning_rate: a number, or a function of the remaining progress.
-        n_steps: steps of each sub-environment in a rollout, a multiple of the episode's length.
+        n_steps: steps of each sub-environment in a rollout, a multiple of the episode's length; default: one episode.
         batch_size: rows in one update, two for a pair at a timestep; default: all of the rollout.
         n_epochs: passes over the pairs.
         beta: β. The larger it is, the sooner a pair that is told apart stops to count.
@@ -63,7 +63,7 @@ class DPO(ForwardProcessAlgorithm):
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str,
         learning_rate: float | Schedule = 3e-4,
-        n_steps: int = 256,
+        n_steps: int | None = None,
         batch_size: int | None = None,
         n_epochs: int = 1,
         beta: float = 2000.0,

@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from torch.nn import functional
 
-from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
+from agents.algorithms.whole_episodes import WholeEpisodesAlgorithm
 from agents.distributed import Metric, Rows
 from agents.policy.weight_copies import LAGGING, LaggingWeights, using_weights
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
@@ -30,14 +30,14 @@ from ddpo_env.validation.options import DECAY, Range, check_value
 from rewards.networks.devices import copied_to
 
 
-class ForwardProcessAlgorithm(TensorOnPolicyAlgorithm):
+class ForwardProcessAlgorithm(WholeEpisodesAlgorithm):
     """Base of the algorithms that train a denoiser on noised samples: implement `loss`.
 
     `kl_coef` is the weight of the squared distance of the denoiser's output from the pretrained one's, mean over the
     latent, at the noised samples.
 
     Raises:
-        ValueError: for a policy without a denoiser.
+        ValueError: for a policy without a denoiser, or an `n_steps` that cuts episodes.
     """
 
     compares_with_sampling = False
@@ -52,6 +52,7 @@ class ForwardProcessAlgorithm(TensorOnPolicyAlgorithm):
                 f"finished samples and trains the prediction of them (PolicyAbilities.has_forward_process); got a "
                 f"{type(self.policy).__name__}"
             )
+        self.check_episodes()
         if self.ent_coef:
             raise ValueError(f"ent_coef must be 0 with {type(self).__name__}, whose loss has none; got {self.ent_coef}")
 

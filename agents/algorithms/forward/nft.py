@@ -37,7 +37,7 @@ class NFT(LaggingAlgorithm):
         policy: `DiffusionPolicy`, or another policy with a denoiser. The paper has no guidance (`guidance_scale=1`).
         env: environment, vectorized environment or id.
         learning_rate: a number, or a function of the remaining progress.
-        n_steps: steps of each sub-environment in a rollout, a multiple of the episode's length.
+        n_steps: steps of each sub-environment in a rollout, a multiple of the episode's length; default: one episode.
         batch_size: pairs of a sample and a timestep in one update; default: all of the rollout, as in the paper.
         n_epochs: passes over the rollout.
         beta: β, how far the implicit policies are from the old one: 1 in the paper, 0.1 for its text rendering.
@@ -56,7 +56,7 @@ class NFT(LaggingAlgorithm):
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str,
         learning_rate: float | Schedule = 3e-4,
-        n_steps: int = 256,
+        n_steps: int | None = None,
         batch_size: int | None = None,
         n_epochs: int = 1,
         beta: float = 1.0,

@@ -50,8 +50,9 @@ class PPO(TensorOnPolicyAlgorithm):
             dimensions, so it is tiny there: 1e-4 at 16,384 dimensions.
         clip_range_vf: new values of the critic stay this close to the old ones in its loss, or a function of the
             remaining progress; default: no clipping. It depends on the reward's scale.
-        normalize_advantage: whether each update standardises its own advantages. Default: only without `advantage`,
-            which is then generalized advantages as in Stable-Baselines3; other estimators standardise as they say.
+        normalize_advantage: whether each update standardises its own advantages. Default: only where
+            `advantage` is left open and the policy has a critic, so that the estimator is generalized advantages as in
+            Stable-Baselines3; other estimators standardise as they say.
         trust_region: how an update is kept near the policy that sampled: `"clip"`, or, for a policy whose actions are
             the steps of a sampler, `"guard"` or `"dppo"`, see `trust_region.py`. The means of the policy that sampled
             are computed again, so from the second update of an iteration on these two cost a call without gradient.
@@ -87,10 +88,8 @@ class PPO(TensorOnPolicyAlgorithm):
                 check_value(name, value, Annotated[float, POSITIVE])
         check_value("normalize_advantage", normalize_advantage, bool | None)
         self.clip_range, self.clip_range_vf = clip_range, clip_range_vf
-        is_stock = arguments.get("advantage") is None
-        if is_stock:
-            arguments["advantage"] = GeneralizedAdvantage(normalize=False)
-        self.normalize_advantage = is_stock if normalize_advantage is None else normalize_advantage
+        self.normalize_advantage = bool(normalize_advantage)
+        self._given_normalization = normalize_advantage
         self._batch_moments = _UNCHANGED
         super().__init__(
             policy,
@@ -104,6 +103,9 @@ class PPO(TensorOnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
+        if self._given_advantage is None and isinstance(self.advantage, GeneralizedAdvantage):
+            self.advantage = GeneralizedAdvantage(normalize=False)
+            self.normalize_advantage = self._given_normalization is not False
         steps = self.n_steps * self.n_envs * self.processes.count
         whole = self.options.timestep_window == (0.0, 1.0) and self.options.timestep_fraction == 1
         stochastic = self.abilities.stochastic_steps()

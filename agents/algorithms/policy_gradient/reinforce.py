@@ -21,7 +21,7 @@ from agents.rollout.buffer import Transitions
 class REINFORCE(TensorOnPolicyAlgorithm):
     """REINFORCE (Williams 1992) with interchangeable advantages: one gradient step on each rollout.
 
-    Without an estimator it is advantage actor-critic: `GeneralizedAdvantage` with the policy's critic.
+    Without an estimator, a policy with a critic makes it advantage actor-critic: `GeneralizedAdvantage`.
 
     Args:
         policy: policy class, or `"MlpPolicy"`, `"CnnPolicy"`, `"MultiInputPolicy"`.

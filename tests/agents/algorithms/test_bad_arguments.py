@@ -44,6 +44,7 @@ EVERY_ALGORITHM = {
     "micro_batch_size": [0, -1, 1.5, 10**12],
     "non_finite_rewards": ["ignore", None, 1],
 }
+GIVEN_STEPS = {"n_steps": [value for value in EVERY_ALGORITHM["n_steps"] if value is not None]}
 OWN = {
     PPO: {
         "clip_range": [math.nan, math.inf, 0, -0.1, "0.2", None],
@@ -63,6 +64,7 @@ OWN = {
         "n_epochs": [0, 10**12],
     },
     AWM: {
+        **GIVEN_STEPS,
         "clip_range": [*NUMBER, 0],
         "advantage_clip": [*NUMBER, 0],
         "power": [*NUMBER, 0, 2],
@@ -70,8 +72,9 @@ OWN = {
         "lag_rate": [*NUMBER, 2],
         "lag_limit": [*NUMBER, 1],
     },
-    DPO: {"beta": [*NUMBER, 0, 1e12], "n_epochs": [0]},
+    DPO: {**GIVEN_STEPS, "beta": [*NUMBER, 0, 1e12], "n_epochs": [0]},
     NFT: {
+        **GIVEN_STEPS,
         "beta": [*NUMBER, 0, 1e12],
         "advantage_clip": [*NUMBER, 0],
         "lag_rate": [*NUMBER, 2],

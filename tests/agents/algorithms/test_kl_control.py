@@ -77,6 +77,25 @@ def test_penalty_holds_the_policy_back(micro_pipeline_folder, make):
     assert divergence[1e3] < 0.5 * divergence[0.0]
 
 
+@pytest.mark.parametrize("name", ["nft", "awm", "dpo", "draft", "rwr"])
+def test_kl_target_ends_the_updates_of_an_epoch_where_the_loss_does_not_show_the_kl(micro_pipeline_folder, name):
+    counts = {}
+    for target in (1e-12, 1e9):
+        settings = {"batch_size": 2 if name in ("draft", "rwr") else 10, "n_epochs": 1, "target_kl": target}
+        model = collected(MAKERS[name](micro_pipeline_folder, **settings))
+        model.train()
+        counts[target] = model._n_updates
+    assert counts == {1e-12: 1, 1e9: 3}
+
+
+def test_kl_is_not_measured_for_the_target_after_the_last_update(micro_pipeline_folder, monkeypatch):
+    model = collected(MAKERS["nft"](micro_pipeline_folder, batch_size=15, n_epochs=2, target_kl=1e9))
+    after, drift = [], model.drift
+    monkeypatch.setattr(model, "drift", lambda indices: after.append(model._n_updates) or drift(indices))
+    model.train()
+    assert after == [1, 2, 3, 4], "between the four updates, and what is logged"
+
+
 def test_penalty_is_in_the_loss(micro_pipeline_folder):
     model = collected(denoising_ppo(micro_pipeline_folder, kl_coef=3.0))
     stir(model.policy, 0.1)

@@ -31,7 +31,7 @@ def places_of_mixgrpo(start, end, width, interval, stride):
 
 @pytest.mark.parametrize(
     ("steps", "timestep_window", "width", "interval", "stride"),
-    [(25, (0.0, 0.92), 4, 25, 1), (10, (0.0, 0.9), 3, 1, 2), (10, (0.2, 0.8), 6, 2, 1), (7, (0.0, 1.0), 1, 3, 5)],
+    [(25, (0.0, 0.92), 4, 25, 1), (10, (0.0, 0.9), 3, 1, 2), (10, (0.2, 0.8), 6, 2, 1), (7, (0.0, 1.0), 1, 3, 6)],
 )
 def test_window_moves_as_in_mixgrpo(steps, timestep_window, width, interval, stride):
     options = UpdateOptions(
@@ -44,6 +44,24 @@ def test_window_moves_as_in_mixgrpo(steps, timestep_window, width, interval, str
     expected = list(itertools.islice(places_of_mixgrpo(start, end, width, interval, stride), 2000))
     assert [options.noise_window_at(iteration, steps) for iteration in range(2000)] == expected
     assert len(set(expected)) == (end - start - width) // stride + 1
+
+
+@pytest.mark.parametrize(
+    ("timestep_window", "width", "stride", "places"),
+    [
+        ((0.0, 0.9), 2, 2, [0, 2, 4, 6, 7]),
+        ((0.0, 0.9), 2, 1, [0, 1, 2, 3, 4, 5, 6, 7]),
+        ((0.2, 0.9), 3, 3, [2, 5, 6]),
+        ((0.2, 0.9), 3, 9, [2, 6]),
+        ((0.2, 0.9), 7, 9, [2]),
+    ],
+)
+def test_window_visits_the_last_place_whatever_the_stride(timestep_window, width, stride, places):
+    options = UpdateOptions(
+        timestep_window=timestep_window, noise_window=width, noise_window_iterations=1, noise_window_stride=stride
+    )
+    expected = [(place, place + width) for place in places]
+    assert [options.noise_window_at(iteration, 10) for iteration in range(2 * len(places))] == 2 * expected
 
 
 def sampled(algorithm):

@@ -77,7 +77,7 @@ def test_environment_with_other_spaces_is_refused_unless_meant(micro_pipeline_fo
     with pytest.raises(ValueError, match="env must have the observation_space.*custom_objects"):
         type(model).load(tmp_path / "model", env=other)
     meant = {"observation_space": other.observation_space}
-    type(model).load(tmp_path / "model", env=other, device="cpu", custom_objects=meant)
+    type(model).load(tmp_path / "model", other, "cpu", meant, n_steps=STEPS + 1)
 
 
 def test_function_has_to_be_given_again(tmp_path):

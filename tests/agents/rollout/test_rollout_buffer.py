@@ -8,7 +8,6 @@ import torch
 from gymnasium import spaces
 from helpers.micro_agents import STEPS, micro_env
 
-from agents.algorithms.advantages import GeneralizedAdvantage
 from agents.algorithms.policy_gradient.ppo import PPO
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.buffer import TensorRolloutBuffer
@@ -27,7 +26,7 @@ def watched_ppo(folder, n_steps, backend="torch"):
         n_steps=n_steps,
         batch_size=6,
         n_epochs=1,
-        advantage=GeneralizedAdvantage(),
+        advantage=lambda rollout: torch.as_tensor(rollout.rewards),  # takes parts of episodes too
         policy_kwargs={"lora_rank": 1, "guidance_scale": 1.0},
         seed=0,
         device="cpu",

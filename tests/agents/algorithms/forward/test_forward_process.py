@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from helpers.algorithms import collected, denoising, denoising_awm, denoising_dpo, denoising_nft, logged
-from helpers.micro_agents import STEPS, stir, weights
+from helpers.micro_agents import STEPS, micro_env, stir, weights
 
-from agents import AWM, DPO, NFT
+from agents import AWM, DPO, NFT, DiffusionPolicy, DRaFT, VectorEnvAdapter
 from agents.config.train_config import train_config
 from agents.policy.weight_copies import LaggingWeights, using_weights
 
@@ -45,7 +45,27 @@ def test_finished_samples_are_noised_to_the_timesteps_of_their_trajectories(micr
     assert not torch.allclose(noise[0], noise[1])
 
 
-def test_rollout_that_cuts_trajectories_is_refused(micro_pipeline_folder):
+@pytest.mark.parametrize("kind", [*CLASSES, DRaFT])
+def test_rollout_is_one_episode_unless_a_number_of_whole_ones_is_given(micro_pipeline_folder, kind):
+    env = VectorEnvAdapter(micro_env(micro_pipeline_folder, 2))
+    assert kind(DiffusionPolicy, env, device="cpu").n_steps == STEPS
+    assert kind(DiffusionPolicy, env, n_steps=2 * STEPS, device="cpu").n_steps == 2 * STEPS
+    for wrong, nearest in ((STEPS + 2, f"{STEPS} and {2 * STEPS} are"), (STEPS - 1, f"{STEPS} is")):
+        message = (
+            f"n_steps must be a multiple of {STEPS}, the length of an episode, with .*; got {wrong}: {nearest} the"
+        )
+        with pytest.raises(ValueError, match=message):
+            kind(DiffusionPolicy, env, n_steps=wrong, device="cpu")
+
+
+def test_open_length_of_a_rollout_is_saved_as_such(micro_pipeline_folder, tmp_path):
+    model = NFT(DiffusionPolicy, VectorEnvAdapter(micro_env(micro_pipeline_folder, 2)), device="cpu")
+    model.save(tmp_path / "model")
+    assert NFT.load(tmp_path / "model", device="cpu").n_steps == STEPS
+
+
+def test_rollout_that_cuts_trajectories_of_unknown_length_is_refused(micro_pipeline_folder, monkeypatch):
+    monkeypatch.setattr(DiffusionPolicy, "stochastic_steps", lambda self: None)
     model = denoising_nft(micro_pipeline_folder, n_steps=STEPS + 2, advantage=lambda rollout: torch.ones(STEPS + 2, 6))
     with pytest.raises(ValueError, match=f"n_steps={STEPS + 2} cuts episodes, and NFT trains on finished samples"):
         collected(model).train()
