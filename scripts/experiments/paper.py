@@ -75,7 +75,7 @@ class Arguments:
     tasks: tuple[str, ...] = tuple(TASKS)
     """Some of compressibility, incompressibility, aesthetic, alignment."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the runs. The policies of the first one are evaluated."""
+    """Seeds of the runs. On other prompts the first one's policies are evaluated, and all policies of alignment."""
     others: tuple[str, ...] = tuple(OTHERS)
     """Experiments that follow: some of over_optimisation, algorithms, typographic_attack, or none."""
     eval_interval: int = 2
@@ -131,16 +131,22 @@ def trainings(arguments: Arguments) -> Iterator[tuple[list[str], Path]]:
             yield ["scripts/train_ppo.py", *settings, "--run-dir", str(folder.resolve())], folder
 
 
-def evaluations(arguments: Arguments) -> Iterator[tuple[list[str], Path]]:
-    """Yield the command and the folder of each evaluation, of the last policy of the first seed's runs."""
+def evaluated(arguments: Arguments) -> Iterator[tuple[str, int, Path]]:
+    """Yield the task and the place of the seed of the runs that are evaluated, and the folder of each evaluation."""
     for task in arguments.tasks:
+        for place, seed in enumerate(arguments.seeds[: len(arguments.seeds) if task == "alignment" else 1]):
+            yield task, place, arguments.output / (f"{task}-evaluation-{seed}" if place else f"{task}-evaluation")
+
+
+def evaluations(arguments: Arguments) -> Iterator[tuple[list[str], Path]]:
+    """Yield the command and the folder of each evaluation of a run's last policy."""
+    for task, place, folder in evaluated(arguments):
+        run = run_folder(arguments, task, place)
         rewards = list(dict.fromkeys([TASKS[task].reward, TASKS[task].holdout_reward, "tiny_reader"]))
-        steps = TrainConfig.read(run_folder(arguments, task, 0)).num_inference_steps
-        command = ["scripts/evaluate.py", "--lora", str(run_folder(arguments, task, 0).resolve() / "lora")]
-        command += ["--rewards", *rewards]
+        command = ["scripts/evaluate.py", "--lora", str(run.resolve() / "lora"), "--rewards", *rewards]
         command += ["--reward-options", *TASKS[task].options] if TASKS[task].options else []
         command += ["--prompts", *TASKS[task].evaluated_on, "--samples-per-prompt", "2"]
-        folder = arguments.output / f"{task}-evaluation"
+        steps = TrainConfig.read(run).num_inference_steps
         yield [*command, "--num-inference-steps", str(steps), "--output", str(folder.resolve())], folder
 
 
@@ -216,11 +222,10 @@ def training_table(arguments: Arguments) -> Iterator[str]:
 
 def evaluation_tables(arguments: Arguments) -> Iterator[str]:
     """Yield the tables of the evaluations, and copy their figures and grids to the images."""
-    for task in arguments.tasks:
-        folder = arguments.output / f"{task}-evaluation"
-        yield f"### {task}"
+    for task, place, folder in evaluated(arguments):
+        yield f"### {task}, seed {arguments.seeds[place]}"
         yield next(folder.glob("*.md")).read_text("utf-8")
-        for image in sorted(folder.glob("*.png")):
+        for image in sorted(folder.glob("*.png")) if place == 0 else ():
             shutil.copyfile(image, arguments.output / "images" / f"{task}_{image.name}")
 
 
