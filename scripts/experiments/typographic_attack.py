@@ -30,6 +30,7 @@ from agents.config.train_config import train_config
 from agents.evaluation.evaluate import Evaluation
 from agents.evaluation.image_grid import image_grid, write_image
 from agents.evaluation.plots import blank_figure, write_figure
+from agents.report.evaluation_files import evaluation_name, read_evaluation
 from agents.training.preparation import prepare_run
 from agents.training.run import Run, RunListener
 from rewards.judge.alignment import QUESTION
@@ -291,14 +292,18 @@ def draw_curves(arguments: Arguments, path: Path) -> None:
 
 
 def draw_images(arguments: Arguments, path: Path, columns: int = 9) -> None:
-    """Draw the same prompts and seeds before and after every run."""
-    images, labels = [], []
+    """Draw the same prompts and seeds before and after every run, with what the judge said beneath each image."""
+    images, labels, said, prompts = [], [], [], [""] * columns
     for (name, seed), rows in finished_runs(arguments).items():
         for row in (rows[0], rows[-1]):
-            with np.load(images_of(run_folder(arguments, name, seed), int(row["iteration"]))) as stored:
+            folder, iteration = run_folder(arguments, name, seed), int(row["iteration"])
+            with np.load(images_of(folder, iteration)) as stored:
                 images.append(stored["images"][:columns])
+            record = read_evaluation(folder / "samples" / "images" / f"{evaluation_name(iteration)}.json")
+            prompts = list(record.prompts[:columns])
+            said.append([str(text) for text in record.details["answer"][:columns]])
             labels.append(f"{name.replace(' ', chr(10), 1)}\niteration {row['iteration']}")
-    write_image(path, image_grid(images, labels, [""] * len(images[0])))
+    write_image(path, image_grid(images, labels, prompts, said))
 
 
 if __name__ == "__main__":
