@@ -228,7 +228,9 @@ def _advice(result: RunResult, model: DiffusionModel) -> list[str]:
 
 def faster_algorithm(config: TrainConfig) -> list[str]:
     """Name the algorithm that learned the same from fewer reward queries, for the one task where that was measured."""
-    if (config.model, config.reward, config.algorithm) != ("tiny", "vlm_alignment", "ppo"):
+    from agents.config.train_config import train_config
+
+    if (config.model, config.reward, config.algorithm) != ("tiny", "vlm_alignment", train_config().algorithm):
         return []
     return [
         "--algorithm nft --iterations 5 reached as much here with 720 reward queries as ppo with 2880 (docs/race.md)."

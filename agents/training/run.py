@@ -74,6 +74,7 @@ class Run:
         pretrained_std: standard deviation of the pretrained policy's rewards: the larger one of the held-out samples'
             and the first iteration's; 0 if both have too few samples or prompts for one.
         has_learned: whether any iteration had a gradient.
+        kl_to_pretrained: the last one that was measured, in nats per dimension; `None`: none was.
         was_finished: whether another process has finished this run, to its summary.
     """
 
@@ -87,15 +88,14 @@ class Run:
         self.config = config
         self.algorithm = algorithm
         self.processes = algorithm.processes
-        self.folder = folder
-        self.listeners = listeners
+        self.folder, self.listeners = folder, listeners
         self.iteration = 0
         self.training_rewards: list[float] = []
         self.evaluations: list[tuple[int, float]] = []
         self.holdout_evaluations: list[tuple[int, float]] = []
         self.stopped_early: str | None = None
-        self.pretrained_std = 0.0
-        self.has_learned = False
+        self.pretrained_std, self.has_learned = 0.0, False
+        self.kl_to_pretrained: float | None = None
         self.checkpoints = Checkpoints(
             folder.checkpoints,
             algorithm,
@@ -103,8 +103,7 @@ class Run:
             config.run.checkpoint_interval,
             settings=run_identity(config),
         )
-        self._is_new = True
-        self.was_finished = False
+        self._is_new, self.was_finished = True, False
         self._warned: set[int] = set()
         self._callback: BaseCallback = CallbackList([])
         self._console: ConsoleWriter | None = None
@@ -202,6 +201,7 @@ class Run:
             "stopped_early": self.stopped_early,
             "pretrained_std": self.pretrained_std,
             "has_learned": self.has_learned,
+            "kl_to_pretrained": self.kl_to_pretrained,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -221,12 +221,11 @@ class Run:
         check_value("stopped_early", reason, str | None)
         if len(rewards) != done:
             raise ValueError(f"training_rewards must be of iteration={done} iterations; got {len(rewards)}")
-        self.iteration = done
-        self.training_rewards = list(rewards)
+        self.iteration, self.training_rewards = done, list(rewards)
         self.evaluations, self.holdout_evaluations = curves["evaluations"], curves["holdout_evaluations"]
-        self.stopped_early = reason
-        self.pretrained_std = state["pretrained_std"]
+        self.stopped_early, self.pretrained_std = reason, state["pretrained_std"]
         self.has_learned = bool(state.get("has_learned", True))  # older checkpoints do not say
+        self.kl_to_pretrained = state.get("kl_to_pretrained")
 
     def _components(self) -> dict[str, Stateful]:
         """Return what a checkpoint holds beside the algorithm: the run, listeners with a state, the reward's state."""
@@ -311,6 +310,7 @@ class Run:
         if number == 1:
             self._note_spread(returns, algorithm.rollout_buffer.contexts)
         measured = dict(algorithm.logger.name_to_value)
+        self.kl_to_pretrained = measured.get("train/kl_to_pretrained", self.kl_to_pretrained)
         self._watch_update(measured)
         for listener in self.listeners:
             listener.on_iteration(self)
@@ -320,7 +320,7 @@ class Run:
             self.checkpoints.finished(number)
         if not self.is_finished and self.evaluations[-1][0] == number:
             self._write_report()
-        self._watch_reward(measured.get("train/kl_to_pretrained"))
+        self._watch_reward()
 
     def _note_spread(self, rewards: npt.NDArray[np.float64], prompts: Sequence[Hashable]) -> None:
         """Widen the scale on which a reward is far worse than the pretrained policy's."""
@@ -340,11 +340,11 @@ class Run:
                 self._warned.add(index)
                 self._console.warn(f"iteration {self.iteration} {words}")
 
-    def _watch_reward(self, kl: float | None) -> None:
+    def _watch_reward(self) -> None:
         """Warn of an iteration that is far worse than the first one; stop the run after some in a row."""
         stops = self.config.run.stop_on_divergence and self.stopped_early is None
         with self.processes.fail_together():
-            warning = watch_reward(self.training_rewards, self.pretrained_std, kl, stops)
+            warning = watch_reward(self.training_rewards, self.pretrained_std, self.kl_to_pretrained, stops)
         if warning is not None and self._console is not None:
             self._console.warn(warning)
 

@@ -140,7 +140,7 @@ def test_run_without_a_gradient_says_that_it_learned_nothing(learner, monkeypatc
 def test_update_that_moves_the_policy_absurdly_far_is_warned_of_once(learner, capsys, tmp_path, rate, warnings):
     settings = {"learning_rate": rate, "stop_on_divergence": False, "eval_interval": 0}
     run_training(micro_config(learner, tmp_path, **settings))
-    moved = [float(row["train/kl_to_sampling"]) for row in rows(tmp_path)[1:]]
+    moved = [float(row["train/kl_to_sampling"]) for row in rows(tmp_path) if row["train/kl_to_sampling"]]
     assert (max(moved) > 1) == bool(warnings)
     assert capsys.readouterr().out.count("nats per dimension of a step: lower learning_rate") == warnings
 
