@@ -28,9 +28,10 @@ def test_trl_trains_with_the_rates_it_is_given(micro_pipeline_folder, monkeypatc
     monkeypatch.setattr(sys, "argv", ["train_trl.py", *given, *sizes, f"--threads={torch.get_num_threads()}"])
     assert train_trl.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    rows = list(csv.DictReader(lines[lines.index("iteration,reward_queries,reward_mean") :]))
+    rows = list(csv.DictReader(lines[lines.index("iteration,reward_queries,reward_mean,seconds") :]))
     assert [(row["iteration"], row["reward_queries"]) for row in rows] == [("0", "0"), ("1", "8")]
     assert all(float(row["reward_mean"]) < 0 for row in rows)
+    assert 0 <= float(rows[0]["seconds"]) < float(rows[1]["seconds"])
     config = made[0].config
     assert (config.train_learning_rate, config.train_clip_range, config.seed) == (0.01, 0.002, 5)
     assert any(
