@@ -314,6 +314,7 @@ _OF_WHOLE_EPISODES = (
     LeaveOneOutAdvantage,
     RawReturn,
 )
+"""These refuse a rollout that cuts episodes when they rate it; `fitting_estimator` does before one is sampled."""
 
 
 def _check_clip(clip: float) -> None:

@@ -165,7 +165,9 @@ def check_noise(
         }.items():
             if needs_noise:
                 value = algorithm if name == "algorithm" else getattr(options, name)
-                others = ", or an algorithm without log-probabilities: nft, awm, dpo or rwr" * (name == "algorithm")
+                others = (
+                    ", or an algorithm without log-probabilities: nft, awm, dpo or rwr" if name == "algorithm" else ""
+                )
                 raise ValueError(
                     f"{name} must not be {value} with a sampler without noise in the steps that are trained on, "
                     f"{start} to {end - 1} of {steps}: such steps have no log-probability. Choose a sampler with noise "

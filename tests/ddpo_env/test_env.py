@@ -1,7 +1,6 @@
 """`gym.make("DDPO-SD-v0")`: an episode of denoising, Gymnasium's and Stable-Baselines3's own checks, the wrappers."""
 
 import copy
-import gc
 import inspect
 import io
 import pickle
@@ -19,40 +18,12 @@ from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import RecordEpisodeStatistics, RecordVideo, TimeLimit
+from helpers.single_env import PROMPTS, STEPS, MakeEnv, episode, random_actions
 from PIL import Image
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import ddpo_env
-from ddpo_env.models import loading
 from ddpo_env.spaces import ACTION_BOUND
-
-STEPS = 4
-PROMPTS = ["a cat", "an ant", "a dog", "a fox"]
-MakeEnv = Callable[..., gym.Env[Any, Any]]
-
-
-@pytest.fixture
-def make_env(micro_pipeline_folder: Path) -> MakeEnv:
-    def make(**arguments: Any) -> gym.Env[Any, Any]:
-        defaults = {"model": str(micro_pipeline_folder), "prompts": PROMPTS, "num_inference_steps": STEPS}
-        return gym.make("DDPO-SD-v0", **defaults | arguments)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def pipeline(micro_pipeline_folder: Path) -> StableDiffusionPipeline:
-    """Stock diffusers' own copy, which shares nothing with the package."""
-    return StableDiffusionPipeline.from_pretrained(micro_pipeline_folder, safety_checker=None)
-
-
-def random_actions(env: gym.Env[Any, Any], seed: int = 0, steps: int = STEPS) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((steps, *env.action_space.shape), np.float32)
-
-
-def episode(env: gym.Env[Any, Any], seed: int = 0, options: dict[str, Any] | None = None) -> list[Any]:
-    """Every (observation, reward, terminated, truncated, info), that of `reset` without the middle three."""
-    return [env.reset(seed=seed, options=options), *map(env.step, random_actions(env))]
 
 
 @pytest.mark.parametrize("model", ["tiny", "micro"])
@@ -360,53 +331,6 @@ def test_time_limit_truncates_and_the_next_episode_is_whole(make_env: MakeEnv) -
     assert env.step(second)[2:4] == (False, True)
     env.reset()
     assert env.step(first)[2:4] == (False, False)
-
-
-def test_observation_space_survives_pickling_with_what_the_policy_reads_there(make_env: MakeEnv) -> None:
-    space = make_env(num_inference_steps=7).observation_space
-    again = pickle.loads(pickle.dumps(space))
-    assert again == space
-    assert isinstance(again, ddpo_env.DenoisingObservationSpace)
-    assert again.handle == space.handle
-    assert again.handle.model is space.handle.model
-    assert again.conditioning_keys == ("prompt_embeds",)
-    assert again.sample() in space
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
-def test_copied_environment_goes_on_with_the_same_model(make_env: MakeEnv, copied: Callable[[Any], Any]) -> None:
-    env = make_env(render_mode="rgb_array")
-    first, *others = random_actions(env)
-    env.reset(seed=0)
-    env.step(first)
-    again = copied(env)
-    assert again.unwrapped.batch.model is env.unwrapped.batch.model
-    for action in others:
-        np.testing.assert_equal(again.step(action), env.step(action))
-    np.testing.assert_equal(again.reset(), env.reset())
-
-
-def test_pickle_holds_no_weights_and_loads_them_where_they_are_not(make_env: MakeEnv) -> None:
-    env = make_env()
-    expected = episode(env)
-    stored = pickle.dumps(env)
-    assert len(stored) < 50_000
-    loading.unload_models()
-    again = pickle.loads(stored)
-    assert again.unwrapped.batch.model is not env.unwrapped.batch.model
-    np.testing.assert_equal(episode(again), expected)
-
-
-def test_pickle_of_a_model_object_says_that_it_is_not_there(pipeline: StableDiffusionPipeline) -> None:
-    own = StableDiffusionPipeline(**pipeline.components, requires_safety_checker=False)
-    env = gym.make("DDPO-SD-v0", model=own, prompts=PROMPTS, num_inference_steps=STEPS)
-    stored = pickle.dumps(env)
-    assert pickle.loads(stored).unwrapped.batch.model is env.unwrapped.batch.model
-    loading.unload_models()
-    del env, own
-    gc.collect()
-    with pytest.raises(ValueError, match="^model .* stands for a pipeline object that is gone"):
-        pickle.loads(stored)
 
 
 def test_a_scheduler_whose_last_step_has_no_noise_is_still_an_environment(pipeline: StableDiffusionPipeline) -> None:

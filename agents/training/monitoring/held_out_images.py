@@ -31,11 +31,10 @@ class HeldOutImages(RunListener):
 
     It writes `samples/iteration_NNNN.png` and its images alone, logs the mean reward as `eval/reward_mean` and the grid
     to TensorBoard, and at the end writes `samples/before_after.png`, in which a judge's descriptions are beneath the
-    images. There are no such files for a model whose samples
-    are no images and which does not render them. What was scored is in `samples/images/iteration_NNNN.json`, with the
-    shown videos and sounds beside it. Where the environment keeps rewards that are NaN or infinite, the mean is that of
-    the others, and `eval/dropped_samples` is their number. Each prompt occurs at least twice, so that samples of the
-    same prompt can be compared.
+    images. There are no such files for a model whose samples are no images and which does not render them. What was
+    scored is in `samples/images/iteration_NNNN.json`, with the shown videos and sounds beside it. Where the environment
+    keeps rewards that are NaN or infinite, the mean is that of the others, and `eval/dropped_samples` is their number.
+    Each prompt occurs at least twice, so that samples of the same prompt can be compared.
 
     Args:
         env: for the held-out episodes; autoreset off.
