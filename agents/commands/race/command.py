@@ -12,8 +12,9 @@ from the same model, with the same prompts and held-out seeds.
 
 A run may spend --budget, of which the first of K rungs has 1 / reduction^(K-1). After each rung the best contenders,
 one in --reduction, rounded up, go on with their runs; they are ranked by the mean reward of the held-out samples, over
-all --seeds. Contenders differ in the cost of an iteration, so the budget buys each another number of iterations,
-rounded down: --dry-run prints them. A contender that fails is out, and the others go on.
+all --seeds. The last rung has --final-seeds, by default the same. Contenders differ in the cost of an iteration, so the
+budget buys each another number of iterations, rounded down: --dry-run prints them. A contender that fails is out, and
+the others go on.
 
 The same command goes on with a race that was stopped. A race ends with race.png and config.yaml, the winner's settings.
 With `accelerate launch` or `torchrun`, several processes share the work of each run.
@@ -59,6 +60,9 @@ class RaceLine(CommandLine):
     iterations, timed once for each contender. Evaluations do not count."""
     seeds: tuple[int, ...] = (0,)
     """Every contender trains once with each; held-out seeds follow from them."""
+    final_seeds: tuple[int, ...] = ()
+    """Seeds of the last rung, which has few contenders. With others than --seeds, those that come out best have not
+    been chosen by the luck of these seeds. Default: --seeds."""
     reduction: int = 3
     """One contender in so many goes on to the next rung; if it is the number of contenders, nobody leaves early."""
     output: Path | None = None
@@ -116,7 +120,11 @@ def prepare_race(line: RaceLine, processes: Processes) -> Race:
         missing = "contenders" if line.contenders is None else "budget"
         raise ValueError(f"{missing} must be given: --{missing}; --help says what a race needs")
     settings = RaceSettings(
-        budget=line.budget, budget_unit=line.budget_unit, seeds=line.seeds, reduction=line.reduction
+        budget=line.budget,
+        budget_unit=line.budget_unit,
+        seeds=line.seeds,
+        final_seeds=line.final_seeds,
+        reduction=line.reduction,
     )
     reward = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in line.reward)
     folder = line.output or Path("races") / f"{line.contenders.stem}-{reward}"
@@ -168,7 +176,7 @@ def _conclude(race: Race) -> None:
         return
     config = race.winner_config(winner)
     path = write_settings(race.folder, config)
-    print_line(f"{race.run_folder(winner, race.settings.seeds[0])}    the run of {winner}")
+    print_line(f"{race.run_folder(winner, race.settings.final_seeds[0])}    the run of {winner}")
     print_line(f"{path}    its settings; to train with them:")
     print_line(f"  {quoted('ddpo-train', '--config', path, *resume_flags(config.changed(run_dir=race.folder)))}")
 

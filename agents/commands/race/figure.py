@@ -69,7 +69,7 @@ def _draw(axis: Any, race: Race, name: str, curve: dict[int, list[Evaluated]], m
         label=f"{name} (winner)" if name == standings.winner else name,
         **style,
     )
-    if is_finalist and len(race.settings.seeds) > 1:
+    if is_finalist and len(race.settings.final_seeds) > 1:
         lowest, highest = ([pick(values) for _, values in points] for pick in (min, max))
         axis.fill_between(spent, lowest, highest, color=style["color"], alpha=0.18, linewidth=0)
     if not is_finalist:

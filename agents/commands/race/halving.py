@@ -24,10 +24,12 @@ class Rung:
     Attributes:
         contenders: at most so many train in it.
         budget: of one run from its first iteration to the end of this rung, in the race's unit.
+        seeds: each contender has a run with each of them.
     """
 
     contenders: int
     budget: float
+    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +71,26 @@ class Failure:
         check_fields(self)
 
 
-def plan_rungs(contenders: int, budget: float, reduction: int) -> list[Rung]:
+def plan_rungs(
+    contenders: int, budget: float, reduction: int, seeds: tuple[int, ...], final_seeds: tuple[int, ...]
+) -> list[Rung]:
     """Return the rungs of a race; the last one has at most `reduction` contenders and the whole budget.
 
     Args:
         contenders: their number, at least 1.
         budget: of a run that trains to the end.
         reduction: one in so many goes on, at least 2.
+        seeds: of all rungs but the last.
+        final_seeds: of the last rung, which is the only one of few contenders.
     """
     sizes = [contenders]
     while sizes[-1] > reduction:
         sizes.append(-(-sizes[-1] // reduction))
     last = len(sizes) - 1
-    return [Rung(size, budget / reduction ** (last - index)) for index, size in enumerate(sizes)]
+    return [
+        Rung(size, budget / reduction ** (last - index), final_seeds if index == last else seeds)
+        for index, size in enumerate(sizes)
+    ]
 
 
 class Standings:
@@ -90,7 +99,6 @@ class Standings:
     Args:
         names: of the contenders; of two with the same mean reward the first one is ahead.
         rungs: of the race.
-        seeds: every contender trains once with each.
         results: one for each run and rung that has ended.
         failures: contenders that are out.
     """
@@ -99,13 +107,11 @@ class Standings:
         self,
         names: Sequence[str],
         rungs: Sequence[Rung],
-        seeds: Sequence[int],
         results: Sequence[Result],
         failures: Sequence[Failure],
     ) -> None:
         self.names = names
         self.rungs = rungs
-        self.seeds = seeds
         self.failures = {failure.contender: failure for failure in failures}
         self._results: dict[tuple[str, int], dict[int, Result]] = {}
         for result in results:
@@ -113,8 +119,8 @@ class Standings:
 
     def results(self, name: str, rung: int) -> list[Result]:
         """Return a contender's results at the end of a rung in the order of the seeds; empty if a seed lacks one."""
-        found = self._results.get((name, rung), {})
-        return [found[seed] for seed in self.seeds] if found.keys() >= set(self.seeds) else []
+        found, seeds = self._results.get((name, rung), {}), self.rungs[rung].seeds
+        return [found[seed] for seed in seeds] if found.keys() >= set(seeds) else []
 
     def mean_reward(self, name: str, rung: int) -> float:
         """Return the mean over seeds of a contender's held-out reward at the end of a rung.

@@ -1,7 +1,7 @@
 """A race: ordinary runs, one after another, that share a folder, a budget and held-out seeds.
 
 for each rung:
-    for each contender that is still in, and each seed:
+    for each contender that is still in, and each seed of the rung:
         resume its run, or begin it, and train to the iterations that the rung's budget buys
         keep its mean reward on the held-out seeds; a contender that fails is out
     the best contenders go on
@@ -56,6 +56,8 @@ _NOT_DESCRIBED = ("run_dir", "resume", "iterations", "schedule_iterations", "see
 class RaceSettings:
     """What all contenders of a race have in common beside their base.
 
+    `final_seeds` are those of the last rung, by default `seeds`.
+
     Raises:
         ValueError: for a value that is not valid, naming the setting.
     """
@@ -63,12 +65,17 @@ class RaceSettings:
     budget: Annotated[float, Range(above=0, at_most=1e15)]
     budget_unit: Unit = "queries"
     seeds: tuple[Annotated[int, SEED], ...] = (0,)
+    final_seeds: tuple[Annotated[int, SEED], ...] = ()
     reduction: Annotated[int, Range(at_least=2, at_most=1_000_000)] = 3
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must be different numbers, at least one; got {self.seeds}")
+        if not self.seeds:
+            raise ValueError("seeds must be at least one number; got ()")
+        object.__setattr__(self, "final_seeds", self.final_seeds or self.seeds)
+        for name in ("seeds", "final_seeds"):
+            if len(set(seeds := getattr(self, name))) < len(seeds):
+                raise ValueError(f"{name} must be different numbers; got {seeds}")
 
 
 class Race:
@@ -101,7 +108,9 @@ class Race:
         self.processes = processes or Processes()
         self._log = self.folder / "log.txt"
         self.contenders = {contender.name: contender for contender in contenders}
-        self.rungs: list[Rung] = plan_rungs(len(contenders), settings.budget, settings.reduction)
+        self.rungs: list[Rung] = plan_rungs(
+            len(contenders), settings.budget, settings.reduction, settings.seeds, settings.final_seeds
+        )
         self._resolved = self._checked()
         if settings.budget_unit != "seconds":
             for name in self.contenders:
@@ -111,9 +120,7 @@ class Race:
     @property
     def standings(self) -> Standings:
         """Who is in which rung, and who is ahead."""
-        return Standings(
-            list(self.contenders), self.rungs, self.settings.seeds, self.state.results, self.state.failures
-        )
+        return Standings(list(self.contenders), self.rungs, self.state.results, self.state.failures)
 
     def run_folder(self, name: str, seed: int) -> Path:
         """Return the folder of a contender's run."""
@@ -153,7 +160,7 @@ class Race:
 
     def winner_config(self, name: str) -> TrainConfig:
         """Return complete settings of a contender, with the whole budget and the first seed, for a run of its own."""
-        config = self.config(name, self.settings.seeds[0]).changed(run_dir=self.folder)
+        config = self.config(name, self.settings.final_seeds[0]).changed(run_dir=self.folder)
         return resolve(config, self.processes.count).changed(run_dir=None)
 
     def train(self, on_result: Callable[[str], None], on_rung: Callable[[], None]) -> None:
@@ -173,7 +180,7 @@ class Race:
             self._write()  # from the first run on, the folder belongs to this race
             while (rung := self.standings.current) is not None:
                 for name in self.standings.starters(rung):
-                    for seed in self.settings.seeds:
+                    for seed in self.rungs[rung].seeds:
                         if self._advance(name, rung, seed) and self.processes.is_main:
                             on_result(name)
                 if self.processes.is_main:

@@ -12,11 +12,11 @@ from agents.commands.race.race import Race
 def describe_race(race: Race) -> list[str]:
     """Return the plan of a race: its rungs, and the iterations that the budget buys each contender."""
     settings, unit = race.settings, race.settings.budget_unit
-    seeds = ", ".join(map(str, settings.seeds))
-    lines = [f"race    each contender with seed {seeds}; at most {amount(settings.budget)} {unit} for a run"]
+    lines = [f"race    at most {amount(settings.budget)} {unit} for a run"]
     for number, rung in enumerate(race.rungs, 1):
         count = f"{rung.contenders} contender{'s' if rung.contenders > 1 else ''}"
-        lines.append(f"rung {number}  {count}, to {amount(rung.budget)} {unit} of a run")
+        seeds = f"seed{'s' if len(rung.seeds) > 1 else ''} {', '.join(map(str, rung.seeds))}"
+        lines.append(f"rung {number}  {count} with {seeds}, to {amount(rung.budget)} {unit} of a run")
     if unit == "seconds":
         return [*lines, "The iterations are known when those of each contender have been timed."]
     lines.append("Iterations of a run to the end of each rung, rounded down:")
@@ -34,7 +34,7 @@ def table(race: Race) -> str:
     The rewards are means over the held-out samples and over the seeds, at the end of the last rung that a contender has
     ended. With several seeds the range is that of their means.
     """
-    standings, has_range = race.standings, len(race.settings.seeds) > 1
+    standings, has_range = race.standings, max(len(rung.seeds) for rung in race.rungs) > 1
     titles = ["iterations", race.settings.budget_unit, "before", "reward", *(["range"] if has_range else [])]
     titles += [*_second(race), "KL"]
     rows = [["", "contender", *titles, "state"]]
@@ -46,7 +46,7 @@ def table(race: Race) -> str:
             rewards = [one.reward for one in results]
             numbers = [f"{iterations:,}", amount(race.cost(name, iterations))]
             numbers += [_mean(one.before for one in results), f"{standings.mean_reward(name, rung):.4f}"]
-            numbers += [f"{min(rewards):.4f} to {max(rewards):.4f}"] if has_range else []
+            numbers += [f"{min(rewards):.4f} to {max(rewards):.4f}" if len(rewards) > 1 else ""] if has_range else []
             numbers += [_mean(one.holdout_reward for one in results)] if _second(race) else []
             numbers += [_mean((one.kl for one in results), ".3g")]
         failed = name in standings.failures

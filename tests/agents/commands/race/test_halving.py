@@ -22,19 +22,21 @@ def result(contender, rung, seed, reward):
     ],
 )
 def test_each_rung_has_a_part_of_the_contenders_and_a_larger_budget(contenders, reduction, expected):
-    assert [(rung.contenders, rung.budget) for rung in plan_rungs(contenders, 900, reduction)] == expected
+    rungs = plan_rungs(contenders, 900, reduction, (7,), (0, 1))
+    assert [(rung.contenders, rung.budget) for rung in rungs] == expected
+    assert [rung.seeds for rung in rungs] == [*[(7,)] * (len(expected) - 1), (0, 1)]
 
 
 def test_the_best_means_go_on_and_failures_are_not_replaced():
-    rungs, names = plan_rungs(5, 90, 2), ["a", "b", "c", "d", "e"]  # 5, 3, 2 contenders
+    rungs, names = plan_rungs(5, 90, 2, (0, 1), (0, 1)), ["a", "b", "c", "d", "e"]  # 5, 3, 2 contenders
     first = {"a": (1, 3), "b": (4, 0), "c": (9, 9), "d": (0, 1)}  # means 2, 2, 9, 0.5
     results = [result(name, 0, seed, reward) for name, both in first.items() for seed, reward in enumerate(both)]
     failures = [Failure(contender="e", rung=0, reason="NaN")]
 
     def standings():
-        return Standings(names, rungs, (0, 1), results, failures)
+        return Standings(names, rungs, results, failures)
 
-    unfinished = Standings(names, rungs, (0, 1), results[:-1], failures)
+    unfinished = Standings(names, rungs, results[:-1], failures)
     assert (unfinished.current, unfinished.winner) == (0, None)
     assert unfinished.order() == ["c", "a", "b", "d", "e"]
     assert standings().current == 1
@@ -50,9 +52,20 @@ def test_the_best_means_go_on_and_failures_are_not_replaced():
     assert [standings().reached(name) for name in names] == [2, 2, 1, 0, 0]
 
 
+def test_the_last_rung_ends_with_all_of_its_own_seeds():
+    rungs = plan_rungs(3, 10, 2, (7,), (0, 1))
+    results = [result(name, 0, 7, reward) for name, reward in (("a", 1), ("b", 2), ("c", 3))]
+    results += [result(name, 1, seed, reward) for name, reward in (("b", 9), ("c", 5)) for seed in (7, 0)]
+    assert Standings(["a", "b", "c"], rungs, results, []).current == 1  # seed 7 does not stand for seed 1
+    results += [result(name, 1, 1, reward) for name, reward in (("b", 1), ("c", 6))]
+    standings = Standings(["a", "b", "c"], rungs, results, [])
+    assert (standings.winner, standings.mean_reward("c", 1)) == ("c", 5.5)
+    assert standings.order() == ["c", "b", "a"]
+
+
 def test_a_race_without_survivors_has_no_winner():
     failures = [Failure(contender=name, rung=0, reason="NaN") for name in "ab"]
-    standings = Standings(["a", "b"], plan_rungs(2, 10, 3), (0,), [], failures)
+    standings = Standings(["a", "b"], plan_rungs(2, 10, 3, (0,), (0,)), [], failures)
     assert (standings.current, standings.winner) == (None, None)
 
 

@@ -188,6 +188,7 @@ def test_seconds_are_timed_once_and_buy_iterations(race, tmp_path, monkeypatch):
         (["--budget=20"], r"budget must be at least 32 for contender 'sf', .* 16 queries: rung 1 of 2 has 10"),
         (["--reduction=1"], r"reduction must be in \[2, "),
         (["--seeds", "1", "1"], "seeds must be different numbers"),
+        (["--final-seeds", "2", "2"], "final_seeds must be different numbers; got .2, 2."),
         (["--updates-per-iteration=3"], "updates_per_iteration.*of contender 'ppo-0.0001'"),
         (["--reward=helpers.stateful_rewards:Remembering"], "no common scale.*name:weight:raw"),
         (["--contenders=absent.yaml"], "absent.yaml"),
@@ -210,6 +211,25 @@ def test_dry_run_prints_the_iterations_and_writes_nothing(race, tmp_path):
     assert re.search(r"ppo-0.01 +2, 5  \(16, 40 queries\)", printed)
     assert re.search(r"sf +1, 2  \(16, 32 queries\)", printed)
     assert {path.name for path in tmp_path.iterdir()} == {"four.yaml"}
+
+
+def test_the_last_rung_can_have_seeds_of_its_own(race, tmp_path):
+    contenders = "contenders: {a: {learning_rate: 1e-4}, b: {learning_rate: 1e-3}, c: {learning_rate: 1e-2}}"
+    settings = ("--output=own", "--final-seeds", 0, 1)
+    code, printed, _ = race(*settings, contenders=contenders, seeds=(7,))
+    assert code == 0
+    assert "3 contenders with seed 7, to 16 queries of a run" in printed
+    assert "2 contenders with seeds 0, 1, to 32 queries of a run" in printed
+    results = json.loads((tmp_path / "own" / "race.json").read_text())["results"]
+    assert [one["seed"] for one in results if one["rung"] == 0] == [7, 7, 7]
+    final = [one for one in results if one["rung"] == 1]
+    assert [(one["seed"], one["iterations"]) for one in final] == [(0, 4), (1, 4)] * 2
+    rows = [line.split() for line in table_in(printed).splitlines()[1:]]
+    assert "to" in rows[0]  # the range over two seeds
+    assert "to" not in rows[2]  # one seed
+    winner = rows[0][1]
+    assert "\nseed: 0\n" in (tmp_path / "own" / "config.yaml").read_text()
+    assert f"contenders/{winner}/seed-0" in printed
 
 
 def test_settings_are_checked_with_the_iterations_of_every_rung(race, tmp_path, monkeypatch):
