@@ -1,4 +1,4 @@
-r"""Count the reward queries until samples are a quarter better, in the runs of a race and in TRL's own trainer.
+r"""Count the reward queries and seconds until samples are a quarter better, in a race's runs and in TRL's own trainer.
 
     ddpo-race --contenders scripts/experiments/race/few_queries.yaml --preset tiny-compressibility \
         --holdout-reward tiny_reader --budget 288 --seeds 0 1 2 --eval-interval 1 --output races/few_queries
@@ -9,10 +9,12 @@ r"""Count the reward queries until samples are a quarter better, in the runs of 
 `--points 20` asks for 20 points more of the images that the held-out reward reads, instead of a better reward.
 
 The runs of a race are scored on held-out samples after every iteration. TRL's trainer has no held-out samples, so its
-curve is the mean reward of the samples that it trains on, which the policy of that moment generated.
+curve is the mean reward of the samples that it trains on, which the policy of that moment generated. Seconds are those
+of training: the evaluations of a race are not in them.
 """
 
 import csv
+import itertools
 import statistics
 import sys
 from dataclasses import dataclass
@@ -41,9 +43,10 @@ class Arguments:
 
 
 class Curve(NamedTuple):
-    """The mean reward of a run after so many reward queries, and the fraction of images that the reader reads."""
+    """The mean reward of a run after so many queries and seconds, and the fraction of images that the reader reads."""
 
     queries: list[int]
+    seconds: list[float]
     rewards: list[float]
     read: list[float]
 
@@ -55,9 +58,14 @@ def race_curves(folder: Path) -> dict[str, list[Curve]]:
         samples = TrainConfig.read(run).samples_per_iteration
         with (run / "progress.csv").open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if row.get("eval/reward_mean")]
+        evaluating = itertools.accumulate(float(row["time/evaluation"]) for row in rows)
         curves.setdefault(run.parent.name, []).append(
             Curve(
                 [samples * int(row["time/iterations"]) for row in rows],
+                [
+                    max(0.0, float(row["time/time_elapsed"] or 0) - spent)
+                    for row, spent in zip(rows, evaluating, strict=True)
+                ],
                 [float(row["eval/reward_mean"]) for row in rows],
                 [float(row["eval/holdout_reward_mean"]) for row in rows if row.get("eval/holdout_reward_mean")],
             )
@@ -69,7 +77,12 @@ def trl_curve(file: Path) -> Curve:
     """Return the curve that train_trl.py has printed."""
     with file.open(newline="") as table:
         rows = list(csv.DictReader(table))
-    return Curve([int(row["reward_queries"]) for row in rows], [float(row["reward_mean"]) for row in rows], [])
+    return Curve(
+        [int(row["reward_queries"]) for row in rows],
+        [float(row["seconds"]) - float(rows[0]["seconds"]) for row in rows],  # from the first samples on
+        [float(row["reward_mean"]) for row in rows],
+        [],
+    )
 
 
 def goal(values: list[float], arguments: Arguments) -> float:
@@ -99,18 +112,20 @@ def table(curves: dict[str, list[Curve]], arguments: Arguments) -> str:
     """Return what each contender needed, and what was left of the images then, as a Markdown table."""
     needs = f"queries to {asked(arguments)}, by seed"
     lines = [
-        f"| contender | {needs} | median | images read then | reward at the end, by seed |",
-        "| --- | --- | --- | --- | --- |",
+        f"| contender | {needs} | median | seconds of training then | images read then | reward at the end, by seed |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for contender, runs in curves.items():
-        needed, shown, read = [], [], []
+        needed, shown, seconds, read = [], [], [], []
         for run in runs:
             place = first_better(run, arguments)
             needed.append(float("inf") if place is None else run.queries[place])
             shown.append(f"not in {run.queries[-1]}" if place is None else str(run.queries[place]))
+            seconds.append("–" if place is None else f"{run.seconds[place]:.0f}")
             read.append(f"{run.read[place]:.0%}" if place is not None and run.read else "–")
         median = statistics.median(needed)
-        cells = [contender, ", ".join(shown), "–" if median == float("inf") else f"{median:.0f}", ", ".join(read)]
+        cells = [contender, ", ".join(shown), "–" if median == float("inf") else f"{median:.0f}"]
+        cells += [", ".join(seconds), ", ".join(read)]
         lines.append(f"| {' | '.join(cells)} | {', '.join(f'{run.rewards[-1]:.3f}' for run in runs)} |")
     return "\n".join(lines)
 
@@ -122,17 +137,20 @@ def plot(curves: dict[str, list[Curve]], arguments: Arguments) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(6.4, 4))
-    for number, (contender, runs) in enumerate(curves.items()):
-        for place, run in enumerate(runs):
-            label = contender if place == 0 else None
-            axis.plot(run.queries, judged(run, arguments), color=f"C{number}", linewidth=1.5, alpha=0.8, label=label)
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
     start = statistics.mean(judged(run, arguments)[0] for runs in curves.values() for run in runs)
-    axis.axhline(goal([start], arguments), color="#555555", linestyle=":", label=asked(arguments))
-    axis.set(xlabel="reward queries", ylabel="mean reward" if arguments.points is None else "fraction read")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25)
-    axis.legend(frameon=False)
+    for axis, label in zip(axes, ("reward queries", "seconds of training"), strict=True):
+        for number, (contender, runs) in enumerate(curves.items()):
+            for place, run in enumerate(runs):
+                at = run.queries if axis is axes[0] else run.seconds
+                style = {"color": f"C{number}", "label": contender if place == 0 else None}
+                axis.plot(at, judged(run, arguments), linewidth=1.5, alpha=0.8, **style)
+        axis.axhline(goal([start], arguments), color="#555555", linestyle=":", label=asked(arguments))
+        axis.set_xlabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("mean reward" if arguments.points is None else "fraction read")
+    axes[0].legend(frameon=False)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(arguments.output, dpi=130)

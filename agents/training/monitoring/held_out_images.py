@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,7 @@ class HeldOutImages(RunListener):
     def _evaluate(self, run: Run) -> None:
         algorithm = run.algorithm
         assert isinstance(algorithm.policy, DiffusionPolicy)
+        began = perf_counter()
         with algorithm.averaged_weights():
             evaluation = evaluate(
                 algorithm.policy, self.env, self.prompts, self.seed, run.processes, compared=self.compared
@@ -122,6 +124,7 @@ class HeldOutImages(RunListener):
         pictures = evaluation.pictures
         if pictures is not None:
             run.processes.from_main(lambda: self._write(run, pictures[: self.columns], shown))
+        algorithm.logger.record("time/evaluation", perf_counter() - began)
 
     def _write_samples(self, run: Run, evaluation: Evaluation) -> None:
         rate = abilities_of(self.env.model).sample_metadata.get("sampling_rate")
