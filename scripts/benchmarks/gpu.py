@@ -6,9 +6,9 @@
 A bar is the largest value that a figure may have. Each part is a process of its own, because each has its own peak
 memory:
 
-* `iteration`: an iteration of Stable Diffusion 1.4's architecture at 512 × 512 next to its bare denoiser calls, by
-  `overhead.py`: 256 images of 50 steps, guidance 5, 4 updates, LoRA of rank 4, bfloat16. It takes as long as three
-  iterations: one is not timed, one is, and then come the bare calls.
+* `iteration`: an iteration of Stable Diffusion 1.4's architecture at 512 × 512 next to the bare calls of its
+  networks, by `overhead.py`: 256 images of 50 steps, guidance 5, 4 updates, LoRA of rank 4, bfloat16. It takes as
+  long as three iterations: one is not timed, one is, and then come the bare calls.
 * `against`: the same work on 32 images next to TRL, by `against_trl.py`; only with `--against`.
 * `memory`: the same model with one image, and one pair per training call.
 * `sdxl`: SDXL's architecture at 1024 × 1024 with one image, one pair per training call, and gradient checkpointing.
@@ -36,8 +36,8 @@ Figures = dict[str, Any]
 
 BARS: dict[str, tuple[Part, Callable[[Figures], float], float]] = {
     "iteration_seconds": ("iteration", lambda figures: figures["iteration_seconds"], 144.0),
-    "sampling_over_unet": ("iteration", lambda figures: figures["sampling_over_unet"], 1.05),
-    "training_over_unet": ("iteration", lambda figures: figures["training_over_unet"], 1.05),
+    "sampling_over_bare": ("iteration", lambda figures: figures["sampling_over_bare"], 1.05),
+    "training_over_bare": ("iteration", lambda figures: figures["training_over_bare"], 1.05),
     "iteration_over_trl": ("against", lambda figures: figures["ratio"]["iteration"], 0.5),
     "peak_memory_mb_at_batch_1": ("memory", lambda figures: figures["peak_memory_mb"], 6000.0),
     "sdxl_peak_memory_mb_at_batch_1": ("sdxl", lambda figures: figures["peak_memory_mb"], 16000.0),

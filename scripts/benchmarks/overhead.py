@@ -1,12 +1,12 @@
-"""Time an iteration of training, and compare it with the bare denoiser calls inside it.
+"""Time an iteration of training, and compare it with the bare calls of its networks.
 
     python scripts/benchmarks/overhead.py --device cpu --threads 1 --repeats 3
 
 It reports images per second, peak memory, and the time of sampling and of training relative to the denoiser calls
-alone. The iterations are those of `scripts/train_ppo.py`. Between them the script makes as many denoiser calls of the
-same shapes, through plain diffusers and peft, with nothing around them. On a machine that others use too, only these
-ratios hold, and absolute times do not. `trl_trainer.py` measures the same for TRL. `against_trl.py` lets both trainers
-take turns.
+alone; those of sampling end with one of the decoder. The iterations are those of `scripts/train_ppo.py`. Between them
+the script makes as many calls of the same shapes, through plain diffusers and peft, with nothing around them. On a
+machine that others use too, only these ratios hold, and absolute times do not. `trl_trainer.py` measures the same for
+TRL. `against_trl.py` lets both trainers take turns.
 """
 
 import sys
@@ -126,7 +126,7 @@ def plain_denoiser(policy: DiffusionPolicy) -> nn.Module:
 def bare_calls(
     algorithm: TensorOnPolicyAlgorithm, config: TrainConfig
 ) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Return the denoiser calls of an iteration: those of sampling, and those of training with their backward."""
+    """Return the calls of an iteration: those that sample and decode, and those that train, with their backward."""
     policy = algorithm.policy
     assert isinstance(policy, DiffusionPolicy)
     model, options, denoiser = policy.model, policy.options, plain_denoiser(policy)
@@ -146,8 +146,12 @@ def bare_calls(
     @torch.no_grad()
     def sampling() -> None:
         denoiser.eval()
-        for _ in range(algorithm.n_steps):
+        vae = model.pipeline.vae  # type: ignore[attr-defined]
+        for step in range(1, algorithm.n_steps + 1):
             call(algorithm.n_envs)
+            if step % config.num_inference_steps == 0:
+                latents = torch.randn(algorithm.n_envs, *model.latent_shape, device=policy.device, dtype=vae.dtype)
+                vae.decode(latents / vae.config.scaling_factor)
 
     def training() -> None:
         denoiser.train()

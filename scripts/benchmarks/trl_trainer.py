@@ -178,7 +178,7 @@ def iteration_of(arguments: argparse.Namespace) -> TrainerIteration:
 
 
 def bare_calls(trainer: Any, arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Return the UNet calls of an iteration: those of sampling, and those of training with their backward passes."""
+    """Return the calls of an iteration: those that sample and decode, and those that train, with their backward."""
     unet, device = trainer.sd_pipeline.unet, trainer.accelerator.device
     dtype = next(unet.parameters()).dtype
     side = unet.config.sample_size
@@ -195,8 +195,12 @@ def bare_calls(trainer: Any, arguments: argparse.Namespace) -> tuple[Any, Any]:
 
     @torch.no_grad()
     def sampling() -> None:
-        for _ in range(arguments.num_inference_steps * (arguments.samples // arguments.sample_batch_size)):
-            call(arguments.sample_batch_size)
+        vae, size = trainer.sd_pipeline.vae, arguments.sample_batch_size
+        for _ in range(arguments.samples // size):
+            for _ in range(arguments.num_inference_steps):
+                call(size)
+            latents = torch.randn(size, unet.config.in_channels, side, side, device=device, dtype=vae.dtype)
+            vae.decode(latents / vae.config.scaling_factor)
 
     def training() -> None:
         calls = trainer.num_train_timesteps * (arguments.samples // arguments.train_batch_size)

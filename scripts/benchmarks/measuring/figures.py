@@ -24,13 +24,14 @@ PHASES = ("sampling", "training")
 
 @dataclass(kw_only=True)
 class TrainerIteration:
-    """An iteration of a trainer in two phases, and the bare denoiser calls of each phase.
+    """An iteration of a trainer in two phases, and the bare calls of the networks in each phase.
 
     Attributes:
         sampling: generates and scores the images.
         training: updates the weights.
-        bare: returns two functions. The first makes the denoiser calls of sampling and nothing else. The second makes
-            those of training, forward and backward. `bare` is called once, after the peak memory was read.
+        bare: returns two functions. The first makes the denoiser calls of sampling, decodes, and does nothing else.
+            The second makes those of training, forward and backward. `bare` is called once, after the peak memory was
+            read.
         samples: number of images per iteration.
         pairs: number of (sample, timestep) pairs that are trained on.
         device: device of the trainer.
@@ -130,7 +131,7 @@ def summary(times: list[dict[str, float]], samples: int, pairs: int) -> dict[str
         for clock in ("", "_cpu"):
             ratios = [one[name + clock] / one[f"bare_{name}{clock}"] for one in times if f"bare_{name}" in one]
             if ratios:
-                figures[f"{name}_over_unet{clock}"] = statistics.median(ratios)
+                figures[f"{name}_over_bare{clock}"] = statistics.median(ratios)
     return figures
 
 

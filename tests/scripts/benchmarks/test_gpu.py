@@ -55,7 +55,7 @@ def test_a_part_that_fails_does_not_stop_the_others(recipe, monkeypatch, tmp_pat
     def run(line, output):
         if any("sdxl" in word for word in line):
             raise RuntimeError("out of memory")
-        return {"iteration_seconds": 100.0, "sampling_over_unet": 1.2, "training_over_unet": 1.0, "peak_memory_mb": 7e3}
+        return {"iteration_seconds": 100.0, "sampling_over_bare": 1.2, "training_over_bare": 1.0, "peak_memory_mb": 7e3}
 
     monkeypatch.setattr(recipe, "run_script", run)
     monkeypatch.setattr(recipe, "write_models", lambda *_: None)
@@ -64,8 +64,8 @@ def test_a_part_that_fails_does_not_stop_the_others(recipe, monkeypatch, tmp_pat
     assert result["parts"]["sdxl"] == {"error": "out of memory"}
     assert {name: bar["met"] for name, bar in result["bars"].items()} == {
         "iteration_seconds": True,
-        "sampling_over_unet": False,
-        "training_over_unet": True,
+        "sampling_over_bare": False,
+        "training_over_bare": True,
         "peak_memory_mb_at_batch_1": False,
     }
     assert "error: out of memory" in capsys.readouterr().err

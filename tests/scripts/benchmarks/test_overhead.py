@@ -1,4 +1,4 @@
-"""An iteration of ours next to its bare denoiser calls, and how iterations are timed."""
+"""An iteration of ours next to the bare calls of its networks, and how iterations are timed."""
 
 import io
 import json
@@ -11,7 +11,7 @@ SIZES = [
     *("--num-inference-steps=2", "--guidance-scale=5", "--lora-rank=2", "--threads=1"),
 ]
 FIGURES = (
-    "sampling_images_per_second training_pairs_per_second iteration_seconds sampling_over_unet training_over_unet "
+    "sampling_images_per_second training_pairs_per_second iteration_seconds sampling_over_bare training_over_bare "
     "peak_memory_mb versions machine"
 ).split()
 
@@ -74,7 +74,7 @@ def test_processes_take_turns_on_request(monkeypatch, capsys):
         {"training", "bare_training"},
     ]
     assert calls == [*("sampling", "training") * 2, "sampling", "bare sampling", "training", "bare training"]
-    assert measured["training_over_unet"] > 0
+    assert measured["training_over_bare"] > 0
 
 
 def test_an_open_train_batch_size_is_reported(micro_pipeline_folder, figures_of):

@@ -11,7 +11,7 @@ SIZES = [
     *("--num-inference-steps=2", "--guidance-scale=5", "--lora-rank=2", "--threads=1"),
 ]
 FIGURES = (
-    "sampling_images_per_second training_pairs_per_second iteration_seconds sampling_over_unet training_over_unet "
+    "sampling_images_per_second training_pairs_per_second iteration_seconds sampling_over_bare training_over_bare "
     "peak_memory_mb versions machine"
 ).split()
 
