@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -142,10 +143,12 @@ class BertScoreRecall(ModelHolder[TextEncoder]):
             # Padding is filled with ones: zeros would be normalised to NaN before they are masked.
             return torch.stack([torch.cat([one, one.new_ones(length - len(one), one.shape[1])]) for one in found])
 
+        encoder = torch.nn.Identity()  # the real one would be moved to the device, and `look_up` needs none
+        vars(encoder)["config"] = SimpleNamespace(num_hidden_layers=0)  # without it torchmetrics warns
         scores = bert_score(
             preds=[candidate for candidate, _ in pairs],
             target=[reference for _, reference in pairs],
-            model=torch.nn.Identity(),  # the encoder would be moved to the device, and `look_up` needs none
+            model=encoder,
             user_tokenizer=self.loaded.tokenizer,
             user_forward_fn=look_up,
             device="cpu",  # where the states are

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -142,5 +142,5 @@ def _printing_to(log: Path, processes: Processes) -> Iterator[None]:
     if not processes.is_main:
         yield
         return
-    with log.open("a", encoding="utf-8") as file, redirect_stdout(file):
+    with log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         yield

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -83,6 +84,14 @@ def test_bert_score_does_not_depend_on_the_batch(text_folder):
     np.testing.assert_allclose(small, together, atol=1e-6)
     np.testing.assert_allclose(alone, together, atol=1e-6)
     assert recall([], []).shape == (0,)
+
+
+def test_a_score_warns_of_nothing(text_folder):
+    recall = BertScoreRecall(text_folder, device="cpu")
+    recall.load()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isfinite(recall(["a fox"], ["a fox"])).all()
 
 
 def test_nothing_to_compare_is_nan(text_folder):

@@ -205,6 +205,21 @@ def test_bad_input_is_refused_before_anything_is_written(race, tmp_path, argumen
     assert {path.name for path in tmp_path.iterdir()} == {"four.yaml"}
 
 
+def test_what_runs_print_is_in_the_log_alone(race, tmp_path, monkeypatch):
+    def chatty(images, prompts, metadata):
+        print("scoring, said the reward")
+        print("careful, said the reward", file=sys.stderr)
+        return brightness(images, prompts, metadata)
+
+    monkeypatch.setattr(micro_agents, "brightness", chatty)
+    code, printed, error = race("--output=logged", contenders="contenders: {a: {}}", seeds=(0,))
+    assert (code, error) == (0, "")
+    assert "said the reward" not in printed
+    log = (tmp_path / "logged" / "log.txt").read_text()
+    assert "scoring, said the reward" in log
+    assert "careful, said the reward" in log
+
+
 def test_dry_run_prints_the_iterations_and_writes_nothing(race, tmp_path):
     code, printed, _ = race("--dry-run", budget=40)
     assert code == 0
