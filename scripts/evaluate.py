@@ -2,7 +2,7 @@
 
 import sys
 
-from agents.evaluation.compare import main
+from agents.commands.evaluate import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from agents.evaluation.sample import main
+from agents.commands.sample import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -76,7 +76,7 @@ def parse_settings_line(
         default = command(**_settings(settings))
         kind: Any = Annotated[command, tyro.conf.OmitArgPrefixes]
         line = tyro.cli(kind, args=arguments, description=description, default=default)
-        given = {flag.removeprefix("no_") for flag in _flags(arguments)} & line.flat().keys()
+        given = {flag.removeprefix("no_") for flag in flags_in(arguments)} & line.flat().keys()
         if known.config is not None:
             _check_named_again(line, given, known.config)
     except ValueError as error:
@@ -121,7 +121,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
 
 
-def _flags(arguments: Sequence[str]) -> list[str]:
+def flags_in(arguments: Sequence[str]) -> list[str]:
     """Return the names of the flags, `--lora-rank=2` as `lora_rank`; no value begins with two hyphens."""
     return [one[2:].partition("=")[0].replace("-", "_") for one in arguments if one.startswith("--")]
 

@@ -1,14 +1,12 @@
-"""Score a base model and a trained LoRA on the same prompts and seeds, with 95 % intervals, for several prompt sets.
+"""A base model and a trained LoRA on the same prompts and seeds: their scores, with 95 % intervals, and their images.
 
-Only diffusers generates the images, as in ddpo-sample: the same model, prompts and seeds give the same images. Without
---lora only the base model is scored. The folder --output gets the tables (Markdown and JSON), a CSV file with every
+Only diffusers generates the images. The folder of the results has the tables (Markdown and JSON), a CSV file with every
 image's scores, a figure, and a grid of images per prompt set.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 
 from agents.evaluation.comparison import BASE, ScoredImage, best_strengths, compare
@@ -40,7 +37,7 @@ from agents.evaluation.generation import (
 from agents.evaluation.image_grid import write_image
 from agents.evaluation.intervals import RESAMPLES
 from agents.output.files import check_writable, leaving_traceback, write_file
-from agents.output.terminal import print_line, run_command, tolerate_encodings
+from agents.output.terminal import print_line
 from ddpo_env.prompts import PromptSet, load_prompts
 from ddpo_env.validation.options import Range
 from rewards import (
@@ -103,17 +100,6 @@ class EvaluateArguments(GenerationArguments):
                 + (", which holds an evaluation that did not finish and may be deleted" if is_unfinished else "")
             )
         check_writable("output", self.output, "folder")
-
-
-def main() -> int:
-    """Parse the command line, evaluate and write the results: the command `ddpo-evaluate`.
-
-    Returns:
-        The exit code: 0, or 2 after an error, which is printed.
-    """
-    tolerate_encodings()
-    arguments = tyro.cli(Annotated[EvaluateArguments, tyro.conf.arg(name="")], description=__doc__)
-    return run_command(lambda: print_line(evaluate_models(arguments)), arguments.output)
 
 
 def evaluate_models(arguments: EvaluateArguments) -> str:
@@ -272,7 +258,3 @@ def _scored_images(
                 pixels[row],
                 ScoredImage(name, index, texts[row], sample, seeds[row], strength, scores, details),
             )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,20 +1,14 @@
-"""Generate images with a base model or a trained LoRA, for prompts and seeds, and write them to one image grid.
-
-Only diffusers generates the images, so everybody who loads the LoRA gets the same ones. A seed gives the same initial
-noise with and without the LoRA; `--compare` puts both images into one grid, and `--film` shows how they come about.
-"""
+"""Images of a base model or a trained LoRA in one grid, a prompt per column and a seed per row, and a film of them."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 
 from agents.evaluation.generation import (
@@ -27,7 +21,6 @@ from agents.evaluation.generation import (
     with_images,
 )
 from agents.output.files import check_writable
-from agents.output.terminal import run_command, tolerate_encodings
 from ddpo_env.prompts import PROMPT_SETS, Prompt, PromptSet, PromptSource, load_prompts
 from ddpo_env.prompts.files import SUFFIXES
 
@@ -82,17 +75,6 @@ class SampleArguments(GenerationArguments):
             is_named = value in PROMPT_SETS or os.path.isfile(value) or value.lower().endswith(_FILES)
             entries += _set_of(value) if is_named else [value]
         return _set_of(entries)
-
-
-def main() -> int:
-    """Parse the command line, generate the images and write the grid: the command `ddpo-sample`.
-
-    Returns:
-        The exit code: 0, or 2 after an error in the arguments, which is printed.
-    """
-    tolerate_encodings()
-    arguments = tyro.cli(Annotated[SampleArguments, tyro.conf.arg(name="")], description=__doc__)
-    return run_command(lambda: write_grid(arguments), arguments.output)
 
 
 def write_grid(arguments: SampleArguments) -> None:
@@ -185,7 +167,3 @@ def _check_output(name: str, output: Path, kind: str) -> None:
             f"{name} must be a file in a folder; {str(nearest)!r} is not what it needs; got {str(output)!r}"
         )
     check_writable(name, output, "file")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

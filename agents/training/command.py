@@ -27,8 +27,10 @@ from agents.output.terminal import (
 if TYPE_CHECKING:  # imports that take seconds are in `prepare`, where Ctrl-C is handled
     from agents.config.train_config import TrainConfig
     from agents.distributed import Processes
+    from agents.evaluation.generation import GenerationArguments
     from agents.training.run import Run, RunResult
     from ddpo_env.models import DiffusionModel
+    from ddpo_env.models.families.pipeline_model import PipelineModel
 
 STARTED = time.perf_counter()
 FAILED, SIGNALLED = 1, 128
@@ -239,22 +241,34 @@ def faster_algorithm(config: TrainConfig) -> list[str]:
 
 def sample_command(config: TrainConfig, model: DiffusionModel, lora: str) -> list[str]:
     """Return the command that samples with a LoRA most nearly as the run did; empty where `ddpo-sample` cannot."""
-    from agents.evaluation.generation import GenerationArguments, stock_eta
     from ddpo_env.models.families.pipeline_model import PipelineModel
 
     if not isinstance(model, PipelineModel) or model.sample_kind != "image":
         return []
+    return generation_arguments(config, model, Path(lora)).command("ddpo-sample")
+
+
+def generation_arguments(config: TrainConfig, model: PipelineModel, lora: Path) -> GenerationArguments:
+    """Return the arguments with which diffusers generates most nearly as a run did.
+
+    Args:
+        config: of the run.
+        model: of the run; on the meta device it is enough.
+        lora: to load.
+    """
+    from agents.evaluation.generation import GenerationArguments, stock_eta
+
     eta = stock_eta(model, config.policy, config.num_inference_steps)
-    arguments = GenerationArguments(
+    return GenerationArguments(
         model=config.model,
         resolution=config.run.resolution,
         pipeline_arguments=config.run.pipeline_arguments,
-        lora=Path(lora),
+        quantization=config.run.quantization,
+        lora=lora,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.policy.guidance_scale,
         eta=GenerationArguments.eta if eta is None else eta,
     )
-    return arguments.command("ddpo-sample")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ HELP = """
 import importlib, sys
 sys.argv = ["command", "--help"]
 commands = (f"commands.{name}.command" for name in ("doctor", "export", "race"))
-for module in ("training.command", *commands, "evaluation.sample", "evaluation.compare", "report.command"):
+for module in ("training.command", *commands, "commands.sample", "commands.evaluate", "report.command"):
     try:
         importlib.import_module(f"agents.{module}").main()
     except SystemExit as left:

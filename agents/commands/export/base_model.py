@@ -71,7 +71,7 @@ def base_model(config: TrainConfig, given: str | None) -> BaseModel:
         raise ValueError(f"base_model must be a Hub id, or a folder in diffusers' layout; got the file {name!r}")
     is_on_hub = name not in BUNDLED_MODELS and not path.exists()
     for source in dict.fromkeys((name, config.model)):
-        if (place := _configurations(source)) is not None:
+        if (place := configurations(source)) is not None:
             break
     else:
         raise ValueError(
@@ -84,7 +84,7 @@ def base_model(config: TrainConfig, given: str | None) -> BaseModel:
     return BaseModel(name, is_on_hub, model)
 
 
-def _configurations(source: str) -> str | None:
+def configurations(source: str) -> str | None:
     """Return what `outline_model` takes for a model that is on this machine; `None` for another one."""
     if source in BUNDLED_MODELS or Path(source).expanduser().exists():
         return source

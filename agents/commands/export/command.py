@@ -84,10 +84,10 @@ def export(arguments: ExportArguments) -> None:
     from PIL import Image
 
     from agents.commands.export.base_model import base_model
-    from agents.commands.export.finished_run import read_run
     from agents.commands.export.kohya import KOHYA_FILE, write_kohya
     from agents.commands.export.measured import read_evaluation
     from agents.commands.export.model_card import CURVE, SAMPLES, Exported, model_card
+    from agents.commands.finished_run import read_run
     from agents.evaluation.image_grid import write_image
     from agents.evaluation.plots import reward_curve
     from agents.output.files import write_file, write_new_folder

@@ -16,9 +16,9 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from agents.commands.export.base_model import PACKAGED, BaseModel
 from agents.commands.export.example import example, named_prompts
-from agents.commands.export.finished_run import FinishedRun
 from agents.commands.export.kohya import KOHYA_FILE
 from agents.commands.export.measured import Measured
+from agents.commands.finished_run import FinishedRun
 from agents.evaluation.comparison_report import tables
 from agents.output.terminal import escaped
 from ddpo_env import __version__

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 from agents.commands.export.base_model import base_model
 from agents.commands.export.example import example
-from agents.commands.export.finished_run import FinishedRun
 from agents.commands.export.kohya import write_kohya
 from agents.commands.export.measured import Measured
 from agents.commands.export.model_card import Exported, markdown, model_card
+from agents.commands.finished_run import FinishedRun
 from agents.config.train_config import TrainConfig
 from agents.evaluation.comparison import Estimate, Result
 from ddpo_env.models import resolve_source

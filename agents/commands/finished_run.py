@@ -77,9 +77,9 @@ class FinishedRun:
         best = best_of(list(self.holdout or self.evaluations))
         if which is None and advised == 0:
             raise ValueError(
-                f"run {str(self.folder)!r} has learned nothing worth publishing: by its held-out reward "
-                f"{self.config.run.holdout_reward} the pretrained model is better. Add --weights last to export it all "
-                "the same"
+                f"run {str(self.folder)!r} has learned nothing worth using: by its held-out reward "
+                f"{self.config.run.holdout_reward} the pretrained model is better. To use it all the same, give "
+                f"--weights last to ddpo-export, and --lora {quoted(self.folder / 'lora')} to other commands"
             )
         if which == "best" and (best is None or best[0] == 0):
             raise ValueError("weights must be last: in this run no evaluation was better than before training")
@@ -88,8 +88,8 @@ class FinishedRun:
         file = find_lora(self.folder / "best" / "lora" if is_best else self.folder / "lora", "run")
         if file.name == PEFT_FILE:
             raise ValueError(
-                f"run {str(self.folder)!r} has a LoRA in peft's format, because its pipeline reads no LoRA by itself, "
-                f"and is not exported; publish {str(file.parent)!r} as it is, for PeftModel.from_pretrained"
+                f"run {str(self.folder)!r} has a LoRA in peft's format, because its pipeline reads no LoRA by itself; "
+                f"PeftModel.from_pretrained({str(file.parent)!r}) does"
             )
         return (best[0] if is_best and best else last), file
 
