@@ -120,11 +120,16 @@ class TrainingSettings(_Checked):
         if self.advantage == "gdpo":
             weights_by_term(reward, "advantage gdpo")
         by_votes = "votes" in {term.partition(":")[0].strip() for term in reward.split(",")}
-        has_pairs = traits.samples == "pairs"
-        compares = algorithm if has_pairs else "reward votes" if by_votes else f"advantage {self.advantage}"
-        if (has_pairs or by_votes or self.advantage in in_groups) and self.samples_per_prompt < 2:
+        comparing = {
+            algorithm: traits.samples == "pairs",
+            "reward votes": by_votes,
+            "rwr_per_prompt": self.rwr_per_prompt,
+            f"advantage {self.advantage}": self.advantage in in_groups,
+        }
+        names = [name for name, compares in comparing.items() if compares]
+        if names and self.samples_per_prompt < 2:
             raise ValueError(
-                f"samples_per_prompt must be at least 2 with {compares}, which compares samples of a prompt; "
+                f"samples_per_prompt must be at least 2 with {names[0]}, which compares samples of a prompt; "
                 f"got {self.samples_per_prompt}"
             )
         sizes = {name: getattr(self, name) for name in traits.always_one}
