@@ -40,8 +40,8 @@ from agents.policy.abilities import PolicyEvaluation
 from agents.policy.weight_copies import AVERAGE, using_weights
 from agents.rollout.buffer import DROPPED, Transitions
 from agents.rollout.timesteps import choose_steps, measured_steps
+from ddpo_env.tensors import copied_to, read_numbers
 from ddpo_env.validation.options import Range, check_value, shows_options, split_options
-from rewards.networks.devices import copied_to, read_numbers
 
 Metrics = defaultdict[str, list[float]]
 

@@ -30,8 +30,8 @@ from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.algorithms.options import PERCENTILE
 from agents.distributed import Metric, Rows
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
+from ddpo_env.tensors import widest_float
 from ddpo_env.validation.options import Range, check_value
-from rewards.networks.devices import widest_float
 
 Weighting = Literal["exponential", "exponential_per_prompt", "percentile"]
 
