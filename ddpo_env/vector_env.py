@@ -30,11 +30,11 @@ from ddpo_env.models.protocol import DiffusionModel, abilities_of, check_reward_
 from ddpo_env.prompts.distributions import Prompt, load_prompts
 from ddpo_env.sampler.gaussian_sampler import GaussianSampler
 from ddpo_env.spaces import DenoisingObservationSpace, action_box
+from ddpo_env.tensors import copied_to
 from ddpo_env.validation import arguments as validation
 from ddpo_env.validation.choices import Quantization
 from ddpo_env.validation.resolution import Resolution
 from rewards import NonFinite, Reward, are_images, asking_people, check_shareable, configured_reward
-from rewards.networks.devices import copied_to
 
 Latents: TypeAlias = npt.NDArray[np.float32] | Tensor
 Observation: TypeAlias = dict[str, Any]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +51,7 @@ class PerPromptAdvantage:
 
     Raises:
         ValueError: for an argument out of range; when called on a rollout that cuts episodes, or whose episodes have no
-            prompt.
+            prompt, or one that is neither text nor a number.
     """
 
     buffer_size: int = 32
@@ -75,6 +75,11 @@ class PerPromptAdvantage:
                 "name their key with context_key=..., or use BatchAdvantage"
             )
         for prompt, value in zip(rollout.contexts, returns, strict=True):
+            if not isinstance(prompt, str | int | float | np.number):
+                raise ValueError(
+                    "context_key must name text or numbers in the reset infos with PerPromptAdvantage, which saves "
+                    f"the returns of each; got {prompt!r}"
+                )
             self.history.setdefault(prompt, deque(maxlen=self.buffer_size)).append(float(value))
         advantages = np.empty_like(returns)
         for row, prompt in enumerate(rollout.contexts):
@@ -83,13 +88,15 @@ class PerPromptAdvantage:
             advantages[row] = standardized(returns[row], sample)
         return rollout.per_step(advantages.clip(-self.clip, self.clip))
 
-    def state_dict(self) -> dict[str, list[float]]:
-        """Return the kept returns, for a checkpoint."""
-        return {str(prompt): list(values) for prompt, values in self.history.items()}
+    def state_dict(self) -> dict[str, list[Any]]:
+        """Return the prompts and their kept returns, for a checkpoint."""
+        prompts = [prompt.item() if isinstance(prompt, np.generic) else prompt for prompt in self.history]
+        return {"prompts": prompts, "returns": [list(values) for values in self.history.values()]}
 
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+    def load_state_dict(self, state: dict[str, list[Any]]) -> None:
         """Restore what `state_dict` returned."""
-        self.history = {prompt: deque(values, maxlen=self.buffer_size) for prompt, values in state.items()}
+        kept = zip(state["prompts"], state["returns"], strict=True)
+        self.history = {prompt: deque(values, maxlen=self.buffer_size) for prompt, values in kept}
 
 
 @dataclass

@@ -40,8 +40,8 @@ from agents.policy.abilities import PolicyEvaluation
 from agents.policy.weight_copies import AVERAGE, using_weights
 from agents.rollout.buffer import DROPPED, Transitions
 from agents.rollout.timesteps import choose_steps, measured_steps
+from ddpo_env.tensors import copied_to, read_numbers
 from ddpo_env.validation.options import Range, check_value, shows_options, split_options
-from rewards.networks.devices import copied_to, read_numbers
 
 Metrics = defaultdict[str, list[float]]
 
@@ -384,12 +384,12 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
 
     def _fraction_below_epsilon(self) -> float | None:
         """Return the fraction of the weights whose gradient RMS is below Adam's epsilon: it limits their step."""
-        optimizer = self.policy.optimizer
-        moments = [state["exp_avg_sq"] for state in optimizer.state.values() if "exp_avg_sq" in state]
+        group, states = self.policy.optimizer.param_groups[0], self.policy.optimizer.state.values()
+        moments = [(state["exp_avg_sq"], state["step"]) for state in states if "exp_avg_sq" in state]
         if not moments:
             return None
-        squared = torch.cat([moment.flatten() for moment in moments])
-        return float((squared < optimizer.param_groups[0]["eps"] ** 2).float().mean())
+        squared = torch.cat([(average / (1 - group["betas"][1] ** step)).flatten() for average, step in moments])
+        return float((squared < group["eps"] ** 2).float().mean())
 
 
 def approximate_kl(log_ratio: Tensor) -> Tensor:

@@ -19,13 +19,13 @@ _COUNT = Range(at_least=1, at_most=10**7)
 _WEIGHT = Range(at_least=0, at_most=1e6)
 RATE = Range(at_least=0, at_most=1e6)
 PERCENTILE = Range(at_least=0, below=100)
-"""Of the rewards, for reward-weighted regression."""
+"""Valid percentiles for `RWR(weighting="percentile")`."""
 BETA = Range(above=0, at_most=100)
-"""Distance of NFT's implicit policies from the one that samples."""
+"""Valid values of NFT's beta: the distance of its implicit policies from the one that samples."""
 LAST_STEPS = Range(at_least=1, at_most=1_000_000)
-"""Steps of a trajectory that DRaFT differentiates."""
+"""Valid numbers of the last steps that DRaFT differentiates."""
 DPO_BETA = Range(above=0, at_most=1e8)
-"""Of the difference of denoising losses, which is small."""
+"""Valid values of DPO's beta. They are large because it multiplies a small difference of denoising losses."""
 _VALID_ARGUMENTS: dict[str, Any] = {
     "n_steps": Annotated[int, _COUNT],
     "gamma": Annotated[float, _FRACTION],

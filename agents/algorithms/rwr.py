@@ -25,12 +25,13 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import Tensor
 from torch.nn import functional
 
+from agents.algorithms.advantages import prompt_groups
 from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
 from agents.algorithms.options import PERCENTILE
 from agents.distributed import Metric, Rows
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
+from ddpo_env.tensors import widest_float
 from ddpo_env.validation.options import Range, check_value
-from rewards.networks.devices import widest_float
 
 Weighting = Literal["exponential", "exponential_per_prompt", "percentile"]
 
@@ -46,8 +47,8 @@ class RWR(TensorOnPolicyAlgorithm):
         learning_rate: a number, or a function of the remaining progress.
         n_steps: steps of each sub-environment in a rollout.
         n_epochs: passes over the rollout; the paper uses 5, and 50 with the percentile.
-        weighting: `"exponential"` (RWR), `"exponential_per_prompt"` (the weights have mean 1 within each prompt), or
-            `"percentile"` (RWR-sparse).
+        weighting: `"exponential"` (RWR), `"exponential_per_prompt"` (the weights have mean 1 within each prompt, which
+            needs at least two episodes), or `"percentile"` (RWR-sparse).
         beta: β of the exponential weights, in 1 / (the advantage's unit).
         percentile: percentile of the advantages from which a step counts, in [0, 100).
         **arguments: of `TensorOnPolicyAlgorithm`: `batch_size` and `micro_batch_size` (in imitated steps; for a
@@ -105,11 +106,9 @@ class RWR(TensorOnPolicyAlgorithm):
                 "weighting must be exponential or percentile where the environment's reset infos have no prompt; got "
                 f"{self.weighting!r}"
             )
-        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(rollout.contexts))}
-        prompt_of_segment = np.array([numbers[prompt] for prompt in rollout.contexts])
-        prompts = prompt_of_segment[rollout.segments.ravel()[steps]]
-        for number in range(len(numbers)):
-            yield steps[prompts == number]
+        segments = rollout.segments.ravel()[steps]
+        for members in prompt_groups(rollout, f"weighting {self.weighting}"):
+            yield steps[np.isin(segments, members)]
 
     def select_steps(self) -> npt.NDArray[np.int64]:
         """Return the imitated steps that have a weight."""

@@ -26,7 +26,7 @@ class AlgorithmTraits:
         why_one: the reason, for the error.
         arguments: settings that it reads, and the argument of the class that gets each.
         fixed: other arguments of the class.
-        keeps: arguments of the class with the name of a setting that is something else, and the default that they keep.
+        keeps: arguments that share a name with a setting but mean something else; they keep this default.
         samples: of an iteration that it trains on: all, the best ones, or the best and the worst of each prompt.
         trains_on_steps: whether an update counts steps of samples, and not samples.
         has_ratio: whether the loss compares log-probabilities with those of the policy that sampled.
@@ -144,13 +144,13 @@ WITHOUT_EFFECT = {
     "noise_window_iterations": _MOVES,
     "noise_window_stride": _MOVES,
 }
-"""By setting: the settings that decide that it has no effect, and their values with which it has none. That
-of `timestep_window` with draft is only on what is measured."""
+"""For each setting: the other settings that can make it useless, and the values with which they do. With draft,
+`timestep_window` still decides which steps are measured, and nothing else."""
 NEVERTHELESS: dict[str, dict[str, Any]] = {
     "timestep_window": {"noise_window": None, "kl_coef": 0.0, "target_kl": None},
     "recompute_log_probs": {"target_kl": None},
 }
-"""By setting of the table above: settings that give it an effect after all, unless they have these values."""
+"""For some settings of the table above: settings that make it useful after all, unless they have these values."""
 _OWN = dict.fromkeys(name for traits in ALGORITHMS.values() for name in traits.arguments)
 # An algorithm that does not read `trust_region` takes only its default: see `TrainingSettings.check_algorithm`.
 WITHOUT_EFFECT |= {name: _not_reading(name) for name in _OWN if name not in ("trust_region", *WITHOUT_EFFECT)}

@@ -25,8 +25,8 @@ PLACES = ("model", "prompts", "lora", "base_lora")
 def place_of(config: TrainConfig, name: str) -> Path | None:
     """Return the absolute path that a setting of `PLACES` names; `None` for a name that is no path.
 
-    A Hub id is a path where a folder of that name lies in the working directory, as `load_model` sees it. Of a LoRA's
-    folder it is the file.
+    A Hub id is a path where a folder of that name lies in the working directory, as `load_model` sees it. For a LoRA's
+    folder, the path is that of its file.
 
     Raises:
         ValueError: for a folder without a LoRA.
@@ -46,9 +46,9 @@ def place_of(config: TrainConfig, name: str) -> Path | None:
 def fingerprint(place: Path, name: str) -> str | None:
     """Return the SHA-256 of what a setting names: a file, or a model folder's configurations and weights.
 
-    Of a prompt file its images count too. Of a file of weights, samples count (all of it below 4 MiB). Of each file of
-    a folder the name, the size and the first MiB count, which holds the shapes of the weights, so that large weights
-    need not be read twice. `None` for a place that does not exist.
+    The hash of a prompt file covers its images too. The hash of a file of weights covers samples of it, or all of it
+    below 4 MiB. The hash of a folder covers the name, the size and the first MiB of each file. The first MiB holds the
+    shapes of the weights, so large weights need not be read twice. `None` for a place that does not exist.
     """
     if place.is_file() and place.suffix == ".safetensors":
         return file_fingerprint(place)

@@ -24,9 +24,10 @@ MOST_OR_0 = Range(at_least=0, at_most=1_000_000)
 SEED = Range(at_least=0, at_most=4_000_000_000)
 """NumPy takes seeds below 2**32; this leaves room for the sub-environments and the held-out samples, which follow."""
 LEAST_PAIRS = 8
-"""Held-out samples from which on two standard errors say something: one-sided, 4 % by chance with 8, 2.4 % with 90."""
+"""Smallest number of held-out samples for which two standard errors mean something: a value is that far above zero by
+chance in 4 % of cases with 8 samples, and in 2.4 % with 90."""
 LEAST_EVALUATIONS = 7
-"""From which on a slope of the held-out reward can be compared with the one before."""
+"""Smallest number of evaluations with which a slope of the held-out reward can be compared with the one before."""
 _SIZE = Range(above=0, at_most=1e6)
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -65,8 +66,8 @@ class TrainingSettings(_Checked):
     """How ppo and grpo keep an update near the policy that sampled: clip; guard (GRPO-Guard), whose ratio has the same
     spread at every timestep; dppo (Flow-DPPO), which drops steps that have moved too far."""
     divergence_limit: Annotated[float, _SIZE] = 1e-5
-    """Of dppo: a term may be dropped where the mean of its step has moved further (half the squared distance in
-    standard deviations, mean over the latent)."""
+    """dppo may drop a step whose mean has moved further than this (half the squared distance in standard deviations,
+    mean over the latent)."""
     advantage: Advantage | None = None
     """How a sample is rated. Default: group with grpo, else gae with a critic, else per_prompt (statistics of its
     prompt). dr_grpo: group without its standard deviation; global_std: with that of all samples; gdpo: each term of a
@@ -120,11 +121,16 @@ class TrainingSettings(_Checked):
         if self.advantage == "gdpo":
             weights_by_term(reward, "advantage gdpo")
         by_votes = "votes" in {term.partition(":")[0].strip() for term in reward.split(",")}
-        has_pairs = traits.samples == "pairs"
-        compares = algorithm if has_pairs else "reward votes" if by_votes else f"advantage {self.advantage}"
-        if (has_pairs or by_votes or self.advantage in in_groups) and self.samples_per_prompt < 2:
+        comparing = {
+            algorithm: traits.samples == "pairs",
+            "reward votes": by_votes,
+            "rwr_per_prompt": self.rwr_per_prompt,
+            f"advantage {self.advantage}": self.advantage in in_groups,
+        }
+        names = [name for name, compares in comparing.items() if compares]
+        if names and self.samples_per_prompt < 2:
             raise ValueError(
-                f"samples_per_prompt must be at least 2 with {compares}, which compares samples of a prompt; "
+                f"samples_per_prompt must be at least 2 with {names[0]}, which compares samples of a prompt; "
                 f"got {self.samples_per_prompt}"
             )
         sizes = {name: getattr(self, name) for name in traits.always_one}
@@ -165,9 +171,10 @@ class RunSettings(_Checked):
     """Precision, memory, evaluation, and when a run stops."""
 
     dtype: Dtype = "auto"
-    """Of the frozen weights. auto: bfloat16 on an accelerator that has it, else float32; what learns is float32."""
+    """Dtype of the frozen weights. auto: bfloat16 on an accelerator that has it, else float32. The weights that learn
+    are always float32."""
     resolution: int | str | None = None
-    """Of the images in pixels, such as 512, or 832x1216 for width x height. Default: the model's own."""
+    """Size of the images in pixels, such as 512, or 832x1216 for width x height. Default: the model's own."""
     pipeline_arguments: tuple[str, ...] = ()
     """Arguments of every call of the model's pipeline as key=value, such as num_frames=17."""
     quantization: Quantization | None = None
@@ -198,13 +205,13 @@ class RunSettings(_Checked):
     process_timeout: Annotated[float, Range(above=0, at_most=30 * 86_400)] = 1800.0
     """Seconds that processes wait for each other before the run ends; a batch's reward must take less."""
     model_sha256: Annotated[str | None, tyro.conf.Suppress] = None
-    """Of the files that describe the model, if it is a folder: a resumed run takes no other model of the same name."""
+    """Hash of the files of the model, if it is a folder: a resumed run takes no other model of the same name."""
     prompts_sha256: Annotated[str | None, tyro.conf.Suppress] = None
-    """Of the prompt file, if there is one."""
+    """Hash of the prompt file, if there is one."""
     lora_sha256: Annotated[str | None, tyro.conf.Suppress] = None
-    """Of the file of `lora`."""
+    """Hash of the file of `lora`."""
     base_lora_sha256: Annotated[str | None, tyro.conf.Suppress] = None
-    """Of the file of `base_lora`."""
+    """Hash of the file of `base_lora`."""
 
     def __post_init__(self) -> None:
         if isinstance(self.base_lora, str) and self.base_lora:

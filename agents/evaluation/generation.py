@@ -45,8 +45,8 @@ class GenerationArguments:
     model: str = "tiny"
     """Bundled name, a folder in diffusers' layout, a .safetensors file, or a Hub id."""
     resolution: Resolution | None = None
-    """Of the images in pixels, such as 512, or 832x1216 for width x height. Default: the model's own; use the one that
-    the LoRA was trained with."""
+    """Size of the images in pixels, such as 512, or 832x1216 for width x height. Default: the model's own; use the one
+    that the LoRA was trained with."""
     pipeline_arguments: tuple[str, ...] = ()
     """Arguments of the pipeline's call as key=value, such as max_sequence_length=128."""
     quantization: Quantization | None = None

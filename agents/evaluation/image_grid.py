@@ -19,11 +19,11 @@ _LINE = 15
 _LABEL_WIDTH = 84
 _SMALLEST_TILE = 112
 _MOST_LINES = 6
-"""Of a text: a grid is for looking at images. What is left out, prompts of thousands of letters, is in the files."""
+"""A longer text is cut, because a grid is for looking at images. The files have the whole text."""
 _FRAME_MS, _LAST_FRAME_MS = 150, 2000
 """How long a frame of a film is shown."""
 _COLOURS = 128
-"""Of a frame of a film. Half of what a GIF can have, which is a sixth less to load and looks the same."""
+"""Colours in a frame of a film: half of what a GIF can have. It looks the same, and the file is a sixth smaller."""
 
 
 def image_grid(

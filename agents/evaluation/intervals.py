@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 LEVEL = 0.95
 STANDARD_ERRORS = 2.0
-"""By which a paired difference must exceed zero to count."""
+"""A paired difference counts if it exceeds zero by this many standard errors."""
 RESAMPLES = 10_000
 _CHUNK = 500
 """Resamples that are drawn at once, which bounds the memory."""

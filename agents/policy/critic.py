@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _POOLED_SIDE = 8
+_POOLED_FRAMES = 4
 _TIMESTEP_CHANNELS = 64
 
 
@@ -39,6 +40,16 @@ class DenoisingCritic(nn.Module):
 
     @staticmethod
     def _pool(latents: Tensor) -> Tensor:
-        if latents.ndim == 4 and latents.shape[-1] > _POOLED_SIDE:
+        """Return the latents flattened, `(batch, inputs)`, with at most 256 places averaged from all of them."""
+        if latents.ndim == 3:  # packed tokens (tokens, channels) or a sound (channels, times): the longer axis
+            axis = 1 if latents.shape[1] > latents.shape[2] else 2
+            by_place = latents.movedim(axis, 2)
+            places = min(by_place.shape[2], _POOLED_SIDE**2)
+            latents = functional.adaptive_avg_pool1d(by_place, places).movedim(2, axis)
+        elif latents.ndim == 4 and latents.shape[-1] > _POOLED_SIDE:
             latents = functional.adaptive_avg_pool2d(latents, _POOLED_SIDE)
+        elif latents.ndim == 5:  # a video (channels, frames, height, width)
+            frames, height, width = latents.shape[2:]
+            sizes = min(frames, _POOLED_FRAMES), min(height, _POOLED_SIDE), min(width, _POOLED_SIDE)
+            latents = functional.adaptive_avg_pool3d(latents, sizes)
         return latents.flatten(1)

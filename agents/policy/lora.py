@@ -59,8 +59,8 @@ def add_lora(denoiser: _Module, rank: int, targets: LoraTargets) -> _Module:
     """Return the denoiser with fresh trainable float32 adapters around the shared frozen weights.
 
     Args:
-        denoiser: the model's network; it is not changed. Of one that is wrapped, as by `torch.compile`, the network
-            inside is used.
+        denoiser: the model's network; it is not changed. If it is wrapped, as by `torch.compile`, the network inside
+            is used.
         rank: rank of the adapters. Their scale `alpha / rank` is 1. At the start they do not change the output.
         targets: a name in `LORA_TARGETS`.
 

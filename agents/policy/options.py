@@ -27,8 +27,8 @@ _BY_STEP = tyro.conf.arg(metavar="FLOAT [FLOAT ...]")
 class PolicyOptions:
     """The denoiser as a policy: how it samples, and which weights learn.
 
-    Of Python's `DiffusionPolicy` the defaults are the DDPO paper's, without guidance and adapters where the model
-    cannot have them. Of a run they are tuned for the bundled model (`agents.config.train_config.TUNED_POLICY`).
+    `DiffusionPolicy` in Python has the DDPO paper's defaults, without guidance and adapters where the model cannot have
+    them. The defaults of a run are tuned for the bundled model (`agents.config.train_config.TUNED_POLICY`).
 
     Where the denoiser takes the guidance scale as an input (FLUX.1-dev), `guidance_scale` is that input.
 

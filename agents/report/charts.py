@@ -10,7 +10,7 @@ from agents.report.run_data import Curve, RunData
 from agents.report.verdicts import number
 
 WIDTH, HEIGHT = 360, 220
-"""Of a chart, in the picture's own unit, which is about a pixel on a phone and on a desk."""
+"""Size of a chart, in the picture's own unit, which is about a pixel on a phone and on a desk."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 38
 _TICKS = 5
 _SPARK = (120, 28)

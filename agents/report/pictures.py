@@ -16,7 +16,7 @@ from agents.report.run_data import RunData, own_file
 from agents.report.sample_files import sample_paths
 
 MOST_CHARACTERS = 4_000_000
-"""Of all images of a report. Of a longer run, fewer evaluations are shown."""
+"""Largest length of all images of a report together, as text. A report of a longer run shows fewer evaluations."""
 _LOSSLESS_SIDE, _LONGEST_SIDE = 128, 384
 _LARGEST_PIXELS = 200_000_000
 

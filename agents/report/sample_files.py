@@ -19,7 +19,7 @@ from agents.output.files import write_file
 from rewards.kinds import kind_of
 
 FRAMES_PER_SECOND = 16
-"""Of the videos here: a pipeline does not say how fast its frames shall be shown."""
+"""The rate of every video here: a pipeline does not say how fast its frames shall be shown."""
 _LONGEST_SIDE = 256
 _PEAK = 32_767
 

@@ -20,7 +20,7 @@ from agents.report.run_data import Curve, RunData
 
 Level = Literal["good", "watch", "bad", "unknown"]
 LEVELS: tuple[Level, ...] = ("unknown", "good", "watch", "bad")
-"""From the least worrying to the most."""
+"""The levels, from the least worrying one to the most worrying one."""
 _VOTES = "votes"
 _Scores = Callable[[EvaluationRecord], Any]
 

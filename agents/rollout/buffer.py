@@ -21,7 +21,7 @@ from torch import Tensor
 
 from agents.distributed import Processes
 from ddpo_env.spaces import DenoisingObservationSpace
-from rewards.networks.devices import copied_to
+from ddpo_env.tensors import copied_to
 
 TensorObservation: TypeAlias = Tensor | dict[str, Tensor]
 

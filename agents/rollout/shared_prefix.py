@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ddpo_env.tensors import copied_to
 from ddpo_env.vector_env import DenoisingVectorEnv
-from rewards.networks.devices import copied_to
 
 
 @dataclass(frozen=True)

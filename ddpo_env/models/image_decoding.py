@@ -17,7 +17,7 @@ from rewards.kinds import SampleKind
 
 _WAVEFORM = 128, 384
 _LARGEST_SCALE = 1e6
-"""Of latents, in size. Published VAEs have scales between 0.01 and 20."""
+"""Largest valid scale or shift of latents, by its absolute value. Published VAEs have scales between 0.01 and 20."""
 
 
 class NonFiniteSampleError(ValueError):

@@ -60,9 +60,9 @@ from rewards.networks.devices import DTYPES, resolve_device, resolve_dtype
 _IMPORTED_BY = os.getpid()
 _OBJECT = "object that is not saved"
 _loaded: dict[tuple[str | None, ...], DiffusionModel] = {}
-"""By location, device, dtype and quantization, and the LoRA that is merged."""
+"""Models that were loaded, by location, device, dtype and quantization, and the LoRA that is merged."""
 _changed: WeakValueDictionary[tuple[int, str], DiffusionModel] = WeakValueDictionary()
-"""By the identity of a model, which the changed one keeps alive, and what was changed."""
+"""Changed models, by the identity of the original, which the changed one keeps alive, and what was changed."""
 _adapted: WeakValueDictionary[tuple[Any, ...], DiffusionModel] = WeakValueDictionary()
 """Models of pipeline objects by source, device, dtype and the identities of the components, which the model holds."""
 _made: WeakValueDictionary[int, DiffusionModel] = WeakValueDictionary()

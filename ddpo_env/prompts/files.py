@@ -20,11 +20,11 @@ from typing import Any
 from ddpo_env.prompts.images import IMAGE, describe_image
 
 _LARGEST = 64 * 2**20
-"""Bytes of a file that is read."""
+"""Largest size of a file that is read, in bytes."""
 _NAMES = ("prompt", "text", "caption")
 """Names of the entry with the prompt, in any case; the first one that an object or a table has is taken."""
 SUFFIXES = (".txt", "", ".jsonl", ".json", ".csv", ".tsv")
-"""Of prompt files; without one, a file is text."""
+"""Endings of prompt files. A file without one is text."""
 
 
 def read_prompt_file(path: Path) -> list[tuple[str, Any]]:

@@ -15,7 +15,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from ddpo_env.sampler.sampler_rows import rebuild_scheduler
-from rewards.networks.devices import copied_to
+from ddpo_env.tensors import copied_to
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ddpo_env.sampler.sampler_rows import Noise
 from ddpo_env.sampler.scheduler_table import read_scheduler
+from ddpo_env.tensors import copied_to
 from ddpo_env.validation.choices import SMALLEST_STD, Reduction, SamplerName
-from rewards.networks.devices import copied_to
 
 
 class HasScheduler(Protocol):

@@ -129,6 +129,8 @@ def _check_scheduler(scheduler: Any, family: str) -> None:
         raise ValueError(f"thresholding must be False: it makes a step of {family} not Gaussian; got True")
     if config.get("invert_sigmas", False):
         raise ValueError("invert_sigmas must be False: the flow time must run from noise to data; got True")
+    if config.get("stochastic_sampling", False):
+        raise ValueError("stochastic_sampling must be False: the policy's sampler and noise_level add noise; got True")
     if family in _FLOW_FAMILY:
         return
     if config.prediction_type not in _PREDICTION_TYPES:

@@ -1,9 +1,6 @@
-"""Names of devices and dtypes turned into PyTorch's objects, for denoisers and rewards; and copies to a device."""
+"""Names of devices and dtypes turned into PyTorch's objects, for denoisers and rewards."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -58,24 +55,3 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type != "mps" or torch.backends.mps.is_macos_or_newer(14, 0)
-
-
-def widest_float(device: torch.device) -> torch.dtype:
-    """Return the most accurate dtype of a device: float64, or float32 on MPS, which has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def copied_to(values: Any, device: str | torch.device) -> torch.Tensor:
-    """Return an array or a tensor on a device, without waiting for the device's unfinished work.
-
-    The caller may change `values` afterwards: CUDA reads pageable memory before the call returns. MPS does not, so the
-    copy to MPS waits. Values that are on the device already are not copied.
-    """
-    return torch.as_tensor(values).to(device, non_blocking=torch.device(device).type != "mps")
-
-
-def read_numbers(scalars: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Return scalar tensors of one device, or of the host, as numbers; the host waits for the device once."""
-    moved = [one.detach().to(widest_float(one.device)) for one in scalars.values() if one.device.type != "cpu"]
-    read = iter(torch.stack(moved).tolist() if moved else ())
-    return {name: next(read) if one.device.type != "cpu" else float(one) for name, one in scalars.items()}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rewards.networks.devices import resolve_device, resolve_dtype, widest_float
+from rewards.networks.devices import resolve_device, resolve_dtype
 
 
 @pytest.fixture
@@ -34,8 +34,3 @@ def test_dtype_is_one_that_the_device_has(monkeypatch: pytest.MonkeyPatch, mac: 
         assert resolve_dtype("auto", cuda) == expected
     assert resolve_dtype("auto", cpu) == torch.float32
     assert resolve_dtype("bfloat16", cpu) == torch.bfloat16
-
-
-def test_no_float64_on_mps() -> None:
-    assert widest_float(torch.device("mps")) == torch.float32
-    assert widest_float(torch.device("cpu")) == torch.float64

@@ -48,7 +48,7 @@ class DPO(ForwardProcessAlgorithm):
         n_steps: steps of each sub-environment in a rollout, a multiple of the episode's length; default: one episode.
         batch_size: rows in one update, two for a pair at a timestep; default: all of the rollout.
         n_epochs: passes over the pairs.
-        beta: β. The larger it is, the sooner a pair that is told apart stops to count.
+        beta: β. With a larger beta, a pair that the policy already ranks correctly loses its gradient sooner.
         **arguments: of `TensorOnPolicyAlgorithm`: `micro_batch_size` (rows in one call of the policy, at least a
             pair), `kl_coef`, `timestep_fraction`, ...; and of `RolloutAlgorithm`: `advantage`, which ranks the samples
             of a prompt, `policy_kwargs`, `seed`, `device`, ...
@@ -102,9 +102,9 @@ class DPO(ForwardProcessAlgorithm):
         return advantages
 
     def pairs(self, rollout: TensorRolloutBuffer, advantages: Tensor) -> dict[int, int]:
-        """Return the last step of each pair's loser by that of its winner, flat indices into the rollout.
+        """Return a dictionary from the last step of each pair's winner to that of its loser, as flat indices.
 
-        Of samples with the same advantage the first one counts.
+        Among samples with the same advantage, the first one counts.
         """
         last = self.last_steps()
         ranks = advantages.flatten().cpu().numpy()[last]

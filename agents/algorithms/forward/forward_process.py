@@ -26,8 +26,8 @@ from agents.policy.weight_copies import LAGGING, LaggingWeights, using_weights
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
 from agents.rollout.timesteps import choose_steps
 from ddpo_env.sampler.denoising_loss import NoisedSamples
+from ddpo_env.tensors import copied_to
 from ddpo_env.validation.options import DECAY, Range, check_value
-from rewards.networks.devices import copied_to
 
 
 class ForwardProcessAlgorithm(WholeEpisodesAlgorithm):

@@ -27,8 +27,8 @@ from agents.distributed import Metric
 from agents.policy.abilities import PolicyEvaluation, SamplerAbilities
 from agents.policy.weight_copies import WeightSnapshot
 from agents.rollout.buffer import Transitions
+from ddpo_env.tensors import copied_to
 from ddpo_env.validation.options import POSITIVE, check_value
-from rewards.networks.devices import copied_to
 
 _UNCHANGED = torch.zeros(()), torch.ones(())
 """Mean and standard deviation with which standardised advantages are what they were."""

@@ -185,7 +185,7 @@ class Examination:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the denoiser computes."""
+        """The dtype in which the denoiser computes."""
         return self.policy.compute_dtype
 
     def deterministic_sampler(self) -> GaussianSampler:

@@ -278,7 +278,7 @@ def _report_kl(name: str, numbers: dict[str, Any], kl: float, rate: float) -> Fi
 
 
 _LEAST_KL, _GOOD_KL, _MOST_KL, _BROKEN_KL = 1e-2, 10.0, 1e3, 1e5
-"""KL divergences of an iteration in units of `clip_range² / 2`, that of a log-ratio of the size of the clip range.
+"""Limits of an iteration's KL divergence. The unit is `clip_range² / 2`, the divergence at a log-ratio of `clip_range`.
 
 The tuned default of the bundled model has about 30. The divergence grows with the square of the learning rate, so these
 limits are a thirtieth of a good rate, ten times and a hundred times as much."""

@@ -42,10 +42,10 @@ class Result:
 
     contender: str
     rung: Annotated[int, NOT_NEGATIVE]
-    """From 0."""
+    """Number of the rung, from 0."""
     seed: Annotated[int, NOT_NEGATIVE]
     iterations: Annotated[int, NOT_NEGATIVE]
-    """That the run has finished."""
+    """Number of iterations that the run has finished."""
     before: float
     """Mean reward before training."""
     reward: float

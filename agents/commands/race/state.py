@@ -49,7 +49,7 @@ class RaceState:
 
     @classmethod
     def read(cls, path: Path, description: Mapping[str, Any]) -> RaceState:
-        """Return the state in a file; without a file that of a race that begins.
+        """Return the state in a file, or the state of a race that begins if there is no file.
 
         Args:
             path: of the file.

@@ -15,7 +15,8 @@ import numpy.typing as npt
 DEVIATIONS = 3.0
 ITERATIONS = 3
 LEAST_SAMPLES, LEAST_PROMPTS = 16, 4
-"""Of which a standard deviation is a scale: rewards differ between prompts, and iterations have other prompts."""
+"""With fewer samples or prompts the standard deviation is no scale: rewards differ between prompts, and each iteration
+has other prompts."""
 NEGLIGIBLE_KL = 1e-9
 """Nats per dimension of a step's KL divergence from the pretrained policy: a mean that has moved by less than 5e-5
 standard deviations, where no reward can have fallen because of training. Runs that learn have 1e-6 and more."""

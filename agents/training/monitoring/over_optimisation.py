@@ -5,10 +5,10 @@ two signs, one for a sudden turn and one for a slow one. The held-out reward fal
 Or it falls behind: over the last four evaluations it rose less than half as fast as on average before, while the reward
 that is trained on rose. A run is compared with itself, so slow learning is no sign.
 
-Two kinds of chance are in a comparison of evaluations. One is that of the samples. Every evaluation samples the same
-prompts and seeds, so scores are compared sample by sample, and seeds that are easy or hard for every policy do not
-widen the standard error. The other is that of the policies, which go up and down from one evaluation to the next. It is
-estimated from how far the curve is from a smooth one.
+A comparison of evaluations has two sources of chance. The first is the choice of samples. Every evaluation samples the
+same prompts and seeds, so scores are compared sample by sample, and seeds that are easy or hard for every policy do not
+widen the standard error. The second is the policy, whose scores go up and down from one evaluation to the next. This
+is estimated from how far the curve is from a smooth one.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ AVERAGED = 2
 """Evaluations whose mean stands for one moment, because single ones go up and down. `LEAST_EVALUATIONS` are these, the
 first one, and the `WINDOW`."""
 FRACTION = 0.5
-"""Of the average slope before, below which the held-out reward has fallen behind."""
+"""The held-out reward has fallen behind when its slope is below this fraction of its average slope before."""
 CERTAIN = 3.0
-"""Standard errors of a fall, and of the reward's rise. Of many evaluations one exceeds two by chance."""
+"""A fall, or the reward's rise, must exceed this many standard errors. With many evaluations, one of them exceeds two
+by chance."""
 
 
 def over_optimisation(holdout: Scores, rewards: Scores) -> str | None:

@@ -229,8 +229,8 @@ class PipelineModel(ModelAbilities):
     def prepare_prompts(self, prompts: Sequence[str], fields: Fields | None = None) -> None:
         """Encode prompts beforehand, if encoding each one later would move the text encoders to the device and back.
 
-        At most 1000 prompts are encoded, and only as many as the cache of 1 GiB keeps. Of prompts with images, one for
-        each size of images is encoded in any case, so that errors are early.
+        At most 1000 prompts are encoded, and only as many as the cache of 1 GiB keeps. If prompts have images,
+        one prompt for each size of images is always encoded, so that errors are early.
         """
         if self.offload_text_encoder or self.prompt_fields:
             inputs = pipeline_prompts(prompts, fields, bool(self.prompt_fields))

@@ -33,7 +33,7 @@ from rewards.networks.pretrained import shortened
 
 _NAME = "default"
 _MOST_LETTERS = 300
-"""Of an error that would name every layer."""
+"""Longest part of an error's text that is shown: peft's would name every layer."""
 
 
 def read_adapters(pipeline: DiffusionPipeline, denoiser_name: str, file: Path, model: str) -> Adapters:

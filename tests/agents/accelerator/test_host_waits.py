@@ -17,7 +17,7 @@ from agents.algorithms.policy_gradient.reinforce import REINFORCE
 from agents.algorithms.rwr import RWR
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.vec_env import VectorEnvAdapter
-from rewards.networks.devices import read_numbers
+from ddpo_env.tensors import read_numbers
 
 IN_A_ROLLOUT = 5
 """Whether the last latents and the images are finite, the images, whether latents changed on the way, the values."""

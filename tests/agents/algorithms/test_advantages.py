@@ -1,5 +1,6 @@
 """How good an action was: against DDPO's own bookkeeping written anew, and Stable-Baselines3's GAE."""
 
+import json
 from collections import defaultdict
 
 import numpy as np
@@ -70,14 +71,22 @@ def test_batch_is_standardised_and_clipped():
     assert (advantages[:, 9] == 2.0).all()
 
 
-def test_statistics_survive_being_saved():
+@pytest.mark.parametrize(
+    ("cat", "dog"), [("a cat", "a dog"), ("1", 1), (1, 2.5), (np.int64(1), np.int64(2)), (np.str_("a cat"), "a dog")]
+)
+def test_statistics_survive_being_saved(cat, dog):
     first, second = PerPromptAdvantage(4, 2), PerPromptAdvantage(4, 2)
-    first(rollout([1.0, 2.0, 5.0], ["a cat", "a cat", "a dog"]))
-    second.load_state_dict(first.state_dict())
+    first(rollout([1.0, 2.0, 5.0], [cat, cat, dog]))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert second.history == first.history
-    more = rollout([4.0, 7.0, 1.0], ["a dog", "a cat", "a cat"])
+    more = rollout([4.0, 7.0, 1.0], [dog, cat, cat])
     assert torch.equal(first(more), second(more))
     assert not torch.equal(second(more), PerPromptAdvantage(4, 2)(more))
+
+
+def test_context_that_cannot_be_saved_is_refused():
+    with pytest.raises(ValueError, match="context_key must name text or numbers .*; got .*'a cat'"):
+        PerPromptAdvantage(4, 2)(rollout([1.0, 2.0], [frozenset(["a cat"]), "a dog"]))
 
 
 @pytest.mark.parametrize("estimator", [PerPromptAdvantage(8, 2), BatchAdvantage()])

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import stable_baselines3
 import torch
+from helpers.algorithms import collected, logged
 from helpers.micro_agents import STEPS, micro_env
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -105,6 +106,21 @@ def test_several_updates_are_those_of_stable_baselines3(arguments):
         models.append(kind("MlpPolicy", "Pendulum-v1", **settings | arguments).learn(128))
     for theirs, ours in zip(*(model.policy.parameters() for model in models), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_weights_whose_step_epsilon_limits_are_counted_as_adam_sees_them():
+    policy = {"optimizer_kwargs": {"betas": (0.9, 0.999), "eps": 1e-4}}
+    model = PPO("MlpPolicy", "CartPole-v1", n_steps=64, n_epochs=2, policy_kwargs=policy, seed=0, device="cpu")
+    parameters, squares = list(model.policy.parameters()), []
+    model.policy.optimizer.register_step_pre_hook(
+        lambda *_: squares.append(torch.cat([one.grad.flatten() for one in parameters]).double() ** 2)
+    )
+    collected(model).train()
+    first, second = squares
+    unbiased = (0.001 * 0.999 * first + 0.001 * second) / (1 - 0.999**2)
+    expected = float((unbiased.sqrt() < 1e-4).double().mean())
+    assert 0.1 < expected < 0.9
+    assert logged(model)["train/adam_epsilon_fraction"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_advantages_are_standardised_in_each_minibatch():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from helpers.algorithms import brightness_rise, collected, denoising_rwr, logged, mean_cartpole_return
-from helpers.micro_agents import STEPS, stir, weights
+from helpers.micro_agents import STEPS, micro_env, stir, weights
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
@@ -101,6 +101,13 @@ def test_weights_of_each_prompt_are_a_softmax_of_its_own(micro_pipeline_folder):
 def test_weights_per_prompt_need_prompts():
     model = RWR("MlpPolicy", "CartPole-v1", n_steps=32, seed=0, device="cpu", weighting="exponential_per_prompt")
     with pytest.raises(ValueError, match="weighting must be exponential or percentile .*got 'exponential_per_prompt'"):
+        collected(model)
+
+
+def test_weights_per_prompt_need_two_samples_of_each(micro_pipeline_folder):
+    """A single sample would have weight 1, whatever its reward."""
+    model = denoising_rwr(micro_env(micro_pipeline_folder, 1), weighting="exponential_per_prompt")
+    with pytest.raises(ValueError, match="weighting exponential_per_prompt needs at least 2 episodes per prompt"):
         collected(model)
 
 

@@ -25,7 +25,7 @@ from agents.distributed import Maximum
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.vec_env import VectorEnvAdapter
 from ddpo_env.models.loading import load_model, unload_models
-from rewards.networks.devices import copied_to
+from ddpo_env.tensors import copied_to
 
 DEVICE = "cuda"
 TEXT_ENCODER_WEIGHTS = 123_060_480

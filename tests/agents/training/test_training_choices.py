@@ -202,6 +202,10 @@ def test_details_of_a_reward_are_logged(learner, tmp_path, monkeypatch):
             "algorithm must not be grpo with .*log-probabilities: nft, awm, dpo or rwr",
         ),
         ({"advantage": "group", "samples_per_prompt": 1}, "samples_per_prompt must be at least 2 with advantage group"),
+        (
+            {"algorithm": "rwr", "rwr_per_prompt": True, "samples_per_prompt": 1},
+            "samples_per_prompt must be at least 2 with rwr_per_prompt, .*; got 1",
+        ),
         ({"algorithm": "reinforce", "epochs": 2}, "epochs and updates_per_iteration must be 1 with reinforce"),
         ({"algorithm": "rwr_sparse", "updates_per_iteration": 2}, "updates_per_iteration must be 1 with rwr_sparse"),
         ({"algorithm": "rwr", "trust_region": "dppo"}, "trust_region must be clip with rwr, .*; got 'dppo'"),

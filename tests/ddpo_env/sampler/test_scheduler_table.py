@@ -337,6 +337,7 @@ def test_largest_eta_of_the_message_is_valid():
             "noise_level must be at most 1 with sampler cps.*got 1.2",
         ),
         (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), {}, "invert_sigmas must be False"),
+        (FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), {}, "stochastic_sampling must be False"),
         (
             DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
             {},
