@@ -142,6 +142,15 @@ def test_run_without_a_gradient_says_that_it_learned_nothing(learner, monkeypatc
     assert json.loads((tmp_path / "summary.json").read_text())["has_learned"] == learned
 
 
+@pytest.mark.parametrize(("measured", "learned"), [({}, False), ({"train/overflowed_updates": 1.0}, True)])
+def test_iteration_whose_updates_all_overflowed_had_a_gradient(tmp_path, measured, learned):
+    """float16 begins with a scale that overflows: rewards that are equal are not the cause."""
+    run = prepare_run(micro_config("points", tmp_path))
+    run._watch_update(measured)
+    assert run.has_learned == learned
+    run.folder.release()
+
+
 @pytest.mark.parametrize(("rate", "warnings"), [(2e-3, 0), (3.0, 1)])
 def test_update_that_moves_the_policy_absurdly_far_is_warned_of_once(learner, capsys, tmp_path, rate, warnings):
     settings = {"learning_rate": rate, "stop_on_divergence": False, "eval_interval": 0}
