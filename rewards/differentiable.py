@@ -42,7 +42,7 @@ def score_with_gradient(reward: DifferentiableReward, samples: Tensor, prompts: 
 
     Raises:
         Exception: Whatever the reward raises, with a note that names it.
-        ValueError: The scores have another shape, or no gradient.
+        ValueError: The scores have another shape or no gradient, or are not finite although the samples are.
     """
     name = reward_name(reward)
     with calling_user_code(f"raised by the reward {name}, differentiating {len(samples)} samples"):
@@ -53,7 +53,32 @@ def score_with_gradient(reward: DifferentiableReward, samples: Tensor, prompts: 
             f"reward {name}: differentiable_score must return shape ({len(samples)},) with a gradient; got "
             f"{tuple(scores.shape)} with {has} gradient"
         )
+    if not scores.isfinite().all() and samples.isfinite().all():
+        first = int((~scores.isfinite()).nonzero()[0])
+        raise ValueError(
+            f"reward {name}: differentiable_score must be finite; got {scores[first].item()} for prompt "
+            f"{prompts[first]!r} (sample {first} of {len(samples)})"
+        )
     return scores.to(samples.device)
+
+
+def require_finite_gradient(reward: DifferentiableReward, samples: Tensor) -> None:
+    """Let a backward pass to samples, through the reward's scores alone, end with a `ValueError` if it is not finite.
+
+    Args:
+        reward: The reward that scores the samples; the error names it.
+        samples: With a gradient.
+    """
+
+    def check(gradient: Tensor) -> None:
+        if not gradient.isfinite().all():
+            raise ValueError(
+                f"reward {reward_name(reward)}: the gradient of differentiable_score must be finite; got "
+                f"{int((~gradient.isfinite()).sum())} of {gradient.numel()} numbers that are not, as from the square "
+                "root or the logarithm of 0"
+            )
+
+    samples.register_hook(check)
 
 
 def check_differentiable_names(spec: str) -> None:

@@ -340,6 +340,8 @@ def _check_answer(answer: Any, name: str, batch: int) -> tuple[NDArray[np.float6
 def _check_details(details: Mapping[str, Any], name: str, batch: int) -> dict[str, list[Any]]:
     lists: dict[str, list[Any]] = {}
     for key, given in details.items():
+        if not isinstance(key, str) or not key.strip():
+            raise ValueError(f"reward {name} must name its details by text that is not empty; got the name {key!r}")
         values = _as_numpy(given)
         if _length(values) != batch:
             raise ValueError(

@@ -32,6 +32,7 @@ from agents.rollout.vec_env import denoising_env_of
 from ddpo_env.models import abilities_of
 from ddpo_env.validation.options import check_value
 from rewards import DifferentiableReward, check_differentiable, score_with_gradient
+from rewards.differentiable import require_finite_gradient
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,8 @@ class DRaFT(WholeEpisodesAlgorithm):
         assert isinstance(batch, LastSteps)
         latents, penalty = self._denoise_again(batch)
         samples = abilities_of(self.denoising_policy.model).decode_with_gradient(latents)
+        if not self.scaler.is_enabled():  # it looks for an overflow itself, and lowers its scale
+            require_finite_gradient(self.reward, samples)
         scores = score_with_gradient(self.reward, samples, batch.prompts)
         loss = -scores.mean() + penalty
         logged: dict[str, Metric] = {"loss": loss.detach(), "reward": scores.detach().mean()}

@@ -161,7 +161,7 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
                 break
         for name, value in self.drift(self.random_steps(measured_steps(len(indices), self._rollouts))).items():
             if not math.isfinite(value):
-                fault = f"train/{name} is {value} after {self._n_updates} updates: lower learning_rate or clip_range"
+                fault = f"train/{name} is {value} after {self._n_updates} updates: lower learning_rate"
                 raise self.processes.mark_agreed(FloatingPointError(fault))
             metrics[name].append(value)
         self._record_training(metrics)
@@ -313,7 +313,7 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
             loss = metrics["loss"][-1] if metrics["loss"] else "not logged"
             error = FloatingPointError(
                 f"the gradient is not finite after {self._n_updates} updates (loss {loss}): "
-                "lower learning_rate or clip_range, or train in float32"
+                "lower learning_rate, or train in float32"
             )
             raise self.processes.mark_agreed(error)
         if math.isfinite(norm):

@@ -16,7 +16,7 @@ from agents.output.files import refuse_links
 from agents.output.terminal import quoted
 from agents.report.run_data import ITERATION
 from agents.training.checkpoint import iterations_done, latest_checkpoint
-from agents.training.result import advised_iteration, best_of
+from agents.training.result import NO_GRADIENT, advised_iteration, best_of
 from agents.training.run_folder import MetricsTable
 from ddpo_env.models.lora.lora_file import PEFT_FILE, find_lora
 from ddpo_env.validation.options import NOT_NEGATIVE, check_value
@@ -32,8 +32,9 @@ _SUMMARY: Mapping[str, Any] = {
     "wall_clock_seconds": Annotated[float, NOT_NEGATIVE],
     "eval_samples": Annotated[int, MOST],
     "stopped_early": str | None,
+    "has_learned": bool | None,
 }
-"""What is read of `summary.json`."""
+"""What is read of `summary.json`; older ones do not have `has_learned`."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,21 @@ class FinishedRun:
             which: the weights; `None` takes those that the run advised when it ended.
 
         Raises:
-            ValueError: if the pretrained model is better than what was learned, or for a file that is missing or that
-                only peft reads.
+            ValueError: if nothing was learned, or the pretrained model is better than what was learned; for a file that
+                is missing or that only peft reads.
         """
         last = self.summary["iterations"]
         advised = advised_iteration(self.holdout, last)
         best = best_of(list(self.holdout or self.evaluations))
-        if which is None and advised == 0:
+        useless = None
+        if self.summary.get("has_learned") is False:
+            useless = f"has learned nothing: no iteration had a gradient, {NO_GRADIENT}"
+        elif advised == 0:
+            reward = self.config.run.holdout_reward
+            useless = f"has learned nothing worth using: by its held-out reward {reward} the pretrained model is better"
+        if which is None and useless is not None:
             raise ValueError(
-                f"run {str(self.folder)!r} has learned nothing worth using: by its held-out reward "
-                f"{self.config.run.holdout_reward} the pretrained model is better. To use it all the same, give "
+                f"run {str(self.folder)!r} {useless}. To use it all the same, give "
                 f"--weights last to ddpo-export, and --lora {quoted(self.folder / 'lora')} to other commands"
             )
         if which == "best" and (best is None or best[0] == 0):

@@ -42,7 +42,7 @@ from agents.policy.lora import (
     starting_adapters,
 )
 from agents.policy.matching import check_spaces, find_model, options_for
-from agents.policy.options import PolicyOptions, check_trainable, read_settings
+from agents.policy.options import PolicyOptions, check_trainable, policy_options, read_settings
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
 from ddpo_env.models import DiffusionModel, abilities_of, load_model
 from ddpo_env.models.loading import plain_arguments
@@ -114,7 +114,7 @@ class DiffusionPolicy(SamplerAbilities, ActorCriticPolicy):
             raise ValueError("use_sde must be False: the sampler's own noise is the exploration; got True")
         open_options = {"guidance_scale": guidance_scale, "lora_rank": lora_rank}
         options |= {name: value for name, value in open_options.items() if value is not None}
-        PolicyOptions(**options)  # what is wrong with any model is told before one is loaded
+        policy_options(options)  # what is wrong with any model is told before one is loaded
         if issubclass(optimizer_class, torch.optim.Adam | torch.optim.AdamW):
             optimizer_kwargs = {"betas": (0.9, 0.999), "weight_decay": 1e-4, **(optimizer_kwargs or {})}
         # ActorCriticPolicy's own constructor would build an MLP; everything that it promises is defined below.

@@ -12,7 +12,7 @@ from gymnasium import spaces
 
 from agents.policy.guidance import can_be_guided, check_guidance
 from agents.policy.lora import has_layers
-from agents.policy.options import PolicyOptions
+from agents.policy.options import PolicyOptions, policy_options
 from ddpo_env.models import DiffusionModel, load_model
 from ddpo_env.spaces import DenoisingObservationSpace, ModelHandle
 
@@ -58,7 +58,7 @@ def options_for(model: DiffusionModel, given: Mapping[str, Any]) -> PolicyOption
     By default there is no guidance for a model that takes no prompt, and every weight learns of a denoiser without a
     layer that gets an adapter.
     """
-    options = PolicyOptions(**given)
+    options = policy_options(given)
     if "guidance_scale" not in given and not can_be_guided(model):
         options = replace(options, guidance_scale=1.0)
     is_adapted = bool({"lora_rank", "lora_targets"} & given.keys()) or options.lora is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,6 +14,7 @@ import tyro
 
 from ddpo_env.validation.choices import SMALLEST_STD, Reduction, SamplerName
 from ddpo_env.validation.options import Range, check_fields
+from rewards.registry import did_you_mean
 
 if TYPE_CHECKING:  # a command line is read without torch; see `ddpo_env.validation.choices`
     from ddpo_env.models import DiffusionModel
@@ -118,6 +120,20 @@ class PolicyOptions:
             noise_level=self.noise_level,
             min_std=self.min_std,
         )
+
+
+def policy_options(given: Mapping[str, Any]) -> PolicyOptions:
+    """Return options from arguments of `DiffusionPolicy` by name.
+
+    Raises:
+        ValueError: for a name that is none, or a value that is not valid.
+    """
+    names = [field.name for field in fields(PolicyOptions)]
+    if unknown := [name for name in given if name not in names]:
+        valid = ["model", "num_inference_steps", "optimizer_class", "optimizer_kwargs", *names]
+        near = did_you_mean(unknown[0], valid)
+        raise ValueError(f"policy_kwargs must be among {', '.join(valid)}; got {', '.join(unknown)}{near}")
+    return PolicyOptions(**given)
 
 
 def check_trainable(quantization: str | None, options: PolicyOptions) -> None:

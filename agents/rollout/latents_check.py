@@ -1,4 +1,4 @@
-"""Checks an invariant of the rollout buffer: in a denoising environment the next latents are the action."""
+"""Checks what the rollout of a denoising environment relies on: the next latents are the action, to the last step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,17 @@ class LatentsCheck:
     def compare(
         self, actions: Tensor, observation: dict[str, Any], dones: npt.NDArray[np.bool_], infos: list[dict[str, Any]]
     ) -> None:
-        """Compare one step's actions `(n_envs, ...)` with the next latents; of ended episodes with the last ones."""
+        """Compare one step's actions `(n_envs, ...)` with the next latents; of ended episodes with the last ones.
+
+        Raises:
+            ValueError: for an episode that was truncated: it has no sample, and so no reward.
+        """
+        if any(infos[index].get("TimeLimit.truncated", False) for index in np.flatnonzero(dones)):
+            raise ValueError(
+                "env must not cut an episode before its sample exists, and one was truncated: it has no reward. Remove "
+                "the wrapper that did it, such as TimeLimit (max_episode_steps of gym.make), or let it be at least "
+                "num_inference_steps"
+            )
         following = torch.as_tensor(observation["latents"]).to(actions.device)
         if dones.any():
             rows = [

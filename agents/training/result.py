@@ -60,6 +60,7 @@ class RunResult:
             "holdout_reward_best": max(holdout, default=None),
             "best_iteration": None if best is None else best[0],
             "stopped_early": self.stopped_early,
+            "has_learned": self.has_learned,
             "eval_samples": config.run.eval_samples,
             "wall_clock_seconds": round(self.wall_clock_seconds, 1),
             "iterations": self.iterations,

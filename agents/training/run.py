@@ -85,8 +85,7 @@ class Run:
         folder: RunFolder,
         listeners: list[RunListener],
     ) -> None:
-        self.config = config
-        self.algorithm = algorithm
+        self.config, self.algorithm = config, algorithm
         self.processes = algorithm.processes
         self.folder, self.listeners = folder, listeners
         self.iteration = 0
@@ -329,7 +328,8 @@ class Run:
 
     def _watch_update(self, measured: Mapping[str, float]) -> None:
         """Note whether the iteration had a gradient; warn of the first without, and of the first that went too far."""
-        has_gradient, kl = measured.get("train/grad_norm") != 0, measured.get("train/kl_to_sampling", 0.0)
+        norm, kl = measured.get("train/grad_norm"), measured.get("train/kl_to_sampling", 0.0)
+        has_gradient = bool(measured.get("train/overflowed_updates") if norm is None else norm)
         self.has_learned |= has_gradient
         faults = {
             f"had no gradient, {NO_GRADIENT}: nothing was learned": not has_gradient,

@@ -155,3 +155,19 @@ def test_answer_of_another_form_is_named():
         score_with_gradient(Detached(), samples, PROMPTS[:2])
     with pytest.raises(ValueError, match=r"reward OneNumber: .* got \(\) with a gradient"):
         score_with_gradient(OneNumber(), samples, PROMPTS[:2])
+
+
+def test_scores_that_are_not_finite_are_named_unless_the_samples_are_the_cause():
+    class Logarithm:
+        def differentiable_score(self, samples, prompts):
+            return samples.mean((1, 2, 3)).log()
+
+    samples = torch.ones(2, 3, 4, 4)
+    samples[1] = 0
+    with pytest.raises(
+        ValueError,
+        match=r"reward Logarithm: differentiable_score must be finite; got -inf for prompt 'b' \(sample 1 of 2",
+    ):
+        score_with_gradient(Logarithm(), samples.requires_grad_(), ["a", "b"])
+    broken = torch.full((2, 3, 4, 4), torch.nan, requires_grad=True)
+    assert score_with_gradient(Logarithm(), broken, ["a", "b"]).isnan().all()

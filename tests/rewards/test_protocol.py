@@ -102,6 +102,12 @@ def test_reward_gets_images_prompts_and_metadata():
         ),
         (([1, 2, 3, 4], {"size": [1, 2]}), ValueError, "must return 4 values of the detail 'size'"),
         (([1, 2, 3, 4], {"answer": "text"}), ValueError, "must return 4 values of the detail 'answer'"),
+        (
+            ([1, 2, 3, 4], {3: [1, 2, 3, 4]}),
+            ValueError,
+            "must name its details by text that is not empty; got the name 3",
+        ),
+        (([1, 2, 3, 4], {"": [1, 2, 3, 4]}), ValueError, "must name its details by text .*; got the name ''"),
         (([1, 2, 3, 4], {"size": 3}), ValueError, "must return 4 values of the detail 'size'"),
     ],
 )

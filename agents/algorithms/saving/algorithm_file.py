@@ -188,6 +188,11 @@ def read_parameters(path: SavePath) -> dict[str, Any]:
 
 
 def _read(path: SavePath) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if isinstance(path, str | Path) and Path(path).is_dir():
+        raise ValueError(
+            f"path must be a file that an algorithm's save wrote; {str(path)!r} is a folder. A policy's folder, as in "
+            "a run, is read by agents.DiffusionPolicy.load"
+        )
     file = open_path(path, "r", suffix="zip")
     try:
         with zipfile.ZipFile(file) as archive:

@@ -33,13 +33,7 @@ from ddpo_env.models.families.encoded_prompts import (
 )
 from ddpo_env.models.families.parity import TESTED, compare_with_pipeline
 from ddpo_env.models.families.resolution import check_resolution
-from ddpo_env.models.families.table import (
-    GUIDES,
-    check_arguments,
-    fixed_arguments,
-    sample_kind_of,
-    sampling_rate_of,
-)
+from ddpo_env.models.families.table import GUIDES, check_arguments, fixed_arguments, sample_kind_of, sampling_rate_of
 from ddpo_env.models.families.watching import WatchedPipeline
 from ddpo_env.models.files.pipelines import TEXT_ENCODERS
 from ddpo_env.models.image_decoding import check_scaling, picture_of, samples_of
@@ -48,6 +42,7 @@ from ddpo_env.models.lora.peft_format import save_peft_adapter
 from ddpo_env.models.protocol import Conditioning, Fields, ModelAbilities, ShapeUnknownError
 from ddpo_env.models.quantization import loaded_dtype
 from ddpo_env.prompts.images import IMAGE
+from ddpo_env.validation.options import shown
 from ddpo_env.validation.resolution import Resolution
 
 _PIXELS_PER_CALL = 8 * 512 * 512
@@ -316,7 +311,8 @@ class PipelineModel(ModelAbilities):
         except Exception as error:  # of any kind, as the pipeline is anybody's
             if self.device.type == "meta" and isinstance(error, RuntimeError):
                 raise ShapeUnknownError from error
-            what = f"its call ended with {type(error).__name__}: {error}"
+            given = "".join(f" {name}={shown(value)}" for name, value in self.arguments.items())
+            what = f"its call{given and ' with pipeline_arguments'}{given} ended with {type(error).__name__}: {error}"
             raise ValueError(f"model {self.source!r} must be a pipeline that can be watched; {what}") from error
         encoded = [conditioning_in(one, self.watched.parameters, self._arguments) for one in seen]
         made = [one["self"].made for one in seen]

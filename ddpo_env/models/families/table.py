@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ddpo_env.validation.options import shown
 from ddpo_env.validation.resolution import Resolution, height_and_width
 from rewards.kinds import SampleKind
 
@@ -22,6 +23,16 @@ _NOT_FREE = (
     *("callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs"),
 )
 """Arguments of a pipeline's call that are not the user's: the environment and the policy give them."""
+_GUIDANCE = "the policy combines the two outputs of guidance itself, by guidance_scale alone"
+_BATCH = "the environment makes the batch; samples_per_prompt is the number of samples for a prompt"
+_STEPS_OF_EPISODE = "an episode has all steps of the sampler; num_inference_steps is their number"
+_DECIDED: dict[str, str] = {
+    "eta": "the policy draws the sampler's noise; its setting eta is the amount",
+    **dict.fromkeys(("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt"), _BATCH),
+    **dict.fromkeys(("guidance_rescale", "cfg_normalization", "cfg_truncation", "cfg_trunc_ratio"), _GUIDANCE),
+    **dict.fromkeys(("denoising_start", "denoising_end"), _STEPS_OF_EPISODE),
+}
+"""Arguments that act outside the watched part of a call, so training would never see them → what decides instead."""
 
 Guide: TypeAlias = Callable[[Tensor, Tensor, float], Tensor]
 """Output for the negative prompt, output for the prompt and the scale → the guided output."""
@@ -79,13 +90,23 @@ def check_arguments(
     Raises:
         ValueError: naming the arguments.
     """
-    taken = [name for name in parameters if name not in _NOT_FREE]
+    if decided := [name for name in arguments if name in parameters and name in _DECIDED]:
+        raise ValueError(
+            f"pipeline_arguments must not have {decided[0]} with model {source!r}, because {_DECIDED[decided[0]]}; "
+            f"got {decided[0]}={shown(arguments[decided[0]])}"
+        )
+    taken = [name for name in parameters if name not in _NOT_FREE and name not in _DECIDED]
     if wrong := [str(name) for name in arguments if name not in taken]:
         raise ValueError(
             f"pipeline_arguments must be among {', '.join(taken)} with model {source!r}; got {', '.join(wrong)}"
         )
     if resolution is not None and {"height", "width"} & arguments.keys():
         raise ValueError(f"resolution must be None if height or width is in pipeline_arguments; got {resolution!r}")
+    sides = [name for name in ("height", "width") if name in parameters]
+    if len(given := [name for name in sides if name in arguments]) == 1 and len(sides) == 2:
+        raise ValueError(
+            f"pipeline_arguments must have height and width, or neither: resolution is the size; got {given[0]} alone"
+        )
 
 
 def fixed_arguments(

@@ -74,7 +74,7 @@ def on_the_plane(**arguments):
     env = DenoisingVectorEnv(
         SAMPLES,
         model=Linear(),
-        reward=Near(),
+        reward=arguments.pop("reward", Near()),
         num_inference_steps=LENGTH,
         backend="torch",
         autoreset_mode="SameStep",
@@ -202,6 +202,33 @@ def test_reward_of_rounded_images_is_logged_beside_the_differentiable_one(micro_
     collected(model).train()
     assert logged(model)["train/reward"] == pytest.approx(logged(model)["rollout/reward_mean"], abs=1e-3)
     assert 0 < logged(model)["train/reward_difference"] < 0.5 / 255
+
+
+class Cornered(Near):
+    """Its score is finite everywhere, and its gradient is not where the root is of 0."""
+
+    def differentiable_score(self, samples, prompts):
+        return super().differentiable_score(samples, prompts) + (0 * samples).sum(1).sqrt()
+
+
+class Unknown(Near):
+    def differentiable_score(self, samples, prompts):
+        return super().differentiable_score(samples, prompts) * torch.nan
+
+
+@pytest.mark.parametrize(
+    ("reward", "fault"),
+    [
+        (Cornered(), rf"reward Cornered: the gradient of differentiable_score must be finite; got {2 * SAMPLES} of "),
+        (Unknown(), "reward Unknown: differentiable_score must be finite; got nan for prompt"),
+    ],
+)
+def test_reward_whose_score_or_gradient_is_not_finite_is_named(reward, fault):
+    model, _ = on_the_plane(reward=reward)
+    before = [weight.clone() for weight in model.policy.trainable_parameters()]
+    with pytest.raises(ValueError, match=fault):
+        model.learn(1)
+    assert all(torch.equal(*pair) for pair in zip(before, model.policy.trainable_parameters(), strict=True))
 
 
 def test_brightness_of_sampled_images_rises(micro_pipeline_folder):

@@ -222,6 +222,13 @@ def test_planted_pickles_do_not_run(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
+def test_folder_is_refused_with_what_reads_a_policy(tmp_path):
+    (tmp_path / "policy").mkdir()
+    for path in (tmp_path / "policy", str(tmp_path / "policy")):
+        with pytest.raises(ValueError, match=r"path must be a file .*policy' is a folder.*DiffusionPolicy\.load"):
+            PPO.load(path)
+
+
 def test_other_algorithm_is_refused(tmp_path):
     small_ppo().save(tmp_path / "model")
     with pytest.raises(ValueError, match="path must hold a REINFORCE; .* holds a 'PPO'"):

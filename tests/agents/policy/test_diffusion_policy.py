@@ -258,6 +258,8 @@ def test_loading_what_does_not_fit_is_a_clear_error(env, tmp_path):
         ({"guidance_scale": -1.0}, r"guidance_scale must be in \[0, 100\]; got -1.0"),
         ({"guidance_scale": float("nan")}, r"guidance_scale must be in \[0, 100\]"),
         ({"lora_targets": "everything"}, r"lora_targets must be one of attention, .*; got 'everything'"),
+        ({"lora_rnk": 1}, "policy_kwargs must be among .*lora_rank, .*; got lora_rnk; did you mean lora_rank?"),
+        ({"num_inference_step": 1}, "policy_kwargs must be among .*; did you mean num_inference_steps?"),
         ({"lora_rank": -1}, r"lora_rank must be in \[0, 4096\]; got -1"),
         ({"log_prob_reduction": "max"}, "log_prob_reduction must be one of mean, sum; got 'max'"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1; got 0"),

@@ -8,6 +8,7 @@ from gymnasium.vector import AutoresetMode
 from helpers.micro_agents import brightness
 
 import ddpo_env  # noqa: F401  (registers DDPO-SD-v0)
+from agents.algorithms.forward.nft import NFT
 from agents.algorithms.policy_gradient.ppo import PPO
 from agents.policy.diffusion_policy import DiffusionPolicy
 from agents.rollout.vec_env import VectorEnvAdapter
@@ -24,7 +25,7 @@ WRAPPERS = {
 }
 
 
-def trained(folder, wrap, steps):
+def trained(folder, wrap, steps, kind=PPO):
     env = gym.make_vec(
         "DDPO-SD-v0",
         2,
@@ -37,7 +38,7 @@ def trained(folder, wrap, steps):
         device="cpu",
     )
     policy = {"guidance_scale": 1.0, "lora_rank": 2}
-    model = PPO(DiffusionPolicy, VectorEnvAdapter(env), n_steps=steps, gamma=1.0, policy_kwargs=policy, device="cpu")
+    model = kind(DiffusionPolicy, VectorEnvAdapter(env), n_steps=steps, policy_kwargs=policy, device="cpu")
     return model.learn(2 * steps)
 
 
@@ -50,3 +51,20 @@ def test_wrapper_that_changes_latents_is_refused(micro_pipeline_folder, name, st
 
 def test_wrapper_that_changes_nothing_is_accepted(micro_pipeline_folder):
     assert trained(micro_pipeline_folder, lambda env: env, 3).num_timesteps == 6
+
+
+CUT = "env must not cut an episode before its sample exists, .*TimeLimit .max_episode_steps of gym.make"
+
+
+@pytest.mark.parametrize("kind", [PPO, NFT])
+def test_episode_that_is_cut_before_its_sample_exists_is_refused(micro_pipeline_folder, kind):
+    with pytest.raises(ValueError, match=CUT):
+        trained(micro_pipeline_folder, lambda env: wrappers.TimeLimit(env, 2), 3, kind)
+    assert trained(micro_pipeline_folder, lambda env: wrappers.TimeLimit(env, 3), 3, kind).num_timesteps == 6
+
+
+def test_time_limit_of_a_single_environment_is_refused():
+    env = gym.make("DDPO-Points-v0", max_episode_steps=2, num_inference_steps=3, device="cpu")
+    policy = {"guidance_scale": 1.0, "lora_rank": 0}
+    with pytest.raises(ValueError, match=CUT):
+        PPO(DiffusionPolicy, env, n_steps=6, policy_kwargs=policy, device="cpu").learn(6)

@@ -1,5 +1,7 @@
 """Numerical faults have a defined end: an error that names the fault and the last good state, or a finished run."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -127,13 +129,26 @@ def test_spread_needs_samples_of_several_prompts_or_of_all_that_there_are():
     assert spread(rewards, few, range(3)) == rewards.std()
 
 
+@pytest.mark.parametrize("algorithm", ["ppo", "dpo"])
 @pytest.mark.parametrize("score", [np.zeros_like, lambda x: x], ids=["constant", "varied"])
-def test_run_without_a_gradient_says_that_it_learned_nothing(learner, monkeypatch, capsys, tmp_path, score):
+def test_run_without_a_gradient_says_that_it_learned_nothing(learner, monkeypatch, capsys, tmp_path, score, algorithm):
+    """DPO without a pair makes no update at all."""
     monkeypatch.setattr(micro_agents, "brightness", scoring(score))
-    assert command.train(prepare_run(micro_config(learner, tmp_path, iterations=2))) == 0
-    shown = capsys.readouterr().out
-    assert shown.count("had no gradient") == shown.count("Nothing was learned") == (score is np.zeros_like)
-    assert ("load_lora" in shown) == (score is not np.zeros_like and learner != "points")
+    config = micro_config(learner, tmp_path, iterations=2, algorithm=algorithm)
+    assert command.train(prepare_run(config)) == 0
+    shown, learned = capsys.readouterr().out, score is not np.zeros_like
+    assert shown.count("had no gradient") == shown.count("Nothing was learned") == (not learned)
+    assert ("load_lora" in shown) == (learned and learner != "points")
+    assert json.loads((tmp_path / "summary.json").read_text())["has_learned"] == learned
+
+
+@pytest.mark.parametrize(("measured", "learned"), [({}, False), ({"train/overflowed_updates": 1.0}, True)])
+def test_iteration_whose_updates_all_overflowed_had_a_gradient(tmp_path, measured, learned):
+    """float16 begins with a scale that overflows: rewards that are equal are not the cause."""
+    run = prepare_run(micro_config("points", tmp_path))
+    run._watch_update(measured)
+    assert run.has_learned == learned
+    run.folder.release()
 
 
 @pytest.mark.parametrize(("rate", "warnings"), [(2e-3, 0), (3.0, 1)])

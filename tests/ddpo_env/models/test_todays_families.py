@@ -23,6 +23,7 @@ from agents.training.preparation import run_training
 from ddpo_env import load_model
 from ddpo_env.models import abilities_of
 from ddpo_env.models.families.watching import WatchedPipeline
+from ddpo_env.models.loading import check_source
 from ddpo_env.spaces import ModelHandle
 
 PROMPT = "a cat"
@@ -215,7 +216,39 @@ def test_arguments_that_the_pipeline_does_not_take_are_refused() -> None:
     with pytest.raises(ValueError, match=r"pipeline_arguments must be empty with model 'points'.*; got {'a': 1}"):
         load_model("points", "cpu", pipeline_arguments={"a": 1})
     with pytest.raises(ValueError, match="resolution must be None if height or width is in pipeline_arguments; got 32"):
-        load_model(build("wan"), "cpu", resolution=32, pipeline_arguments={"height": 16, "num_frames": 5})
+        load_model(build("wan"), "cpu", resolution=32, pipeline_arguments={"height": 16, "width": 16, "num_frames": 5})
+
+
+@pytest.mark.parametrize(
+    ("argument", "instead"),
+    [
+        ({"guidance_rescale": 0.9}, "guidance_scale alone; got guidance_rescale=0.9"),
+        ({"eta": 0.3}, "its setting eta is the amount; got eta=0.3"),
+        ({"num_images_per_prompt": 2}, "samples_per_prompt is the number of samples for a prompt"),
+    ],
+)
+def test_arguments_that_training_would_not_see_are_refused_with_what_decides_instead(
+    micro_pipeline_folder: Path, argument: dict[str, Any], instead: str
+) -> None:
+    (name,) = argument
+    for checking in (check_source, load_model):
+        with pytest.raises(ValueError, match=f"pipeline_arguments must not have {name} with model .*{instead}"):
+            checking(micro_pipeline_folder, "cpu", pipeline_arguments=argument)
+    with pytest.raises(ValueError, match="pipeline_arguments must be among ") as error:
+        load_model(micro_pipeline_folder, "cpu", pipeline_arguments={"frames": 1})
+    assert name not in str(error.value)
+
+
+def test_height_without_width_is_refused_as_a_pipeline_may_ignore_it(micro_pipeline_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"must have height and width, or neither: .*resolution.*; got height alone"):
+        load_model(micro_pipeline_folder, "cpu", pipeline_arguments={"height": 48})
+    both: Any = load_model(micro_pipeline_folder, "cpu", pipeline_arguments={"height": 48, "width": 32})
+    assert both.latent_shape == (4, 12, 8)
+
+
+def test_error_of_the_call_names_the_arguments_it_was_given(micro_pipeline_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"its call with pipeline_arguments cross_attention_kwargs=3 ended with \w+"):
+        load_model(micro_pipeline_folder, "cpu", pipeline_arguments={"cross_attention_kwargs": 3})
 
 
 def test_run_trains_a_video_model_and_shows_three_frames(tmp_path: Path) -> None:

@@ -150,6 +150,12 @@ def test_weights_are_those_that_the_held_out_reward_prefers(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="no evaluation was better than before training"):
         useless.lora("best")
     assert useless.lora("last")[0] == 4
+    older = replace(overoptimised, holdout=[])  # their summaries do not say whether anything was learned
+    assert replace(older, summary=older.summary | {"has_learned": True}).lora(None) == older.lora(None)
+    untrained = replace(older, summary=older.summary | {"has_learned": False})
+    with pytest.raises(ValueError, match=r"has learned nothing: no iteration had a gradient, .*--weights last"):
+        untrained.lora(None)
+    assert untrained.lora("last")[0] == 4
     (last / "pytorch_lora_weights.safetensors").rename(last / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="in peft's format"):
         overoptimised.lora("last")
