@@ -124,11 +124,11 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         """Draw the random numbers that `loss` draws for `rows` transitions that another process computes."""
 
     @contextmanager
-    def sampling(self) -> Iterator[None]:
+    def sampling(self, rollout: int) -> Iterator[None]:
         """Sample with noise in this iteration's window only, if there is one, inside this context."""
         steps = self.abilities.stochastic_steps()
-        window = None if steps is None else self.options.noise_window_at(self._rollouts, len(steps))
-        with super().sampling(), self.abilities.noise_within(window):
+        window = None if steps is None else self.options.noise_window_at(rollout, len(steps))
+        with super().sampling(rollout), self.abilities.noise_within(window):
             yield
 
     def select_steps(self) -> npt.NDArray[np.int64]:
@@ -138,11 +138,6 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
     def random_steps(self, count: int) -> npt.NDArray[np.int64]:
         """Return flat indices of up to `count` random steps inside `timestep_window` that have a log-probability."""
         return self.generators.numpy.permutation(self._scored_steps(1.0))[:count]
-
-    @property
-    def _rollouts(self) -> int:
-        """The number of finished rollouts, also those before a checkpoint."""
-        return self.num_timesteps // (self.n_steps * self.n_envs * self.processes.count)
 
     def _scored_steps(self, fraction: float) -> npt.NDArray[np.int64]:
         rollout, window = self.rollout_buffer, self.options.timestep_window

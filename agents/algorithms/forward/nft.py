@@ -81,9 +81,9 @@ class NFT(LaggingAlgorithm):
         )
 
     @contextmanager
-    def sampling(self) -> Iterator[None]:
+    def sampling(self, rollout: int) -> Iterator[None]:
         """Sample with the old policy inside this context."""
-        with self.as_lagging(), super().sampling():
+        with self.as_lagging(), super().sampling(rollout):
             yield
 
     def loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Metric]]:
