@@ -33,7 +33,7 @@ from stable_baselines3.common.utils import explained_variance
 from torch import Tensor
 from torch.nn import functional
 
-from agents.algorithms.options import UpdateOptions, check_noise
+from agents.algorithms.options import UpdateOptions, check_noise, check_whole_episodes
 from agents.algorithms.rollout_algorithm import RolloutAlgorithm
 from agents.distributed import Maximum, Metric, Rows
 from agents.policy.abilities import PolicyEvaluation
@@ -105,7 +105,10 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
                 f"(PolicyAbilities.knows_reference); got {self.options.kl_coef}"
             )
         needs = self.needs_log_probs, self.penalises_steps
-        check_noise(self.options, self.abilities.stochastic_steps(), type(self).__name__, *needs)
+        stochastic, window = self.abilities.stochastic_steps(), self.options.timestep_window
+        check_noise(self.options, stochastic, type(self).__name__, *needs)
+        if window != (0.0, 1.0):
+            check_whole_episodes(self.n_steps, stochastic, f"timestep_window={window}, fractions of an episode")
         compute_dtype = self.abilities.compute_dtype
         recompute, is_half = self.options.recompute_log_probs, compute_dtype != torch.float32
         self.recomputes_log_probs = self.compares_with_sampling and is_half if recompute is None else recompute
