@@ -313,6 +313,8 @@ def fitting_estimator(given: AdvantageEstimator | None, policy: PolicyAbilities,
     return given
 
 
+COMPARING_SAMPLES = GroupRelativeAdvantage, DecoupledAdvantage, LeaveOneOutAdvantage
+"""These need several samples of each prompt in a rollout."""
 _OF_WHOLE_EPISODES = (
     PerPromptAdvantage,
     BatchAdvantage,

@@ -22,7 +22,7 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import Tensor
 from torch.nn import functional
 
-from agents.algorithms.options import LAST_STEPS
+from agents.algorithms.options import LAST_STEPS, with_fixed
 from agents.algorithms.whole_episodes import WholeEpisodesAlgorithm
 from agents.distributed import Metric
 from agents.policy.abilities import SamplerAbilities
@@ -85,8 +85,7 @@ class DRaFT(WholeEpisodesAlgorithm):
         **arguments: Any,
     ) -> None:
         check_value("last_steps", last_steps, Annotated[int, LAST_STEPS])
-        if arguments.get("advantage") is not None:
-            raise ValueError(f"advantage must be None with DRaFT, which has none; got {arguments['advantage']!r}")
+        arguments = with_fixed(arguments, type(self).__name__, "which has none", advantage=None)
         self.last_steps = last_steps
         super().__init__(
             policy,

@@ -33,7 +33,7 @@ from stable_baselines3.common.utils import explained_variance
 from torch import Tensor
 from torch.nn import functional
 
-from agents.algorithms.options import UpdateOptions, check_noise
+from agents.algorithms.options import UpdateOptions, check_noise, check_whole_episodes
 from agents.algorithms.rollout_algorithm import RolloutAlgorithm
 from agents.distributed import Maximum, Metric, Rows
 from agents.policy.abilities import PolicyEvaluation
@@ -105,7 +105,10 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
                 f"(PolicyAbilities.knows_reference); got {self.options.kl_coef}"
             )
         needs = self.needs_log_probs, self.penalises_steps
-        check_noise(self.options, self.abilities.stochastic_steps(), type(self).__name__, *needs)
+        stochastic, window = self.abilities.stochastic_steps(), self.options.timestep_window
+        check_noise(self.options, stochastic, type(self).__name__, *needs)
+        if window != (0.0, 1.0):
+            check_whole_episodes(self.n_steps, stochastic, f"timestep_window={window}, fractions of an episode")
         compute_dtype = self.abilities.compute_dtype
         recompute, is_half = self.options.recompute_log_probs, compute_dtype != torch.float32
         self.recomputes_log_probs = self.compares_with_sampling and is_half if recompute is None else recompute
@@ -124,11 +127,11 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
         """Draw the random numbers that `loss` draws for `rows` transitions that another process computes."""
 
     @contextmanager
-    def sampling(self) -> Iterator[None]:
+    def sampling(self, rollout: int) -> Iterator[None]:
         """Sample with noise in this iteration's window only, if there is one, inside this context."""
         steps = self.abilities.stochastic_steps()
-        window = None if steps is None else self.options.noise_window_at(self._rollouts, len(steps))
-        with super().sampling(), self.abilities.noise_within(window):
+        window = None if steps is None else self.options.noise_window_at(rollout, len(steps))
+        with super().sampling(rollout), self.abilities.noise_within(window):
             yield
 
     def select_steps(self) -> npt.NDArray[np.int64]:
@@ -138,11 +141,6 @@ class TensorOnPolicyAlgorithm(RolloutAlgorithm):
     def random_steps(self, count: int) -> npt.NDArray[np.int64]:
         """Return flat indices of up to `count` random steps inside `timestep_window` that have a log-probability."""
         return self.generators.numpy.permutation(self._scored_steps(1.0))[:count]
-
-    @property
-    def _rollouts(self) -> int:
-        """The number of finished rollouts, also those before a checkpoint."""
-        return self.num_timesteps // (self.n_steps * self.n_envs * self.processes.count)
 
     def _scored_steps(self, fraction: float) -> npt.NDArray[np.int64]:
         rollout, window = self.rollout_buffer, self.options.timestep_window

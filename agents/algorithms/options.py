@@ -197,6 +197,24 @@ def check_whole_episodes(n_steps: int, stochastic: npt.NDArray[np.bool_] | None,
     )
 
 
+def with_fixed(given: Mapping[str, Any], algorithm: str, reason: str, **fixed: Any) -> dict[str, Any]:
+    """Return an algorithm's arguments and those that it fixes.
+
+    Args:
+        given: by name; a fixed one may be among them, with its one value.
+        algorithm: its name, for the error.
+        reason: for the error.
+        **fixed: the arguments that have one value.
+
+    Raises:
+        ValueError: for another value of them.
+    """
+    for name, value in fixed.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"{name} must be {value!r} with {algorithm}, {reason}; got {given[name]!r}")
+    return {**given, **fixed}
+
+
 def check_arguments(given: Mapping[str, Any]) -> None:
     """Check the arguments that every algorithm has, by name.
 

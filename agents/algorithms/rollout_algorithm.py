@@ -6,8 +6,8 @@ being computed. `learn` logs an iteration after its update, together with the up
 
 from __future__ import annotations
 
-import numbers
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -34,7 +34,8 @@ from agents.distributed import Processes, Rows
 from agents.policy.abilities import PolicyAbilities, policy_abilities
 from agents.rollout.buffer import TensorRolloutBuffer
 from agents.rollout.latents_check import LatentsCheck
-from agents.rollout.scores import PendingScores, details_by_name, numeric_details, score_measured
+from agents.rollout.sampling_scope import SamplingScope
+from agents.rollout.scores import PendingScores, detail_means, numeric_details, score_measured
 from agents.rollout.shared_prefix import EqualRows, SharedPrefix, shared_prefix_of
 from agents.rollout.vec_env import checked_env, denoising_env_of, env_actions, pending_scores_of
 from ddpo_env.spaces import DenoisingObservationSpace
@@ -161,9 +162,14 @@ class RolloutAlgorithm(SavableAlgorithm):
         """What the policy can do beyond Stable-Baselines3's interface."""
         return policy_abilities(self.policy)
 
-    def sampling(self) -> AbstractContextManager[None]:
-        """Return the context in which a rollout is sampled."""
+    def sampling(self, rollout: int) -> AbstractContextManager[None]:
+        """Return the context in which a rollout is sampled, by its number from 0."""
         return self.abilities.sampling_weights()
+
+    @property
+    def _rollouts(self) -> int:
+        """The number of finished rollouts, also those before a checkpoint."""
+        return self.num_timesteps // (self.n_steps * self.n_envs * self.processes.count)
 
     def broadcast_weights(self) -> None:
         """Give the weights of all processes the main one's values, before the first iteration."""
@@ -268,8 +274,9 @@ class RolloutAlgorithm(SavableAlgorithm):
         pending = PendingScores(rollout_buffer)
         complete = False
         try:
-            with self.processes.fail_together(), self.sampling(), pending_scores_of(env):
-                complete = self._sample(env, callback, rollout_buffer, n_rollout_steps, pending)
+            sampling = SamplingScope(partial(self.sampling, self._rollouts))
+            with self.processes.fail_together(), sampling, pending_scores_of(env):
+                complete = self._sample(env, callback, rollout_buffer, n_rollout_steps, pending, sampling)
         finally:
             if not complete:  # the next rollout begins new episodes, so that no part of one is trained on
                 self._last_obs = None
@@ -289,7 +296,8 @@ class RolloutAlgorithm(SavableAlgorithm):
             rollout_buffer.set_monte_carlo_returns()
             rollout_buffer.advantages = self.step_weights(rollout_buffer)
         self._record_rewards(rollout_buffer)
-        self._record_details(details_by_name(scored))
+        for name, mean in detail_means(scored).items():
+            self.logger.record(f"reward/{name}", mean)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
@@ -301,6 +309,7 @@ class RolloutAlgorithm(SavableAlgorithm):
         rollout_buffer: TensorRolloutBuffer,
         n_rollout_steps: int,
         pending: PendingScores,
+        sampling: SamplingScope,
     ) -> bool:
         """Fill the buffer with this process's sub-environments; return False if a callback asked to stop."""
         dones = np.zeros(env.num_envs, np.bool_)
@@ -325,7 +334,7 @@ class RolloutAlgorithm(SavableAlgorithm):
             if self.non_finite_rewards == "raise":
                 self._require_finite(rewards)
             callback.update_locals(locals())
-            if not callback.on_step():
+            if not sampling.on_step(callback):
                 return False
             self._bootstrap_time_limits(rewards, dones, infos)
             rollout_buffer.add(obs_tensor, actions, rewards, starts, values, log_probs, contexts, scored)
@@ -389,9 +398,3 @@ class RolloutAlgorithm(SavableAlgorithm):
             self.logger.record("rollout/reward_mean", float(returns.mean()))
             self.logger.record("rollout/reward_std", float(returns.std()))
             self.logger.record("rollout/episodes", len(returns))
-
-    def _record_details(self, details: dict[str, list[Any]]) -> None:
-        """Log the mean of every numeric detail that the reward reports, such as the terms of a weighted sum."""
-        for name, values in details.items():
-            if name != "non_finite" and all(isinstance(value, numbers.Real) for value in values):
-                self.logger.record(f"reward/{name}", float(np.mean(values)))

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from agents.algorithms.advantages import prompt_groups
-from agents.algorithms.on_policy import TensorOnPolicyAlgorithm
-from agents.algorithms.options import PERCENTILE
+from agents.algorithms.options import PERCENTILE, with_fixed
+from agents.algorithms.whole_episodes import WholeEpisodesAlgorithm
 from agents.distributed import Metric, Rows
 from agents.rollout.buffer import TensorRolloutBuffer, Transitions
 from ddpo_env.tensors import widest_float
@@ -36,7 +36,7 @@ from ddpo_env.validation.options import Range, check_value
 Weighting = Literal["exponential", "exponential_per_prompt", "percentile"]
 
 
-class RWR(TensorOnPolicyAlgorithm):
+class RWR(WholeEpisodesAlgorithm):
     """Reward-weighted regression on rollouts of the current policy.
 
     The weights are computed from the estimator's advantages and have mean 1 over the rollout's imitated steps.
@@ -45,7 +45,8 @@ class RWR(TensorOnPolicyAlgorithm):
         policy: policy class, or `"MlpPolicy"`, `"CnnPolicy"`, `"MultiInputPolicy"`.
         env: environment, vectorized environment or id.
         learning_rate: a number, or a function of the remaining progress.
-        n_steps: steps of each sub-environment in a rollout.
+        n_steps: steps of each sub-environment in a rollout; default: one episode of a denoising environment, 256 of
+            another. With a policy that denoises it must be a multiple of the episode's length.
         n_epochs: passes over the rollout; the paper uses 5, and 50 with the percentile.
         weighting: `"exponential"` (RWR), `"exponential_per_prompt"` (the weights have mean 1 within each prompt, which
             needs at least two episodes), or `"percentile"` (RWR-sparse).
@@ -60,13 +61,14 @@ class RWR(TensorOnPolicyAlgorithm):
     """
 
     compares_with_sampling = needs_log_probs = False
+    generic_steps = 256
 
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str,
         learning_rate: float | Schedule = 1e-3,
-        n_steps: int = 256,
+        n_steps: int | None = None,
         n_epochs: int = 5,
         weighting: Weighting = "exponential",
         beta: float = 1.0,
@@ -79,9 +81,14 @@ class RWR(TensorOnPolicyAlgorithm):
         self.weighting: Weighting = weighting
         self.beta = beta
         self.percentile = percentile
-        super().__init__(
-            policy, env, learning_rate=learning_rate, n_steps=n_steps, n_epochs=n_epochs, ent_coef=0.0, **arguments
-        )
+        arguments = with_fixed(arguments, type(self).__name__, "whose loss has no entropy", ent_coef=0.0)
+        super().__init__(policy, env, learning_rate=learning_rate, n_steps=n_steps, n_epochs=n_epochs, **arguments)
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.check_episodes()
+        if self.weighting == "exponential_per_prompt":
+            self.check_prompts("weighting='exponential_per_prompt'")
 
     def step_weights(self, rollout: TensorRolloutBuffer) -> Tensor:
         """Return the weight of every imitated step, 0 for the others, `(buffer_size, n_envs)`."""

@@ -88,10 +88,7 @@ class DiffusionPolicy(SamplerAbilities, ActorCriticPolicy):
         ValueError: for an argument that is not valid, or a space that does not fit the model.
     """
 
-    knows_reference = True
-    shares_batches = True
-    has_forward_process = True
-    draws_from_generator = True
+    knows_reference = shares_batches = has_forward_process = draws_from_generator = True
 
     @shows_options(PolicyOptions)
     def __init__(
@@ -282,7 +279,9 @@ class DiffusionPolicy(SamplerAbilities, ActorCriticPolicy):
         if self.guidance_embeds:
             scale = torch.full((len(timestep),), self.options.guidance_scale)
             conditioning = {**conditioning, "guidance": scale}
-        with torch.autocast(latents.device.type, self.compute_dtype, enabled=self.options.autocast is not None):
+        options, dtype = self.options, self.compute_dtype  # full training has a float32 copy, whatever the dtype
+        is_mixed = options.autocast is not None or (options.lora_rank == 0 and dtype != torch.float32)
+        with torch.autocast(latents.device.type, dtype, enabled=is_mixed):
             return self.model.predict(denoiser, latents, timestep, conditioning).float()
 
     def predict_values(self, obs: PyTorchObs) -> Tensor:

@@ -151,6 +151,15 @@ def details_by_name(episodes: Sequence[EndedEpisode]) -> dict[str, list[Any]]:
     return dict(details)
 
 
+def detail_means(episodes: Sequence[EndedEpisode]) -> dict[str, float]:
+    """Return the mean of every numeric detail that the reward reports, such as the terms of a weighted sum."""
+    return {
+        name: float(np.mean(values))
+        for name, values in details_by_name(episodes).items()
+        if name != "non_finite" and all(isinstance(value, numbers.Real) for value in values)
+    }
+
+
 def numeric_details(
     episodes: Sequence[EndedEpisode], rollout: TensorRolloutBuffer
 ) -> dict[str, npt.NDArray[np.float64]]:

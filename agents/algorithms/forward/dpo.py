@@ -54,8 +54,8 @@ class DPO(ForwardProcessAlgorithm):
             of a prompt, `policy_kwargs`, `seed`, `device`, ...
 
     Raises:
-        ValueError: for an argument that is not valid, or a policy without a denoiser or a pretrained one; in the first
-            iteration, for a prompt with a single sample.
+        ValueError: for an argument that is not valid, or a policy without a denoiser or a pretrained one; for a prompt
+            with a single sample, in the first iteration if that could not be told before.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class DPO(ForwardProcessAlgorithm):
                 f"policy must know a pretrained one with DPO, whose loss compares with it "
                 f"(PolicyAbilities.knows_reference); got a {type(self.policy).__name__}"
             )
+        self.check_prompts("DPO")
 
     def train(self) -> None:
         """Update the policy on the pairs of the rollout."""

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
+import numpy as np
+import numpy.typing as npt
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import Tensor
@@ -81,10 +83,14 @@ class NFT(LaggingAlgorithm):
         )
 
     @contextmanager
-    def sampling(self) -> Iterator[None]:
+    def sampling(self, rollout: int) -> Iterator[None]:
         """Sample with the old policy inside this context."""
-        with self.as_lagging(), super().sampling():
+        with self.as_lagging(), super().sampling(rollout):
             yield
+
+    def _recompute_log_probs(self, indices: npt.NDArray[np.int64]) -> None:
+        with self.as_lagging():  # which sampled
+            super()._recompute_log_probs(indices)
 
     def loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Metric]]:
         """Return the matching losses of the better and the worse policy, and the other terms; and metrics."""

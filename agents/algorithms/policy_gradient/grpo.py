@@ -26,7 +26,8 @@ class GRPO(PPO):
         policy: policy class, or `"MlpPolicy"`, `"CnnPolicy"`, `"MultiInputPolicy"`.
         env: environment, vectorized environment or id.
         learning_rate: a number, or a function of the remaining progress.
-        n_steps: steps of each sub-environment in a rollout, a multiple of the episode's length.
+        n_steps: steps of each sub-environment in a rollout, a multiple of the episode's length; default: one episode of
+            a denoising environment, 2,048 steps of another.
         batch_size: transitions in one update.
         n_epochs: passes over the rollout.
         clip_range: ε, or a function of the remaining progress; see `PPO`.
@@ -35,7 +36,8 @@ class GRPO(PPO):
         **arguments: of `PPO`.
 
     Raises:
-        ValueError: for an argument that is not valid; in the first iteration, for a prompt with a single sample.
+        ValueError: for an argument that is not valid; for a prompt with a single sample, in the first iteration if that
+            could not be told before.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class GRPO(PPO):
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str,
         learning_rate: float | Schedule = 3e-4,
-        n_steps: int = 2048,
+        n_steps: int | None = None,
         batch_size: int = 64,
         n_epochs: int = 1,
         clip_range: float | Schedule = 0.2,

@@ -20,9 +20,10 @@ from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
 from agents.algorithms.advantages import GeneralizedAdvantage
-from agents.algorithms.on_policy import Metrics, TensorOnPolicyAlgorithm
+from agents.algorithms.on_policy import Metrics
 from agents.algorithms.options import TrustRegion
 from agents.algorithms.policy_gradient.trust_region import surrogate
+from agents.algorithms.whole_episodes import WholeEpisodesAlgorithm
 from agents.distributed import Metric
 from agents.policy.abilities import PolicyEvaluation, SamplerAbilities
 from agents.policy.weight_copies import WeightSnapshot
@@ -34,7 +35,7 @@ _UNCHANGED = torch.zeros(()), torch.ones(())
 """Mean and standard deviation with which standardised advantages are what they were."""
 
 
-class PPO(TensorOnPolicyAlgorithm):
+class PPO(WholeEpisodesAlgorithm):
     """PPO with interchangeable advantages, gradient accumulation and training on a subset of the timesteps.
 
     With other policies and environments it behaves like Stable-Baselines3's PPO, with its defaults.
@@ -43,11 +44,12 @@ class PPO(TensorOnPolicyAlgorithm):
         policy: policy class, or `"MlpPolicy"`, `"CnnPolicy"`, `"MultiInputPolicy"`.
         env: environment, vectorized environment or id.
         learning_rate: a number, or a function of the remaining progress.
-        n_steps: steps of each sub-environment in a rollout.
+        n_steps: steps of each sub-environment in a rollout; default: one episode of a denoising environment, 2,048 of
+            another.
         batch_size: transitions in one update.
         n_epochs: passes over the rollout.
         clip_range: ε, or a function of the remaining progress. DDPO averages log-probabilities over the latent's
-            dimensions, so it is tiny there: 1e-4 at 16,384 dimensions.
+            dimensions, so 0.2 never clips there: runs use 1e-4 at 16,384 dimensions and 3e-3 for the bundled model.
         clip_range_vf: new values of the critic stay this close to the old ones in its loss, or a function of the
             remaining progress; default: no clipping. It depends on the reward's scale.
         normalize_advantage: whether each update standardises its own advantages. Default: only where
@@ -64,12 +66,14 @@ class PPO(TensorOnPolicyAlgorithm):
         ValueError: for an argument that is not valid.
     """
 
+    generic_steps = 2048
+
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str,
         learning_rate: float | Schedule = 3e-4,
-        n_steps: int = 2048,
+        n_steps: int | None = None,
         batch_size: int = 64,
         n_epochs: int = 10,
         clip_range: float | Schedule = 0.2,

@@ -26,7 +26,7 @@ from agents.policy.options import PolicyOptions
 
 NUMBER = [math.nan, math.inf, -1.0, "1", None, True]
 EVERY_ALGORITHM = {
-    "n_steps": [0, -1, 1.5, 10**12, "8", None, True],
+    "n_steps": [0, -1, 1.5, 10**12, "8", True],
     "learning_rate": [math.nan, math.inf, -1e-3, 1e39, "fast", None, True],
     "gamma": [*NUMBER, 2],
     "gae_lambda": [*NUMBER, 2],
@@ -44,7 +44,6 @@ EVERY_ALGORITHM = {
     "micro_batch_size": [0, -1, 1.5, 10**12],
     "non_finite_rewards": ["ignore", None, 1],
 }
-GIVEN_STEPS = {"n_steps": [value for value in EVERY_ALGORITHM["n_steps"] if value is not None]}
 OWN = {
     PPO: {
         "clip_range": [math.nan, math.inf, 0, -0.1, "0.2", None],
@@ -64,7 +63,6 @@ OWN = {
         "n_epochs": [0, 10**12],
     },
     AWM: {
-        **GIVEN_STEPS,
         "clip_range": [*NUMBER, 0],
         "advantage_clip": [*NUMBER, 0],
         "power": [*NUMBER, 0, 2],
@@ -72,9 +70,8 @@ OWN = {
         "lag_rate": [*NUMBER, 2],
         "lag_limit": [*NUMBER, 1],
     },
-    DPO: {**GIVEN_STEPS, "beta": [*NUMBER, 0, 1e12], "n_epochs": [0]},
+    DPO: {"beta": [*NUMBER, 0, 1e12], "n_epochs": [0]},
     NFT: {
-        **GIVEN_STEPS,
         "beta": [*NUMBER, 0, 1e12],
         "advantage_clip": [*NUMBER, 0],
         "lag_rate": [*NUMBER, 2],
@@ -94,6 +91,16 @@ CASES = [
 def test_argument_of_an_algorithm(kind, name, value):
     with pytest.raises(ValueError, match=rf"^{name}(\[\d\])? must be .*; got "):
         kind("MlpPolicy", "CartPole-v1", **{"n_steps": 8, "device": "cpu", name: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "only", "value"),
+    [(REINFORCE, "batch_size", None, 4), (REINFORCE, "n_epochs", 1, 2), (RWR, "ent_coef", 0.0, 0.1)],
+)
+def test_argument_that_an_algorithm_fixes_has_that_value_only(kind, name, only, value):
+    with pytest.raises(ValueError, match=rf"^{name} must be {only} with {kind.__name__}, .+; got {value}$"):
+        kind("MlpPolicy", "CartPole-v1", n_steps=8, device="cpu", **{name: value})
+    assert getattr(kind("MlpPolicy", "CartPole-v1", n_steps=8, device="cpu", **{name: only}), name) == only
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has the device")

@@ -100,6 +100,22 @@ def test_bfloat16_means_are_nearly_those_of_float32(micro_pipeline_folder):
     assert not torch.equal(*means)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_full_training_computes_in_the_dtype_of_the_frozen_weights_and_starts_at_them(micro_pipeline_folder, dtype):
+    env = micro_env(micro_pipeline_folder, 4, dtype=dtype)
+    policy = micro_policy(env, lora_rank=0)
+    computed = set()
+    policy.denoiser.conv_out.register_forward_hook(lambda layer, inputs, output: computed.add(output.dtype))
+    observation, _ = env.reset(seed=0)
+    with torch.no_grad():
+        actions, _, _ = policy(observation)
+    _, log_prob, _, kl = policy.evaluate_with_reference(observation, actions)
+    log_prob.mean().backward()
+    assert computed == {policy.compute_dtype} == {getattr(torch, dtype)}
+    assert kl.abs().max() == 0
+    assert {parameter.grad.dtype for parameter in policy.trainable_parameters()} == {torch.float32}
+
+
 def test_float16_gradients_are_scaled_and_an_overflow_is_skipped(micro_pipeline_folder):
     model = denoising_ppo(micro_pipeline_folder, policy={"autocast": "float16"})
     assert model.scaler.is_enabled()

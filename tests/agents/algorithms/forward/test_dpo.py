@@ -142,7 +142,7 @@ def test_updates_have_about_the_same_size_and_calls_whole_pairs(micro_pipeline_f
 
 def test_prompt_with_one_sample_and_a_policy_without_a_pretrained_one_are_refused(micro_pipeline_folder):
     with pytest.raises(ValueError, match="DPO needs at least 2 episodes per prompt"):
-        collected(denoising_dpo(micro_env(micro_pipeline_folder, 3, samples_per_prompt=1)))
+        collected(denoising_dpo(micro_env(micro_pipeline_folder, 5, prompts=list("abcd"))))
 
     class Alone(DiffusionPolicy):
         knows_reference = False

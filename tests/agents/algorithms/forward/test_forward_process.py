@@ -47,7 +47,7 @@ def test_finished_samples_are_noised_to_the_timesteps_of_their_trajectories(micr
 
 @pytest.mark.parametrize("kind", [*CLASSES, DRaFT])
 def test_rollout_is_one_episode_unless_a_number_of_whole_ones_is_given(micro_pipeline_folder, kind):
-    env = VectorEnvAdapter(micro_env(micro_pipeline_folder, 2))
+    env = VectorEnvAdapter(micro_env(micro_pipeline_folder, 2, samples_per_prompt=2))
     assert kind(DiffusionPolicy, env, device="cpu").n_steps == STEPS
     assert kind(DiffusionPolicy, env, n_steps=2 * STEPS, device="cpu").n_steps == 2 * STEPS
     for wrong, nearest in ((STEPS + 2, f"{STEPS} and {2 * STEPS} are"), (STEPS - 1, f"{STEPS} is")):

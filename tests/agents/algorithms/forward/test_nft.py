@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.algorithms import brightness_rise, collected, denoising_nft
+from helpers.algorithms import brightness_rise, collected, denoising_nft, logged
 from helpers.micro_agents import STEPS, stir
 from helpers.micro_families import stable_diffusion_2, stable_diffusion_3
 from helpers.micro_pipeline import micro_pipeline
@@ -103,6 +103,19 @@ def test_good_samples_attract_and_bad_ones_repel(micro_pipeline_folder):
 def test_bad_argument_is_refused(micro_pipeline_folder, arguments, message):
     with pytest.raises(ValueError, match=message):
         denoising_nft(micro_pipeline_folder, **arguments)
+
+
+def test_drift_is_measured_from_the_lagging_policy_that_sampled(micro_pipeline_folder):
+    """With log-probabilities that are computed again as with those of the rollout."""
+    drift = []
+    for recompute in (False, True):
+        model = denoising_nft(
+            micro_pipeline_folder, learning_rate=0.1, lag_limit=0.9, lag_rate=0.9, recompute_log_probs=recompute
+        )
+        collected(model).train()
+        collected(model).train()  # the lagging policy samples, and is another one by now
+        drift.append(logged(model)["train/kl_to_sampling"])
+    assert drift[1] == pytest.approx(drift[0], rel=1e-3)
 
 
 def test_brightness_of_sampled_images_rises(micro_pipeline_folder):

@@ -94,6 +94,6 @@ def test_brightness_of_sampled_images_rises(micro_pipeline_folder):
 def test_advantages_are_the_groups_unless_others_are_given(micro_pipeline_folder):
     assert denoising_grpo(micro_pipeline_folder).advantage == GroupRelativeAdvantage()
     assert denoising_grpo(micro_pipeline_folder, advantage=GroupRelativeAdvantage("none")).advantage.scale == "none"
-    alone = denoising_grpo(micro_env(micro_pipeline_folder, 3, samples_per_prompt=1))
+    alone = denoising_grpo(micro_env(micro_pipeline_folder, 5, prompts=list("abcd")))
     with pytest.raises(ValueError, match="needs at least 2 episodes per prompt"):
         collected(alone)
