@@ -153,6 +153,10 @@ class TrainingSettings(_Checked):
                 f"samples_per_prompt must be at least 2 with {compares}, which compares samples of a prompt; "
                 f"got {self.samples_per_prompt}"
             )
+        if has_pairs and self.train_batch_size == 1:
+            raise ValueError(
+                f"train_batch_size must be 0 or at least 2 with {algorithm}, which trains on two samples at once; got 1"
+            )
         sizes = {name: getattr(self, name) for name in traits.always_one}
         if any(size != 1 for size in sizes.values()):
             raise ValueError(
