@@ -191,7 +191,7 @@ class TrainConfig:
             or largest_divisor(total, defaults.updates_per_iteration),
             epochs=training.epochs or defaults.epochs,
             advantage=training.advantage or self.default_advantage,
-        )
+        ).with_given(own._given)
         check_trainable(config.run.quantization, config.policy)
         config.training.check_algorithm(config.algorithm, config.reward, config.policy.critic)
         if self.traits.differentiates_reward:

@@ -164,6 +164,11 @@ def test_defaults_and_settings_with_an_effect_are_taken(settings: dict[str, Any]
     assert resolve(resolved).flat() == resolved.flat()
 
 
+def test_what_was_filled_in_is_no_wish_of_the_user() -> None:
+    resolved = resolve(train_config(learning_rate_schedule="constant", iterations=3))
+    assert resolve(resolved.changed(iterations=5)).iterations == 5
+
+
 def test_what_a_preset_or_a_file_says_is_no_wish_of_the_user(tmp_path: Path) -> None:
     line = parse_command_line(["--preset", "sd14-aesthetic", "--algorithm", "nft"]).config
     assert resolve(line).training.clip_range == preset_config("sd14-aesthetic").training.clip_range
