@@ -13,6 +13,7 @@ from rewards.formulas.jpeg import jpeg_compressibility, jpeg_incompressibility
 from rewards.kinds import SampleKind, are_images, images_only, kind_of, kinds_of, takes
 from rewards.protocol import (
     AsksPeople,
+    ChecksPrompts,
     Details,
     Freezable,
     Images,
@@ -34,6 +35,7 @@ from rewards.registry import BUILTIN_REWARDS, configured_reward, load_reward, pa
 from rewards.sums.composite import (
     asking_people,
     check_differentiable,
+    check_prompts,
     check_shareable,
     is_stateful,
 )
@@ -43,6 +45,7 @@ __all__ = [
     "BUILTIN_REWARDS",
     "DIFFERENTIABLE_REWARDS",
     "AsksPeople",
+    "ChecksPrompts",
     "Details",
     "DifferentiableReward",
     "Freezable",
@@ -61,6 +64,7 @@ __all__ = [
     "asking_people",
     "check_differentiable",
     "check_differentiable_names",
+    "check_prompts",
     "check_shareable",
     "combine_measurements",
     "configured_reward",

@@ -108,6 +108,15 @@ class Loadable(Protocol):
 
 
 @runtime_checkable
+class ChecksPrompts(Protocol):
+    """A reward that can score only some prompts, and can refuse the others before anything is loaded."""
+
+    def check_prompts(self, prompts: Sequence[str], metadata: Metadata) -> None:
+        """Raise a `ValueError` if the reward cannot score one of the prompts. Nothing may be loaded for this."""
+        ...
+
+
+@runtime_checkable
 class Unloadable(Protocol):
     """A reward that can release its model."""
 

@@ -58,8 +58,9 @@ class UpdateOptions:
     timestep_fraction: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Fraction of each trajectory's steps that is trained on, chosen at random inside the window."""
     noise_window: Annotated[int | None, _COUNT] = None
-    """Number of steps that have noise and are trained on, one after another; the others are deterministic (MixGRPO).
-    They move on inside timestep_window, from its start to its end and then from its start again. Default: all."""
+    """Number of steps that have noise, one after another; the others are deterministic (MixGRPO). ppo, grpo and
+    reinforce train on these alone; rwr, nft, awm and dpo on finished samples. They move on inside timestep_window, from
+    its start to its end and then from its start again. Default: all."""
     noise_window_iterations: Annotated[int, _COUNT] = 25
     """Iterations after which the steps with noise move on."""
     noise_window_stride: Annotated[int, _COUNT] = 1
@@ -173,6 +174,11 @@ def check_noise(
                     f"{start} to {end - 1} of {steps}: such steps have no log-probability. Choose a sampler with noise "
                     f"there or another timestep_window{others}"
                 )
+    if options.noise_window is not None and not stochastic.any():
+        raise ValueError(
+            "noise_window must be None with a sampler without noise, which leaves nothing to limit; "
+            f"got {options.noise_window}"
+        )
 
 
 def check_whole_episodes(n_steps: int, stochastic: npt.NDArray[np.bool_] | None, needing: str) -> None:

@@ -138,11 +138,14 @@ WITHOUT_EFFECT = {
     "advantage_clip": _NO_ADVANTAGE | {"advantage": ("dr_grpo", "leave_one_out", "gae")},
     "stat_buffer_size": _STATISTICS,
     "stat_min_count": _STATISTICS,
+    "target_kl": _algorithms(lambda traits: {"epochs", "updates_per_iteration"} <= {*traits.always_one}),
     "timestep_fraction": _algorithms(lambda traits: not traits.trains_on_steps),
     "timestep_window": _algorithms(lambda traits: not (traits.trains_on_steps or traits.differentiates_reward)),
     "recompute_log_probs": _algorithms(lambda traits: not traits.penalises_steps),
     "noise_window_iterations": _MOVES,
     "noise_window_stride": _MOVES,
+    "schedule_iterations": {"learning_rate_schedule": ("constant",)},
+    "lora_targets": {"lora_rank": (0,)},
 }
 """For each setting: the other settings that can make it useless, and the values with which they do. With draft,
 `timestep_window` still decides which steps are measured, and nothing else."""

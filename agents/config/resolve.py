@@ -70,7 +70,8 @@ def _check_unused(config: TrainConfig) -> None:
     settings, defaults = config.flat(), TrainConfig().flat()
     preset = defaults if config.preset is None else preset_config(config.preset).flat()
     for name, where in unused_settings(config).items():
-        harmless = [defaults[name], preset[name], *([config.default_advantage] if name == "advantage" else [])]
+        left_open = {"advantage": config.default_advantage, "schedule_iterations": config.iterations}
+        harmless = [defaults[name], preset[name], left_open.get(name)]
         if name in config._given and settings[name] not in harmless:
             why = "where it has no effect"
             if name in config.traits.keeps:

@@ -14,7 +14,7 @@ import tyro
 from agents.algorithms.options import BETA, DPO_BETA, LAST_STEPS, PERCENTILE, NonFiniteRewards, TrustRegion
 from agents.config.algorithms import ALGORITHMS, Advantage, Algorithm, GroupAdvantage
 from ddpo_env.validation.choices import Quantization
-from ddpo_env.validation.options import DECAY, Range, check_fields
+from ddpo_env.validation.options import DECAY, Range, check_fields, shown
 from ddpo_env.validation.resolution import Resolution, plain_resolution
 from rewards import parse_options, weights_by_term
 
@@ -30,8 +30,34 @@ LEAST_EVALUATIONS = 7
 """Smallest number of evaluations with which a slope of the held-out reward can be compared with the one before."""
 _SIZE = Range(above=0, at_most=1e6)
 
+_PAIRS = {
+    "reward_options": "model=tiny",
+    "holdout_reward_options": "model=tiny",
+    "pipeline_arguments": "num_frames=17",
+}
+"""Settings that are key=value, with an example of each."""
+
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Schedule = Literal["constant", "linear", "cosine"]
+
+
+def from_python(name: str, value: Any) -> Any:
+    """Return a value that Python code gave a setting, with a tuple for a list.
+
+    Raises:
+        ValueError: for a function as a reward, or options that are no sequence; the message shows how both are written.
+    """
+    if name in ("reward", "holdout_reward") and callable(value):
+        raise ValueError(
+            f"{name} must be text: the name of a built-in reward, or of your own such as 'my_module:function', which a "
+            f"resumed run can find again; got {shown(value)}"
+        )
+    value = tuple(value) if isinstance(value, list) else value
+    if name in _PAIRS and not isinstance(value, tuple):
+        raise ValueError(
+            f"{name} must be a list or a tuple of key=value, such as [{_PAIRS[name]!r}]; got {shown(value)}"
+        )
+    return value
 
 
 class _Checked:
@@ -132,6 +158,10 @@ class TrainingSettings(_Checked):
             raise ValueError(
                 f"samples_per_prompt must be at least 2 with {names[0]}, which compares samples of a prompt; "
                 f"got {self.samples_per_prompt}"
+            )
+        if has_pairs and self.train_batch_size == 1:
+            raise ValueError(
+                f"train_batch_size must be 0 or at least 2 with {algorithm}, which trains on two samples at once; got 1"
             )
         sizes = {name: getattr(self, name) for name in traits.always_one}
         if any(size != 1 for size in sizes.values()):

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from agents.algorithms.options import UpdateOptions, check_noise
 from agents.config.algorithms import ALGORITHMS, Advantage, Algorithm, AlgorithmTraits
 from agents.config.config_file import read_plain_yaml
-from agents.config.settings import MOST, SEED, OptimizerSettings, RunSettings, TrainingSettings
+from agents.config.settings import MOST, SEED, OptimizerSettings, RunSettings, TrainingSettings, from_python
 from agents.config.sizes import largest_divisor, must_divide
 from agents.policy.options import PolicyOptions, check_trainable
 from ddpo_env.validation.options import Range, check_fields, shown
@@ -148,11 +148,12 @@ class TrainConfig:
         return self.changed(**{name: defaults[name] for name in self._tuning.settings}).with_given(self._given)
 
     def changed(self, **settings: Any) -> TrainConfig:
-        """Return a configuration with other values of some settings, by name.
+        """Return a configuration with other values of some settings, by name; a list will do for a tuple.
 
         Raises:
             ValueError: for a name that is no setting, or a value that is not valid.
         """
+        settings = {name: from_python(name, value) for name, value in settings.items()}
         groups = {one.name: getattr(self, one.name) for one in fields(TrainConfig)}
         owners = {name: group for group, value in groups.items() if is_dataclass(value) for name in vars(value)}
         own = {name: value for name, value in settings.items() if name in groups}
@@ -190,7 +191,7 @@ class TrainConfig:
             or largest_divisor(total, defaults.updates_per_iteration),
             epochs=training.epochs or defaults.epochs,
             advantage=training.advantage or self.default_advantage,
-        )
+        ).with_given(own._given)
         check_trainable(config.run.quantization, config.policy)
         config.training.check_algorithm(config.algorithm, config.reward, config.policy.critic)
         if self.traits.differentiates_reward:
@@ -307,8 +308,6 @@ class TrainConfig:
             flat |= inner
         if "model" not in flat:
             raise ValueError("it holds no settings of a run")
-        for name, value in flat.items():
-            flat[name] = tuple(value) if isinstance(value, list) else value
         return train_config(**flat)
 
     def check_noise(self, stochastic: npt.NDArray[np.bool_]) -> None:

@@ -45,6 +45,7 @@ from rewards import (
     Reward,
     TwoStageReward,
     asking_people,
+    check_prompts,
     configured_reward,
     evaluate_reward,
     is_stateful,
@@ -123,6 +124,9 @@ def evaluate_models(arguments: EvaluateArguments) -> str:
     arguments = with_images(arguments, sets.values())
     rewards = named_rewards(arguments.rewards, arguments.reward_options)
     check_model(arguments)
+    for reward in rewards.values():
+        for prompts in sets.values():
+            check_prompts(reward, prompts)
     for reward in rewards.values():
         if isinstance(reward, Loadable):
             reward.load()

@@ -52,7 +52,7 @@ class GenerationArguments:
     quantization: Quantization | None = None
     """Hold the denoiser's linear layers in 8 bits (int8) or 4 (nf4)."""
     lora: Path | None = None
-    """Folder or file of a LoRA, such as runs/<name>/lora; of a run's folder it is this one."""
+    """Folder or file of a LoRA, such as runs/<name>/lora."""
     num_inference_steps: Annotated[int, Range(at_least=1, at_most=1_000_000)] = 20
     """Denoising steps."""
     guidance_scale: Annotated[float, Range(at_least=0, at_most=1000)] = 1.0

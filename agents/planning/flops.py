@@ -29,6 +29,8 @@ follows from the published 144 s per iteration on eight A100s; it makes estimate
 
 _MATRIX_SIDE: dict[str, int] = {"cpu": 1024}
 _REPEATS = 5
+_LONG = 5e-3
+"""Seconds of a small product after which no larger one is measured."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,21 @@ def count_flops(model: DiffusionModel, lora_rank: int, lora_targets: LoraTargets
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure a device's floating-point operations per second in a matrix product; takes a tenth of a second."""
+    """Measure a device's floating-point operations per second in a matrix product; takes a tenth of a second.
+
+    Where a small product takes long, as in float16 on most CPUs, it is the one that counts: the others take seconds.
+    """
     side = _MATRIX_SIDE.get(device.type, 8192)
-    left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        (left @ right)[0, 0].item()  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / min(seconds)
+    for tried in (side // 4, side):
+        left, right = (torch.ones(tried, tried, device=device, dtype=dtype) for _ in range(2))
+        seconds = []
+        for _ in range(_REPEATS):
+            start = time.perf_counter()
+            (left @ right)[0, 0].item()  # waits for the device
+            seconds.append(time.perf_counter() - start)
+        if min(seconds) > _LONG:
+            break
+    return 2 * tried**3 / min(seconds)
 
 
 def estimate_time(config: TrainConfig, processes: int = 1) -> str:

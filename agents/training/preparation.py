@@ -37,13 +37,14 @@ from agents.training.run import Run, RunListener
 from agents.training.run_folder import RunFolder
 from ddpo_env.models import DiffusionModel, abilities_of, check_source, load_model
 from ddpo_env.models.prompt_images import with_prompt_images
-from ddpo_env.prompts import PromptDistribution, load_prompts
+from ddpo_env.prompts import PromptDistribution, PromptSet, load_prompts
 from ddpo_env.vector_env import DenoisingVectorEnv
 from rewards import (
     Loadable,
     LogsAnswers,
     Reward,
     check_differentiable,
+    check_prompts,
     check_shareable,
     configured_reward,
     parse_options,
@@ -114,6 +115,8 @@ def check_run(config: TrainConfig, processes: Processes) -> CheckedRun:
         if config.traits.differentiates_reward:
             check_differentiable(reward)
         prompts = load_prompts(config.prompts)
+        assert isinstance(prompts, PromptSet)
+        check_prompts(reward, prompts)
         check_source(
             config.model,
             processes.device or config.device,
@@ -125,6 +128,7 @@ def check_run(config: TrainConfig, processes: Processes) -> CheckedRun:
         if holdout is not None:
             with naming_holdout_reward(config.run.holdout_reward):
                 check_fit(config, holdout)
+                check_prompts(holdout, prompts)
     return CheckedRun(config, folder, reward, prompts, holdout)
 
 

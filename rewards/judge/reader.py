@@ -7,10 +7,11 @@ tell what an alignment run has learned from a judge, and whether only the judge 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,12 +61,11 @@ class ReaderNetwork(nn.Module):
 
 
 class Reader:
-    """A trained network, its labels and the prompts that it knows, as `load_cached` holds them.
+    """A trained network and its labels, as `load_cached` holds them.
 
     Attributes:
         network: The network, in evaluation mode.
         labels: The labels of each head, in the order of `Reading`; the first of each is None.
-        prompts: What each known prompt asks for.
     """
 
     def __init__(self, folder: str | Path, device: torch.device, dtype: torch.dtype) -> None:
@@ -75,9 +75,8 @@ class Reader:
             ValueError: A weight is not finite.
             RuntimeError: The weights do not fit the labels.
         """
-        settings = json.loads((Path(folder) / "config.json").read_text("utf-8"))
-        self.labels: tuple[tuple[str | None, ...], ...] = tuple((None, *names) for names in settings["labels"])
-        self.prompts = {prompt: Reading(*asked) for prompt, asked in settings["prompts"].items()}
+        names_by_head = _settings(folder)["labels"]
+        self.labels: tuple[tuple[str | None, ...], ...] = tuple((None, *names) for names in names_by_head)
         network = ReaderNetwork([len(names) for names in self.labels])
         network.load_state_dict(load_weights(Path(folder) / "model.safetensors"))
         check_finite(network, f"model {str(folder)!r}")
@@ -114,6 +113,16 @@ class TinyReader(ModelHolder[Reader]):
         """
         super().__init__(Reader, TINY, device=device, dtype="float32", batch_size=batch_size)
 
+    @functools.cached_property
+    def prompts(self) -> dict[str, Reading]:
+        """What each known prompt asks for; the network is not loaded for it."""
+        return {prompt: Reading(*asked) for prompt, asked in _settings(self.source)["prompts"].items()}
+
+    def check_prompts(self, prompts: Sequence[str], metadata: Metadata) -> None:
+        """Raise a `ValueError` for a prompt that the reader does not know."""
+        for prompt in prompts:
+            self.asked(prompt)
+
     def read(self, images: Images) -> list[Reading]:
         """Return what each image shows.
 
@@ -133,13 +142,12 @@ class TinyReader(ModelHolder[Reader]):
         Raises:
             ValueError: The prompt is none of those that the reader knows.
         """
-        known = self.loaded.prompts
-        if prompt not in known:
+        if prompt not in self.prompts:
             raise ValueError(
                 "tiny_reader knows only prompts of the bundled model's words (ddpo_env/prompts/vocabulary.py), such as "
                 f"'a fox', 'a fox riding a bike' or 'two foxes'; got {prompt!r}"
             )
-        return known[prompt]
+        return self.prompts[prompt]
 
     def __call__(
         self, images: Images, prompts: Sequence[str], metadata: Metadata
@@ -148,3 +156,8 @@ class TinyReader(ModelHolder[Reader]):
         wanted = np.array([self.asked(prompt) for prompt in prompts], dtype=object)
         right = (wanted == np.array(self.read(images), dtype=object)).astype(np.float64)
         return right.min(axis=1), dict(zip(Reading._fields, right.T.tolist(), strict=True))
+
+
+def _settings(folder: str | Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+    return settings

@@ -46,6 +46,11 @@ class VlmVqa(JudgeReward):
 
     __name__ = "vlm_vqa"
 
+    def check_prompts(self, prompts: Sequence[str], metadata: Metadata) -> None:
+        """Raise a `ValueError` for a prompt whose metadata has no questions, or not one answer per question."""
+        for one, prompt in zip(metadata, prompts, strict=True):
+            _questions(one, prompt)
+
     def __call__(
         self, images: Images, prompts: Sequence[str], metadata: Metadata
     ) -> tuple[NDArray[np.float64], Details]:

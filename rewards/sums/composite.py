@@ -6,7 +6,7 @@ cosine, a file size) cannot be added directly. The term `jpeg_compressibility:0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +19,7 @@ from rewards.differentiable import DifferentiableReward, refuse_without_gradient
 from rewards.kinds import KINDS, SampleKind, kinds_of
 from rewards.protocol import (
     AsksPeople,
+    ChecksPrompts,
     Details,
     Freezable,
     Loadable,
@@ -77,6 +78,24 @@ def _unshareable(reward: Reward, name: str) -> list[str]:
     if isinstance(reward, Composite):
         return [found for key, term in reward.rewards.items() for found in _unshareable(term, key)]
     return [name] if is_stateful(reward) and not isinstance(reward, TwoStageReward) else []
+
+
+def check_prompts(reward: Reward, prompts: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Check that a reward, or each term of a weighted sum, can score prompts. Nothing is loaded.
+
+    Args:
+        reward: Rewards that are not `ChecksPrompts` are not asked.
+        prompts: Each with its metadata.
+
+    Raises:
+        ValueError: A reward refuses a prompt.
+    """
+    pairs = list(prompts)
+    if isinstance(reward, Composite):
+        for term in reward.rewards.values():
+            check_prompts(term, pairs)
+    elif isinstance(reward, ChecksPrompts):
+        reward.check_prompts([prompt for prompt, _ in pairs], [metadata for _, metadata in pairs])
 
 
 def check_differentiable(reward: Reward) -> DifferentiableReward:

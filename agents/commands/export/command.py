@@ -97,7 +97,7 @@ def export(arguments: ExportArguments) -> None:
     arguments.check()
     run = read_run(arguments.run)
     iteration, lora = run.lora(arguments.weights)
-    measured = None if arguments.evaluation is None else read_evaluation(arguments.evaluation, lora)
+    measured = None if arguments.evaluation is None else read_evaluation(arguments.evaluation, lora, arguments.run)
     base = base_model(run.config, arguments.base_model)
     read_adapters(base.model.pipeline, base.model.watched.denoiser_name, lora, base.name)
     with TemporaryDirectory() as scratch:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from agents.algorithms.saving.stored_values import read_json
 from agents.evaluation.comparison import BASE, Estimate, Result, best_strengths
+from agents.output.terminal import quoted
 from ddpo_env.models.files.pipelines import file_fingerprint
 from ddpo_env.validation.options import NOT_NEGATIVE, Range, check_value
 
@@ -47,12 +48,13 @@ class Measured:
         return None if agreed == BASE else agreed
 
 
-def read_evaluation(folder: Path, lora: Path) -> Measured:
+def read_evaluation(folder: Path, lora: Path, run: Path) -> Measured:
     """Read the folder that `ddpo-evaluate` wrote.
 
     Args:
         folder: with `evaluation.json`.
         lora: file of the LoRA that was evaluated.
+        run: folder of its run, for the error.
 
     Raises:
         ValueError: for a folder without an evaluation, a damaged one, or one of another LoRA.
@@ -70,7 +72,7 @@ def read_evaluation(folder: Path, lora: Path) -> Measured:
     if report.get("lora_sha256") != file_fingerprint(lora):
         raise ValueError(
             f"evaluation must be of the LoRA that is exported, {str(lora)!r}; {str(folder)!r} is of another one: "
-            "evaluate again"
+            f"evaluate again with {quoted('ddpo-evaluate', '--run', run, '--lora', lora.parent)}"
         )
     return Measured(results)
 

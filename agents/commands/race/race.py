@@ -151,7 +151,8 @@ class Race:
         """Return the settings of a contender's run with the whole budget; its learning rate falls over all of it."""
         config, iterations = self.contenders[name].config, self.iterations(name)[-1]
         schedule = config.optimizer.schedule_iterations or iterations
-        return config.changed(seed=seed, iterations=iterations, schedule_iterations=schedule)
+        full = config.changed(seed=seed, iterations=iterations, schedule_iterations=schedule)
+        return full.with_given(config._given)  # the schedule is no wish of the user, where it has no effect
 
     @property
     def shared(self) -> TrainConfig:

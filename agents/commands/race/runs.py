@@ -67,7 +67,7 @@ def train_run(config: TrainConfig, clock: Clock, log: Path, processes: Processes
     Args:
         config: of a new run, or of one that is resumed.
         clock: is told of every iteration, before the evaluation.
-        log: file to which the main process appends what the run prints.
+        log: file to which the main process appends the label of the run and what it prints.
         processes: that train it together.
 
     Raises:
@@ -77,7 +77,7 @@ def train_run(config: TrainConfig, clock: Clock, log: Path, processes: Processes
     gc.collect()  # of the run before
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    with clock.shown(processes), _printing_to(log, processes):
+    with clock.shown(processes), _printing_to(log, clock.label, processes):
         run = prepare_run(config, processes)
         run.listeners.insert(0, clock)
         try:
@@ -138,9 +138,10 @@ def _number(text: str | None) -> float | None:
 
 
 @contextmanager
-def _printing_to(log: Path, processes: Processes) -> Iterator[None]:
+def _printing_to(log: Path, label: str, processes: Processes) -> Iterator[None]:
     if not processes.is_main:
         yield
         return
     with log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        print(label)
         yield

@@ -68,16 +68,22 @@ def find_lora(path: str | Path, setting: str = "lora") -> Path:
     """Return the absolute path of the file of a LoRA.
 
     Args:
-        path: the file itself, or its folder, in diffusers' or peft's layout, or with one .safetensors file; or the
-            folder of a run, whose `lora` it is then.
+        path: the file itself, or its folder, in diffusers' or peft's layout, or with one .safetensors file.
         setting: what named it, for the message.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none; for the folder of a run, which may have two.
     """
     given = Path(path).expanduser()
-    if (given / "config.yaml").is_file():  # a run's folder
-        given /= "lora"
+    if (given / "config.yaml").is_file():
+        places = {"of its last iteration": given / "lora", "of its best evaluation": given / "best" / "lora"}
+        named = " or ".join(f"{str(place)!r} ({which})" for which, place in places.items() if place.is_dir())
+        advised = "; ddpo-sample and ddpo-evaluate take the one that the run advised with --run instead"
+        raise ValueError(
+            f"{setting} must not be the folder of a run but a LoRA"
+            + (f" in it, {named}{advised}" if named else ", and it has none: does the run train every weight?")
+            + f"; got {str(path)!r}"
+        )
     found = [given / name for name in _FILES if (given / name).is_file()] or sorted(given.glob("*.safetensors"))
     file = given if given.is_file() else found[0] if len(found) == 1 else None
     if file is None or file.suffix != ".safetensors":

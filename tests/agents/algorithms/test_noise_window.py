@@ -184,6 +184,13 @@ def test_noise_by_step_is_trained_on_where_there_is_some(micro_pipeline_folder):
         (denoising_reinforce, {"eta": 0.0}, {}, "algorithm must not be REINFORCE"),
         (denoising_rwr, {"sampler": "ode"}, {"kl_coef": 0.1}, "kl_coef must not be 0.1 with a sampler without noise"),
         (denoising_rwr, {"sampler": "ode"}, {"target_kl": 1.0}, "target_kl must not be 1.0 with a sampler without"),
+        (
+            denoising_rwr,
+            {"sampler": "ode"},
+            {"noise_window": 1},
+            "noise_window must be None with a sampler without noise",
+        ),
+        (denoising_rwr, {"eta": 0.0}, {"noise_window": 1}, "noise_window must be None with a sampler without noise"),
         (denoising_ppo, {}, {"noise_window": 5, "timestep_window": (0.0, 0.8)}, "noise_window must be at most 4"),
     ],
 )

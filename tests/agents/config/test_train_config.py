@@ -46,12 +46,26 @@ def test_a_configuration_cannot_be_changed_in_place():
         ({"colour": "blue"}, "there is no setting 'colour'"),
         ({"seed": "0"}, "seed must be an integer; got '0'"),
         ({"gradient_checkpointing": "no"}, "gradient_checkpointing must be True or False; got 'no'"),
-        ({"reward_options": ["a=1"]}, "reward_options must be a tuple"),
+        (
+            {"reward_options": {"model": "tiny"}},
+            r"reward_options must be .* key=value, such as \['model=tiny'\]; got {'",
+        ),
+        ({"pipeline_arguments": "a=1"}, r"pipeline_arguments must be .* such as \['num_frames=17'\]; got 'a=1'"),
+        ({"reward": len}, "reward must be text: .* such as 'my_module:function', .*; got <built-in function len>"),
+        ({"holdout_reward": len}, "holdout_reward must be text: .*'my_module:function'"),
+        ({"timestep_window": [0, 0.5, 1]}, "timestep_window must be a tuple of 2 values"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         train_config(**settings)
+
+
+def test_list_will_do_for_a_tuple():
+    lists = {"reward_options": ["quality=90"], "timestep_window": [0, 0.5], "eta": [1.0, 0.0]}
+    config = train_config(**lists)
+    assert config == train_config(**{name: tuple(value) for name, value in lists.items()})
+    assert hash(config.update) == hash(train_config(timestep_window=(0, 0.5)).update)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import inspect
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from agents.config.command_line import parse_command_line
 from agents.config.presets import preset_config
 from agents.config.reproduction import reproducing_flags
 from agents.config.resolve import resolve, unused_settings
-from agents.config.settings import TrainingSettings
+from agents.config.settings import Schedule, TrainingSettings
 from agents.config.train_config import TrainConfig, train_config
 from agents.distributed import Processes
 from agents.policy.abilities import PolicyEvaluation, StepMove
@@ -79,6 +79,16 @@ def test_table_is_what_a_trust_region_reads(kind: Any) -> None:
     assert ("divergence_limit" in unused) == (objective(0.1, 0.1) == objective(0.1, 2.0))
 
 
+@pytest.mark.parametrize("schedule", get_args(Schedule))
+def test_table_is_what_a_schedule_reads(schedule: str) -> None:
+    config = train_config(learning_rate_schedule=schedule, iterations=9).resolved()
+    rates = []
+    for length in (3, 9):
+        rate = build._learning_rate(config.changed(schedule_iterations=length))
+        rates.append([rate(remaining) if callable(rate) else rate for remaining in (1.0, 0.2, 0.0)])
+    assert ("schedule_iterations" in unused_settings(config)) == (rates[0] == rates[1])
+
+
 def test_table_has_settings_and_their_values() -> None:
     known = TrainConfig().flat()
     for name, deciding in WITHOUT_EFFECT.items():
@@ -113,6 +123,9 @@ def test_table_has_settings_and_their_values() -> None:
         ({"advantage": "dr_grpo", "advantage_clip": 2.0}, "with advantage dr_grpo"),
         ({"noise_window_stride": 2}, "without noise_window"),
         ({"preset": "sd14-aesthetic", "algorithm": "nft", "clip_range": 2e-4}, "with nft"),
+        ({"learning_rate_schedule": "constant", "schedule_iterations": 1}, "with learning_rate_schedule constant"),
+        ({"algorithm": "reinforce", "target_kl": 1e-9}, "with reinforce"),
+        ({"lora_rank": 0, "lora_targets": "attention"}, "with lora_rank 0"),
     ],
 )
 def test_setting_without_an_effect_is_refused(settings: dict[str, Any], where: str) -> None:
@@ -140,11 +153,20 @@ def test_error_does_not_say_of_an_argument_of_the_class_that_it_has_no_effect() 
         {"algorithm": "rwr", "timestep_window": (0.0, 0.5), "noise_window": 2},
         {"algorithm": "rwr_sparse", "timestep_window": (0.0, 0.5), "target_kl": 1.0},
         {"algorithm": "nft", "recompute_log_probs": True, "target_kl": 1.0},
+        {"learning_rate_schedule": "constant", "iterations": 3, "schedule_iterations": 3},
+        {"learning_rate_schedule": "cosine", "schedule_iterations": 1},
+        {"learning_rate_schedule": "constant"},
+        {"lora_rank": 1, "lora_targets": "attention"},
     ],
 )
 def test_defaults_and_settings_with_an_effect_are_taken(settings: dict[str, Any]) -> None:
     resolved = resolve(train_config(**settings))
     assert resolve(resolved).flat() == resolved.flat()
+
+
+def test_what_was_filled_in_is_no_wish_of_the_user() -> None:
+    resolved = resolve(train_config(learning_rate_schedule="constant", iterations=3))
+    assert resolve(resolved.changed(iterations=5)).iterations == 5
 
 
 def test_what_a_preset_or_a_file_says_is_no_wish_of_the_user(tmp_path: Path) -> None:

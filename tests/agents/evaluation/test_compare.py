@@ -266,6 +266,7 @@ def test_best_strength_is_the_one_with_the_highest_mean() -> None:
         (["--prompts", "some.txt", "folder/some.txt"], "prompts must have names of their own, 'some' is taken"),
         (["--strengths", "0"], "strengths[0] must be in (0, 10]; got 0"),
         (["--strengths", "1", "1"], "strengths must name each one once"),
+        (["--rewards", "vlm_vqa", "--reward-options", "vlm_vqa.model=tiny"], "vlm_vqa needs metadata with questions"),
         (["--lora", "none"], "lora must be a .safetensors file, or a folder with"),
         (["--lora", "other"], "was trained for another model than"),
         (["--samples-per-prompt", "0"], "samples_per_prompt must be in [1, 1000]"),

@@ -8,6 +8,8 @@ import torch
 from helpers.scripts import run_script
 from safetensors.torch import save_file
 
+from agents.config.resolve import resolve
+from agents.config.train_config import train_config
 from agents.evaluation.sample import SampleArguments
 from ddpo_env.models import loading
 from ddpo_env.models.lora.lora_file import find_lora
@@ -86,12 +88,19 @@ def test_wrong_arguments_are_one_line(
     assert not list(tmp_path.glob("*.png/*")) + list(tmp_path.glob("samples.png"))
 
 
-def test_folder_of_a_run_stands_for_its_lora(tmp_path: Path) -> None:
-    (tmp_path / "lora").mkdir()
-    file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
-    save_file({"unet.layer.lora_A.weight": torch.zeros(2, 4)}, file)
+def test_folder_of_a_run_is_refused_because_it_may_hold_two_loras(tmp_path: Path) -> None:
+    config, lora, best = tmp_path / "config.yaml", tmp_path / "lora", tmp_path / "best" / "lora"
     with pytest.raises(ValueError, match=r"lora must be a \.safetensors file, or a folder with"):
         SampleArguments(lora=tmp_path).check()
-    (tmp_path / "config.yaml").touch()
-    SampleArguments(lora=tmp_path).check()
-    assert find_lora(tmp_path) == find_lora(tmp_path / "lora") == file
+    config.touch()
+    with pytest.raises(ValueError, match="lora must not be the folder of a run but a LoRA, and it has none"):
+        SampleArguments(lora=tmp_path).check()
+    for folder in (lora, best):
+        folder.mkdir(parents=True)
+        save_file({"unet.layer.lora_A.weight": torch.zeros(2, 4)}, folder / "pytorch_lora_weights.safetensors")
+        assert find_lora(folder).parent == folder
+    with pytest.raises(ValueError, match="lora must not be the folder of a run") as refused:
+        SampleArguments(lora=tmp_path).check()
+    assert all(one in str(refused.value) for one in (f"'{lora}'", f"'{best}'", "--run"))
+    with pytest.raises(ValueError, match="lora must not be the folder of a run"):
+        resolve(train_config(lora=tmp_path))

@@ -1,6 +1,8 @@
 """What a run costs: operations against closed forms and published ones, rows against those that a run computes."""
 
+import itertools
 import json
+import time
 
 import pytest
 import torch
@@ -84,6 +86,16 @@ def test_estimate_of_the_published_run(monkeypatch):
     )
     assert said.endswith("44 PFLOP of training at 90% of 100 TFLOP/s, the rate of matrix products")
     assert estimate_time(published(), processes=4).startswith(f"about {seconds / 3600 / 4:.1f} h")
+
+
+def test_rate_is_known_soon_where_a_product_is_slow(monkeypatch):
+    """A small product of 10 ms, as in float16 on a CPU, of which a large one has 64 times the operations or more."""
+    clock = itertools.count(0, 0.01)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    with FlopCounterMode(display=False) as counter:
+        rate = flops.matmul_rate(torch.device("cpu"), torch.float32)
+    assert rate == pytest.approx(2 * 256**3 / 0.01)
+    assert counter.get_total_flops() == 5 * 2 * 256**3
 
 
 def test_what_is_not_here_is_not_estimated():

@@ -10,8 +10,10 @@ from helpers.micro_agents import InterruptedReward, brightness, micro_config, re
 from helpers.run_comparison import assert_same_run, rows
 from helpers.scripts import MINIATURE, run_script
 
+from agents.config.train_config import train_config
+from agents.distributed import Processes
 from agents.training.checkpoint import latest_checkpoint
-from agents.training.preparation import run_training
+from agents.training.preparation import check_run, run_training
 
 
 class FailingReward:
@@ -100,6 +102,28 @@ def test_reward_that_cannot_be_loaded_is_an_error_before_anything_is_written(mon
     assert run_script("train_ppo", arguments, monkeypatch) == 2
     assert capsys.readouterr().err == "error: no answer from http://localhost:8000/v1\n"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("reward", "options", "message"),
+    [
+        ("vlm_vqa", ("model=tiny",), "vlm_vqa needs metadata with questions and .*; prompt 'a quokka' has {}"),
+        ("tiny_reader", (), "tiny_reader knows only prompts of the bundled model's words .*; got 'a quokka'"),
+        ("jpeg_compressibility:1,tiny_reader:1:raw", (), "tiny_reader knows only .*; got 'a quokka'"),
+    ],
+)
+def test_prompts_that_a_reward_cannot_score_are_refused_before_anything_is_loaded(
+    monkeypatch, tmp_path, reward, options, message
+):
+    monkeypatch.setattr("rewards.networks.pretrained.load_cached", lambda *_: pytest.fail("a network was loaded"))
+    (tmp_path / "prompts.txt").write_text("a quokka")
+    settings = {"prompts": str(tmp_path / "prompts.txt"), "run_dir": tmp_path / "run", "device": "cpu"}
+    with pytest.raises(ValueError, match=message):
+        check_run(train_config(reward=reward, reward_options=options, **settings), Processes())
+    held_out = {"holdout_reward": reward, "holdout_reward_options": options}
+    with pytest.raises(ValueError, match=message) as refused:
+        check_run(train_config(**held_out, **settings), Processes())
+    assert f"of holdout_reward={reward!r}" in refused.value.__notes__
 
 
 def test_ctrl_c_before_training_is_one_line(monkeypatch, capsys, tmp_path):

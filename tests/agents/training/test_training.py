@@ -202,7 +202,7 @@ def test_finished_run_goes_on_to_more_iterations(learner, tmp_path):
     constant = {"learning_rate_schedule": "constant", "schedule_iterations": 1}
     for name, iterations in (("run", 1), ("at once", 2)):
         settings = {**constant, "iterations": iterations, "eval_interval": 1}
-        run_training(micro_config(learner, tmp_path / name, **settings))
+        run_training(micro_config(learner, tmp_path / name, **settings).with_given(()))
     longer = run_training(resume_config(tmp_path / "run", iterations=2))
     assert longer.config.iterations == longer.iterations == 2
     assert_same_run(tmp_path / "run", tmp_path / "at once")

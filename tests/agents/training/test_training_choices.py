@@ -209,6 +209,7 @@ def test_details_of_a_reward_are_logged(learner, tmp_path, monkeypatch):
         ({"algorithm": "reinforce", "epochs": 2}, "epochs and updates_per_iteration must be 1 with reinforce"),
         ({"algorithm": "rwr_sparse", "updates_per_iteration": 2}, "updates_per_iteration must be 1 with rwr_sparse"),
         ({"algorithm": "rwr", "trust_region": "dppo"}, "trust_region must be clip with rwr, .*; got 'dppo'"),
+        ({"algorithm": "dpo", "train_batch_size": 1}, "train_batch_size must be 0 or at least 2 with dpo.*; got 1"),
         ({"algorithm": "dpo", "samples_per_prompt": 1}, "samples_per_prompt must be at least 2 with dpo"),
         ({"algorithm": "dpo", "updates_per_iteration": 12}, "updates_per_iteration must be at most 9 with dpo"),
         ({"rwr_beta": 0.0}, "rwr_beta must be in .*; got 0.0"),

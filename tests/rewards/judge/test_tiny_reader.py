@@ -83,7 +83,7 @@ def test_every_prompt_of_the_bundled_words_is_known(reader):
     sets = PROMPT_SETS.keys() - {"imagenet_animals"}
     for prompt, _ in (one for name in sets for one in load_prompts(name)):
         assert reader.asked(prompt).word in (*SIMPLE_ANIMALS, *HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS)
-    asked = {(one.word, one.activity) for one in reader.loaded.prompts.values()}
+    asked = {(one.word, one.activity) for one in reader.prompts.values()}
     words = (*SIMPLE_ANIMALS, *HELD_OUT_ANIMALS, *EVERYDAY_OBJECTS)
     assert {(word, activity) for word in words for activity in (*ACTIVITIES, *HELD_OUT_ACTIVITIES)} <= asked
 

@@ -152,7 +152,8 @@ def test_strength_is_that_of_the_evaluation(
     assert "strength 0.5 has the highest mean" in capsys.readouterr().out
     report["lora_sha256"] = "0" * 64
     path.write_text(json.dumps(report))
-    with pytest.raises(ValueError, match="evaluation must be of the LoRA that is exported"):
+    command = f"ddpo-evaluate --run {run} --lora {lora}"
+    with pytest.raises(ValueError, match=f"evaluation must be of the LoRA that is exported.*{re.escape(command)}"):
         export(ExportArguments(run=run, output=tmp_path / "other", **own))
 
 

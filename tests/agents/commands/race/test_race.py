@@ -216,6 +216,7 @@ def test_what_runs_print_is_in_the_log_alone(race, tmp_path, monkeypatch):
     assert (code, error) == (0, "")
     assert "said the reward" not in printed
     log = (tmp_path / "logged" / "log.txt").read_text()
+    assert log.startswith("rung 1 of 1, a, seed 0\n")
     assert "scoring, said the reward" in log
     assert "careful, said the reward" in log
 
@@ -229,7 +230,9 @@ def test_dry_run_prints_the_iterations_and_writes_nothing(race, tmp_path):
 
 
 def test_the_last_rung_can_have_seeds_of_its_own(race, tmp_path):
-    contenders = "contenders: {a: {learning_rate: 1e-4}, b: {learning_rate: 1e-3}, c: {learning_rate: 1e-2}}"
+    contenders = (
+        "contenders: {a: {learning_rate: 1e-4}, b: {learning_rate: 1e-3}, c: {learning_rate_schedule: constant}}"
+    )
     settings = ("--output=own", "--final-seeds", 0, 1)
     code, printed, _ = race(*settings, contenders=contenders, seeds=(7,))
     assert code == 0
