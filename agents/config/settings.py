@@ -159,7 +159,7 @@ class TrainingSettings(_Checked):
                 f"samples_per_prompt must be at least 2 with {names[0]}, which compares samples of a prompt; "
                 f"got {self.samples_per_prompt}"
             )
-        if has_pairs and self.train_batch_size == 1:
+        if comparing[algorithm] and self.train_batch_size == 1:
             raise ValueError(
                 f"train_batch_size must be 0 or at least 2 with {algorithm}, which trains on two samples at once; got 1"
             )
