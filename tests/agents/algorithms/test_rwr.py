@@ -106,9 +106,8 @@ def test_weights_per_prompt_need_prompts():
 
 def test_weights_per_prompt_need_two_samples_of_each(micro_pipeline_folder):
     """A single sample would have weight 1, whatever its reward."""
-    model = denoising_rwr(micro_env(micro_pipeline_folder, 1), weighting="exponential_per_prompt")
-    with pytest.raises(ValueError, match="weighting exponential_per_prompt needs at least 2 episodes per prompt"):
-        collected(model)
+    with pytest.raises(ValueError, match="samples_per_prompt must be at least 2 with weighting='exponential_per_prompt'"):
+        denoising_rwr(micro_env(micro_pipeline_folder, 1), weighting="exponential_per_prompt")
 
 
 def test_epochs_train_on_finished_latents_alone(micro_pipeline_folder):
