@@ -106,7 +106,7 @@ def test_weights_per_prompt_need_prompts():
 
 def test_weights_per_prompt_need_two_samples_of_each(micro_pipeline_folder):
     """A single sample would have weight 1, whatever its reward."""
-    with pytest.raises(ValueError, match="samples_per_prompt must be at least 2 with weighting='exponential_per_prompt'"):
+    with pytest.raises(ValueError, match="samples_per_prompt must be at least 2 with weighting='exponential_"):
         denoising_rwr(micro_env(micro_pipeline_folder, 1), weighting="exponential_per_prompt")
 
 
