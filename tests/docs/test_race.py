@@ -22,10 +22,12 @@ def test_example_of_a_file_has_the_contenders_that_it_says(tmp_path):
 
 def test_command_of_the_long_race_starts_with_the_plan_that_the_page_says(monkeypatch):
     monkeypatch.chdir(ROOT)
-    *_, command = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    (command,) = [block for block in blocks if "--final-seeds" in block]
     race = prepare_race(parse_settings_line(RaceLine, shlex.split(command.replace("\\\n", " "))[1:]), Processes())
-    assert [rung.contenders for rung in race.rungs] == [24, 8, 3]
-    assert (race.iterations("rwr-0.001")[0], race.iterations("ppo-0.005")[0]) == (2, 2)
+    assert [(rung.contenders, rung.budget) for rung in race.rungs] == [(27, 144), (9, 432), (3, 1296)]
+    assert race.rungs[-1].seeds == (0, 1, 2)
+    assert (race.iterations("rwr-0.001")[0], race.iterations("ppo-0.005")[0]) == (1, 2)
 
 
 def test_example_of_a_budget_has_the_iterations_that_the_page_says(monkeypatch):
