@@ -78,6 +78,8 @@ def test_last_words_have_a_percentage_only_of_what_is_not_zero(finished, before,
 def test_last_words_name_a_faster_algorithm_only_where_it_was_measured(finished):
     slow = train_config(model="tiny", reward="vlm_alignment", reward_options=("model=tiny",))
     assert "nft" in command.summary(replace(finished, config=slow), PointsModel())
+    judged = train_config(model="tiny", reward="aesthetic", reward_options=("model=tiny",))
+    assert "--noise-window 2" in command.summary(replace(finished, config=judged), PointsModel())
     for change in ({"algorithm": "nft"}, {"reward": "jpeg_compressibility", "reward_options": ()}):
         assert "nft" not in command.summary(replace(finished, config=slow.changed(**change)), PointsModel())
 
